@@ -52,6 +52,7 @@ class RunPart:
     """The budget (whichever of steps and minutes is used up first) and the bookkeeping."""
 
     seed: int = 0
+    processes: int = 1  # one for each GPU, sharing every batch (fathom/train/parallel.py)
     steps: int | None = None
     minutes: float | None = None
     save_every_minutes: float = 5.0

@@ -216,9 +216,7 @@ class Trainer:
             "attention": schedule.attention(t),
             "qat": self._qat,
             "lr": parts.muon_lr * schedule.learning_rate_factor(t, self.position.step),
-            "tokens_per_second": round(
-                batch.tokens.numel() * self.ranks.size / max(seconds, 1e-9)
-            ),
+            "tokens_per_second": round(batch.tokens.numel() * self.ranks.size / max(seconds, 1e-9)),
             "episodes": batch.episodes,
             "dropped": batch.dropped,
         }

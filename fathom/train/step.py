@@ -160,9 +160,7 @@ def training_step(
     return StepResult(total, torch.stack([v.detach().float() for v in values]), loads)
 
 
-def _indexer_loss(
-    index: list[tuple[Tensor, Tensor, Tensor]], ranks: Ranks, like: Tensor
-) -> Tensor:
+def _indexer_loss(index: list[tuple[Tensor, Tensor, Tensor]], ranks: Ranks, like: Tensor) -> Tensor:
     """The mean KL of all CSA layers: [] float32. like: [...], any tensor on the device."""
     if not index:
         return mean_loss([], like)

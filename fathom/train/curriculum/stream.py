@@ -5,6 +5,7 @@ Paper: §5.2 (agentic training data), §4.1 (limits on truncation).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from fathom.chat import encode_segments
 
 from .episodes import Episode, episode
 from .tokens import batch_tokens
+from .wide import letter_texts
 
 MAX_TOKENS = 1600
 _BATCH = 32  # one call of the tokenizer's library for so many episodes
@@ -33,6 +35,7 @@ class EpisodeStream:
         self.tokenizer = tokenizer
         self.stage = min(max(float(stage), 0.0), 1.0)
         self.index = 0
+        self._texts = _letter_texts(tokenizer)
         self._ready: list[tuple[list[int], list[float]]] = []
 
     def __iter__(self) -> Iterator[tuple[list[int], list[float]]]:
@@ -42,7 +45,7 @@ class EpisodeStream:
         """The next episode, not tokenized."""
         number = self.index * self.num_workers + self.worker
         self.index += 1
-        return episode(f"{self.seed}/{number}", self.stage)
+        return episode(f"{self.seed}/{number}", self.stage, self._texts)
 
     def __next__(self) -> tuple[list[int], list[float]]:
         while True:
@@ -54,8 +57,18 @@ class EpisodeStream:
                 return ids, weights
 
 
+@functools.lru_cache(maxsize=4)
+def _letter_texts(tokenizer: Any) -> tuple[str, ...]:
+    # A worker makes a new stream for every batch, always with the same tokenizer.
+    return letter_texts(tokenizer)
+
+
 def corpus(seed: int, n: int, stage: float = 0.3) -> Iterator[str]:
-    """The texts between the special tokens of `n` episodes, to train a tokenizer on."""
+    """The texts between the special tokens of `n` episodes, to train a tokenizer on.
+
+    Most names in them are made up, so that the vocabulary holds their pieces instead of the few
+    thousand words of the lists: words of every origin then split alike.
+    """
     for number in range(n):
         drawn = episode(f"corpus/{seed}/{number}", stage)
         for part in encode_segments(drawn.messages, drawn.tools, thinking=drawn.thinking):

@@ -110,7 +110,7 @@ def joined(processes: int, device: str | None) -> Iterator[tuple[Ranks, torch.de
         where = torch.device("cuda", number)
         torch.cuda.set_device(where)
     dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
-    try:
-        yield Ranks(rank, size), where
-    finally:
-        dist.destroy_process_group()
+    # Not after an error: it would wait for the others, who wait for this process. The launcher ends
+    # them as soon as this one is gone.
+    yield Ranks(rank, size), where
+    dist.destroy_process_group()

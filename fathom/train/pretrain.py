@@ -32,7 +32,14 @@ from fathom.train.parallel import ALONE, Ranks, joined
 from fathom.train.qat import enable_qat
 from fathom.train.recipe import Recipe
 from fathom.train.schedule import INDEXER, progress
-from fathom.train.state import Position, export_compact, latest_state, load_state, save_state
+from fathom.train.state import (
+    Position,
+    export_compact,
+    latest_state,
+    load_compact,
+    load_state,
+    save_state,
+)
 from fathom.train.step import METRICS, LossWeights, StepResult, training_step
 from fathom.train.workers import Source
 
@@ -231,7 +238,7 @@ def tokens_of_each(recipe: Recipe) -> int:
 
 
 def build_model(recipe: Recipe, device: torch.device) -> Any:
-    """The recipe's model, initialised from its seed. Raises ConfigError and TrainError."""
+    """The recipe's model, from its seed or its `init`. Raises ConfigError and TrainError."""
     from fathom.model import Transformer
 
     part = recipe.model
@@ -244,6 +251,8 @@ def build_model(recipe: Recipe, device: torch.device) -> Any:
     dtype = torch.bfloat16 if part.dtype == "bfloat16" and device.type != "cpu" else torch.float32
     model = Transformer(config, dtype=dtype)
     model.initialize(torch.Generator().manual_seed(recipe.run.seed))
+    if part.init:
+        load_compact(model, Path(part.init))
     model.to(device)
     if device.type == "cuda":
         compile_blocks(model)

@@ -22,6 +22,7 @@ class ModelPart:
     preset: str = "nano"
     dtype: str = "bfloat16"
     override: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig to change
+    init: str = ""  # weights.safetensors of an earlier run to begin with, relative to the recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +85,11 @@ class Recipe:
             absolute = str((path.parent / tokenizer).resolve())
             recipe = dataclasses.replace(
                 recipe, data=dataclasses.replace(recipe.data, tokenizer=absolute)
+            )
+        if recipe.model.init:
+            absolute = str((path.parent / recipe.model.init).resolve())
+            recipe = dataclasses.replace(
+                recipe, model=dataclasses.replace(recipe.model, init=absolute)
             )
         return recipe
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fathom.chat import encode_segments
+from fathom.errors import TrainError
 
 from .episodes import Episode, episode
 from .tokens import batch_tokens
@@ -23,7 +24,8 @@ class EpisodeStream:
     """Iterates over (ids, weights); element k depends on seed, worker and k alone.
 
     `stage` from 0 (start of training) to 1 sets the share of plain recall. Episodes longer than
-    MAX_TOKENS are left out.
+    MAX_TOKENS are left out. An episode that its own oracle fails comes out empty: packing counts it
+    as dropped, so that one defect in a million ends no run and yet shows in its log.
     """
 
     def __init__(
@@ -41,17 +43,22 @@ class EpisodeStream:
     def __iter__(self) -> Iterator[tuple[list[int], list[float]]]:
         return self
 
-    def episode(self) -> Episode:
-        """The next episode, not tokenized."""
+    def episode(self) -> Episode | None:
+        """The next episode, not tokenized; None when its oracle failed."""
         number = self.index * self.num_workers + self.worker
         self.index += 1
-        return episode(f"{self.seed}/{number}", self.stage, self._texts)
+        try:
+            return episode(f"{self.seed}/{number}", self.stage, self._texts)
+        except (TrainError, ValueError, RuntimeError):
+            return None
 
     def __next__(self) -> tuple[list[int], list[float]]:
         while True:
             if not self._ready:
                 drawn = [self.episode() for _ in range(_BATCH)]
-                self._ready = batch_tokens(drawn, self.tokenizer)[::-1]
+                whole = [one for one in drawn if one is not None]
+                self._ready = batch_tokens(whole, self.tokenizer)[::-1]
+                self._ready += [([], [])] * (len(drawn) - len(whole))
             ids, weights = self._ready.pop()
             if len(ids) <= MAX_TOKENS:
                 return ids, weights

@@ -25,6 +25,7 @@ _HELD_OUT = frozenset(
     for part in (word, *word.split("/"))
 )
 _LONGEST = 14
+_NEVER = _HELD_OUT | {"yes", "no"}  # as answers these two have rules of their own
 
 
 def letter_texts(tokenizer: Any) -> tuple[str, ...]:
@@ -72,7 +73,7 @@ class WideDraw(Draw):
                 word = self.pick(self._texts) + self.pick(self._texts)
             else:
                 word = self.pick(self._texts)
-            if 2 < len(word) <= _LONGEST and word not in _HELD_OUT and self.mine(word):
+            if 2 < len(word) <= _LONGEST and word not in _NEVER and self.mine(word):
                 return word
 
     def _syllables(self) -> str:

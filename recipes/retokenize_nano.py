@@ -2,8 +2,8 @@
 
     python recipes/retokenize_nano.py OLD_FOLDER runs/nano-init.safetensors
 
-OLD_FOLDER is a checkpoint in the official layout with its tokenizer. A token that both vocabularies
-have keeps its rows of embedding and head and its experts of the hash layers; a new one gets the mean
+OLD_FOLDER is a checkpoint in the official layout with its tokenizer. A token of both vocabularies
+keeps its rows of embedding and head and its experts of the hash layers; a new one gets the mean
 rows of the old tokens that spell it, and the experts of the last. Everything else stays as it is.
 
 Paper: none (recipe).

@@ -230,12 +230,15 @@ class Log(Reader):
     ) -> Record:
         """Write one record and, unless `durable` is false, return once it is on disk.
 
-        `reserve` keeps room for the record that will name this one as its `parent`; that one is
+        `reserve` keeps room for the receipt that will name this record as its `parent`; that one is
         written even on a full disk, at the price of its large blobs. Raises LogFull, then nothing
         was written, and TrajectoryError for values that fit no record.
         """
         body = bodies.encode(
-            fields or {}, blobs or {}, self._blobs, may_lose=parent in self._reserved
+            fields or {},
+            blobs or {},
+            self._blobs,
+            may_lose=kind is Kind.RECEIPT and parent in self._reserved,
         )
         with self._state:
             self._check_open()
@@ -262,7 +265,8 @@ class Log(Reader):
 
     def _write(self, record: Record, reserve: bool) -> None:
         data = record.encode(self._segments[0].salt)
-        released = self._reserved.get(record.parent, 0)
+        answered = record.parent if record.kind is Kind.RECEIPT else 0
+        released = self._reserved.get(answered, 0)
         kept = sum(self._reserved.values()) - released + (RECEIPT_ROOM if reserve else 0)
         if self._offset + len(data) + kept > self._segments[-1].size:
             if SEGMENT_HEADER + len(data) + kept > self._segment_size:
@@ -279,7 +283,7 @@ class Log(Reader):
         if written != len(data):
             self._undo()
             raise LogFull(f"no room for a record in {self.folder}: free some")
-        self._reserved.pop(record.parent, None)
+        self._reserved.pop(answered, None)
         if reserve:
             self._reserved[record.node_sequence] = RECEIPT_ROOM
         self._heads[record.sandbox] = Head(

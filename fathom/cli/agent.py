@@ -1,28 +1,46 @@
 """`fathom agent`: give a task to a model with a sandbox and watch it work.
 
 The trace goes to standard error and the answer to standard output, so the answer can be piped.
+Every turn of the model and every operation is in a log before it counts, so a run that was killed
+goes on with --resume where it was.
 
-Paper: §5.3.1 (code agents).
+Paper: §5.3.1 (code agents), §5.2.5 (resuming after preemption).
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
 import typer
+from typer.core import TyperCommand
 
-from fathom.agent import Agent, Episode, Limits, Model
+from fathom.agent import Agent, Episode, Limits, Model, RecordedModel
 from fathom.agent.tool import arguments_of
 from fathom.chat.reply import Sampling
 from fathom.cli.models import check_thinking, default_sampling, open_model
-from fathom.cli.sandboxes import KINDS, check_kind, open_sandbox
+from fathom.cli.sandboxes import KINDS, check_kind, substrate_of
 from fathom.cli.terminal import TASK_FAILED, console, visible
 from fathom.cli.trace import Trace
+
+LATEST = "last"
+ON_LOST = ("fail", "continue", "rebuild")
+
+
+class AgentCommand(TyperCommand):
+    """The command, with --resume before another option or at the end meaning the latest run."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Give a bare --resume its value."""
+        for at, text in reversed(list(enumerate(args))):
+            if text == "--resume" and (at + 1 == len(args) or args[at + 1].startswith("--")):
+                args = [*args[: at + 1], LATEST, *args[at + 1 :]]
+        return super().parse_args(ctx, args)
 
 
 def agent(
@@ -53,11 +71,31 @@ def agent(
     ] = 60.0,
     temperature: Annotated[float | None, typer.Option(min=0.0)] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ID]",
+            help="Go on with a run that ended early; without an ID the latest of this command.",
+        ),
+    ] = None,
+    on_lost: Annotated[
+        str | None,
+        typer.Option(
+            help="When the sandbox of that run is gone: fail, continue in a fresh one, or rebuild "
+            "it by running its commands again. Default: continue with --workdir, else fail."
+        ),
+    ] = None,
+    keep: Annotated[
+        float, typer.Option(min=1.0, help="Seconds that a sandbox waits for a killed run.")
+    ] = 1800.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write one JSON object to standard output.")
     ] = False,
 ) -> None:
     """Run the agent on a task.
+
+    A run that was killed goes on when the same command is given again with --resume: no command
+    that was begun is run a second time.
 
     Exit code 0: it answered; 1: it ended without an answer; 2: wrong usage; 3: this machine lacks
     something, such as a sandbox or a model server that can be reached.
@@ -79,18 +117,56 @@ def agent(
     opened = open_model(model, url, api_key)
     sampling = default_sampling(model, url, Sampling(temperature=temperature, seed=seed))
     worker = Agent(model=opened, thinking=thinking, sampling=sampling, limits=limits)
+    if on_lost not in (None, *ON_LOST):
+        raise typer.BadParameter(f"--on-lost is {on_lost!r}; choose {', '.join(ON_LOST)}")
     trace = Trace(console(stderr=True))
-    episode = anyio.run(partial(_work, worker, task, kind=sandbox, workdir=workdir, trace=trace))
+    fields: dict[str, Any] = {
+        "task": task,
+        "model": model,
+        "url": url,
+        "thinking": thinking,
+        "sandbox": sandbox,
+        "workdir": None if workdir is None else str(workdir.resolve()),
+        "sampling": asdict(sampling),
+        "limits": asdict(limits),
+    }
+    choice = on_lost or ("fail" if workdir is None else "continue")
+    job = partial(_work, worker, fields, resume=resume, on_lost=choice, keep=keep, trace=trace)
+    episode = anyio.run(job)
     _show(episode, opened, thinking, as_json)
     if not episode.answered:
         raise typer.Exit(TASK_FAILED)
 
 
 async def _work(
-    worker: Agent, task: str, *, kind: str, workdir: Path | None, trace: Trace
+    worker: Agent,
+    fields: dict[str, Any],
+    *,
+    resume: str | None,
+    on_lost: str,
+    keep: float,
+    trace: Trace,
 ) -> Episode:
-    async with open_sandbox(kind, workdir) as box:
-        return await worker.run(task, box, trace)
+    from fathom.sandbox.trajectory.recorded import RecordedSandbox
+    from fathom.sandbox.trajectory.store import Store
+
+    store = Store()
+    if resume == LATEST:
+        resume = store.last(fields)
+    work = store.work(
+        fields,
+        {"workdir": fields["workdir"]},
+        resume=resume,
+        on_lost=on_lost,  # type: ignore[arg-type]
+        substrate=substrate_of(fields["sandbox"]),
+        idle=keep,
+    )
+    async with work as opened:
+        trace.begins(opened.id, opened.resumed, replaced=opened.replaced)
+        recorded = replace(worker, model=RecordedModel(worker.model, opened.session))
+        # The model can look for itself whether a command took effect that nobody knows about.
+        box = RecordedSandbox(opened.session, tell=True)
+        return await recorded.run(fields["task"], box, trace)
 
 
 def _show(episode: Episode, model: Model, thinking: str, as_json: bool) -> None:

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from fathom import __version__
-from fathom.cli.agent import agent
+from fathom.cli.agent import AgentCommand, agent
 from fathom.cli.bench import app as bench_app
 from fathom.cli.chat import chat
 from fathom.cli.convert import convert
@@ -95,7 +95,6 @@ def _global_options(
 for _command in (
     doctor,
     demo,
-    agent,
     chat,
     generate,
     inspect,
@@ -104,6 +103,7 @@ for _command in (
     train,
 ):
     app.command(_command.__name__)(_command)
+app.command("agent", cls=AgentCommand)(agent)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 

@@ -133,7 +133,7 @@ class Session:
         for entry in undecided:
             log.keep(entry.intent)
         if same and not undecided:
-            expected, counted = tape.generation(), executor.generation
+            expected, counted = tape.generation(executor.epoch), executor.generation
             if None not in (expected, counted) and expected != counted:
                 raise StateDiffers(
                     f"{name} was changed {counted} times and the log knows of {expected}: somebody "
@@ -388,7 +388,7 @@ class Session:
             self._log.release(stale.intent)
         fields = {"back_to": position, "generation": executor.generation}
         await self._append(Kind.RESUME, key=name, fields=fields)
-        self._tape.set_back = executor.generation
+        self._tape.set_back = self._life, executor.generation
         self._tape.cut(position)
         raise RolledBack(
             f"{self.name} was set back to the snapshot {name}, because the outcome of {entry.key} "

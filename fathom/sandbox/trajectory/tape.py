@@ -51,7 +51,7 @@ class Tape:
     by_key: dict[str, Entry] = field(default_factory=dict[str, Entry])
     lives: dict[int, str] = field(default_factory=dict[int, str])
     attempts: dict[str, int] = field(default_factory=dict[str, int])
-    set_back: int | None = None
+    set_back: tuple[int, int | None] = (0, None)
     ended: bool = False
     snapshots: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
 
@@ -95,10 +95,12 @@ class Tape:
         """Operations that were begun and have no receipt."""
         return [entry for entry in self.entries if entry.end is None]
 
-    def generation(self) -> int | None:
-        """The state of the sandbox after the last receipt; None when nobody counted."""
-        found = [entry.generation for entry in self.entries if entry.generation is not None]
-        return max([*found, *([] if self.set_back is None else [self.set_back])], default=None)
+    def generation(self, epoch: str) -> int | None:
+        """The state of the sandbox `epoch` after its last receipt; None when nobody counted."""
+        counts = [(entry.life, entry.generation) for entry in self.entries]
+        counts.append(self.set_back)
+        found = [n for life, n in counts if n is not None and self.lives.get(life) == epoch]
+        return max(found, default=None)
 
 
 def read_tape(log: Reader, sandbox: str) -> Tape:
@@ -142,7 +144,7 @@ def _apply(log: Reader, tape: Tape, record: Record) -> None:
             tape.snapshots.append((record.key, int(log.body(record).fields["position"])))
         case Kind.RESUME:
             fields = log.body(record).fields
-            tape.set_back = fields["generation"]
+            tape.set_back = record.epoch, fields["generation"]
             tape.cut(int(fields["back_to"]))
         case Kind.END:
             tape.ended = True

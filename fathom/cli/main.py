@@ -30,6 +30,7 @@ from fathom.cli.inspect import inspect
 from fathom.cli.output import print_json
 from fathom.cli.terminal import exit_code, visible
 from fathom.cli.train import train
+from fathom.cli.trajectory import app as sandbox_app
 from fathom.errors import FathomError
 
 
@@ -106,6 +107,7 @@ for _command in (
 app.command("agent", cls=AgentCommand)(agent)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+app.add_typer(sandbox_app, name="sandbox")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ Paper: §5.2.5 (reconnecting to a sandbox after a preemption).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -36,6 +37,7 @@ from fathom.sandbox.trajectory.record import Kind, Record
 from fathom.sandbox.trajectory.tape import read_outcome
 
 DEFAULT_IDLE = 1800.0
+ALIVE = "alive"
 _PACKAGE = str(Path(__file__).parents[3])
 _CODE = (
     "import sys; sys.path += {paths!r}; from fathom.sandbox.trajectory.holder import main; main()"
@@ -236,6 +238,18 @@ async def hold(
 def _start(order: dict[str, Any]) -> dict[str, Any]:
     order["folder"] = os.path.abspath(order["folder"])
     os.makedirs(order["folder"], mode=0o700)
+    alive = os.open(
+        os.path.join(order["folder"], ALIVE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+    )
+    try:
+        # The holder inherits the lock: from its first moment to its last it can be seen to live.
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        return _spawn(order, alive)
+    finally:
+        os.close(alive)
+
+
+def _spawn(order: dict[str, Any], alive: int) -> dict[str, Any]:
     # Exactly the libraries of this process; the package first, the standard library before it.
     paths = [_PACKAGE, *(path for path in sys.path if os.path.isabs(path))]
     process = subprocess.Popen(
@@ -245,6 +259,7 @@ def _start(order: dict[str, Any]) -> dict[str, Any]:
         stderr=subprocess.PIPE,
         env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
         cwd="/",
+        pass_fds=(alive,),
         # Neither Ctrl-C in a terminal nor the terminal's end reaches it.
         start_new_session=True,
     )
@@ -280,9 +295,29 @@ def _await_end(pid: int) -> None:
 
 
 async def reconnect(folder: Path) -> HeldExecutor | None:
-    """The executor of the holder in `folder`, None when that holder is gone."""
-    hello = await _hello(folder)
-    return None if hello is None else HeldExecutor(folder, hello)
+    """The executor of the holder in `folder`, None when that holder is gone.
+
+    One that is still starting, for a client that died meanwhile, is awaited.
+    """
+    while (hello := await _hello(folder)) is None:
+        if not _lives(folder):
+            return None
+        await anyio.sleep(0.05)
+    return HeldExecutor(folder, hello)
+
+
+def _lives(folder: Path) -> bool:
+    try:
+        fd = os.open(folder / ALIVE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 async def _hello(folder: Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ Paper: §5.2.5 (the sandbox outlives the process that uses it).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -24,7 +25,9 @@ import anyio
 from anyio.abc import SocketStream, TaskGroup
 
 from fathom.errors import FathomError, SandboxError, SandboxLost
+from fathom.sandbox import state
 from fathom.sandbox.sandbox import Client, Sandbox
+from fathom.sandbox.trajectory.changes import Change, Watcher
 from fathom.sandbox.trajectory.frames import SOCKET, Frame, Line, is_own_user
 from fathom.sandbox.trajectory.log import Log
 from fathom.sandbox.trajectory.operation import (
@@ -57,11 +60,14 @@ class _Op:
 class Holder:
     """Serves one sandbox to its user's processes."""
 
-    def __init__(self, sandbox: Sandbox, journal: Log, epoch: str, idle: float) -> None:
+    def __init__(
+        self, sandbox: Sandbox, journal: Log, epoch: str, idle: float, watcher: Watcher | None
+    ) -> None:
         self.sandbox = sandbox
         self.journal = journal
         self.epoch = epoch
         self.idle = idle
+        self.watcher = watcher
         self.generation = 0
         self.ops: dict[str, _Op] = {}
         self.guests = 0
@@ -133,9 +139,15 @@ class Holder:
 
     async def _run(self, key: str, op: _Op, request: Request, intent: int) -> None:
         try:
+            background = self._changes(request)
             outcome = await perform(self.sandbox, request)
             self.generation += 1
-            outcome = replace(outcome, generation=self.generation)
+            outcome = replace(
+                outcome,
+                generation=self.generation,
+                changes=self._changes(request),
+                background=background,
+            )
             self.journal.append(
                 Kind.RECEIPT,
                 HELD,
@@ -152,6 +164,14 @@ class Holder:
         finally:
             op.ended.set()
             self.last_seen = time.monotonic()
+
+    def _changes(self, request: Request) -> tuple[Change, ...] | None:
+        if self.watcher is None:
+            return None
+        if request.verb == "read":
+            return ()  # reading changes nothing, and what the background did is seen next time
+        found = self.watcher.changes()
+        return None if found is None else tuple(found)
 
     async def _send_end(self, line: Line, op: _Op) -> None:
         await op.ended.wait()
@@ -193,7 +213,8 @@ async def _hold(order: dict[str, Any]) -> None:
             sandbox = await client.create(Container(**order["spec"]))
             journal.append(Kind.CREATE, HELD, fields={"epoch": epoch, "sandbox": sandbox.id})
             listener = await anyio.create_unix_listener(SOCKET, mode=0o600)
-            holder = Holder(sandbox, journal, epoch, order["idle"])
+            watcher = Watcher(root) if (root := _root_of(order, sandbox)) else None
+            holder = Holder(sandbox, journal, epoch, order["idle"], watcher)
             async with anyio.create_task_group() as group:
                 holder.group = group
                 group.start_soon(_until_signal, holder)
@@ -205,6 +226,16 @@ async def _hold(order: dict[str, Any]) -> None:
             (folder / SOCKET).unlink(missing_ok=True)
 
 
+def _root_of(order: dict[str, Any], sandbox: Sandbox) -> Path | None:
+    """Where the file system of a sandbox can be seen from here; None where it cannot."""
+    pid = state.first_process(Path(order["runtime_dir"]) / sandbox.id)
+    root = None if pid is None else Path(f"/proc/{pid}/root")
+    try:
+        return root if root is not None and (root / "work").is_dir() else None
+    except OSError:
+        return None
+
+
 async def _until_signal(holder: Holder) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _ in signals:
@@ -213,11 +244,13 @@ async def _until_signal(holder: Holder) -> None:
 
 def _report(message: dict[str, Any]) -> None:
     """Tell the process that started this one, which waits for one line."""
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
-    # From here on nobody listens, and an answer to nobody must not end the holder.
+    # It may have died meanwhile; its successor will find the socket.
+    with contextlib.suppress(OSError):
+        os.write(1, json.dumps(message).encode() + b"\n")
+    # From here on nobody listens, and a word to nobody must not end the holder.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
+    os.dup2(null, 2)
     os.close(null)
 
 

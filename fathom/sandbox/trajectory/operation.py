@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from fathom.errors import SandboxError, SandboxLost, Unsupported
 from fathom.sandbox.files import SandboxFileIsFolder, SandboxFileMissing
 from fathom.sandbox.trajectory.body import canonical
+from fathom.sandbox.trajectory.changes import Change, changes_from_json
 from fathom.sandbox.types import DEFAULT_CAP, ExecResult
 
 # "pure" changes nothing; "idempotent" may be done twice; "once" must not.
@@ -92,6 +93,8 @@ class Outcome:
     """What came of a request: JSON fields and named bytes, or an error that the sandbox gave.
 
     `generation` is how often the sandbox had been changed after this; None where nobody counts.
+    `changes`: files that it changed, `background`: files that had changed since the operation
+    before; both are None where nobody looked.
     `cached`: it was taken from the log. `lost`: names of bytes for which the log had no room.
     """
 
@@ -99,6 +102,8 @@ class Outcome:
     blobs: dict[str, bytes] = field(default_factory=dict[str, bytes])
     error: tuple[str, str] | None = None
     generation: int | None = None
+    changes: tuple[Change, ...] | None = None
+    background: tuple[Change, ...] | None = None
     cached: bool = False
     lost: frozenset[str] = frozenset()
 
@@ -178,7 +183,17 @@ def encode_outcome(outcome: Outcome) -> dict[str, Any]:
         "fields": outcome.fields,
         "error": None if outcome.error is None else list(outcome.error),
         "generation": outcome.generation,
+        "changes": _listed(outcome.changes),
+        "background": _listed(outcome.background),
     }
+
+
+def _listed(changes: tuple[Change, ...] | None) -> list[list[Any]] | None:
+    return None if changes is None else [change.to_json() for change in changes]
+
+
+def _changes(value: list[list[Any]] | None) -> tuple[Change, ...] | None:
+    return None if value is None else changes_from_json(value)
 
 
 def decode_outcome(fields: Mapping[str, Any], blobs: Mapping[str, bytes | None]) -> Outcome:
@@ -189,6 +204,8 @@ def decode_outcome(fields: Mapping[str, Any], blobs: Mapping[str, bytes | None])
         blobs={name: data for name, data in blobs.items() if data is not None},
         error=None if error is None else (error[0], error[1]),
         generation=fields["generation"],
+        changes=_changes(fields["changes"]),
+        background=_changes(fields["background"]),
         cached=True,
         lost=frozenset(name for name, data in blobs.items() if data is None),
     )
@@ -210,10 +227,4 @@ def from_wire(data: bytes) -> Outcome:
     for name, size in fields.pop("blobs").items():
         blobs[name] = data[at : at + size]
         at += size
-    outcome = decode_outcome(fields, blobs)
-    return Outcome(
-        fields=outcome.fields,
-        blobs=outcome.blobs,
-        error=outcome.error,
-        generation=outcome.generation,
-    )
+    return replace(decode_outcome(fields, blobs), cached=False)

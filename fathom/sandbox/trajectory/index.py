@@ -69,7 +69,9 @@ class Summary:
 class Index:
     """The index of one log, in its folder or, for a reader, in memory."""
 
-    def __init__(self, folder: Path | None, identity: bytes) -> None:
+    def __init__(self, folder: Path | None, identity: bytes, *, durable: bool = True) -> None:
+        # What need not survive a power cut need not wait for the disk either.
+        self._synchronous = "NORMAL" if durable else "OFF"
         self._path = None if folder is None else folder / NAME
         self._identity = identity
         self._waiting: list[tuple[object, ...]] = []
@@ -100,7 +102,7 @@ class Index:
         db = sqlite3.connect(where, check_same_thread=False, isolation_level=None)
         try:
             db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=NORMAL")
+            db.execute(f"PRAGMA synchronous={self._synchronous}")
             if not db.execute("PRAGMA user_version").fetchone()[0]:
                 db.execute("BEGIN")
                 for statement in _SCHEMA.split(";"):

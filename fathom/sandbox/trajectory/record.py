@@ -61,6 +61,9 @@ class Kind(enum.IntEnum):
     ATTACH = 14
 
 
+_KINDS = {int(kind): kind for kind in Kind}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """A record as it is written and read; see the module for the fields."""
@@ -174,7 +177,7 @@ def _decode(whole: bytes, kind: int, size: int) -> Record:
     )
     body_at = HEADER_SIZE + names + keys
     try:
-        known = Kind(kind)
+        known = _KINDS.get(kind) or Kind(kind)
         name = whole[HEADER_SIZE : HEADER_SIZE + names].decode()
         key = whole[HEADER_SIZE + names : body_at].decode()
     except ValueError as error:

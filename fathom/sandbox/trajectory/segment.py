@@ -141,18 +141,20 @@ def _read_header(path: Path) -> Segment:
     return Segment(path=path, identity=identity, first=first, size=size)
 
 
-def scan(segment: Segment, *, last: bool, durable: int = 0) -> Iterator[Found]:
+def scan(segment: Segment, *, last: bool) -> Iterator[Found]:
     """The records of a segment in order, until its end or, in the `last` one, a torn write.
 
-    `durable`: a record up to here is known to have been durable. Raises LogCorrupt where a durable
-    record is damaged, missing or out of order, and LogTooNew.
+    Raises LogCorrupt where a durable record is damaged, missing or out of order, and LogTooNew.
     """
+    salt = segment.salt
     with segment.path.open("rb") as file:
         if os.fstat(file.fileno()).st_size <= SEGMENT_HEADER:
             raise LogCorrupt(f"{segment.path} is empty")
+        # Asked before anything is read: what is read ahead would count as written.
+        written = list(_written(file.fileno()))
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             expected, at = segment.first, SEGMENT_HEADER
-            while found := record_at(data, at, segment.salt):
+            while found := record_at(data, at, salt):
                 record, whole = found
                 if record.node_sequence != expected:
                     raise LogCorrupt(
@@ -160,19 +162,24 @@ def scan(segment: Segment, *, last: bool, durable: int = 0) -> Iterator[Found]:
                     )
                 yield Found(record=record, data=whole, offset=at)
                 expected, at = expected + 1, at + len(whole)
+            rest = [(max(begin, at), end) for begin, end in written if end > at]
             if last:
-                _check_tail(segment, data, at, expected, durable)
-            elif not _is_zero(data, at):
+                _check_tail(segment, data, rest, at, expected)
+            elif not _is_zero(data, rest):
                 raise LogCorrupt(f"record {expected} in {segment.path} at byte {at} is damaged")
 
 
-def _check_tail(segment: Segment, data: mmap.mmap, at: int, expected: int, durable: int) -> None:
+def _check_tail(
+    segment: Segment, data: mmap.mmap, rest: list[tuple[int, int]], at: int, expected: int
+) -> None:
     """Decide whether what follows the last whole record is a torn write. Raises LogCorrupt."""
-    durable, position = max(durable, 0), at
-    while durable < expected and (position := data.find(MAGIC, position + 1)) >= 0:
-        # Only what lies where a record may lie, with this log's checksum, is a witness.
-        if position % 8 == 0 and (found := record_at(data, position, segment.salt)):
-            durable = max(durable, found[0].durable)
+    durable = 0
+    for begin, end in rest:
+        position = begin - 1
+        while durable < expected and (position := data.find(MAGIC, position + 1, end)) >= 0:
+            # Only what lies where a record may lie, with this log's checksum, is a witness.
+            if position % 8 == 0 and (found := record_at(data, position, segment.salt)):
+                durable = max(durable, found[0].durable)
     if durable >= expected:
         raise LogCorrupt(
             f"record {expected} in {segment.path} at byte {at} is damaged although it had been "
@@ -180,12 +187,24 @@ def _check_tail(segment: Segment, data: mmap.mmap, at: int, expected: int, durab
         )
 
 
-def _is_zero(data: mmap.mmap, at: int, chunk: int = 1 << 20) -> bool:
-    zeros = bytes(chunk)
-    return all(
-        data[position : position + chunk] == zeros[: min(chunk, len(data) - position)]
-        for position in range(at, len(data), chunk)
+def _is_zero(data: mmap.mmap, rest: list[tuple[int, int]], chunk: int = 1 << 20) -> bool:
+    return not any(
+        any(data[position : min(end, position + chunk)])
+        for begin, end in rest
+        for position in range(begin, end, chunk)
     )
+
+
+def _written(file: int) -> Iterator[tuple[int, int]]:
+    """The ranges of a file that were ever written; the others are zeros and need no look."""
+    at = 0
+    while True:
+        try:
+            begin = os.lseek(file, at, os.SEEK_DATA)
+        except OSError:
+            return  # nothing but preallocated room
+        at = os.lseek(file, begin, os.SEEK_HOLE)
+        yield begin, at
 
 
 def cut(segment: Segment, at: int, *, durable: bool = True) -> None:

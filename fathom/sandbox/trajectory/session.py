@@ -52,6 +52,8 @@ from fathom.sandbox.trajectory.tape import Entry, Tape, read_outcome, read_tape
 # A probe looks for traces of an operation. An outcome: it happened, with this result. None: it did
 # not happen. To leave it open it raises.
 Probe = Callable[[Operation], Awaitable[Outcome | None]]
+# Without a sync a write of this size is done before a thread for it would have begun.
+_AT_ONCE = 1 << 16
 OnUnknown = Literal["fail", "retry", "rollback"] | Probe
 
 
@@ -269,11 +271,10 @@ class Session:
     def _find(self, key: str, digest: bytes) -> Entry | None:
         """The entry that is asked for, None when it is new. Raises Diverged, OperationConflict."""
         entry = self._tape.by_key.get(key)
-        waiting = self._tape.waiting
         if entry is None:
             # Operations that ran at the same time may be asked for in another order; one that the
             # log does not know, while it knows others, means that the caller took another way.
-            if waiting:
+            if waiting := self._tape.waiting:
                 raise self._diverged(waiting[0], f"{key} is asked for")
             return None
         if entry.digest != digest:
@@ -425,7 +426,8 @@ class Session:
 
     async def _append(self, kind: Kind, **values: Any) -> Record:
         write = partial(self._log.append, kind, self.name, epoch=self._life, **values)
-        if self._log.durability == "process" and not values.get("blobs"):
+        size = sum(map(len, values.get("blobs", {}).values()))
+        if self._log.durability == "process" and size < _AT_ONCE:
             return write()
         # A sync takes milliseconds, which the event loop has better use for. It is not abandoned
         # when the caller is cancelled: what was half said could not be taken back.

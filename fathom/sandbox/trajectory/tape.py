@@ -45,7 +45,11 @@ class Entry:
 
 @dataclass(slots=True)
 class Tape:
-    """The entries of one sandbox, with what the other records say about it."""
+    """The entries of one sandbox, with what the other records say about it.
+
+    `lives` gives the epoch of each attachment, `set_back` the life and generation of the last
+    rollback, `asked` how many entries from the first on were presented.
+    """
 
     entries: list[Entry] = field(default_factory=list[Entry])
     by_key: dict[str, Entry] = field(default_factory=dict[str, Entry])
@@ -53,6 +57,7 @@ class Tape:
     attempts: dict[str, int] = field(default_factory=dict[str, int])
     set_back: tuple[int, int | None] = (0, None)
     ended: bool = False
+    asked: int = 0
     snapshots: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
 
     def begin(self, record: Record, *, is_value: bool = False) -> Entry:
@@ -83,12 +88,15 @@ class Tape:
         for entry in self.entries[position:]:
             del self.by_key[entry.key]
         del self.entries[position:]
+        self.asked = min(self.asked, position)
         self.snapshots = [(name, at) for name, at in self.snapshots if at <= position]
 
     @property
     def waiting(self) -> list[Entry]:
         """What the log holds and nobody has asked for in this life."""
-        return [entry for entry in self.entries if not entry.presented]
+        while self.asked < len(self.entries) and self.entries[self.asked].presented:
+            self.asked += 1
+        return [entry for entry in self.entries[self.asked :] if not entry.presented]
 
     @property
     def undecided(self) -> list[Entry]:
@@ -113,15 +121,13 @@ def read_tape(log: Reader, sandbox: str) -> Tape:
 
 def _with_parents(log: Reader, sandbox: str) -> Iterator[Record]:
     """The records of a sandbox, after those of the one it was forked from up to that point."""
-    places = log.places(sandbox)
-    if places and places[0].kind is Kind.FORK:
-        fork = log.read(places[0])
-        fields = log.body(fork).fields
-        for record in _with_parents(log, fields["from"]):
-            if record.node_sequence <= fields["through"]:
-                yield record
-    for place in places:
-        yield log.read(place)
+    for record in log.records(sandbox):
+        if record.kind is Kind.FORK:
+            fields = log.body(record).fields
+            for earlier in _with_parents(log, fields["from"]):
+                if earlier.node_sequence <= fields["through"]:
+                    yield earlier
+        yield record
 
 
 def _apply(log: Reader, tape: Tape, record: Record) -> None:

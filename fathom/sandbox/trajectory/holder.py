@@ -25,8 +25,7 @@ import anyio
 from anyio.abc import SocketStream, TaskGroup
 
 from fathom.errors import FathomError, SandboxError, SandboxLost
-from fathom.sandbox import state
-from fathom.sandbox.sandbox import Client, Sandbox
+from fathom.sandbox import Client, Container, Sandbox, state
 from fathom.sandbox.trajectory.changes import Change, Watcher
 from fathom.sandbox.trajectory.frames import SOCKET, Frame, Line, is_own_user
 from fathom.sandbox.trajectory.log import Log
@@ -38,7 +37,6 @@ from fathom.sandbox.trajectory.operation import (
     to_wire,
 )
 from fathom.sandbox.trajectory.record import Kind
-from fathom.sandbox.types import Container
 
 JOURNAL = "journal"
 JOURNAL_SEGMENT = 1 << 18

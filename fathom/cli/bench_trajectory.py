@@ -81,12 +81,12 @@ class _Instant:
         on_started()
         return Outcome(fields={"exit_code": 0, "duration": 0.0}, blobs={"stdout": b"x" * 200})
 
-    async def query(self, key: str) -> Any:
+    async def query(self, key: str, request: Any) -> Any:
         from fathom.sandbox.trajectory.executor import NeverSeen
 
         return NeverSeen()
 
-    async def wait(self, key: str) -> Any:
+    async def wait(self, key: str, request: Any) -> Any:
         raise AssertionError("nothing runs here")
 
     async def acknowledge(self, key: str) -> None:

@@ -8,6 +8,7 @@ Paper: §5.2.5 (request path of a command).
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import anyio
 
-from fathom.errors import SandboxLost
+from fathom.errors import SandboxError, SandboxLost
 from fathom.sandbox.trajectory.operation import Outcome, Request, perform
 
 
@@ -70,11 +71,11 @@ class Executor(Protocol):
         """
         ...
 
-    async def query(self, key: str) -> Answer:
-        """What became of an operation. Never begins one."""
+    async def query(self, key: str, request: Request) -> Answer:
+        """What became of an operation, whose request it is. Never begins one."""
         ...
 
-    async def wait(self, key: str) -> Outcome:
+    async def wait(self, key: str, request: Request) -> Outcome:
         """The outcome of an operation that is running. Raises SandboxLost."""
         ...
 
@@ -126,7 +127,7 @@ class DirectExecutor:
         """See `Executor.dispatch`."""
         del digest  # the log has compared it; a journal of another process would as well
         if key in self._begun:
-            return await self.wait(key)
+            return await self.wait(key, request)
         ended = self._begun[key] = anyio.Event()
         on_started()
         try:
@@ -137,7 +138,7 @@ class DirectExecutor:
         finally:
             ended.set()
 
-    async def query(self, key: str) -> Answer:
+    async def query(self, key: str, request: Request) -> Answer:
         """See `Executor.query`; keys of an earlier life are lost."""
         if key in self._ended:
             return Finished(outcome=self._ended[key])
@@ -147,7 +148,7 @@ class DirectExecutor:
             return Lost(reason="the sandbox ended, or the caller gave up, while it ran")
         return Running()
 
-    async def wait(self, key: str) -> Outcome:
+    async def wait(self, key: str, request: Request) -> Outcome:
         """See `Executor.wait`."""
         await self._begun[key].wait()
         if key not in self._ended:
@@ -157,3 +158,69 @@ class DirectExecutor:
     async def acknowledge(self, key: str) -> None:
         """Forget the outcome, not the key."""
         self._ended.pop(key, None)
+
+
+class AgentExecutor:
+    """Runs operations under keys that the agent inside a sandbox remembers.
+
+    The agent keeps its receipts where the tenant cannot reach them, and for as long as the sandbox
+    lives, whoever asks. Made by `open`. Reading a file changes nothing and leaves no receipt.
+    """
+
+    def __init__(self, sandbox: Any, epoch: str) -> None:
+        self.sandbox = sandbox
+        self._epoch = epoch
+
+    @classmethod
+    async def open(cls, sandbox: Any) -> AgentExecutor:
+        """An executor for a sandbox with `exec(op=...)`, `receipt` and `acknowledge`."""
+        receipt = await sandbox.receipt("epoch")
+        return cls(sandbox, f"{sandbox.id}/{receipt.epoch}")
+
+    @property
+    def epoch(self) -> str:
+        """One value for one life of the agent in one sandbox."""
+        return self._epoch
+
+    @property
+    def generation(self) -> int | None:
+        """None: the agent does not count."""
+        return None
+
+    async def dispatch(
+        self, key: str, digest: bytes, request: Request, on_started: OnStarted
+    ) -> Outcome:
+        """See `Executor.dispatch`. The agent compares requests by a digest of its own."""
+        del digest, on_started  # the sandbox says nothing before the end of a command
+        return await perform(self.sandbox, request, key)
+
+    async def query(self, key: str, request: Request) -> Answer:
+        """See `Executor.query`. A receipt is fetched by asking for the operation again."""
+        if request.verb == "read":
+            return NeverSeen()
+        try:
+            receipt = await self.sandbox.receipt(key)
+            if f"{self.sandbox.id}/{receipt.epoch}" != self._epoch:
+                return Lost(reason="the agent of the sandbox began anew")
+            match receipt.state:
+                case "never":
+                    return NeverSeen()
+                case "running":
+                    return Running()
+                case "finished":
+                    return Finished(outcome=await perform(self.sandbox, request, key))
+                case "acked":
+                    return Lost(reason="its receipt was given up, and is not in the log")
+                case _:
+                    return Lost(reason="the agent ended while it ran")
+        except SandboxError as error:
+            return Lost(reason=str(error))
+
+    async def wait(self, key: str, request: Request) -> Outcome:
+        """See `Executor.wait`."""
+        return await perform(self.sandbox, request, key)
+
+    async def acknowledge(self, key: str) -> None:
+        """See `Executor.acknowledge`."""
+        with contextlib.suppress(SandboxError):
+            await self.sandbox.acknowledge(key)

@@ -82,7 +82,7 @@ class HeldExecutor:
                     answer = await line.receive()
         return self._outcome(answer)
 
-    async def query(self, key: str) -> Answer:
+    async def query(self, key: str, request: Request) -> Answer:
         """See `Executor.query`. When the holder has died, its journal answers."""
         try:
             async with connect(self.folder) as line:
@@ -92,7 +92,7 @@ class HeldExecutor:
         except SandboxLost:
             answer = None
         if answer is None:
-            return await DeadJournal(self.folder).query(key)
+            return await DeadJournal(self.folder).query(key, request)
         match answer[0]["is"]:
             case "never":
                 return NeverSeen()
@@ -103,7 +103,7 @@ class HeldExecutor:
             case _:
                 return Finished(outcome=self._outcome(answer))
 
-    async def wait(self, key: str) -> Outcome:
+    async def wait(self, key: str, request: Request) -> Outcome:
         """See `Executor.wait`."""
         async with connect(self.folder) as line:
             with self._translated():
@@ -185,7 +185,7 @@ class DeadJournal:
         """Always raises SandboxLost."""
         raise SandboxLost("the sandbox is gone: its holder died")
 
-    async def query(self, key: str) -> Answer:
+    async def query(self, key: str, request: Request) -> Answer:
         """See `Executor.query`."""
         if key in self._ends:
             return Finished(outcome=self._ends[key])
@@ -195,7 +195,7 @@ class DeadJournal:
             return Lost(reason="the sandbox was lost while it ran")
         return NeverSeen()
 
-    async def wait(self, key: str) -> Outcome:
+    async def wait(self, key: str, request: Request) -> Outcome:
         """See `Executor.wait`: nothing runs here."""
         raise SandboxLost("the sandbox is gone: its holder died")
 

@@ -159,21 +159,31 @@ def outcome_of(result: ExecResult) -> Outcome:
     )
 
 
-async def perform(sandbox: Any, request: Request) -> Outcome:
-    """Do in `sandbox` what is asked, now. Raises SandboxLost; its other errors are outcomes."""
+# Errors that are an answer of the sandbox. Any other leaves open what happened.
+_ANSWERS = (SandboxError, *_ERRORS.values())
+
+
+async def perform(sandbox: Any, request: Request, op: str | None = None) -> Outcome:
+    """Do in `sandbox` what is asked; `op` is a key for sandboxes that keep receipts themselves.
+
+    What the sandbox answers is an outcome, an error too. Raises SandboxLost when it gave none.
+    """
     arguments = dict(request.arguments)
+    key = {} if op is None else {"op": op}
     try:
         if request.verb == "exec":
-            return outcome_of(
-                await sandbox.exec(arguments.pop("command"), stdin=request.data, **arguments)
-            )
+            command = arguments.pop("command")
+            result = await sandbox.exec(command, stdin=request.data, **arguments, **key)
+            return outcome_of(result)
         if request.verb == "read":
             return Outcome(blobs={"data": cast("bytes", await sandbox.files.read(**arguments))})
-        await sandbox.files.write(arguments["path"], request.data or b"")
+        await sandbox.files.write(arguments["path"], request.data or b"", **key)
         return Outcome()
     except SandboxLost:
         raise
     except SandboxError as error:
+        if type(error) not in _ANSWERS:
+            raise SandboxLost(str(error)) from error
         return Outcome(error=(error.code, str(error)))
 
 

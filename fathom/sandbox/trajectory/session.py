@@ -45,7 +45,7 @@ from fathom.sandbox.trajectory.executor import (
     Running,
 )
 from fathom.sandbox.trajectory.log import Log
-from fathom.sandbox.trajectory.operation import Operation, Outcome, encode_outcome
+from fathom.sandbox.trajectory.operation import Operation, Outcome, Request, encode_outcome
 from fathom.sandbox.trajectory.record import Kind, Record
 from fathom.sandbox.trajectory.tape import Entry, Tape, read_outcome, read_tape
 
@@ -201,7 +201,7 @@ class Session:
             if entry is None:
                 return await self._begin(operation, digest)
             if entry.end is None and entry.unknown is None:
-                await self._decide(entry)
+                await self._decide(entry, operation.request)
             if entry.end is not None:
                 return read_outcome(self._log, entry.end)
             if entry.unknown is not None:
@@ -331,7 +331,7 @@ class Session:
                 entry.ticket, digest, operation.request, on_started
             )
         except SandboxLost as error:
-            await self._decide(entry)
+            await self._decide(entry, operation.request)
             if entry.end is not None:
                 return read_outcome(self._log, entry.end)
             if entry.unknown is None:
@@ -340,17 +340,17 @@ class Session:
         await self._write_receipt(entry, outcome)
         return outcome
 
-    async def _decide(self, entry: Entry) -> None:
+    async def _decide(self, entry: Entry, request: Request) -> None:
         """Find out what became of an operation that has an intent and no receipt."""
         epoch = self._tape.lives[entry.life]
         executor = self.executor if epoch == self.executor.epoch else self._earlier.get(epoch)
         if executor is None:
             answer = Lost(reason="the sandbox in which it was begun is gone")
         else:
-            answer = await executor.query(entry.ticket)
+            answer = await executor.query(entry.ticket, request)
         if executor is not None and isinstance(answer, Running):
             try:
-                answer = Finished(outcome=await executor.wait(entry.ticket))
+                answer = Finished(outcome=await executor.wait(entry.ticket, request))
             except SandboxLost as error:
                 answer = Lost(reason=str(error))
         if isinstance(answer, Finished):

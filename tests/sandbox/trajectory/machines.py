@@ -59,7 +59,7 @@ class Machine:
         self, key: str, digest: bytes, request: Request, on_started: Callable[[], None]
     ) -> Outcome:
         if key in self.journal:
-            return await self.wait(key)
+            return await self.wait(key, request)
         self._maybe(f"unsent {key}")
         self.ran.append(key)
         self.journal[key] = None
@@ -82,7 +82,7 @@ class Machine:
         assert outcome is not None
         return outcome
 
-    async def query(self, key: str) -> Answer:
+    async def query(self, key: str, request: Request) -> Answer:
         if key not in self.journal:
             return NeverSeen()
         outcome = self.journal[key]
@@ -90,7 +90,7 @@ class Machine:
             return Finished(outcome=outcome)
         return Running() if key in self.running else Lost(reason="it has a start and no end")
 
-    async def wait(self, key: str) -> Outcome:
+    async def wait(self, key: str, request: Request) -> Outcome:
         if key in self.running:
             self.running.pop(key)()
         outcome = self.journal[key]

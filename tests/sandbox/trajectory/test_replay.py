@@ -181,6 +181,9 @@ def test_forgetting(store: Store) -> None:
         assert (found.exit_code, "cannot name" in found.stderr) == (1, True)
 
 
+REQUEST = exec_request("cat /tmp/f", timeout=5)
+
+
 async def _interrupted(store: Store) -> HeldExecutor:
     """The executor of a client that gave up after one operation."""
     with contextlib.suppress(KeyError):
@@ -191,7 +194,7 @@ async def _interrupted(store: Store) -> HeldExecutor:
 
 
 def test_a_holder_outlives_its_client_and_its_journal_outlives_it(store: Store) -> None:
-    digest = exec_request("echo hi", timeout=5).digest()
+    digest = REQUEST.digest()
 
     async def main() -> Path:
         executor = await _interrupted(store)
@@ -199,7 +202,7 @@ def test_a_holder_outlives_its_client_and_its_journal_outlives_it(store: Store) 
         assert again is not None
         assert (again.epoch, again.generation) == (executor.epoch, 1)
         run = again.dispatch
-        outcome = await run("k", digest, exec_request("cat /tmp/f", timeout=5), lambda: None)
+        outcome = await run("k", digest, REQUEST, lambda: None)
         assert outcome.blobs["stdout"] == b"kept\n"
         repeated = await run("k", digest, exec_request("never", timeout=5), lambda: None)
         assert repeated.same_as(outcome)
@@ -208,18 +211,18 @@ def test_a_holder_outlives_its_client_and_its_journal_outlives_it(store: Store) 
         await again.stop()
         assert await reconnect(executor.folder) is None
         # The same executor now answers from the journal.
-        assert isinstance(await again.query("k"), Finished)
+        assert isinstance(await again.query("k", REQUEST), Finished)
         return executor.folder
 
     folder = anyio.run(main)
     journal = DeadJournal(folder)
-    assert isinstance(anyio.run(journal.query, "k"), Finished)
-    assert isinstance(anyio.run(journal.query, "other"), NeverSeen)
+    assert isinstance(anyio.run(journal.query, "k", REQUEST), Finished)
+    assert isinstance(anyio.run(journal.query, "other", REQUEST), NeverSeen)
     (segment,) = (folder / "journal").glob("*.log")
     data = bytearray(segment.read_bytes())
     data[80] ^= 1
     segment.write_bytes(data)
-    answer = anyio.run(DeadJournal(folder).query, "other")
+    answer = anyio.run(DeadJournal(folder).query, "other", REQUEST)
     assert isinstance(answer, Lost)
     assert "cannot be read" in answer.reason
 

@@ -10,7 +10,10 @@ Paper: §5.3.1 (code agents), §5.2.5 (resuming after preemption).
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
+import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -88,6 +91,15 @@ def agent(
     keep: Annotated[
         float, typer.Option(min=1.0, help="Seconds that a sandbox waits for a killed run.")
     ] = 1800.0,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "--detach",
+            help="Work in the background and print the run's ID; `fathom sandbox replay ID "
+            "--follow` watches it.",
+        ),
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="What to call a new run.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write one JSON object to standard output.")
     ] = False,
@@ -107,6 +119,11 @@ def agent(
         raise typer.BadParameter("the task is empty")
     if workdir is not None and not workdir.is_dir():
         raise typer.BadParameter(f"--workdir {workdir} is not a folder; create it first")
+    if on_lost not in (None, *ON_LOST):
+        raise typer.BadParameter(f"--on-lost is {on_lost!r}; choose {', '.join(ON_LOST)}")
+    if detach:
+        print(_work_alone(task, sys.argv[1:], name))
+        return
     limits = Limits(
         max_steps=max_steps,
         reply_tokens=max_tokens,
@@ -117,8 +134,6 @@ def agent(
     opened = open_model(model, url, api_key)
     sampling = default_sampling(model, url, Sampling(temperature=temperature, seed=seed))
     worker = Agent(model=opened, thinking=thinking, sampling=sampling, limits=limits)
-    if on_lost not in (None, *ON_LOST):
-        raise typer.BadParameter(f"--on-lost is {on_lost!r}; choose {', '.join(ON_LOST)}")
     trace = Trace(console(stderr=True))
     fields: dict[str, Any] = {
         "task": task,
@@ -131,7 +146,16 @@ def agent(
         "limits": asdict(limits),
     }
     choice = on_lost or ("fail" if workdir is None else "continue")
-    job = partial(_work, worker, fields, resume=resume, on_lost=choice, keep=keep, trace=trace)
+    job = partial(
+        _work,
+        worker,
+        fields,
+        trace,
+        resume=resume,
+        name=name,
+        on_lost=choice,  # type: ignore[arg-type]
+        idle=keep,
+    )
     episode = anyio.run(job)
     _show(episode, opened, thinking, as_json)
     if not episode.answered:
@@ -139,34 +163,62 @@ def agent(
 
 
 async def _work(
-    worker: Agent,
-    fields: dict[str, Any],
-    *,
-    resume: str | None,
-    on_lost: str,
-    keep: float,
-    trace: Trace,
+    worker: Agent, fields: dict[str, Any], trace: Trace, *, resume: str | None, **options: Any
 ) -> Episode:
     from fathom.sandbox.trajectory.recorded import RecordedSandbox
     from fathom.sandbox.trajectory.store import Store
 
     store = Store()
-    if resume == LATEST:
-        resume = store.last(fields)
-    work = store.work(
-        fields,
-        {"workdir": fields["workdir"]},
-        resume=resume,
-        on_lost=on_lost,  # type: ignore[arg-type]
-        substrate=substrate_of(fields["sandbox"]),
-        idle=keep,
-    )
-    async with work as opened:
+    resume = store.last(fields) if resume == LATEST else resume
+    spec = {"workdir": fields["workdir"]}
+    substrate = substrate_of(fields["sandbox"])
+    async with store.work(fields, spec, resume=resume, substrate=substrate, **options) as opened:
         trace.begins(opened.id, opened.resumed, replaced=opened.replaced)
         recorded = replace(worker, model=RecordedModel(worker.model, opened.session))
         # The model can look for itself whether a command took effect that nobody knows about.
         box = RecordedSandbox(opened.session, tell=True)
-        return await recorded.run(fields["task"], box, trace)
+        episode = await recorded.run(fields["task"], box, trace)
+        opened.ending.update(status=episode.status, answer=episode.answer)
+        return episode
+
+
+def _work_alone(task: str, arguments: list[str], name: str | None) -> str:
+    """Start the same command in a session of its own; return the name of its run.
+
+    Whoever follows its log is connected to a live run, so nothing has to be replayed when the one
+    who started it is gone. Raises AgentError when it ends before it has begun.
+    """
+    from fathom.errors import AgentError
+    from fathom.sandbox.trajectory.errors import TrajectoryError
+    from fathom.sandbox.trajectory.store import Store, new_name
+
+    store, name = Store(), name or new_name()
+    command = [sys.executable, "-m", "fathom", *(a for a in arguments if a != "--detach")]
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as given:
+        given.write(task.encode())
+        given.seek(0)
+        pid = os.posix_spawn(
+            sys.executable,
+            [*command, "--name", name],
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, given.fileno(), 0),
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_DUP2, said.fileno(), 2),
+            ],
+            setsid=True,
+        )
+        while True:
+            try:
+                store.known(name)
+            except TrajectoryError:
+                if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                    time.sleep(0.05)
+                    continue
+                said.seek(0)
+                reason = said.read().decode(errors="replace").strip()[-800:]
+                raise AgentError(f"the run ended before it had begun: {reason}") from None
+            return name
 
 
 def _show(episode: Episode, model: Model, thinking: str, as_json: bool) -> None:

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import anyio
 import pytest
+from typer.testing import CliRunner
 
+from fathom.cli.main import app
 from fathom.sandbox.trajectory.held import reconnect
 from fathom.sandbox.trajectory.store import Store
 from fathom.sandbox.trajectory.tape import read_tape
@@ -246,3 +248,26 @@ def test_another_command_is_not_resumed(start: Start, work: Path, state: Store) 
         assert (code, "began with another command" in err) == (1, True), err
         code, _, err = start(server, "--workdir", str(work), "--resume", "no-such-run").result()
         assert (code, "there is no trajectory" in err) == (1, True), err
+
+
+def test_a_detached_run_is_followed_while_it_works(
+    work: Path, state: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop lives on its own; who comes later is connected to it and replays nothing."""
+    with serving(FIRST, SLOW, answer("Fine.")) as server:
+        command = ["agent", "a task", "--url", server.url, "--model", "m", "--workdir", str(work)]
+        monkeypatch.setattr(sys, "argv", ["fathom", *command, "--detach"])
+        begun = CliRunner().invoke(app, [*command, "--detach"])
+        assert begun.exit_code == 0, begun.output
+        run = begun.stdout.strip()
+        assert state.known(run).running
+        found = CliRunner().invoke(app, ["sandbox", "replay", run, "--follow", "--json"])
+        events = [json.loads(line) for line in found.stdout.splitlines()]
+        assert events[-1]["kind"] == "end"
+        assert events[-1]["fields"] == {"status": "answered", "answer": "Fine."}
+        assert len(server.bodies) == 3
+    assert (work / "log").read_text() == "one\ntwo\nthree\n"
+    deadline = time.monotonic() + PATIENCE
+    while state.known(run).running:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,18 +59,27 @@ class Known:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
-    """A trajectory that is open for work. `resumed`: how many entries were recorded before."""
+    """A trajectory that is open for work. `resumed`: how many entries were recorded before.
+
+    `ending` is what its last record will say, for the worker to fill.
+    """
 
     id: str
     session: Session
     executor: HeldExecutor
     resumed: int | None = None
     replaced: bool = False
+    ending: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 def default_folder() -> Path:
     """Where the trajectories of this user lie."""
     return paths.state_folder() / "trajectories"
+
+
+def new_name() -> str:
+    """A name for a trajectory: when it begins, and a little chance."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 class Store:
@@ -145,19 +154,22 @@ class Store:
         spec: Mapping[str, Any],
         *,
         resume: str | None = None,
+        name: str | None = None,
         on_lost: OnLost = "fail",
         substrate: str = "auto",
         idle: float = DEFAULT_IDLE,
     ) -> AsyncGenerator[Open]:
-        """A trajectory to work on: a new one, or the one named `resume`.
+        """A trajectory to work on: a new one (called `name`), or the one named `resume`.
 
         `fields` say what is done and must be the same when it is resumed; `spec` are the arguments
         of `Container`. Afterwards the trajectory has ended and the sandbox is gone; when an error
         leaves this block, both stay for `idle` seconds, so that it can be resumed, unless nothing
         had happened yet. Raises TrajectoryError, SandboxLost by `on_lost`, SandboxError.
         """
-        id_ = resume or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        id_ = resume or name or new_name()
         path = self.path(id_)
+        if resume is None and path.exists():
+            raise TrajectoryError(f"there is a trajectory {id_}: resume it or choose another name")
         log = self._open_log(id_, path, new=resume is None)
         with log:
             begin = _Beginning(log, id_, path, spec, substrate, idle)
@@ -168,7 +180,7 @@ class Store:
                 if opened.session.recorded == 0:
                     await opened.executor.stop()
                 raise
-            await opened.session.end()
+            await opened.session.end(opened.ending)
             await opened.executor.stop()
 
     def _open_log(self, id_: str, path: Path, *, new: bool) -> Log:

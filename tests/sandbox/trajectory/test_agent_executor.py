@@ -61,6 +61,8 @@ def test_a_session_gets_its_receipts_from_the_agent(
                 group.start_soon(executor.dispatch, "slow", b"", slow, lambda: None)
                 await anyio.sleep(0.2)
                 assert isinstance(await executor.query("slow", slow), Running)
-                assert (await executor.wait("slow", slow)).blobs["stdout"] == b"slow\n"
+            found = await executor.query("slow", slow)
+            assert isinstance(found, Finished)
+            assert found.outcome.blobs["stdout"] == b"slow\n"
 
     anyio.run(main)

@@ -17,7 +17,7 @@ class StopFinder:
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
-        self._hold = ""
+        self._hold: str = ""
         self.found: str | None = None
 
     def push(self, text: str) -> str:
@@ -27,11 +27,12 @@ class StopFinder:
         if self.found is not None:
             return ""
         text = self._hold + text
-        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
-        if found:
-            at, stop = min(found, key=lambda item: (item[0] + len(item[1]), item[0]))
-            self._hold, self.found = "", stop
-            return text[:at]
+        ends = [(text.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in text]
+        if ends:
+            end, negative_size = min(ends)
+            start = end + negative_size
+            self._hold, self.found = "", text[start:end]
+            return text[:start]
         size = max(_held_size(text, stop) for stop in self._stops)
         self._hold = text[len(text) - size :]
         return text[: len(text) - size]

@@ -91,7 +91,9 @@ def chat_bodies(draw: st.DrawFn) -> dict[str, Any]:
     if draw(st.booleans()):
         schema = {"name": "x", "schema": {"type": "object", "title": draw(texts)}}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
-    if messages[-1]["role"] == "assistant" and draw(st.booleans()):
+    # The oracle refuses to continue an answer where there are tools or were calls.
+    has_tools = body["tools"] or any("tool_calls" in message for message in messages)
+    if messages[-1]["role"] == "assistant" and not has_tools and draw(st.booleans()):
         messages[-1]["prefix"] = True
     return body
 
@@ -157,7 +159,8 @@ canonical_calls = st.lists(
     max_size=3,
 )
 canonical_prose = samples.prose.map(lambda text: text.encode("utf-8", "replace").decode()).filter(
-    lambda text: DSML not in text
+    # An EOS at the end is the end for us; the oracle leaves it to its caller.
+    lambda text: DSML not in text and EOS not in text
 )
 
 

@@ -141,7 +141,7 @@ class Transformer(nn.Module):
 
     def mtp_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: [batch, seq] -> [batch, seq - 1, vocab] float32; row p predicts token p + 2."""
-        streams = self.streams(tokens[:, :-1])
+        streams = self.streams(tokens)[:, :-1]
         return self.head(self.mtp_hidden(streams, tokens[:, 1:]))
 
     def context(
@@ -174,8 +174,8 @@ class Transformer(nn.Module):
         """Say how weights are stored: {"layers.0.attn.wq_a": "fp8", "layers.0.ffn.experts": "fp4"}.
 
         In a quantised model this turns on the FP8 rounding of those layers' inputs (never wo_a's).
-        `simulate` also rounds the weights at every call. Raises ConfigError for unknown names
-        and formats.
+        `simulate` also rounds the weights at every call. Float32 scales kept from a checkpoint are
+        dropped. Raises ConfigError for unknown names and formats.
         """
         modules = dict(self.named_modules())
         for name, weight_format in formats.items():
@@ -190,6 +190,8 @@ class Transformer(nn.Module):
             stored = weight_format != "bf16"
             module.quantize_input = self.quantized and stored and not name.endswith(".wo_a")
             module.simulate_weight = simulate and stored
+            for scale in dict(module.named_buffers(recurse=False)):
+                setattr(module, scale, None)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:

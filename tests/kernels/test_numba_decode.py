@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from fathom.checkpoint import load_model
+from fathom.checkpoint.tiny import write_tiny
 from fathom.errors import KernelError
 from fathom.kernels import operation, select, use_backend
 from fathom.kernels.numba import decode, primitives, step
@@ -257,6 +260,13 @@ def test_unusual_mixtures_of_formats_go_to_the_reference(
     assert chosen(tokens[:, :1], model, model.new_cache()) == "numba"
     model.set_weight_formats({name: "fp8"}, simulate=simulate)
     assert chosen(tokens[:, :1], model, model.new_cache()) == "reference"
+
+
+def test_float32_scales_go_to_the_reference(tmp_path: Path, tokens: torch.Tensor) -> None:
+    base = load_model(write_tiny(tmp_path / "base", "base"))
+    assert chosen(tokens[:, :1], base, base.new_cache()) == "reference"
+    instruct = load_model(write_tiny(tmp_path / "instruct", "instruct"))
+    assert chosen(tokens[:, :1], instruct, instruct.new_cache()) == "numba"
 
 
 def test_changed_weights_count_once_the_packed_copy_is_forgotten(tokens: torch.Tensor) -> None:

@@ -71,6 +71,7 @@ class Transformer(nn.Module):
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype must be torch.float32 or torch.bfloat16, not {dtype}")
         self.config, self.dtype, self.quantized = config, dtype, quantized
+        self.formats_revision = 0  # counts calls of `set_weight_formats`
         self.embed = Embedding(config, dtype)
         self.layers = nn.ModuleList(
             Block(config, ratio, index < config.num_hash_layers, dtype, quantized)
@@ -177,6 +178,7 @@ class Transformer(nn.Module):
         `simulate` also rounds the weights at every call. Float32 scales kept from a checkpoint are
         dropped. Raises ConfigError for unknown names and formats.
         """
+        self.formats_revision += 1
         modules = dict(self.named_modules())
         for name, weight_format in formats.items():
             module = modules.get(name)

@@ -9,6 +9,7 @@ Paper: none (implementation of §2 for one token).
 from __future__ import annotations
 
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -101,6 +102,22 @@ def _bytes(value: Any) -> int:
     if isinstance(value, tuple):
         return sum(map(_bytes, value))
     return value.nbytes if isinstance(value, np.ndarray) else 0
+
+
+def must_compile() -> bool:
+    """Whether the first token decoded here waits for the compiler: some ten seconds.
+
+    False once compiled code lies on disk that is not older than the file it was compiled from.
+    """
+    block = decode.decode_block
+    if block.signatures:
+        return False
+    folder = getattr(block.stats, "cache_path", None)
+    if folder is None:
+        return True
+    changed = Path(decode.__file__).stat().st_mtime
+    kept = Path(folder).glob("decode.decode_block-*.nbi")
+    return all(file.stat().st_mtime < changed for file in kept)
 
 
 def _accepts(token: torch.Tensor, model: Any, cache: Any) -> bool:

@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+<<<<<<< HEAD
 from fathom.cli import bench_trajectory
+=======
+from fathom.cli.bench_fuzz import fuzz
+>>>>>>> main
 from fathom.cli.output import print_json, print_table
 from fathom.cli.sandboxes import KINDS, check_kind
 
@@ -82,6 +86,7 @@ def sandbox_exec(
         _print_exec(report)
 
 
+<<<<<<< HEAD
 @app.command()
 def trajectory(
     sandbox: Annotated[str, typer.Option(help=f"Kind of sandbox: {', '.join(KINDS)}.")] = KINDS[0],
@@ -94,6 +99,9 @@ def trajectory(
         print_json(report)
     else:
         bench_trajectory.show(report)
+=======
+app.command()(fuzz)
+>>>>>>> main
 
 
 def _counts(text: str) -> list[int]:

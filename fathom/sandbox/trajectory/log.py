@@ -48,6 +48,7 @@ RECEIPT_ROOM = 16 << 10
 # Records that are kept decoded from the check of a log until they are first read.
 MOST_FRESH = 4096
 _LOCK = "lock"
+_ATTEMPTS = 4
 # `is_locked` holds the lock for a moment; a writer that starts just then must not give up.
 _LOCK_PATIENCE = 0.2
 _BLOBS = "blobs"
@@ -65,10 +66,19 @@ class Reader:
         if not self._segments:
             raise TrajectoryError(f"there is no log in {self.folder}")
         self._blobs = Blobs(self.folder / _BLOBS)
-        self._index = Index(None, self._segments[0].identity)
         self._files: dict[int, int] = {}
         self._salt = self._segments[0].salt
-        self._next, self._offset = self._scan(0)
+        for attempt in range(_ATTEMPTS):
+            self._index = Index(None, self._segments[0].identity)
+            try:
+                self._next, self._offset = self._scan(0)
+                return
+            except LogCorrupt:
+                self._index.close()
+                # A living writer may have been seen in the middle of a record.
+                if attempt + 1 == _ATTEMPTS or not is_locked(self.folder):
+                    raise
+                time.sleep(0.02)
 
     def __enter__(self) -> Self:
         return self

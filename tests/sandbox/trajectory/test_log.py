@@ -445,3 +445,25 @@ def test_a_killed_writer_loses_nothing_that_it_reported(tmp_path):
             for record in log.records("sb"):
                 body = log.body(record)
                 assert len(log.blob(body.blobs["out"]) or b"") == body.fields["n"] % 6000
+
+
+def test_a_reader_beside_a_busy_writer_sees_whole_records(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "log")], stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    try:
+        process.stdout.readline()
+        seen = 0
+        for _ in range(15):
+            with Reader(tmp_path / "log") as log:
+                found = numbers(log)
+            assert found == list(range(len(found)))
+            assert len(found) >= seen
+            seen = len(found)
+            for _ in range(5):
+                process.stdout.readline()
+        assert seen > 50
+    finally:
+        process.kill()
+        process.communicate()

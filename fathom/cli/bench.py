@@ -13,11 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-<<<<<<< HEAD
 from fathom.cli import bench_trajectory
-=======
 from fathom.cli.bench_fuzz import fuzz
->>>>>>> main
 from fathom.cli.output import print_json, print_table
 from fathom.cli.sandboxes import KINDS, check_kind
 
@@ -86,7 +83,6 @@ def sandbox_exec(
         _print_exec(report)
 
 
-<<<<<<< HEAD
 @app.command()
 def trajectory(
     sandbox: Annotated[str, typer.Option(help=f"Kind of sandbox: {', '.join(KINDS)}.")] = KINDS[0],
@@ -99,9 +95,9 @@ def trajectory(
         print_json(report)
     else:
         bench_trajectory.show(report)
-=======
+
+
 app.command()(fuzz)
->>>>>>> main
 
 
 def _counts(text: str) -> list[int]:

@@ -54,14 +54,6 @@ def note_first(folder: Path, pid: int) -> None:
     (folder / _FIRST).write_text(f"{pid} {_start_time(pid)}")
 
 
-def first_process(folder: Path) -> int | None:
-    """The first process of a live sandbox, None when nobody wrote it down."""
-    try:
-        return int((folder / _FIRST).read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
 def _start_time(pid: int) -> str:
     # After the name, which may contain anything, the start time is the 20th field.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -137,3 +129,11 @@ def reap_one(folder: Path) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def first_process(folder: Path) -> int | None:
+    """The first process of a live sandbox, None when nobody wrote it down."""
+    try:
+        return int((folder / _FIRST).read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None

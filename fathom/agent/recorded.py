@@ -13,13 +13,15 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fathom.agent.model import Model
 from fathom.chat import Message, ToolCall
 from fathom.chat.messages import Diagnostic
 from fathom.chat.reply import OnPiece, Piece, Reply, Sampling, Timings, Usage
-from fathom.sandbox.trajectory.session import Session
+
+if TYPE_CHECKING:
+    from fathom.sandbox.trajectory.session import Session
 
 _REPLY = "reply"
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fathom.cli import bench_trajectory
 from fathom.cli.bench_fuzz import fuzz
 from fathom.cli.output import print_json, print_table
 from fathom.cli.sandboxes import KINDS, check_kind
@@ -90,6 +89,8 @@ def trajectory(
     as_json: AsJson = False,
 ) -> None:
     """Measure what the log adds to a call in a sandbox, and how fast a log is read back."""
+    from fathom.cli import bench_trajectory
+
     report = bench_trajectory.measure(check_kind(sandbox), count)
     if as_json:
         print_json(report)

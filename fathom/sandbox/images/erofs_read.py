@@ -94,6 +94,8 @@ class _Reader:
     def _inode(self, nid: int) -> tuple[int, ...]:
         """Return layout, count of attributes, mode, size, value, uid, gid, mtime, end of inode."""
         at = self.start + nid * erofs.SLOT
+        if at > len(self.image):
+            raise ImageDamaged("an entry points out of the layer image")
         (form,) = struct.unpack_from("<H", self.image, at)
         if form & 1:
             _, xattrs, mode, _, size, value, _, uid, gid, mtime, _, _ = erofs.INODE.unpack_from(

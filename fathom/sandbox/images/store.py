@@ -138,6 +138,26 @@ class Store:
         """Return where the digests of a data blob's chunks are."""
         return self.folder / "data" / f"{check_digest(digest)[7:]}.sums"
 
+    def cache_path(self, digest: str) -> Path:
+        """Return the sparse file of what was read of a data blob that is elsewhere."""
+        return self.folder / "cache" / check_digest(digest)[7:]
+
+    def origins(self, digest: str) -> list[str]:
+        """Return the addresses where a data blob that is not here can be read."""
+        try:
+            return (self.folder / "data" / f"{digest[7:]}.from").read_text().split("\n")[:-1]
+        except FileNotFoundError:
+            return []
+
+    def add_origin(self, digest: str, address: str) -> None:
+        """Remember where a data blob can be read."""
+        known = self.origins(digest)
+        if address not in known:
+            with self.making(f"{digest} cannot be noted") as work:
+                (work / "new").write_text("".join(f"{line}\n" for line in [address, *known]))
+                target = self.folder / "data" / f"{check_digest(digest)[7:]}.from"
+                self._move(digest, work / "new", target)
+
     def has_data(self, digest: str) -> bool:
         """Tell whether a data blob is here as a whole."""
         return self.data_path(digest).exists()

@@ -1,0 +1,75 @@
+"""Stores and folders for the tests, and the proof that no mount or loop device is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fathom.sandbox.images import Store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(tmp_path / "store", durable=False) as made:
+        yield made
+
+
+@pytest.fixture
+def need_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
+@pytest.fixture
+def fill() -> Callable[[Path], Path]:
+    """Make a small folder with one of everything that a layer can hold."""
+
+    def make(folder: Path) -> Path:
+        (folder / "bin").mkdir(parents=True)
+        (folder / "bin/tool").write_bytes(b"#!/bin/sh\necho tool\n")
+        (folder / "bin/tool").chmod(0o755)
+        (folder / "bin/same").hardlink_to(folder / "bin/tool")
+        (folder / "bin/link").symlink_to("tool")
+        (folder / "long").symlink_to("x" * 250 + "/y" * 1000)
+        (folder / "empty").touch()
+        (folder / "empty folder").mkdir(mode=0o700)
+        (folder / "big").write_bytes(os.urandom(3_000_001))
+        (folder / "twice").write_bytes((folder / "big").read_bytes()[:50_000])
+        (folder / "again").write_bytes((folder / "twice").read_bytes())
+        (folder / "many").mkdir()
+        for number in range(300):
+            (folder / "many" / f"file-with-a-long-name-{number:04}").write_text(str(number))
+        os.mkfifo(folder / "pipe")
+        os.setxattr(folder / "bin/tool", "user.note", b"kept")
+        for path in sorted(folder.rglob("*"), reverse=True):
+            os.utime(path, (1_600_000_000, 1_600_000_000), follow_symlinks=False)
+        os.utime(folder, (1_600_000_000, 1_600_000_000))
+        return folder
+
+    return make
+
+
+def _kernel_state() -> set[str]:
+    mounts = {
+        line.split()[4]
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        if "pytest-" in line
+    }
+    loops = subprocess.run(
+        ["losetup", "--list", "--noheadings", "-O", "BACK-FILE"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.splitlines()
+    return mounts | {line for line in loops if "pytest-" in line}
+
+
+@pytest.fixture(autouse=True)
+def no_mount_left() -> Iterator[None]:
+    before = _kernel_state()
+    yield
+    assert _kernel_state() <= before

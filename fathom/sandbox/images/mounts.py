@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fathom.errors import Unsupported
 from fathom.sandbox import syscalls
+from fathom.sandbox.images import ondemand
 from fathom.sandbox.images.errors import ImageError
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.types import Layer
@@ -59,11 +60,7 @@ def mount_layer(store: Store, layer: Layer, target: Path, *, loop: bool = False)
     mounted = Mounted(target=target, made=_make(target))
     try:
         sources = [store.path(layer.meta)]
-        for blob in layer.data:
-            if store.has_data(blob.digest):
-                sources.append(store.data_path(blob.digest))
-            else:
-                raise ImageError(f"the contents {blob.digest} are not here: pull the image again")
+        sources += _data_files(store, layer, mounted)
         devices = [str(path) for path in sources]
         if loop:
             for place, path in enumerate(sources):
@@ -74,6 +71,9 @@ def mount_layer(store: Store, layer: Layer, target: Path, *, loop: bool = False)
             raise ImageError("the layer has too many data blobs to be mounted: pack it anew")
         flags = _MS_RDONLY | syscalls.MS_NODEV
         syscalls.mount(devices[0], str(target), "erofs", flags, options or None)
+        if mounted.on_demand:
+            # From here on the layer alone keeps the server of its contents alive.
+            mounted.also.pop(0)()
     except BaseException:
         for step in mounted.also:
             step()
@@ -81,6 +81,29 @@ def mount_layer(store: Store, layer: Layer, target: Path, *, loop: bool = False)
             folder.rmdir()
         raise
     return mounted
+
+
+def _data_files(store: Store, layer: Layer, mounted: Mounted) -> list[Path]:
+    """Return the files of a layer's blobs, served on demand where they are not here.
+
+    The first step to take back is then the server's own mount.
+    """
+    absent = [blob for blob in layer.data if not store.has_data(blob.digest)]
+    served = mounted.target.with_name(f"{mounted.target.name}.data")
+    if absent:
+        made = _make(served)
+        try:
+            ondemand.serve_blobs(store, absent, served)
+        except BaseException:
+            for folder in made:
+                folder.rmdir()
+            raise
+        mounted.on_demand = True
+        mounted.also.append(Mounted(target=served, made=made).close)
+    return [
+        served / blob.digest[7:] if blob in absent else store.data_path(blob.digest)
+        for blob in layer.data
+    ]
 
 
 def overlay(

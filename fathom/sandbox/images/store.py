@@ -275,6 +275,15 @@ class Store:
         self._move(digest, path, self.data_path(digest))
         return blob
 
+    def adopt_cache(self, blob: Blob) -> None:
+        """Make a data blob of which every chunk was fetched and proven one that is here."""
+        cached = self.cache_path(blob.digest)
+        with self._publishing(blob.digest):
+            if cached.exists():
+                cached.chmod(0o444)
+                cached.replace(self.data_path(blob.digest))
+            cached.with_name(f"{cached.name}.map").unlink(missing_ok=True)
+
     def put_sums(self, blob: Blob, digests: bytes) -> None:
         """Publish the digests of a blob's chunks. Raises ImageDamaged when they are not its own."""
         ChunkList(blob.digest, blob.size, digests)

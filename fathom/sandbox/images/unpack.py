@@ -21,6 +21,7 @@ from pathlib import Path
 from fathom.sandbox.images import layers as layering
 from fathom.sandbox.images import tree
 from fathom.sandbox.images.errors import ImageDamaged, store_errors
+from fathom.sandbox.images.ondemand import BlobCache
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tree import OPAQUE, Node
 from fathom.sandbox.images.types import Blob
@@ -82,7 +83,7 @@ def remove_tree(path: Path) -> None:
 def write_tree(store: Store, root: Node, blobs: Sequence[Blob], target: Path) -> None:
     """Write a tree into the new folder `target`, contents from the store's blobs.
 
-    Chunks are proven as they are read. Raises ImageDamaged, ImageMissing and OSError.
+    Raises ImageDamaged, ImageMissing and OSError.
     """
     readers = [_BlobReader(store, blob) for blob in blobs]
     made: dict[int, Path] = {}
@@ -145,18 +146,30 @@ def _finish(place: Path, node: Node) -> None:
 
 
 class _BlobReader:
+    """Reads a blob that is here, or fetches what is read of one that is not."""
+
     def __init__(self, store: Store, blob: Blob) -> None:
-        self._path = store.data_path(blob.digest)
-        self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        self._name = blob.digest
+        self._cache = None if store.has_data(blob.digest) else BlobCache(store, blob)
+        self._fd = -1
+        if self._cache is None:
+            self._fd = os.open(store.data_path(blob.digest), os.O_RDONLY | os.O_CLOEXEC)
 
     def copy(self, offset: int, size: int, write: Callable[[bytes], int]) -> None:
         while size:
-            piece = os.pread(self._fd, min(size, _PIECE), offset)
+            length = min(size, _PIECE)
+            if self._cache is None:
+                piece = os.pread(self._fd, length, offset)
+            else:
+                piece = self._cache.read(offset, length)
             if not piece:
-                raise ImageDamaged(f"{self._path} is shorter than its layer says")
+                raise ImageDamaged(f"the blob {self._name} is shorter than its layer says")
             write(piece)
             offset += len(piece)
             size -= len(piece)
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._cache is not None:
+            self._cache.close()
+        else:
+            os.close(self._fd)

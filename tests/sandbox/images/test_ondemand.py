@@ -39,9 +39,9 @@ def folder(tmp_path: Path) -> Path:
     made = tmp_path / "folder"
     made.mkdir()
     chance = random.Random(5)
-    for number in range(40):
+    for number in range(20):
         (made / f"file{number:02}").write_bytes(chance.randbytes(200_000 + number))
-    (made / "large").write_bytes(chance.randbytes(5_000_000))
+    (made / "large").write_bytes(chance.randbytes(2_000_000))
     return made
 
 

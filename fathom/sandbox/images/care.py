@@ -89,10 +89,10 @@ def _everything(store: Store) -> Iterator[tuple[Path, list[str]]]:
         if (store.folder / folder).is_dir():
             for path in (store.folder / folder).iterdir():
                 yield path, [f"sha256:{path.name.partition('.')[0]}"]
-    imported = store.folder / "imported"
-    if imported.is_dir():
-        for path in imported.iterdir():
-            yield path, path.read_text().split()[:1]
+    for notes in ("imported", "built"):
+        if (store.folder / notes).is_dir():
+            for path in (store.folder / notes).iterdir():
+                yield path, path.read_text().split()[:1]
     for path in (store.folder / "tmp").iterdir():
         yield path, []
     unpacked = store.folder / "unpacked"

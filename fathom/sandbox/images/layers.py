@@ -74,6 +74,18 @@ def snapshot(
     return result
 
 
+def is_whole(store: Store, digest: str) -> bool:
+    """Tell whether a layer and all that it needs are here."""
+    try:
+        store.keep(digest)
+        layer = store.layer(digest)
+    except ImageError:
+        return False
+    return store.path(layer.meta).exists() and all(
+        store.has_data(blob.digest) and store.sums_path(blob.digest).exists() for blob in layer.data
+    )
+
+
 def joined(store: Store, layers: Sequence[str], *, bottom: bool) -> tuple[Node, list[Blob]]:
     """Return the tree that the stack `layers` shows, the lowest first, and the blobs it needs."""
     if not layers:

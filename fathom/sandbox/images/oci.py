@@ -200,7 +200,7 @@ def _layer(store: Store, content: Content, wanted: Descriptor, diff: str, limits
     note = store.folder / "imported" / wanted.digest[7:]
     try:
         known = note.read_text().split()
-        if known[1] == diff and _is_whole(store, known[0]):
+        if known[1] == diff and layering.is_whole(store, known[0]):
             return known[0]
     except (FileNotFoundError, IndexError):
         pass
@@ -217,18 +217,6 @@ def _layer(store: Store, content: Content, wanted: Descriptor, diff: str, limits
         (work / "note").write_text(f"{digest}\n{diff}\n")
         (work / "note").replace(note)
     return digest
-
-
-def _is_whole(store: Store, digest: str) -> bool:
-    try:
-        layer = store.layer(digest)
-        store.hold(digest).close()
-    except ImageError:
-        return False
-    # Under its hold nothing of it is collected any more; what is missing now was missing before.
-    return store.path(layer.meta).exists() and all(
-        store.has_data(blob.digest) and store.sums_path(blob.digest).exists() for blob in layer.data
-    )
 
 
 def _run_config(config: dict[str, Any]) -> RunConfig:

@@ -77,6 +77,25 @@ def from_folder(path: Path, blob: BlobWriter, taking: Taking) -> Node:
         os.close(fd)
 
 
+def from_path(path: Path, blob: BlobWriter, taking: Taking, where: str = "") -> Node:
+    """Return the tree of one file or folder; `where` is its path as `taking.exclude` names it.
+
+    Raises as `from_folder`.
+    """
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        walker = _Walker(blob, taking)
+        found = os.stat(path.name, dir_fd=parent, follow_symlinks=False)
+        if stat.S_ISDIR(found.st_mode):
+            return walker.folder(parent, path.name, where, 0)
+        node = walker.leaf(parent, path.name, found, where or f"/{path.name}")
+        if node is None:
+            raise ImageError(f"{path} is a socket: a layer holds none")
+        return node
+    finally:
+        os.close(parent)
+
+
 class _Walker:
     def __init__(self, blob: BlobWriter, taking: Taking) -> None:
         self.blob = blob
@@ -114,21 +133,25 @@ class _Walker:
             found = os.stat(name, dir_fd=fd, follow_symlinks=False)
             key = os.fsencode(name)
             if stat.S_ISDIR(found.st_mode):
-                below = os.open(
-                    name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd
-                )
-                try:
-                    child = self.node(os.fstat(below), _names(below, None))
-                    self.fill(below, child, where, depth + 1)
-                finally:
-                    os.close(below)
-                parent.children[key] = child
-            elif not stat.S_ISSOCK(found.st_mode):
-                child = self._leaf(fd, name, found, where)
+                parent.children[key] = self.folder(fd, name, where, depth + 1)
+            else:
+                child = self.leaf(fd, name, found, where)
                 if child is not None:
                     parent.children[key] = child
 
-    def _leaf(self, fd: int, name: str, found: os.stat_result, where: str) -> Node | None:
+    def folder(self, fd: int, name: str, where: str, depth: int) -> Node:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        below = os.open(name, flags, dir_fd=fd)
+        try:
+            node = self.node(os.fstat(below), _names(below, None))
+            self.fill(below, node, where, depth)
+            return node
+        finally:
+            os.close(below)
+
+    def leaf(self, fd: int, name: str, found: os.stat_result, where: str) -> Node | None:
+        if stat.S_ISSOCK(found.st_mode):
+            return None
         identity = (found.st_dev, found.st_ino)
         if found.st_nlink > 1 and identity in self.linked:
             return self.linked[identity]

@@ -329,6 +329,12 @@ class Store:
             raise ImageMissing(f"no image is called {name!r} here") from None
         self.forget(digest)
 
+    def keep(self, digest: str) -> None:
+        """Keep something that is here as if this object had published it. Raises ImageMissing."""
+        with self._publishing(digest):
+            if not self.path(digest).exists():
+                raise ImageMissing(f"{digest} is not in the store {self.folder}")
+
     def forget(self, digest: str) -> None:
         """Let go of something that this object published, with all that it needs."""
         if self._own is not None:

@@ -19,7 +19,8 @@ import lzma
 import stat
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -39,6 +40,7 @@ from fathom.sandbox.images.tree import (
     walk,
     whiteout,
 )
+from fathom.sandbox.images.types import Blob
 
 _GONE = b".wh."
 _HIDES = b".wh..wh..opq"
@@ -307,22 +309,19 @@ def to_tar(store: Store, digest: str, out: BinaryIO) -> None:
 
     Raises ImageMissing, ImageDamaged, OSError.
     """
-    layer = store.layer(digest)
-    caches = [BlobFile(store, number, digest) for number in range(len(layer.data))]
     names: dict[int, str] = {}
-    try:
-        with tarfile.open(
+    with (
+        open_blobs(store, store.layer(digest).data) as blobs,
+        tarfile.open(
             fileobj=out,
             mode="w|",
             format=tarfile.PAX_FORMAT,
             encoding="utf-8",
             errors="surrogateescape",
-        ) as archive:
-            for path, node in walk(store.tree(digest)):
-                _write_entry(archive, path.decode("utf-8", "surrogateescape"), node, names, caches)
-    finally:
-        for cache in caches:
-            cache.close()
+        ) as archive,
+    ):
+        for path, node in walk(store.tree(digest)):
+            _write_entry(archive, path.decode("utf-8", "surrogateescape"), node, names, blobs)
 
 
 def _write_entry(
@@ -370,11 +369,23 @@ def _write_entry(
         archive.addfile(tarfile.TarInfo(f"{path}/{_HIDES.decode()}" if path else _HIDES.decode()))
 
 
+@contextmanager
+def open_blobs(store: Store, blobs: Sequence[Blob]) -> Generator[list[BlobFile]]:
+    """Open data blobs for reading. Raises ImageMissing, ImageDamaged."""
+    opened: list[BlobFile] = []
+    try:
+        for blob in blobs:
+            opened.append(BlobFile(store, blob))
+        yield opened
+    finally:
+        for one in opened:
+            one.close()
+
+
 class BlobFile:
     """Reads one blob of a layer like a file, from the disk or on demand."""
 
-    def __init__(self, store: Store, number: int, digest: str) -> None:
-        blob = store.layer(digest).data[number]
+    def __init__(self, store: Store, blob: Blob) -> None:
         here = store.has_data(blob.digest)
         self._file = store.data_path(blob.digest).open("rb") if here else None
         self._cache = None if here else BlobCache(store, blob)
@@ -402,9 +413,3 @@ class BlobFile:
             self._file.close()
         elif self._cache is not None:
             self._cache.close()
-
-
-def entries_of(node: Node) -> Iterator[str]:
-    """Yield the readable paths of a tree, as messages and listings show them."""
-    for path, _ in walk(node):
-        yield path.decode(errors="replace")

@@ -18,6 +18,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fathom.sandbox.images.builtin import builtin_image
+    from fathom.sandbox.images.care import check, collect
+    from fathom.sandbox.images.disk import Disk, write_base
     from fathom.sandbox.images.errors import (
         ArchiveRefused,
         BuildFailed,
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
         RegistryError,
         StoreFull,
     )
+    from fathom.sandbox.images.export import write_archive
     from fathom.sandbox.images.layers import (
         flatten,
         flatten_small,
@@ -36,6 +40,10 @@ if TYPE_CHECKING:
         pack_folder,
         snapshot,
     )
+    from fathom.sandbox.images.oci import import_archive
+    from fathom.sandbox.images.recipe import build
+    from fathom.sandbox.images.registry import pull
+    from fathom.sandbox.images.remote import attach, fetch, push
     from fathom.sandbox.images.source import Owners
     from fathom.sandbox.images.stack import Composed, StackCaps, compose
     from fathom.sandbox.images.store import Hold, Store
@@ -45,6 +53,7 @@ _HOMES = {
     "ArchiveRefused": "errors",
     "BuildFailed": "errors",
     "Composed": "stack",
+    "Disk": "disk",
     "Env": "types",
     "Hold": "store",
     "Image": "types",
@@ -60,19 +69,31 @@ _HOMES = {
     "StackCaps": "stack",
     "Store": "store",
     "StoreFull": "errors",
+    "attach": "remote",
+    "build": "recipe",
+    "builtin_image": "builtin",
+    "check": "care",
+    "collect": "care",
     "compose": "stack",
+    "fetch": "remote",
     "flatten": "layers",
     "flatten_small": "layers",
     "image_of_folder": "layers",
+    "import_archive": "oci",
     "pack_diff": "layers",
     "pack_folder": "layers",
+    "pull": "registry",
+    "push": "remote",
     "snapshot": "layers",
+    "write_archive": "export",
+    "write_base": "disk",
 }
 
 __all__ = [
     "ArchiveRefused",
     "BuildFailed",
     "Composed",
+    "Disk",
     "Env",
     "Hold",
     "Image",
@@ -88,13 +109,24 @@ __all__ = [
     "StackCaps",
     "Store",
     "StoreFull",
+    "attach",
+    "build",
+    "builtin_image",
+    "check",
+    "collect",
     "compose",
+    "fetch",
     "flatten",
     "flatten_small",
     "image_of_folder",
+    "import_archive",
     "pack_diff",
     "pack_folder",
+    "pull",
+    "push",
     "snapshot",
+    "write_archive",
+    "write_base",
 ]
 
 

@@ -10,7 +10,6 @@ Paper: §5.2.5 (disks of virtual machines, incremental snapshots).
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import stat
 import subprocess
@@ -23,6 +22,7 @@ from fathom.errors import MissingDependency
 from fathom.sandbox.images import erofs, tree, unpack
 from fathom.sandbox.images import layers as layering
 from fathom.sandbox.images.errors import ImageDamaged, ImageError, store_errors
+from fathom.sandbox.images.source import is_root
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tarball import open_blobs
 from fathom.sandbox.images.tree import Node
@@ -144,7 +144,7 @@ def _corrections(root: Node) -> list[str]:
             continue
         place = f'"/{name}"'
         kind = stat.S_IFMT(node.mode)
-        if kind in (stat.S_IFCHR, stat.S_IFBLK) and os.geteuid() != 0:
+        if kind in (stat.S_IFCHR, stat.S_IFBLK) and not is_root():
             letter = "c" if kind == stat.S_IFCHR else "b"
             major, minor = node.rdev >> 8 & 0xFFF, node.rdev & 0xFF
             lines.append(f"mknod {place} {letter} {major} {minor}\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 from fathom.sandbox.images import source, tree
 from fathom.sandbox.images.blobs import BlobWriter
 from fathom.sandbox.images.errors import ImageError
-from fathom.sandbox.images.source import Owners, Taking
+from fathom.sandbox.images.source import Owners, Taking, own_files
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tree import Node
 from fathom.sandbox.images.types import Blob, Image, LayerRef, RunConfig
@@ -53,7 +53,7 @@ def pack_diff(store: Store, upper: Path, *, owners: Owners | None = None) -> Lay
     top of the layers that the sandbox ran on to restore it, or to fork it. Raises ImageError when a
     file changed meanwhile, StoreFull.
     """
-    return pack_folder(store, upper, Taking(owners=owners or Owners(), upper=True))
+    return pack_folder(store, upper, Taking(owners=owners or own_files(), upper=True))
 
 
 def snapshot(

@@ -5,7 +5,6 @@ Paper: none (machine facts).
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 from fathom.errors import FathomError
 from fathom.sandbox.images import layers as layering
 from fathom.sandbox.images.remote import attach, push
+from fathom.sandbox.images.source import is_root
 from fathom.sandbox.images.stack import LayerMode, compose
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.types import Image
@@ -111,7 +111,7 @@ def _on_demand(store: Store, image: Image, place: Path) -> None:
     with Store(place / "other", durable=False) as other:
         there = attach(other, str(origin), "probe")
         folder = _fresh(place)
-        mode: LayerMode = "erofs" if os.geteuid() == 0 else "folders"
+        mode: LayerMode = "erofs" if is_root() else "folders"
         with compose(other, replace(there), folder, mode=mode) as stack:
             _expect(stack.root)
             if not stack.caps.on_demand:

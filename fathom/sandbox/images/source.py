@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fathom.sandbox.images.blobs import BlobWriter
@@ -45,16 +45,33 @@ class Owners:
         )
 
 
+def is_root() -> bool:
+    """Tell whether this process may give files any owner: root, and not of a user namespace."""
+    if os.geteuid() != 0:
+        return False
+    with open("/proc/self/uid_map") as file:
+        return file.read().split() == ["0", "0", "4294967295"]
+
+
+def own_files() -> Owners:
+    """Return how owners are read when nothing else is said.
+
+    Root's files keep their owners. A user has no files but his own, so they become root's.
+    """
+    return Owners() if is_root() else Owners(everybody=(0, 0))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taking:
     """What to take from a folder and how.
 
-    `upper`: the folder is the upper one of an overlay, so its marks mean something; otherwise a
-    device 0:0 is refused. `mtime`: one time for all files, their own when not given.
-    `devices`: whether devices and sockets are taken at all (sockets never are).
+    `owners`: as they are on disk for root, all root's for others, if not given. `upper`: the folder
+    is the upper one of an overlay, so its marks mean something; otherwise a device 0:0 is refused.
+    `mtime`: one time for all files, their own when not given. `devices`: whether devices are taken
+    at all (sockets never are). `exclude`: paths to leave out, each with a slash before it.
     """
 
-    owners: Owners = Owners()
+    owners: Owners = field(default_factory=own_files)
     upper: bool = False
     mtime: int | None = None
     devices: bool = False

@@ -29,6 +29,7 @@ from fathom.errors import Unsupported
 from fathom.sandbox.images import layers as layering
 from fathom.sandbox.images import mounts, unpack
 from fathom.sandbox.images.errors import ImageError
+from fathom.sandbox.images.source import is_root
 from fathom.sandbox.images.store import Hold, Store
 from fathom.sandbox.images.types import Image
 
@@ -120,10 +121,10 @@ def compose(
         hold.close()
         raise
     caps = StackCaps(
-        owners=chosen != "folders" or os.geteuid() == 0,
+        owners=chosen != "folders" or is_root(),
         writable=upper is not None,
         on_demand=any(mounted.on_demand for mounted in undo),
-        rootless=os.geteuid() != 0,
+        rootless=not is_root(),
     )
     return Composed(
         root=root,
@@ -197,16 +198,16 @@ def _join(
         if not any(upper.iterdir()):
             # The overlay shows the upper folder's own owner and mode at its root.
             top = paths[-1].stat()
-            if os.geteuid() == 0:
+            if is_root():
                 os.chown(upper, top.st_uid, top.st_gid)
             upper.chmod(stat.S_IMODE(top.st_mode))
-    private = mode == "folders" and os.geteuid() != 0
+    private = mode == "folders" and not is_root()
     try:
         undo.append(mounts.overlay(root, paths, upper, work, user_attributes=private))
         return root, "overlay"
     except OSError as error:
         problem = error
-    if os.geteuid() != 0:
+    if not is_root():
         if program := _fuse_overlay():
             undo.append(mounts.fuse_overlay(program, root, paths, upper, work))
             return root, "fuse-overlayfs"

@@ -22,6 +22,7 @@ from fathom.sandbox.images import layers as layering
 from fathom.sandbox.images import tree
 from fathom.sandbox.images.errors import ImageDamaged, store_errors
 from fathom.sandbox.images.ondemand import BlobCache
+from fathom.sandbox.images.source import is_root
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tree import OPAQUE, Node
 from fathom.sandbox.images.types import Blob
@@ -117,7 +118,7 @@ def _write_node(node: Node, place: Path, readers: Sequence[_BlobReader]) -> None
                 readers[node.data[0]].copy(node.data[1], node.size, file.write)
     elif kind == stat.S_IFLNK:
         os.symlink(node.target, os.fsencode(place))
-    elif node.is_whiteout or os.geteuid() == 0:
+    elif node.is_whiteout or is_root():
         minor = node.rdev & 0xFF | node.rdev >> 12 & ~0xFF
         os.mknod(place, node.mode, os.makedev(node.rdev >> 8 & 0xFFF, minor))
     elif kind == stat.S_IFIFO:
@@ -128,7 +129,7 @@ def _write_node(node: Node, place: Path, readers: Sequence[_BlobReader]) -> None
 
 
 def _finish(place: Path, node: Node) -> None:
-    root = os.geteuid() == 0
+    root = is_root()
     if root:
         os.chown(place, node.uid, node.gid, follow_symlinks=False)
     if not stat.S_ISLNK(node.mode) and not node.is_whiteout:

@@ -77,19 +77,19 @@ def _print_made(image: Image, name: str, as_json: bool) -> None:
 @app.command("ls")
 def list_images(folder: Folder = None, as_json: AsJson = False) -> None:
     """List the images of the store: name, digest, layers, size, and how much of it is here."""
-    store = _open(folder)
-    found = {name: _about(store, store.image(d)) for name, d in store.names().items()}
-    if as_json:
-        print_json(found)
-        return
-    rows: list[list[str]] = []
-    for name, about in found.items():
-        layers = about["layers"]
-        total = sum(one["metadata_bytes"] + one["data_bytes"] for one in layers)
-        here = sum(one["metadata_bytes"] + one["local_bytes"] for one in layers)
-        short = about["digest"][:19]
-        rows.append([visible(name), short, str(len(layers)), _size(total), _size(here)])
-    print_table(["name", "digest", "layers", "size", "here"], rows)
+    with _open(folder) as store:
+        found = {name: _about(store, store.image(d)) for name, d in store.names().items()}
+        if as_json:
+            print_json(found)
+            return
+        rows: list[list[str]] = []
+        for name, about in found.items():
+            layers = about["layers"]
+            total = sum(one["metadata_bytes"] + one["data_bytes"] for one in layers)
+            here = sum(one["metadata_bytes"] + one["local_bytes"] for one in layers)
+            short = about["digest"][:19]
+            rows.append([visible(name), short, str(len(layers)), _size(total), _size(here)])
+        print_table(["name", "digest", "layers", "size", "here"], rows)
 
 
 @app.command()
@@ -215,9 +215,9 @@ def push(
     """Publish an image so that other stores can read it on demand."""
     from fathom.sandbox.images import remote
 
-    store = _open(folder)
-    given = name or (None if reference.startswith("sha256:") else reference.partition("@")[0])
-    remote.push(store, store.resolve(reference), address, given)
+    with _open(folder) as store:
+        given = name or (None if reference.startswith("sha256:") else reference.partition("@")[0])
+        remote.push(store, store.resolve(reference), address, given)
 
 
 @app.command("push-archive")
@@ -230,32 +230,32 @@ def push_archive(
     """Write an image as an OCI archive, which other tools and registries take."""
     from fathom.sandbox.images.export import write_archive
 
-    store = _open(folder)
-    write_archive(store, store.resolve(reference), path, tag)
+    with _open(folder) as store:
+        write_archive(store, store.resolve(reference), path, tag)
 
 
 @app.command()
 def inspect(reference: Reference, folder: Folder = None, as_json: AsJson = False) -> None:
     """Show what an image is made of, how much of it is here, and how it is run."""
-    store = _open(folder)
-    about = _about(store, store.resolve(reference))
-    if as_json:
-        print_json(about)
-        return
-    print(f"digest        {about['digest']}\narchitecture  {about['architecture']}")
-    for key, value in about["run"].items():
-        print(f"{key:<13} {visible(str(value))}")
-    print()
-    rows = [
-        [
-            one["digest"][:19],
-            _size(one["metadata_bytes"]),
-            _size(one["data_bytes"]),
-            _size(one["local_bytes"]),
+    with _open(folder) as store:
+        about = _about(store, store.resolve(reference))
+        if as_json:
+            print_json(about)
+            return
+        print(f"digest        {about['digest']}\narchitecture  {about['architecture']}")
+        for key, value in about["run"].items():
+            print(f"{key:<13} {visible(str(value))}")
+        print()
+        rows = [
+            [
+                one["digest"][:19],
+                _size(one["metadata_bytes"]),
+                _size(one["data_bytes"]),
+                _size(one["local_bytes"]),
+            ]
+            for one in about["layers"]
         ]
-        for one in about["layers"]
-    ]
-    print_table(["layer", "metadata", "contents", "here"], rows)
+        print_table(["layer", "metadata", "contents", "here"], rows)
 
 
 @app.command()
@@ -264,9 +264,9 @@ def rm(
     folder: Folder = None,
 ) -> None:
     """Forget names of images."""
-    store = _open(folder)
-    for name in names:
-        store.untag(name)
+    with _open(folder) as store:
+        for name in names:
+            store.untag(name)
 
 
 @app.command()
@@ -278,7 +278,8 @@ def gc(
     """Remove what no name and no running sandbox needs."""
     from fathom.sandbox.images.care import collect
 
-    done = collect(_open(folder), dry_run=dry_run)
+    with _open(folder) as store:
+        done = collect(store, dry_run=dry_run)
     if as_json:
         print_json({"removed": done.removed, "freed_bytes": done.freed, "kept": done.kept})
     else:
@@ -297,7 +298,8 @@ def fsck(
     """Prove every byte of the store. Exit code 1: something is damaged or missing."""
     from fathom.sandbox.images.care import check
 
-    found = check(_open(folder), repair=repair)
+    with _open(folder) as store:
+        found = check(store, repair=repair)
     if as_json:
         print_json(
             [{"subject": p.subject, "problem": p.problem, "repaired": p.repaired} for p in found]

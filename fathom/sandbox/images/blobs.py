@@ -62,7 +62,7 @@ class BlobWriter:
                 return self._known[key]
             offset = self.total
             self._known[key] = offset
-            self._write(content)
+            self._write(content + bytes(-len(content) % BLOCK))
         else:
             offset = self.total
             got = 0
@@ -70,7 +70,7 @@ class BlobWriter:
                 got += len(piece)
                 self._write(piece)
             self.short = got != size
-        self._write(bytes(-self.total % BLOCK))
+            self._write(bytes(-self.total % BLOCK))
         return offset
 
     def _write(self, data: bytes) -> None:

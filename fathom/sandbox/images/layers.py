@@ -20,7 +20,7 @@ from fathom.sandbox.images.errors import ImageError
 from fathom.sandbox.images.source import Owners, Taking, own_files
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tree import Node
-from fathom.sandbox.images.types import Blob, Image, LayerRef, RunConfig
+from fathom.sandbox.images.types import Blob, Image, LayerRef, RunConfig, check_name
 
 # Layers above the lowest are joined at most up to this size, as the report's are.
 FLATTEN_LIMIT = 3 << 30
@@ -33,7 +33,7 @@ def pack_folder(store: Store, folder: Path, taking: Taking | None = None) -> Lay
     """
     with store.making(f"no layer can be made of {folder}") as work:
         path = work / "data"
-        with path.open("wb") as file:
+        with path.open("wb", buffering=1 << 20) as file:
             blob = BlobWriter(file)
             root = source.from_folder(folder, blob, taking or Taking())
         return publish(store, root, path, blob)
@@ -151,6 +151,7 @@ def image_of_folder(
     taking: Taking | None = None,
 ) -> Image:
     """Make an image of one layer of `folder` and call it `name`. Raises ImageError, StoreFull."""
+    check_name(name)
     layer = pack_folder(store, folder, taking)
     image = Image(layers=(layer.digest,), run=run or RunConfig())
     store.put_image(image, name)

@@ -25,7 +25,7 @@ from fathom.sandbox.images.blobs import BlobWriter
 from fathom.sandbox.images.errors import ImageDamaged, ImageError, ImageMissing, store_errors
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tarball import Limits
-from fathom.sandbox.images.types import MAX_LAYERS, Image, RunConfig, check_digest
+from fathom.sandbox.images.types import MAX_LAYERS, Image, RunConfig, check_digest, check_name
 
 _SMALL = 8 << 20
 _PIECE = 1 << 20
@@ -140,6 +140,8 @@ def assemble(
     limits: Limits | None = None,
 ) -> Image:
     """Make an image of layers and a configuration, several layers at a time."""
+    if name is not None:
+        check_name(name)
     rootfs = config.get("rootfs")
     ids = cast("dict[str, Any]", rootfs).get("diff_ids") if isinstance(rootfs, dict) else None
     unpacked = [check_digest(one) for one in _sequence(ids, "list of unpacked layers")]

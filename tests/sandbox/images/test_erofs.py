@@ -67,7 +67,7 @@ trees = st.recursive(
 SIZES = [8 << 20, 8 << 20, 8 << 20]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(trees)
 def test_every_tree_comes_back(root: Node):
     image = erofs.write(root, SIZES)
@@ -79,7 +79,7 @@ def sample() -> bytes:
     root = tree.folder()
     below = tree.folder()
     root.children = {b"d": below, b"f": Node(mode=0o100644, size=9000, data=(0, 4096))}
-    below.children = {f"{n:04}".encode(): Node(mode=0o120777, target=b"t" * 40) for n in range(300)}
+    below.children = {f"{n:04}".encode(): Node(mode=0o120777, target=b"t" * 40) for n in range(100)}
     return erofs.write(root, [1 << 20])
 
 
@@ -89,12 +89,12 @@ def fix_checksum(image: bytearray) -> bytes:
     return bytes(image)
 
 
-def test_a_thousand_damaged_images_are_refused_or_read():
+def test_hundreds_of_damaged_images_are_refused_or_read():
     """Never another error, an endless loop or a tree with impossible names."""
     chance = random.Random(1)
     image = sample()
     refused = 0
-    for _ in range(1000):
+    for _ in range(300):
         damaged = bytearray(image)
         for _ in range(chance.randint(1, 6)):
             damaged[chance.randrange(1024, len(damaged))] = chance.choice([0, 1, 0x7F, 0xFF])
@@ -106,7 +106,7 @@ def test_a_thousand_damaged_images_are_refused_or_read():
             for path, node in tree.walk(root):
                 assert b".." not in path.split(b"/")
                 assert node.data is None or node.data[1] + node.size <= 1 << 20
-    assert refused > 100
+    assert refused > 30
 
 
 @pytest.mark.parametrize("length", [0, 100, 4095, 4097, 8192])

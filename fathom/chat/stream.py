@@ -53,6 +53,8 @@ class StreamParser:
         trim: drop line breaks around reasoning and before content, as the official API does.
             Without it the message holds exactly what was written.
         make_id: gives the id of the n-th call; the ids are "call_0", "call_1", ... by default.
+        stream_arguments: report a call and its arguments while they come. By default it is reported
+            once it is complete: clients repair and execute calls that were cut off.
 
     Raises ChatError for an unknown mode or stage.
     """
@@ -65,6 +67,7 @@ class StreamParser:
         tools: bool = True,
         trim: bool = False,
         make_id: Callable[[int], str] | None = None,
+        stream_arguments: bool = False,
     ) -> None:
         check_thinking(thinking)
         if start not in (None, *_STAGES):
@@ -76,7 +79,9 @@ class StreamParser:
         self._prose = ProseReader("reasoning", self._report, trim=trim)
         if start == "content" or (start is None and thinking == "off"):
             self._prose.stage = "content"
-        self._calls = CallReader(self._tags, self._report, make_id or "call_{}".format)
+        self._calls = CallReader(
+            self._tags, self._report, make_id or "call_{}".format, streams=stream_arguments
+        )
         self._in_calls = start == "tool_calls"
 
         self._hold = ""  # the end of the text, while it may be the start of a marker

@@ -28,6 +28,7 @@ from fathom.cli.eval import app as eval_app
 from fathom.cli.generate import generate
 from fathom.cli.inspect import inspect
 from fathom.cli.output import print_json
+from fathom.cli.serve import serve
 from fathom.cli.terminal import exit_code, visible
 from fathom.cli.train import train
 from fathom.errors import FathomError
@@ -98,6 +99,7 @@ for _command in (
     agent,
     chat,
     generate,
+    serve,
     inspect,
     convert,
     efficiency,

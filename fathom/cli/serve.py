@@ -128,9 +128,7 @@ def _local(model: str, device: str) -> Backend:
     return LocalBackend(fathom.load(model, device=device))
 
 
-def _gateway(
-    url: str, model: str | None, context: int | None, tokenizer: str | None
-) -> Backend:
+def _gateway(url: str, model: str | None, context: int | None, tokenizer: str | None) -> Backend:
     from fathom.chat import Tokenizer
     from fathom.server.gateway import open_gateway
 

@@ -28,6 +28,7 @@ from fathom.server.problems import as_problem, error_body
 from fathom.server.render import (
     dumps,
     exhaust_all,
+    logprob_entry,
     merged,
     new_id,
     openai_usage,
@@ -132,15 +133,7 @@ class ChatWriter:
         }
 
     def _record(self, record: TokenRecord) -> dict[str, Any]:
-        wanted = record.top[: self._ask.top_logprobs or 0]
-        top = [self._token(token, logprob) for token, logprob in wanted]
-        return self._token(record.token_id, record.logprob) | {"top_logprobs": top}
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        raw = self._tokenizer.token_bytes(token) if self._tokenizer is not None else b""
-        text = raw.decode("utf-8", "replace")
-        # JSON has no infinity; a token that cannot come has a very small probability.
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(raw)}
+        return logprob_entry(self._tokenizer, record, self._ask.top_logprobs or 0)
 
     @property
     def wants_logprobs(self) -> bool:

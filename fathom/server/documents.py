@@ -59,9 +59,7 @@ def _body(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
         "required": required,
         "additionalProperties": True,
     }
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}
-    }
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _route(
@@ -107,6 +105,96 @@ CHAT = _route(
         },
         ["messages"],
     ),
+    _POST,
+)
+_COMMON: dict[str, Any] = {
+    "model": {"type": "string"},
+    "stream": {"type": "boolean"},
+    "stream_arguments": {"type": "boolean"},
+    "repaired_calls": {"type": "boolean"},
+    "temperature": _SAMPLING["temperature"],
+    "top_p": _SAMPLING["top_p"],
+}
+_MESSAGES_BODY = _body(
+    {
+        "messages": {"type": "array", "items": _MESSAGE, "minItems": 1},
+        "system": {},
+        "tools": {"type": "array", "items": _TOOL},
+        "tool_choice": {"type": "object"},
+        "thinking": _THINKING,
+        "output_config": {"type": "object"},
+        "stop_sequences": {"type": "array", "items": {"type": "string"}},
+        "max_tokens": {"type": "integer", "minimum": 1},
+        "top_k": {"type": "integer", "minimum": 0},
+        **_COMMON,
+    },
+    ["messages"],
+)
+_RESPONSES_BODY = _body(
+    {
+        "input": {},
+        "instructions": {"type": "string"},
+        "tools": {"type": "array", "items": _TOOL},
+        "tool_choice": {},
+        "parallel_tool_calls": {"type": "boolean"},
+        "reasoning": {"type": "object", "properties": {"effort": {"enum": _EFFORTS}}},
+        "text": {"type": "object"},
+        "previous_response_id": {"type": "string"},
+        "store": {"type": "boolean"},
+        "include": {"type": "array", "items": {"type": "string"}},
+        "max_output_tokens": {"type": "integer", "minimum": 1, "maximum": 393_216},
+        **_COMMON,
+    },
+    ["input"],
+)
+MESSAGES = _route("messages", _MESSAGES_BODY, _POST, overloaded=529)
+COUNT_TOKENS = _route("tools", _MESSAGES_BODY, _POST, overloaded=529)
+RESPONSES = _route("responses", _RESPONSES_BODY, _POST)
+INPUT_TOKENS = _route("tools", _RESPONSES_BODY, _POST)
+STORED = _route("responses", None, (400, 401, 403, 404))
+COMPLETIONS = _route(
+    "completions",
+    _body(
+        {
+            "model": {"type": "string"},
+            "prompt": {
+                "anyOf": [
+                    {"type": "string"},
+                    {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                    {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+                ]
+            },
+            "suffix": {"type": "string"},
+            "max_tokens": {"type": "integer", "minimum": 0, "maximum": 393_216},
+            "n": {"type": "integer", "minimum": 1, "maximum": 16},
+            "stop": {},
+            "stop_token_ids": {"type": "array", "items": {"type": "integer"}},
+            "logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
+            "echo": {"type": "boolean"},
+            "stream": {"type": "boolean"},
+            "skip_special_tokens": {"type": "boolean"},
+            "return_token_ids": {"type": "boolean"},
+            **_SAMPLING,
+        },
+        ["prompt"],
+    ),
+    _POST,
+)
+MODELS = _route("models", None, _GET)
+MODEL = _route("models", None, (401, 403, 404))
+RENDER = _route(
+    "tools",
+    _body({"api": {"enum": ["chat", "messages", "responses"]}, "messages": {}, "input": {}}, []),
+    _POST,
+)
+TOKENIZE = _route(
+    "tools",
+    _body({"prompt": {"type": "string"}, "special": {"type": "boolean"}}, ["prompt"]),
+    _POST,
+)
+DETOKENIZE = _route(
+    "tools",
+    _body({"tokens": {"type": "array", "items": {"type": "integer"}}}, ["tokens"]),
     _POST,
 )
 HEALTH = _route("service", None, (403,))

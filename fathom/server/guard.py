@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 from asyncio import TimerHandle
 from collections.abc import Callable
 from typing import Any
@@ -25,9 +26,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from fathom.server.problems import Problem, api_of, error_body, status_for
+from fathom.server.problems import Problem, api_of, as_problem, error_body, status_for
 from fathom.server.render import new_id
 from fathom.server.settings import Settings, is_loopback
+
+log = logging.getLogger(__name__)
 
 _OPEN_PATHS = ("/", "/health")  # no secret, no work; the page asks for the key itself
 _PAGE = "/page/"
@@ -51,10 +54,16 @@ class Guard:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id = new_id("req_")
         origin = headers.get("origin")
+        started = False
 
         async def send_with_id(message: Any) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
-                extra = [(b"x-request-id", request_id.encode()), (b"request-id", request_id.encode())]
+                started = True
+                extra = [
+                    (b"x-request-id", request_id.encode()),
+                    (b"request-id", request_id.encode()),
+                ]
                 if origin is not None and origin in self._settings.origins:
                     extra += [(b"access-control-allow-origin", origin.encode("latin-1")),
                               (b"vary", b"origin")]  # fmt: skip
@@ -67,13 +76,17 @@ class Guard:
                 await _preflight(scope, receive, send_with_id)
                 return
             state["owner"] = self._owner(scope["path"], headers)
-        except Problem as problem:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            problem = as_problem(error)
+            if problem.code == "internal_error":
+                log.error("path=%s request=%s", scope["path"], request_id, exc_info=error)
+            if started:
+                raise  # nothing can be said any more: the connection ends
             api = api_of(scope["path"])
             body = error_body(problem, api, request_id)
             response = JSONResponse(body, status_for(problem, api), problem.headers)
             await response(scope, receive, send_with_id)
-            return
-        await self._app(scope, receive, send_with_id)
 
     def _check_names(self, headers: Headers, origin: str | None) -> None:
         host = headers.get("host", "")
@@ -177,5 +190,3 @@ def guarded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
                 self._head_timer = None
 
     return GuardedProtocol
-
-

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from fathom.chat import Event
 from fathom.chat.dsml import quote
-from fathom.server.turn import Account, Turn
+from fathom.chat.tokenizer import Tokenizer
+from fathom.server.turn import Account, TokenRecord, Turn
 
 
 class Renderer(Protocol):
@@ -95,6 +96,23 @@ def side_report(accounts: list[Account]) -> dict[str, Any] | None:
     }
     report = {name: value for name, value in report.items() if value}
     return report or None
+
+
+def logprob_entry(tokenizer: Tokenizer | None, record: TokenRecord, top: int) -> dict[str, Any]:
+    """A token's log-probability with `top` alternatives, in OpenAI's shape."""
+    found = [_logprob(tokenizer, token, logprob) for token, logprob in record.top[:top]]
+    return _logprob(tokenizer, record.token_id, record.logprob) | {"top_logprobs": found}
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity; a token that cannot come has a very small probability."""
+    return max(logprob, -9999.0)
+
+
+def _logprob(tokenizer: Tokenizer | None, token: int, logprob: float) -> dict[str, Any]:
+    raw = tokenizer.token_bytes(token) if tokenizer is not None else b""
+    text = raw.decode("utf-8", "replace")
+    return {"token": text, "logprob": finite(logprob), "bytes": list(raw)}
 
 
 async def render_events(turn: Turn, renderer: Renderer) -> AsyncGenerator[bytes, None]:

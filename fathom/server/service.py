@@ -12,11 +12,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import anyio
 import anyio.to_thread
 
+from fathom.chat.messages import Message
 from fathom.chat.requests import (
     PromptRequest,
     RequestOptions,
@@ -30,13 +32,12 @@ from fathom.server.bounds import check_body, check_request
 from fathom.server.metrics import Metrics
 from fathom.server.problems import Problem
 from fathom.server.render import new_id
-from fathom.server.settings import DEFAULT_MAX_TOKENS, MAX_THINKING_FLOOR, Settings
+from fathom.server.settings import MAX_THINKING_FLOOR, Settings
 from fathom.server.store import TurnStore
 from fathom.server.turn import Delivery, Turn
 
 log = logging.getLogger(__name__)
 
-_READERS = {"chat": read_chat, "messages": read_messages, "responses": read_responses}
 _CALL_PREFIX = {"chat": "call_", "messages": "toolu_", "responses": "call_"}
 _LARGE_PROMPT = 20_000  # characters: beyond, tokenizing leaves the event loop
 
@@ -50,15 +51,14 @@ class Prepared:
     text: str
     max_tokens: int
     notices: tuple[str, ...]
-    restored: int
     top_k: int
     repaired_calls: bool
 
     def headers(self) -> dict[str, str]:
         """What the server did on its own account."""
         headers: dict[str, str] = {}
-        if self.restored:
-            headers["x-fathom-restored-reasoning"] = str(self.restored)
+        if self.request.restored:
+            headers["x-fathom-restored-reasoning"] = str(self.request.restored)
         if self.notices:
             joined = "; ".join(self.notices).encode("ascii", "replace").decode()
             headers["x-fathom-notice"] = "".join(c for c in joined if c.isprintable())[:1000]
@@ -79,59 +79,83 @@ class Service:
             revision=settings.revision,
             keep_tools_when_none=True,
             most_choices=settings.limits.choices,
+            require_reasoning=settings.require_reasoning,
         )
 
-    def read(self, api: str, body: Mapping[str, Any]) -> PromptRequest:
+    def read(self, api: str, body: Mapping[str, Any], owner: str) -> PromptRequest:
         """Read a body of "chat", "messages" or "responses". Raises RequestError or Problem."""
         check_body(body, self.settings.limits)
         known = {name: value for name, value in body.items() if name not in OWN_FIELDS}
-        request = _READERS[api](known, self._options)
+        options = replace(self._options, recall=partial(self.store.recall, owner))
+        if api == "responses":
+            request = read_responses(known, options, history=self._history(owner, body))
+        else:
+            request = (read_chat if api == "chat" else read_messages)(known, options)
         check_request(request, self.settings.limits)
         return request
 
-    async def prepare(
-        self, request: PromptRequest, owner: str, body: Mapping[str, Any]
-    ) -> Prepared:
-        """Restore, render and measure. Raises Problem for a prompt that does not fit."""
-        request, notice = self._check_effort(request)
-        request, restored = self.store.restore_reasoning(owner, request)
-        if restored:
-            self.metrics.restored.inc(restored)
-        self._require_reasoning(request)
+    async def prepare(self, api: str, body: Mapping[str, Any], owner: str) -> Prepared:
+        """Read, restore, render and measure. Raises Problem for a prompt that does not fit."""
+        request, notice = self._check_effort(self.read(api, body, owner))
+        if request.restored:
+            self.metrics.restored.inc(request.restored)
         segments = request.segments()
         prompt = await self.tokenize(segments)
-        limits, info = self.settings.limits, self.backend.info
-        most = min(limits.prompt_tokens or info.context_tokens, info.context_tokens - 1)
-        if len(prompt) > most:
-            raise Problem(
-                400,
-                f"prompt is too long: {len(prompt)} tokens > {most} maximum",
-                code="context_length_exceeded",
-                param="input" if request.api == "responses" else "messages",
-            )
-        wanted = request.max_tokens or DEFAULT_MAX_TOKENS[request.thinking]
-        room = info.context_tokens - len(prompt)
+        room = self.check_length(len(prompt), "input" if api == "responses" else "messages")
+        wanted = request.max_tokens or request.default_max_tokens()
         return Prepared(
             request=request,
             prompt=prompt,
             text=join_text(segments),
-            max_tokens=min(wanted, room, limits.max_tokens),
+            max_tokens=min(wanted, room, self.settings.limits.max_tokens),
             notices=(*notice, *request.warnings),
-            restored=restored,
-            top_k=_top_k(body),
+            top_k=read_top_k(body),
             repaired_calls=_flag(body, "repaired_calls", self.settings.repaired_calls),
         )
 
+    def check_length(self, tokens: int, param: str) -> int:
+        """How many tokens fit behind a prompt. Raises Problem for one that leaves no room."""
+        context, limit = self.backend.info.context_tokens, self.settings.limits.prompt_tokens
+        most = context - 1 if limit is None else min(limit, context - 1)
+        if tokens > most:
+            raise Problem(
+                400,
+                f"prompt is too long: {tokens} tokens > {most} maximum",
+                code="context_length_exceeded",
+                param=param,
+            )
+        return context - tokens
+
+    def _history(self, owner: str, body: Mapping[str, Any]) -> list[Message]:
+        """The conversation that a Responses request goes on from."""
+        previous = body.get("previous_response_id")
+        if not isinstance(previous, str):
+            return []  # the reader says what is wrong with anything but null
+        stored = self.store.response(owner, previous)
+        if stored is None:
+            raise Problem(
+                400,
+                f"response {previous[:100]!r} is not known here (any more): send the conversation "
+                "as input",
+                code="previous_response_not_found",
+                param="previous_response_id",
+            )
+        return stored.messages
+
     def start(self, prepared: Prepared, owner: str) -> list[Turn]:
         """The completions of a request, not yet running. Raises Problem when too many wait."""
-        if self._waiting >= self.settings.limits.waiting:
+        self.check_queue()
+        return [self._turn(prepared, owner, at) for at in range(prepared.request.n)]
+
+    def check_queue(self) -> None:
+        """Raises Problem when as many completions wait as may."""
+        if self._waiting > self.settings.limits.waiting:
             raise Problem(
                 503,
                 f"{self._waiting} completions are waiting already: try again later",
                 code="overloaded",
                 headers={"retry-after": "2"},
             )
-        return [self._turn(prepared, owner, at) for at in range(prepared.request.n)]
 
     async def tokenize(self, segments: list[Segment]) -> list[int]:
         """The ids of a prompt; a long one is made outside the event loop."""
@@ -169,9 +193,10 @@ class Service:
         def make_id(index: int) -> str:
             return ids.setdefault(index, new_id(prefix))
 
-        return Turn(self.backend, generation, request, delivery, make_id, self._watch(owner))
+        return Turn(self.backend, generation, request, delivery, make_id, self.watch(owner))
 
-    def _watch(self, owner: str) -> Callable[[Turn], Any]:
+    def watch(self, owner: str) -> Callable[[Any], Any]:
+        """What surrounds a completion: a slot before it, counters and the store behind it."""
         started = time.perf_counter()
 
         @asynccontextmanager
@@ -216,24 +241,13 @@ class Service:
         )
         return replace(request, thinking="high"), (note,)
 
-    def _require_reasoning(self, request: PromptRequest) -> None:
-        if not self.settings.require_reasoning or request.thinking == "off":
-            return
-        for at, message in enumerate(request.messages):
-            if message.role == "assistant" and message.tool_calls and not message.reasoning:
-                raise Problem(
-                    400,
-                    "the reasoning of this assistant message with calls is missing: return it",
-                    code="missing_reasoning",
-                    param=f"messages[{at}].reasoning_content",
-                )
-
 
 # Fields that only this server knows; the readers of the APIs never see them.
-OWN_FIELDS = ("repaired_calls",)
+OWN_FIELDS = ("repaired_calls", "top_k")
 
 
-def _top_k(body: Mapping[str, Any]) -> int:
+def read_top_k(body: Mapping[str, Any]) -> int:
+    """The field `top_k`, 0 without one. Raises Problem."""
     value = body.get("top_k")
     if value is None or value == -1:  # some clients' way to say "all"
         return 0

@@ -13,9 +13,6 @@ from fathom.errors import ServerError
 
 MAX_THINKING_FLOOR = 393_216  # tokens of context that Think Max asks for
 
-# Tokens of a reply when the request states none.
-DEFAULT_MAX_TOKENS = {"off": 8_192, "low": 65_536, "high": 65_536, "max": 131_072}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:

@@ -44,6 +44,7 @@ class EventStream(Response):
         patience: float,
         fail: Callable[[Exception], bytes],
         headers: dict[str, str],
+        on_first: Callable[[], None],
         on_end: Callable[[str], None],
     ) -> None:
         super().__init__()
@@ -53,6 +54,7 @@ class EventStream(Response):
         self._patience = patience
         self._fail = fail
         self._extra = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()]
+        self._on_first = on_first
         self._on_end = on_end
         self._started = False
         self._last = 0.0  # when something was written
@@ -81,9 +83,13 @@ class EventStream(Response):
 
     async def _write_all(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
+        first = True
         async for data in self._source:
-            if not self._started:
-                await self._start(send)
+            if first:
+                first = False
+                self._on_first()
+                if not self._started:
+                    await self._start(send)
             self._writing = self._last = loop.time()
             await send({"type": "http.response.body", "body": data, "more_body": True})
             self._writing = None

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from fathom.chat import Message
-from fathom.chat.requests import PromptRequest
 
 V = TypeVar("V")
 
@@ -63,10 +62,9 @@ class Bounded(Generic[V]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredResponse:
-    """A finished response: the items that led to it, its own, and the object the client got."""
+    """A finished response: the conversation with its answer, and the object the client got."""
 
-    input: list[Any]
-    output: list[Any]
+    messages: list[Message]
     body: dict[str, Any]
 
 
@@ -82,21 +80,13 @@ class TurnStore:
         for call_id in call_ids:
             self._reasoning.put((owner, call_id), reasoning, len(reasoning) + 64)
 
-    def restore_reasoning(self, owner: str, request: PromptRequest) -> tuple[PromptRequest, int]:
-        """Fill in reasoning that assistant messages with calls have lost; says for how many."""
-        if request.thinking == "off":
-            return request, 0
-        messages, count = list(request.messages), 0
-        for at, message in enumerate(messages):
-            found = self._lost(owner, message)
-            if found:
-                messages[at] = replace(message, reasoning=found)
-                count += 1
-        return (replace(request, messages=messages), count) if count else (request, 0)
+    def recall(self, owner: str, call_id: str) -> str | None:
+        """What was thought before this call, if the call was made for `owner`."""
+        return self._reasoning.get((owner, call_id)) if call_id else None
 
     def keep_response(self, owner: str, response_id: str, response: StoredResponse) -> None:
         """Remember a response."""
-        size = len(repr(response.input)) + 2 * len(repr(response.output))
+        size = len(repr(response.messages)) + len(repr(response.body))
         self._responses.put((owner, response_id), response, size)
 
     def response(self, owner: str, response_id: str) -> StoredResponse | None:
@@ -106,12 +96,3 @@ class TurnStore:
     def forget_response(self, owner: str, response_id: str) -> bool:
         """Forget a response; whether there was one."""
         return self._responses.pop((owner, response_id)) is not None
-
-    def _lost(self, owner: str, message: Message) -> str | None:
-        if message.role != "assistant" or message.reasoning or not message.tool_calls:
-            return None
-        for call in message.tool_calls:
-            found = self._reasoning.get((owner, call.id)) if call.id else None
-            if found:
-                return found
-        return None

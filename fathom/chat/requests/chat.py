@@ -20,13 +20,13 @@ from fathom.chat.requests.common import (
 )
 from fathom.chat.requests.effort import read_switch, read_template_arguments, read_thinking
 from fathom.chat.requests.fields import Fields
-from fathom.chat.requests.history import Entry, finish_conversation, mentions_json, object_text
+from fathom.chat.requests.history import Entry, finish_conversation, object_text
 from fathom.chat.requests.parts import read_content
 from fathom.chat.requests.tools import ToolReader, choose, prompt_name, read_chat_choice
 from fathom.chat.requests.types import MOST_TOKENS, PromptRequest, RequestOptions
-from fathom.errors import RequestError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
+_ANSWER = ("reasoning_content", "tool_calls", "refusal")
 _METADATA = (
     "user",
     "metadata",
@@ -58,11 +58,6 @@ def read_chat(body: Mapping[str, Any], options: RequestOptions | None = None) ->
         thinks=thinking != "off",
     )
     response_format = read_format(fields.object("response_format"))
-    if response_format.kind == "json_object" and not mentions_json(talk.messages):
-        raise RequestError(
-            "json_object needs the word 'json' in a message, which tells the model what to write",
-            "response_format",
-        )
     logprobs = fields.boolean("logprobs")
     top_logprobs = fields.integer("top_logprobs", 0, 20)
     stream_options = fields.object("stream_options")
@@ -115,6 +110,8 @@ def _read_thinking(fields: Fields, options: RequestOptions) -> tuple[str, str | 
 def _read_message(fields: Fields, warnings: list[str]) -> Entry:
     role = fields.choice("role", _ROLES)
     path = fields.here
+    if role is None and not fields.mapping.keys().isdisjoint(_ANSWER):
+        role = "assistant"  # a client's own helper loses the role of a streamed answer
     if role is None:
         fields.fail("role", f"is missing: use one of {', '.join(_ROLES)}")
     if role == "assistant":

@@ -9,7 +9,6 @@ Paper: none (a matter of the APIs).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -159,8 +158,3 @@ def join_content(content: str | list[dict[str, Any]]) -> str:
     if isinstance(content, str):
         return content
     return BLANK.join(str(part.get("text", "")) for part in content)
-
-
-def mentions_json(messages: Iterable[Message]) -> bool:
-    """Whether any message holds the word, which the API demands with response_format."""
-    return any("json" in join_content(message.content).lower() for message in messages)

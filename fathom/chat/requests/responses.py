@@ -19,13 +19,11 @@ from fathom.chat.requests.history import (
     BLANK,
     Entry,
     finish_conversation,
-    mentions_json,
     object_text,
 )
 from fathom.chat.requests.parts import read_content, read_part
 from fathom.chat.requests.tools import ToolReader, choose, prompt_name, read_chat_choice
 from fathom.chat.requests.types import MOST_TOKENS, PromptRequest, RequestOptions, ToolSpec
-from fathom.errors import RequestError
 
 _ROLES = ("system", "developer", "user", "assistant")
 _METADATA = (
@@ -85,11 +83,6 @@ def read_responses(
     )
     text = fields.object("text")
     response_format = read_format(text.object("format") if text else None, "")
-    if response_format.kind == "json_object" and not mentions_json(talk.messages):
-        raise RequestError(
-            "json_object needs the word 'json' in a message, which tells the model what to write",
-            "text.format",
-        )
     request = PromptRequest(
         api="responses",
         model=fields.text("model"),

@@ -233,6 +233,7 @@ class PromptRequest:
             trim=not self.prefix,
             make_id=make_id,
             stream_arguments=stream_arguments,
+            stop=self.stop,
         )
 
     def _format(self) -> Any:

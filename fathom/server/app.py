@@ -52,7 +52,8 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         else:
             problem = as_problem(error)
         if problem.status >= 500:
-            log.error("path=%s code=%s", request.url.path, problem.code, exc_info=error)
+            trace = error if problem.status == 500 else None
+            log.error("path=%s code=%s: %s", request.url.path, problem.code, problem, exc_info=trace)
         api = api_of(request.url.path)
         status = status_for(problem, api)
         service.metrics.requests.labels(_label(request.url.path), status).inc()

@@ -52,6 +52,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         state = scope.setdefault("state", {})
+        state["send"] = send  # for bodies of streams, which need none of what lies between
         state["request_id"] = request_id = new_id("req_")
         origin = headers.get("origin")
         started = False

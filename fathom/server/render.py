@@ -10,10 +10,10 @@ import json
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from json.encoder import encode_basestring
 from typing import Any, Protocol
 
 from fathom.chat import Event
-from fathom.chat.dsml import quote
 from fathom.chat.tokenizer import Tokenizer
 from fathom.server.turn import Account, TokenRecord, Turn
 
@@ -31,8 +31,8 @@ class Renderer(Protocol):
 
 
 def text_json(text: str) -> str:
-    """`text` as a JSON string; much faster than the general encoder."""
-    return quote(text)
+    """`text` as a JSON string; many times faster than the general encoder."""
+    return encode_basestring(text)
 
 
 def dumps(value: Any) -> str:

@@ -27,8 +27,11 @@ from fathom.chat.requests import (
     read_responses,
 )
 from fathom.chat.segments import Segment, join_text
-from fathom.server.backend import Backend, GenerationRequest
+from fathom.server.backend import Backend, GenerationRequest, TokenMask
 from fathom.server.bounds import check_body, check_request
+from fathom.server.constrain import Constrainer
+from fathom.server.forced import ForcedBackend
+from fathom.server.gateway import safe_text
 from fathom.server.metrics import Metrics
 from fathom.server.problems import Problem
 from fathom.server.render import new_id
@@ -53,6 +56,8 @@ class Prepared:
     notices: tuple[str, ...]
     top_k: int
     repaired_calls: bool
+    masks: tuple[TokenMask | None, ...]
+    force: bool
 
     def headers(self) -> dict[str, str]:
         """What the server did on its own account."""
@@ -73,6 +78,9 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.store = TurnStore(settings.stored_turns, settings.stored_bytes)
+        tokenizer = backend.tokenizer
+        masks = backend.info.masks and tokenizer is not None
+        self._constrainer = Constrainer(tokenizer) if masks and tokenizer else None
         self._slots = anyio.Semaphore(settings.limits.running)
         self._waiting = 0
         self._options = RequestOptions(
@@ -103,15 +111,35 @@ class Service:
         prompt = await self.tokenize(segments)
         room = self.check_length(len(prompt), "input" if api == "responses" else "messages")
         wanted = request.max_tokens or request.default_max_tokens()
+        masks, force, unenforced = await self._bind(request)
         return Prepared(
             request=request,
             prompt=prompt,
-            text=join_text(segments),
+            text=safe_text(segments) if self.backend.tokenizer is None else join_text(segments),
             max_tokens=min(wanted, room, self.settings.limits.max_tokens),
-            notices=(*notice, *request.warnings),
+            notices=(*notice, *unenforced, *request.warnings),
             top_k=read_top_k(body),
             repaired_calls=_flag(body, "repaired_calls", self.settings.repaired_calls),
+            masks=masks,
+            force=force,
         )
+
+    async def _bind(
+        self, request: PromptRequest
+    ) -> tuple[tuple[TokenMask | None, ...], bool, tuple[str, ...]]:
+        """How the reply is held to what the request demands: masks, or else a forced opening.
+
+        An engine without masks can still be made to call, because a prompt can open the block of
+        calls; schemas are then only asked for, and the client is told.
+        """
+        if self._constrainer is not None:
+            make = partial(self._constrainer.mask, request)
+            masks = [await anyio.to_thread.run_sync(make) for _ in range(request.n)]
+            return tuple(masks), False, ()
+        force = request.tool_choice.mode == "required" and request.reasons
+        asked = request.response_format.kind != "text" or any(t.strict for t in request.tools)
+        told = ("schemas are not enforced: the upstream offers no constrained decoding",)
+        return (None,) * request.n, force, told if asked else ()
 
     def check_length(self, tokens: int, param: str) -> int:
         """How many tokens fit behind a prompt. Raises Problem for one that leaves no room."""
@@ -180,6 +208,7 @@ class Service:
             top_k=prepared.top_k,
             seed=None if sampling.seed is None else (sampling.seed + at) % 2**63,
             top_logprobs=request.top_logprobs or 0,
+            mask=prepared.masks[at],
         )
         delivery = Delivery(
             at_once=settings.stream_arguments if at_once is None else at_once,
@@ -193,7 +222,8 @@ class Service:
         def make_id(index: int) -> str:
             return ids.setdefault(index, new_id(prefix))
 
-        return Turn(self.backend, generation, request, delivery, make_id, self.watch(owner))
+        backend = ForcedBackend(self.backend) if prepared.force else self.backend
+        return Turn(backend, generation, request, delivery, make_id, self.watch(owner))
 
     def watch(self, owner: str) -> Callable[[Any], Any]:
         """What surrounds a completion: a slot before it, counters and the store behind it."""

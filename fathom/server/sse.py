@@ -57,12 +57,15 @@ class EventStream(Response):
         self._on_first = on_first
         self._on_end = on_end
         self._started = False
+        self._direct: Send | None = None
         self._last = 0.0  # when something was written
         self._writing: float | None = None  # since when a write is under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the request."""
         self._last = asyncio.get_running_loop().time()
+        # Every layer of middleware would cost as much per token as making the event does.
+        self._direct = scope.get("state", {}).get("send", send)
         error: Exception | None = None
         outcome = "left"
         async with anyio.create_task_group() as tasks:
@@ -82,7 +85,7 @@ class EventStream(Response):
             await self._report(error, send)
 
     async def _write_all(self, send: Send) -> None:
-        loop = asyncio.get_running_loop()
+        loop, direct = asyncio.get_running_loop(), self._direct or send
         first = True
         async for data in self._source:
             if first:
@@ -91,7 +94,7 @@ class EventStream(Response):
                 if not self._started:
                     await self._start(send)
             self._writing = self._last = loop.time()
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+            await direct({"type": "http.response.body", "body": data, "more_body": True})
             self._writing = None
         if not self._started:
             await self._start(send)

@@ -108,7 +108,7 @@ class Turn:
         self._watch = watch
         self._parser = ask.parser(make_id=make_id, stream_arguments=delivery.at_once)
         self._markers = _markers(backend.tokenizer)
-        self._think_end = _think_end(backend.tokenizer)
+        self._think_end, self._markup = _markup(backend.tokenizer)
         self._thinks = ask.reasons
         self._stops = StopFinder(ask.stop) if ask.stop else None
         self._wants_records = ask.top_logprobs is not None
@@ -155,7 +155,7 @@ class Turn:
         elif token not in self._markers:
             events = self._parser.feed(output.text, False)
         else:
-            events = self._feed_marker(output.text, self._markers[token])
+            events = self._feed_marker(output.text, token)
             self._thinks = self._thinks and token != self._think_end
         if self._wants_records and token is not None and token not in self._markers:
             self._pending.append(
@@ -163,14 +163,18 @@ class Turn:
             )
         return self._shown(events)
 
-    def _feed_marker(self, text: str, marker: str) -> list[Event]:
+    def _feed_marker(self, text: str, token: int) -> list[Event]:
         # Only the id tells markup from text that spells it. A character that was unfinished when
         # the marker came stands before it, and the stop token has no text at all.
-        if not text.endswith(marker):
-            return self._parser.feed(text, False)
+        marker = self._markers[token]
         before = text.removesuffix(marker)
         events = self._parser.feed(before, False) if before else []
-        return events + self._parser.feed(marker, True)
+        if token in self._markup:
+            events += self._parser.feed(marker, True)
+        elif before != text:
+            # A role or search token has no place in a reply, and no client a use for it.
+            self.account.diagnostics.append(Diagnostic("special_token", marker))
+        return events
 
     def _shown(self, events: list[Event]) -> list[Event]:
         account, shown = self.account, []
@@ -268,5 +272,9 @@ def _markers(tokenizer: Tokenizer | None) -> dict[int, str]:
     return {token: tokenizer.decode([token]) for token in tokenizer.special_ids}
 
 
-def _think_end(tokenizer: Tokenizer | None) -> int | None:
-    return None if tokenizer is None else tokenizer.token_id("think_end")
+def _markup(tokenizer: Tokenizer | None) -> tuple[int | None, frozenset[int]]:
+    """The id that ends a thought, and all ids that mean something to the parser."""
+    if tokenizer is None:
+        return None, frozenset()
+    think_end = tokenizer.token_id("think_end")
+    return think_end, frozenset({think_end, tokenizer.token_id("dsml")})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fathom.cli.bench_fuzz import fuzz
 from fathom.cli.output import print_json, print_table
 from fathom.cli.sandboxes import KINDS, check_kind
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fathom.eval.speed import ProcessSide, Rate, Result, Side
 
 app = typer.Typer(invoke_without_command=True, help="Measure speed on this machine.")
+app.command()(fuzz)
 
 SHIPPED, PLAIN, GENERATE, OTHER = "fathom", "fathom-f32", "fathom-generate", "transformers"
 TOLERANCE = 2e-3  # of logits in float32: the same model, sums in another order

@@ -51,8 +51,8 @@ class ScriptedBackend:
     """Says what `script` makes of the prompt's text.
 
     `running` and `cancelled` count completions, for tests that ask whether work was freed. Where a
-    mask forbids the next scripted token, the first allowed one is said instead, and the script is
-    left.
+    mask forbids the next scripted token, the script is left, and what is said from there on leads
+    to the end of what the mask demands.
     """
 
     def __init__(
@@ -67,6 +67,11 @@ class ScriptedBackend:
         self._script = script
         self._tokenizer = tokenizer
         self._info = BackendInfo(name=name, context_tokens=context_tokens, masks=masks)
+        # Off the script, these bring a call or a JSON value to its end.
+        closing = [tokenizer.encode(text) for text in ('"', "}", "]", "</", "\n", "0", "a")]
+        single = [ids[0] for ids in closing if len(ids) == 1]
+        ends = (tokenizer.eos_id, tokenizer.token_id("dsml"))
+        self._closing = {token: 0 for token in single} | {token: -1 << 60 for token in ends}
         self._seen: list[tuple[int, ...]] = []
         self.requests: list[GenerationRequest] = []
         self.running = 0
@@ -119,7 +124,7 @@ class ScriptedBackend:
                 break
             if count == reply.fail_after:
                 raise BackendError("the scripted engine was told to fail here")
-            if reply.delay:
+            if reply.delay or count % 16 == 0:  # others must get their turn as well
                 await anyio.sleep(reply.delay)
             count += 1
             is_end = token == eos or token in request.stop_token_ids
@@ -138,10 +143,19 @@ class ScriptedBackend:
             return token
         bits = mask.allowed()
         if bits is not None and (token is None or not _is_set(bits, token)):
-            token = _first_set(bits)
+            token = self._way_out(bits)
             del planned[at:]
         if token is not None:
             mask.accept(token)
+        return token
+
+    def _way_out(self, bits: bytes) -> int | None:
+        """Off the script: the token that ends something, of those allowed the least used."""
+        allowed = [token for token in self._closing if _is_set(bits, token)]
+        if not allowed:
+            return _first_set(bits)
+        token = min(allowed, key=lambda t: self._closing[t])
+        self._closing[token] += 1
         return token
 
     def _cached(self, prompt: object) -> int:

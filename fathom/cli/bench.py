@@ -83,6 +83,9 @@ def sandbox_exec(
         _print_exec(report)
 
 
+app.command()(fuzz)
+
+
 def _counts(text: str) -> list[int]:
     parts = text.split(",")
     if not all(p.strip().isdecimal() and int(p) > 0 for p in parts):

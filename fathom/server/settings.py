@@ -28,6 +28,7 @@ class Limits:
     max_tokens: int = 393_216
     choices: int = 16
     stop_strings: int = 16
+    stop_length: int = 256
     connections: int = 512
     running: int = 64  # completions at the same time
     waiting: int = 256  # completions that wait for one of those to end

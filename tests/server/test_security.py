@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import statistics
+import threading
 import time
 import zlib
 from base64 import urlsafe_b64encode
@@ -21,6 +22,8 @@ from fathom.server.scripted import Reply
 from fathom.server.settings import Limits, Settings, check_settings, is_loopback
 from tests.server.conftest import BASH, Open, Server
 
+# One client for all: making one takes longer than most requests here.
+WEB = httpx2.Client(timeout=20, trust_env=False, limits=httpx2.Limits(max_keepalive_connections=0))
 KEY = "a-very-secret-key-4711"
 ROUTES = [
     ("POST", "/v1/chat/completions"),
@@ -71,16 +74,16 @@ def guarded(open_server: Open) -> Server:
 def test_every_route_needs_the_key(
     guarded: Server, method: str, path: str, headers: dict[str, str]
 ):
-    response = httpx2.request(method, guarded.url + path, headers=headers, json={})
+    response = WEB.request(method, guarded.url + path, headers=headers, json={})
     assert response.status_code == 401
     assert KEY not in response.text
 
 
 def test_both_ways_to_send_the_key_work_and_open_paths_stay_open(guarded: Server):
     for headers in ({"authorization": f"Bearer {KEY}"}, {"x-api-key": KEY}):
-        assert httpx2.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200
-    assert httpx2.get(f"{guarded.url}/health").status_code == 200
-    assert httpx2.head(guarded.url).status_code == 200
+        assert WEB.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200
+    assert WEB.get(f"{guarded.url}/health").status_code == 200
+    assert WEB.head(guarded.url).status_code == 200
 
 
 def test_the_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch, open_server: Open):
@@ -98,7 +101,7 @@ def test_the_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch, o
     server = open_server(api_keys=("first-key-1234", "second-key-1234"))
     for given in ("first-key-1234", "second-key-1234", "x", "y" * 5000):
         compared.clear()
-        httpx2.get(f"{server.url}/v1/models", headers={"x-api-key": given})
+        WEB.get(f"{server.url}/v1/models", headers={"x-api-key": given})
         assert compared == [(32, 32), (32, 32)]
 
 
@@ -130,7 +133,7 @@ def test_the_default_address_is_loopback():
 def test_dns_rebinding_is_refused(server: Server, host: str):
     """A page whose name was pointed at this machine sends its own name along."""
     body = {"messages": [{"role": "user", "content": "x"}]}
-    response = httpx2.post(f"{server.url}/v1/chat/completions", json=body, headers={"host": host})
+    response = WEB.post(f"{server.url}/v1/chat/completions", json=body, headers={"host": host})
     assert response.status_code == 403
 
 
@@ -141,7 +144,7 @@ def test_a_web_page_cannot_post_without_asking(server: Server, kind: str | None)
     before = len(server.backend.requests)
     headers = {"content-type": kind} if kind else {}
     body = json.dumps({"messages": [{"role": "user", "content": "x"}]})
-    response = httpx2.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
+    response = WEB.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
     assert response.status_code == 415
     assert len(server.backend.requests) == before
 
@@ -150,21 +153,21 @@ def test_a_web_page_cannot_post_without_asking(server: Server, kind: str | None)
 def test_other_origins_are_refused_and_no_cors_header_is_sent(server: Server, origin: str):
     headers = {b"origin": origin.encode()}
     for method in ("GET", "OPTIONS", "POST"):
-        response = httpx2.request(
+        response = WEB.request(
             method, f"{server.url}/v1/models", headers=headers  # type: ignore[arg-type]
         )
         assert response.status_code == 403
         assert not [name for name in response.headers if name.startswith("access-control")]
     own = {"origin": server.url}
-    assert httpx2.get(f"{server.url}/v1/models", headers=own).status_code == 200
+    assert WEB.get(f"{server.url}/v1/models", headers=own).status_code == 200
 
 
 def test_an_allowed_origin_is_allowed_and_no_other(open_server: Open):
     server = open_server(origins=("https://mine.org",))
-    response = httpx2.options(f"{server.url}/v1/models", headers={"origin": "https://mine.org"})
+    response = WEB.options(f"{server.url}/v1/models", headers={"origin": "https://mine.org"})
     assert response.headers["access-control-allow-origin"] == "https://mine.org"
     for other in ("https://mine.org.evil.org", "http://mine.org", "https://mine.org:444"):
-        response = httpx2.get(f"{server.url}/v1/models", headers={"origin": other})
+        response = WEB.get(f"{server.url}/v1/models", headers={"origin": other})
         assert response.status_code == 403
 
 
@@ -196,7 +199,7 @@ def test_a_large_body_without_stated_length_is_cut_off(small: Server):
         for _ in range(100):
             yield b" " * 1000
 
-    response = httpx2.post(
+    response = WEB.post(
         f"{small.url}/v1/chat/completions",
         content=endless(),
         headers={"content-type": "application/json"},
@@ -245,7 +248,7 @@ def test_deep_json_is_refused_in_no_time(unit: bytes):
     with pytest.raises(Problem) as refused:
         decode_json(body, Limits())
     assert refused.value.code == "json_too_deep"
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 5
 
 
 def test_checking_the_depth_takes_linear_time():
@@ -296,7 +299,7 @@ def test_lone_surrogates_and_nul_do_no_harm(server: Server):
 
 
 def test_a_zip_bomb_as_encrypted_reasoning_is_no_bomb(server: Server):
-    bomb = "fr1." + urlsafe_b64encode(b"x" * 8 + zlib.compress(b"0" * (200 << 20))).decode()
+    bomb = "fr1." + urlsafe_b64encode(b"x" * 8 + zlib.compress(b"0" * (64 << 20), 1)).decode()
     item = {"type": "reasoning", "summary": [], "encrypted_content": bomb}
     started = time.perf_counter()
     history = [{"role": "user", "content": "x"}, item, {"role": "user", "content": "y"}]
@@ -306,7 +309,13 @@ def test_a_zip_bomb_as_encrypted_reasoning_is_no_bomb(server: Server):
 
 def test_header_values_cannot_be_injected(server: Server):
     """What a client wrote may be told in a header: it must not become a second one."""
-    response = server.chat(**{"x\r\nset-cookie: a=b": 1, "unknown\n\n\ud83d": 1})
+    body = {"x\r\nset-cookie: a=b": 1, "unknown\n\n\ud83d": 1, "messages": [
+        {"role": "user", "content": "x"}]}  # fmt: skip
+    response = server.client.post(
+        "/v1/chat/completions",
+        content=json.dumps(body).encode(),
+        headers={"content-type": "application/json"},
+    )
     assert response.status_code == 200
     assert "set-cookie" not in response.headers
 
@@ -395,27 +404,26 @@ def test_too_many_connections_leave_room_for_the_others(small: Server):
 
 
 def test_too_many_completions_are_refused_as_overload(small: Server):
-    import threading
-
-    small.say(Reply(text="word " * 1000, delay=0.02))
+    small.say(Reply(text="word " * 1000, delay=0.1))
     answers: list[int] = []
 
     def ask() -> None:
-        with httpx2.Client(timeout=20) as client:
-            body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 25}
-            answers.append(client.post(f"{small.url}/v1/chat/completions", json=body).status_code)
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 10}
+        answers.append(WEB.post(f"{small.url}/v1/chat/completions", json=body).status_code)
 
-    threads = [threading.Thread(target=ask) for _ in range(6)]
+    threads = [threading.Thread(target=ask) for _ in range(5)]
     for thread in threads:
         thread.start()
-        time.sleep(0.02)
+    deadline = time.perf_counter() + 10
+    while answers.count(503) < 3:  # one runs, one waits
+        assert time.perf_counter() < deadline
+        time.sleep(0.01)
     busy = small.messages()
     for thread in threads:
         thread.join()
     assert busy.status_code == 529  # as Anthropic's clients know it
     assert busy.headers["retry-after"]
-    assert answers.count(503) >= 2
-    assert answers.count(200) >= 2
+    assert sorted(answers) == [200, 200, 503, 503, 503]
 
 
 def test_no_secret_reaches_the_log(
@@ -429,10 +437,12 @@ def test_no_secret_reaches_the_log(
         server.chat(secret)
         server.chat(secret, stream=True)
         server.client.post("/v1/chat/completions?key=" + KEY, json={"messages": secret})
-        httpx2.get(f"{server.url}/v1/models", headers={"x-api-key": KEY + "x"})
-    assert "backend_failed" in caplog.text  # the log does work
-    assert KEY not in caplog.text.replace("httpx", "")
-    assert secret not in caplog.text
+        WEB.get(f"{server.url}/v1/models", headers={"x-api-key": KEY + "x"})
+    ours = [r for r in caplog.records if not r.name.startswith(("http", "asyncio"))]
+    text = "\n".join(logging.Formatter().format(record) for record in ours)
+    assert "backend_failed" in text  # the log does work
+    assert KEY not in text
+    assert secret not in text
     assert KEY not in repr(Settings(api_keys=(KEY,)))
 
 

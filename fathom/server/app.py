@@ -11,7 +11,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from fathom import __version__
 from fathom.errors import FathomError
 from fathom.server.backend import Backend
 from fathom.server.guard import Guard
@@ -21,7 +20,7 @@ from fathom.server.problems import Problem, api_of, as_problem, error_body, stat
 from fathom.server.render import Json
 from fathom.server.routes import add_routes
 from fathom.server.service import Service
-from fathom.server.settings import Settings
+from fathom.server.settings import VERSION, Settings
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ def create_app(backend: Backend, settings: Settings | None = None) -> FastAPI:
     service = Service(backend, settings)
     app = FastAPI(
         title="fathom",
-        version=__version__,
+        version=VERSION,
         description="DeepSeek-V4 behind the APIs that existing clients speak.",
         docs_url=None,
         redoc_url=None,
@@ -55,7 +54,9 @@ def _add_errors(app: FastAPI, service: Service) -> None:
             problem = as_problem(error)
         if problem.status >= 500:
             trace = error if problem.status == 500 else None
-            log.error("path=%s code=%s: %s", request.url.path, problem.code, problem, exc_info=trace)
+            log.error(
+                "path=%s code=%s: %s", request.url.path, problem.code, problem, exc_info=trace
+            )
         api = api_of(request.url.path)
         status = status_for(problem, api)
         service.metrics.requests.labels(_label(request.url.path), status).inc()

@@ -185,8 +185,7 @@ def safe_text(segments: Iterable[Segment]) -> str:
     apart. Token ids need no such change.
     """
     return "".join(
-        text if special else _SPELLED.sub("\\g<0>\u200b", text)
-        for text, special, _ in segments
+        text if special else _SPELLED.sub("\\g<0>\u200b", text) for text, special, _ in segments
     )
 
 

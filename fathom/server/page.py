@@ -44,7 +44,7 @@ def add_page(app: FastAPI) -> None:
                           include_in_schema=False)  # fmt: skip
 
 
-def _endpoint(path: Path):  # noqa: ANN202 (a route)
+def _endpoint(path: Path):
     async def serve() -> Response:
         return _file(path)
 

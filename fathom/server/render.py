@@ -148,7 +148,7 @@ async def exhaust_all(turns: list[Turn]) -> None:
 
 async def merged(sources: list[AsyncGenerator[bytes, None]]) -> AsyncGenerator[bytes, None]:
     """What several streams yield, in the order in which it comes."""
-    queue: asyncio.Queue[bytes | None | Exception] = asyncio.Queue(maxsize=2 * len(sources))
+    queue: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(maxsize=2 * len(sources))
 
     async def run(source: AsyncGenerator[bytes, None]) -> None:
         try:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Literal
 
 from fathom.errors import ServerError
 
+VERSION = version("fathom")
 MAX_THINKING_FLOOR = 393_216  # tokens of context that Think Max asks for
 
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from fathom.chat import (
     ArgumentsDelta,
@@ -79,12 +79,8 @@ class Delivery:
     single: bool = False
 
 
-class Watch(Protocol):
-    """What the server does around every completion: slots before it, metrics behind it."""
-
-    def __call__(self, turn: Turn) -> AbstractAsyncContextManager[None]:
-        """Entered before the engine is asked, left when the completion has ended or was left."""
-        ...
+# What the server does around every completion: a slot before it, counters and the store behind it.
+Watch = Callable[["Turn"], AbstractAsyncContextManager[None]]
 
 
 class Turn:

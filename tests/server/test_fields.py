@@ -212,7 +212,10 @@ def test_restored_reasoning_belongs_to_its_key(open_server: Open):
     result = {"role": "tool", "tool_call_id": reply["tool_calls"][0]["id"], "content": "x"}
     body["messages"] += [lost, result]
     two = {"authorization": "Bearer key-number-two"}
-    assert "x-fathom-restored-reasoning" not in server.client.post(path, json=body, headers=two).headers
+    assert (
+        "x-fathom-restored-reasoning"
+        not in server.client.post(path, json=body, headers=two).headers
+    )
     assert "my secret thought" not in server.prompt
     restored = server.client.post(path, json=body, headers=one)
     assert restored.headers["x-fathom-restored-reasoning"] == "1"

@@ -103,9 +103,7 @@ def test_openai_responses_rounds_stream_and_store(gpt: openai.OpenAI, server: Se
     gpt.responses.delete(second.id)
     with pytest.raises(openai.NotFoundError):
         gpt.responses.retrieve(second.id)
-    with gpt.responses.stream(
-        model="x", input="[[one]] Look.", tools=[RESPONSES_BASH]
-    ) as stream:
+    with gpt.responses.stream(model="x", input="[[one]] Look.", tools=[RESPONSES_BASH]) as stream:
         kinds = {event.type for event in stream}
         final = stream.get_final_response()
     assert {"response.reasoning_text.delta", "response.output_text.delta"} <= kinds

@@ -112,7 +112,9 @@ def test_a_public_address_without_a_key_is_refused(host: str):
     check_settings(Settings(host=host, api_keys=(KEY,)))
 
 
-@pytest.mark.parametrize("key", ["", "short", "with blank in it", "umlaut-\u00e4\u00f6\u00fc\u00df", "a\nb\nc\nd\ne"])
+@pytest.mark.parametrize(
+    "key", ["", "short", "with blank in it", "umlaut-\u00e4\u00f6\u00fc\u00df", "a\nb\nc\nd\ne"]
+)
 def test_keys_that_are_none_are_refused(key: str):
     with pytest.raises(ServerError, match="at least 8"):
         check_settings(Settings(host="0.0.0.0", api_keys=(key,)))
@@ -154,7 +156,9 @@ def test_other_origins_are_refused_and_no_cors_header_is_sent(server: Server, or
     headers = {b"origin": origin.encode()}
     for method in ("GET", "OPTIONS", "POST"):
         response = WEB.request(
-            method, f"{server.url}/v1/models", headers=headers  # type: ignore[arg-type]
+            method,
+            f"{server.url}/v1/models",
+            headers=headers,  # type: ignore[arg-type]
         )
         assert response.status_code == 403
         assert not [name for name in response.headers if name.startswith("access-control")]
@@ -426,9 +430,7 @@ def test_too_many_completions_are_refused_as_overload(small: Server):
     assert sorted(answers) == [200, 200, 503, 503, 503]
 
 
-def test_no_secret_reaches_the_log(
-    open_server: Open, caplog: pytest.LogCaptureFixture
-):
+def test_no_secret_reaches_the_log(open_server: Open, caplog: pytest.LogCaptureFixture):
     secret = "the user's private question 0815"
     with caplog.at_level(logging.DEBUG):
         server = open_server(key=KEY, log_level="info")

@@ -20,7 +20,8 @@ def open_request(server: Server, path: str, body: dict[str, Any]) -> socket.sock
     connection = socket.create_connection((host, int(port)), timeout=10)
     connection.sendall(
         f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(data)}\r\n\r\n".encode() + data
+        f"content-length: {len(data)}\r\n\r\n".encode()
+        + data
     )
     return connection
 
@@ -123,7 +124,9 @@ def test_a_held_call_leaves_the_stream_alive_and_comes_whole(open_server: Open):
     text = "".join(pieces)
     at = text.index('"tool_calls":[')
     assert text.index(": keep-alive") < at
-    parts = [p for e in events(text) for c in e["choices"] for p in c["delta"].get("tool_calls", [])]
+    parts = [
+        p for e in events(text) for c in e["choices"] for p in c["delta"].get("tool_calls", [])
+    ]
     assert len(parts) == 1
 
 

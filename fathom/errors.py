@@ -9,6 +9,8 @@
     |   +-- RequestError            an API request with a field that cannot be served
     +-- TokenizerError           text asked of a model that has no tokenizer
     +-- GenerationError          sampling values or a prompt that cannot be served
+    +-- BackendError             the engine behind a server failed or cannot be reached
+    +-- ServerError              a server that cannot start with these settings
     +-- SandboxError             the sandbox itself failed (a command that fails is a result)
     |   +-- Unsupported             this machine or substrate cannot do what was asked
     |   +-- SandboxLost             the sandbox ended while it was needed
@@ -82,6 +84,18 @@ class GenerationError(FathomError):
     """Sampling values or a prompt that cannot be served."""
 
     code = "generation_invalid"
+
+
+class BackendError(FathomError):
+    """The engine behind a server failed, or cannot be reached."""
+
+    code = "backend_failed"
+
+
+class ServerError(FathomError):
+    """A server cannot start: its settings are unsafe or contradict each other."""
+
+    code = "server_invalid"
 
 
 class SandboxError(FathomError):

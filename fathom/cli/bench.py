@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fathom.cli.bench_fuzz import fuzz
+from fathom.cli.bench_server import server
 from fathom.cli.output import print_json, print_table
 from fathom.cli.sandboxes import KINDS, check_kind
 
@@ -99,6 +100,7 @@ def trajectory(
 
 
 app.command()(fuzz)
+app.command()(server)
 
 
 def _counts(text: str) -> list[int]:

@@ -29,6 +29,7 @@ from fathom.cli.generate import generate
 from fathom.cli.images import app as images_app
 from fathom.cli.inspect import inspect
 from fathom.cli.output import print_json
+from fathom.cli.serve import serve
 from fathom.cli.terminal import exit_code, visible
 from fathom.cli.train import train
 from fathom.cli.trajectory import app as sandbox_app
@@ -99,6 +100,7 @@ for _command in (
     demo,
     chat,
     generate,
+    serve,
     inspect,
     convert,
     efficiency,

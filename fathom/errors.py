@@ -6,8 +6,11 @@
     +-- CheckpointError          a checkpoint that is missing something, wrong or damaged
     +-- KernelError              an operation has no kernel for this device
     +-- ChatError                messages or tools that cannot be rendered as a prompt
+    |   +-- RequestError            an API request with a field that cannot be served
     +-- TokenizerError           text asked of a model that has no tokenizer
     +-- GenerationError          sampling values or a prompt that cannot be served
+    +-- BackendError             the engine behind a server failed or cannot be reached
+    +-- ServerError              a server that cannot start with these settings
     +-- SandboxError             the sandbox itself failed (a command that fails is a result)
     |   +-- Unsupported             this machine or substrate cannot do what was asked
     |   +-- SandboxLost             the sandbox ended while it was needed
@@ -59,6 +62,18 @@ class ChatError(FathomError):
     code = "chat_invalid"
 
 
+class RequestError(ChatError):
+    """An API request cannot be served; `param` names the field, such as `messages[2].content`."""
+
+    code = "request_invalid"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        """Make the error; the field leads its text."""
+        super().__init__(f"{param}: {message}" if param else message)
+        self.message = message
+        self.param = param
+
+
 class TokenizerError(FathomError):
     """A tokenizer is missing or does not fit the model."""
 
@@ -69,6 +84,18 @@ class GenerationError(FathomError):
     """Sampling values or a prompt that cannot be served."""
 
     code = "generation_invalid"
+
+
+class BackendError(FathomError):
+    """The engine behind a server failed, or cannot be reached."""
+
+    code = "backend_failed"
+
+
+class ServerError(FathomError):
+    """A server cannot start: its settings are unsafe or contradict each other."""
+
+    code = "server_invalid"
 
 
 class SandboxError(FathomError):

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from fathom.chat import Tokenizer
+from fathom.chat.generation import TokenMask
 from fathom.checkpoint import load_model
 from fathom.engine.prefixes import PrefixStore
 from fathom.engine.sampler import Sampler, SamplingParams
@@ -38,6 +39,7 @@ class TokenPiece:
     text: str
     token_id: int
     logprob: float
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, log-probability), best first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,9 +169,21 @@ class LLM:
         top_p: float = 1.0,
         seed: int | None = None,
         stop_token_ids: Sequence[int] = (),
+        *,
+        top_k: int = 0,
+        top_logprobs: int = 0,
+        mask: TokenMask | None = None,
     ) -> Generation:
-        """As `generate`, as an iterator of TokenPiece; its attributes say how it ended."""
-        return self._start(prompt, max_tokens, temperature, top_p, seed, stop_token_ids)
+        """As `generate`, as an iterator of TokenPiece; its attributes say how it ended.
+
+        `top_k` keeps only that many tokens (0: all), `top_logprobs` adds the most probable ones to
+        every piece, and `mask` says before each token which ones are allowed.
+        """
+        run = self._start(
+            prompt, max_tokens, temperature, top_p, seed, stop_token_ids, top_k, top_logprobs
+        )
+        run.use_mask(mask)
+        return run
 
     def _start(
         self,
@@ -179,6 +193,8 @@ class LLM:
         top_p: float,
         seed: int | None,
         stop_token_ids: Sequence[int],
+        top_k: int = 0,
+        top_logprobs: int = 0,
     ) -> Generation:
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, special=True)
@@ -186,8 +202,10 @@ class LLM:
         params = SamplingParams(
             temperature=temperature,
             top_p=top_p,
+            top_k=top_k,
             seed=seed,
             max_tokens=max_tokens,
+            top_logprobs=top_logprobs,
             stop_token_ids=(self.config.eos_token_id, *stop_token_ids),
         )
         room = self.config.max_position_embeddings - len(ids)
@@ -217,6 +235,7 @@ class LLM:
 class _Progress:
     cached_tokens: int = 0
     finish_reason: str = "length"
+    mask: TokenMask | None = None
 
 
 class Generation:
@@ -235,6 +254,10 @@ class Generation:
     def cached_tokens(self) -> int:
         """How many tokens of the prompt were not computed again; known once it has begun."""
         return self._progress.cached_tokens
+
+    def use_mask(self, mask: TokenMask | None) -> None:
+        """Ask `mask` before every token; to be said before the first one is drawn."""
+        self._progress.mask = mask
 
     @property
     def finish_reason(self) -> str:
@@ -260,14 +283,14 @@ def _pieces(
     whole = True  # False while a step is under way: some layers have a token that others lack
     try:
         for _ in range(params.max_tokens):
-            token, logprob = sampler.draw(logits)
+            token, logprob, top = sampler.pick(logits, progress.mask)
             if token in params.stop_token_ids:
                 progress.finish_reason = "stop"
                 text = decoder.flush() if decoder is not None else ""
-                yield TokenPiece(text=text, token_id=token, logprob=logprob)
+                yield TokenPiece(text=text, token_id=token, logprob=logprob, top_logprobs=top)
                 return
             text = decoder.push(token) if decoder is not None else ""
-            yield TokenPiece(text=text, token_id=token, logprob=logprob)
+            yield TokenPiece(text=text, token_id=token, logprob=logprob, top_logprobs=top)
             whole = False
             logits = _decode(llm, token, cache)
             done.append(token)

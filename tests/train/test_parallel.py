@@ -23,7 +23,7 @@ from fathom.train.state import latest_state, load_compact
 from tests.train.small import SMALL
 
 ROOT = Path(__file__).parents[2]
-STEPS = 10
+STEPS = 8
 PLAN = {
     "model": {
         "preset": "micro",
@@ -87,12 +87,19 @@ def run_two(tmp_path: Path, out: Path, leave: int = 1000) -> list[dict]:
         for rank in (0, 1)
     ]
     try:
-        texts = [member.communicate(timeout=90) for member in members]
+        texts = [member.communicate(timeout=250) for member in members]
     finally:
         for member in members:
             member.kill()
     assert [member.returncode for member in members] == [0, 0], texts
     return [json.loads(text.splitlines()[-1]) for text, _ in texts]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """The whole run of two processes: its folder and their summaries."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder / "out", run_two(folder, folder / "out")
 
 
 def whole_batches():
@@ -112,8 +119,9 @@ def whole_batches():
             )
 
 
-def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
-    summaries = run_two(tmp_path, tmp_path / "two")
+@pytest.mark.timeout(300)
+def test_two_processes_train_as_one_with_the_whole_batch(tmp_path, together):
+    two, summaries = together
     assert [s["first"] for s in summaries] == [True, False]
     assert all(s["finished"] and s["tokens"] == STEPS * 1024 for s in summaries)
     before = torch.get_num_threads()
@@ -126,26 +134,26 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
     with MetricLog(tmp_path / "one.jsonl", every=1) as log:
         assert trainer.run(whole_batches(), log, lambda: False)  # pyright: ignore
     torch.set_num_threads(before)
-    for one, two in zip(
-        read_log(tmp_path / "one.jsonl"), read_log(tmp_path / "two" / "log.jsonl"), strict=True
+    for one, both in zip(
+        read_log(tmp_path / "one.jsonl"), read_log(two / "log.jsonl"), strict=True
     ):
         for name in ("loss", "accuracy", "mtp_loss", "indexer_kl", "imbalance", "used", "norm"):
-            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), (one["step"], name)
-    together = build_model(alone, torch.device("cpu"))
-    load_compact(together, tmp_path / "two" / "weights.safetensors")
+            assert both[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), (one["step"], name)
+    other = build_model(alone, torch.device("cpu"))
+    load_compact(other, two / "weights.safetensors")
     for name, p in model.named_parameters():
         # There all streams are still equal: most of the true gradient is zero, and optimisers that
         # look at directions alone make full-sized updates out of the rounding that is left.
         if name.startswith("layers.0.hc_attn_"):
             continue
         moved = (p - start[name]).norm()
-        difference = (p - together.state_dict()[name]).norm()
+        difference = (p - other.state_dict()[name]).norm()
         assert difference <= 0.01 * moved + 1e-5, name
 
 
-def test_two_processes_stop_together_and_resume(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_two(tmp_path, whole)
+@pytest.mark.timeout(300)
+def test_two_processes_stop_together_and_resume(tmp_path, together):
+    whole, parts = together[0], tmp_path / "parts"
     stopped = run_two(tmp_path, parts, leave=5)
     assert [s["step"] for s in stopped] == [5, 5]
     assert not (parts / "weights.safetensors").exists()

@@ -32,7 +32,7 @@ class Sizes:
 SMALL = Sizes()
 FLASH = Sizes(
     hidden=4096, heads=64, head_dim=512, q_lora=1024, groups=8, index_heads=64, topk=512,
-    inner=2048, experts=256, chosen=6,
+    inner=2048, experts=32, chosen=6,
 )  # fmt: skip
 
 

@@ -110,7 +110,9 @@ def write_tiny(
     return folder
 
 
-def random_values(spec: TensorSpec, config: ModelConfig, generator: torch.Generator) -> torch.Tensor:
+def random_values(
+    spec: TensorSpec, config: ModelConfig, generator: torch.Generator
+) -> torch.Tensor:
     """One tensor of a manifest in its shape and dtype, drawn on the generator's device."""
     device = generator.device
     noise = torch.randn(spec.shape, generator=generator, device=device)

@@ -118,9 +118,7 @@ class StoredLayer:
             low=quantised("attn.wq_a", "attn.wkv"),
             q_norm=get("attn.q_norm.weight"),
             kv_norm=get("attn.kv_norm.weight"),
-            high=quantised(
-                "attn.wq_b", *(["attn.indexer.wq_b"] if ratio == CSA_RATIO else [])
-            ),
+            high=quantised("attn.wq_b", *(["attn.indexer.wq_b"] if ratio == CSA_RATIO else [])),
             sink=get("attn.attn_sink"),
             wo_a=quantised("attn.wo_a"),
             wo_b=quantised("attn.wo_b"),

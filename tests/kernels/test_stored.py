@@ -105,9 +105,7 @@ def test_mhc_boundary(s: Sizes, dtype: torch.dtype, tokens: int, mode: str) -> N
 
 @pytest.mark.parametrize("kind", [0, 4, 128])
 @pytest.mark.parametrize("positions", [(0, 3), (6, 7), (127, 128), (255, 511)])
-def test_store_entries(
-    s: Sizes, dtype: torch.dtype, kind: int, positions: tuple[int, ...]
-) -> None:
+def test_store_entries(s: Sizes, dtype: torch.dtype, kind: int, positions: tuple[int, ...]) -> None:
     results = []
     for backend in ("reference", "triton"):
         d = Draw(kind + positions[0], dtype, DEVICE)
@@ -224,9 +222,7 @@ def test_index_scores(s: Sizes, dtype: torch.dtype, position: int) -> None:
 
 
 @pytest.mark.parametrize("shape", ["random", "ties", "clustered", "few", "all equal"])
-def test_topk(
-    s: Sizes, dtype: torch.dtype, shape: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_topk(s: Sizes, dtype: torch.dtype, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fathom.kernels.triton import index
 
     d = Draw(1, torch.float32, DEVICE)

@@ -29,9 +29,7 @@ SIZES = {
 TOKENS = 134  # past a window of 128, with far more entries than the indexer picks
 
 
-def test_stored_decode_equals_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stored_decode_equals_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     simulate = kv_pack.simulate_kv
 
     def as_stored(kv: torch.Tensor, rope_dim: int = 64) -> torch.Tensor:

@@ -91,7 +91,9 @@ def _overlapped(
         ape + position % 4 * WIDTH + COLS + col
     )
     values = tl.where(this, own_kv, tl.load(source, mask=old, other=0.0))
-    gates = tl.where(this, own_gate[None, :], tl.load(source + WIDTH, mask=old, other=-float("inf")))
+    gates = tl.where(
+        this, own_gate[None, :], tl.load(source + WIDTH, mask=old, other=-float("inf"))
+    )
     p = tl.exp(gates - tl.max(gates, axis=0)[None, :])
     return tl.sum(values * (p / tl.sum(p, axis=0)[None, :]), axis=0)
 
@@ -172,7 +174,9 @@ def _prepare(
             if complete:
                 value = _finish_entry(value, norm, entry_cos, entry_sin, eps, dtype, COLS, ROPE)
                 data = pool + page * page_stride + entry_offset
-                _store_entry(value, data + place * DATA, data + PAGE * DATA + place * SCALES, COLS, ROPE)
+                _store_entry(
+                    value, data + place * DATA, data + PAGE * DATA + place * SCALES, COLS, ROPE
+                )
     if KIND == 4:
         if role == 2:
             own = index_state + token * 8 * 2 * 2 * INDEX_COLS
@@ -210,7 +214,9 @@ def _prepare(
             groups = tl.reshape(q, [HEADS, INDEX_COLS // 32, 32])
             amax = tl.maximum(tl.max(tl.abs(groups), axis=2), f.FP4_FLOOR)
             unit, inverse = f.power_of_two_scale(amax, f.E2M1_RECIPROCAL)
-            q = tl.reshape(f.round_e2m1(groups * inverse[:, :, None]) * unit[:, :, None], [HEADS, INDEX_COLS])
+            q = tl.reshape(
+                f.round_e2m1(groups * inverse[:, :, None]) * unit[:, :, None], [HEADS, INDEX_COLS]
+            )
             tl.store(index_query + token * INDEX_HEADS * INDEX_COLS + at, q.to(dtype))
 
 

@@ -207,7 +207,9 @@ def _gate_and_shared_up(
         total = tl.zeros([ROWS, TOKENS], tl.float32)
         for first in range(0, hidden, 128):
             col = first + tl.arange(0, 128)
-            values = tl.load(x + token[None, :] * hidden + col[:, None], mask=live[None, :], other=0.0)
+            values = tl.load(
+                x + token[None, :] * hidden + col[:, None], mask=live[None, :], other=0.0
+            )
             w = tl.load(gate + row[:, None] * hidden + col[None, :])
             total = tl.dot(w.to(PLAIN_DOT), values.to(PLAIN_DOT), total, input_precision="ieee")
         tl.store(logits + token[None, :] * experts + row[:, None], total, mask=live[None, :])

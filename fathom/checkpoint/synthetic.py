@@ -1,4 +1,4 @@
-"""Exact-shape synthetic layers: official names, shapes and formats, seeded, made where they are used.
+"""Exact-shape synthetic layers: official names, shapes and formats, seeded, made on any device.
 
 For measuring at sizes whose weights cannot be had or do not fit. Nothing in them was learned: every
 figure from them is about bytes and operations, never about quality.

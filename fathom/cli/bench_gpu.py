@@ -72,9 +72,8 @@ def _measure(torch: Any, repeat: int, kernels: bool) -> dict[str, Any]:
 
 def _print(report: dict[str, Any]) -> None:
     copy, matmul = report["copy_bytes_per_s"] / 1e12, report["matmul_flops"] / 1e12
-    print(
-        f"{report['device']}, torch {report['torch']}: copy {copy:.2f} TB/s, BF16 {matmul:.0f} TFLOP/s"
-    )
+    rates = f"copy {copy:.2f} TB/s, BF16 {matmul:.0f} TFLOP/s"
+    print(f"{report['device']}, torch {report['torch']}: {rates}")
     print("three V4-Flash layers, synthetic weights; milliseconds of one decode step\n")
     rows = [
         [

@@ -179,7 +179,7 @@ def layer_times(
         streams = torch.randn(tokens, config.hc_mult, config.hidden_size, device="cuda")
         streams = streams.bfloat16()
 
-        def call(group=group, cache=cache, step=step, streams=streams) -> object:  # noqa: ANN001
+        def call(group=group, cache=cache, step=step, streams=streams) -> object:
             return decode_layers(config, group, cache, step, streams)
 
         graph, launches = captured(call)

@@ -56,9 +56,10 @@ class MixSite:
 class StoredLayer:
     """One block as stored; codes and scales are uint8, as in the files.
 
-    low: wq_a over wkv; high: wq_b, over the indexer's wq_b; plain: the compressor's wkv, wgate, then
-    the indexer compressor's wkv, wgate, then weights_proj, BF16; compressor, index_compressor: (ape,
-    norm); routed: w1, scale, w3, scale, w2, scale; shared: w1 over w3, scale, w2, scale.
+    low: wq_a over wkv; high: wq_b, over the indexer's wq_b; plain: the compressor's wkv, wgate,
+    then the indexer compressor's wkv, wgate, then weights_proj, BF16; compressor,
+    index_compressor: (ape, norm); routed: w1, scale, w3, scale, w2, scale; shared: w1 over w3,
+    scale, w2, scale.
     """
 
     ratio: int

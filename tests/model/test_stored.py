@@ -10,7 +10,7 @@ import torch
 from fathom.checkpoint import load_model
 from fathom.checkpoint.tiny import random_tensors, tiny_config, write_tiny
 from fathom.kernels import use_backend
-from fathom.model.stored import SlabLayout, StoredCache, StoredLayer, Step, decode_layers
+from fathom.model.stored import SlabLayout, Step, StoredCache, StoredLayer, decode_layers
 from fathom.quant import kv_pack
 
 SIZES = {

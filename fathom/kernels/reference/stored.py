@@ -346,7 +346,7 @@ def topk_positions(
     every = torch.arange(scores.shape[1], device=scores.device)
     visible = every < ((positions + 1) // ratio)[:, None]
     masked = scores.masked_fill(~visible, -torch.inf)
-    ordered, picks = masked.sort(dim=-1, descending=True, stable=True)
+    _, picks = masked.sort(dim=-1, descending=True, stable=True)
     picks = picks.int().masked_fill(~visible.gather(1, picks), -1)[:, :k]
     return F.pad(picks, (0, k - picks.shape[1]), value=-1)
 
@@ -369,9 +369,9 @@ def stored_moe(
 
     x: [tokens, hidden]; token_ids: [tokens] int64; gate: [experts, hidden]; routed: w1, its scale,
     w3, scale, w2, scale, all uint8: [experts, rows, cols / 2] and [experts, rows, cols / 32];
-    shared: w1 over w3 [2 * inner, hidden], scale, w2 [hidden, inner], scale, uint8; bias: [experts];
-    table: [vocab, topk] int64, which replaces the choice. Returns (each choice's output [tokens,
-    topk, hidden], the shared output [tokens, hidden], indices [tokens, topk] int32).
+    shared: w1 over w3 [2 * inner, hidden], scale, w2 [hidden, inner], scale, uint8; bias:
+    [experts]; table: [vocab, topk] int64, which replaces the choice. Returns (each choice's output
+    [tokens, topk, hidden], the shared output [tokens, hidden], indices [tokens, topk] int32).
     """
     scores = router_scores(x, gate)
     chosen = table[token_ids] if table is not None else None

@@ -1,8 +1,8 @@
 """Decode attention over stored entries: the window's ring and compressed entries of paged blocks.
 
-`_attend` gives every chunk of entries and every 16 heads a program, which reads the 584-byte entries
-once, decodes them in registers and keeps an online softmax; `_combine` joins the chunks in a fixed
-order, adds the sink and turns the outputs back. Chunks are cut by position alone, never by the
+`_attend` gives every chunk of entries and every 16 heads a program, which reads the 584-byte
+entries once, decodes them in registers and keeps an online softmax; `_combine` joins the chunks in a
+fixed order, adds the sink and turns the outputs back. Chunks are cut by position alone, never by the
 batch or the longest context, so that a sequence's result does not depend on its company.
 
 Bytes: 584 an entry for every 64 heads where they fit the L2 cache; 4 * head_dim * heads a chunk for
@@ -190,7 +190,7 @@ def entry_attention(
     int32; rotation: [tokens, 2, rope_dim / 2]; ring: [tokens, bytes] uint8; sink: [heads]; pool:
     [pages, bytes] uint8; table: [tokens, pages] int32; picks: [tokens, topk] int32.
     Returns [tokens, heads * head_dim] in the query's dtype.
-    """  # noqa: D205
+    """
     tokens, heads = query.shape[0], sink.shape[0]
     chunk = CHUNKS[kind]
     count = picks.shape[1] if picks is not None else most_entries

@@ -243,11 +243,11 @@ def store_entries(
     index_heads: int = 0,
 ) -> torch.Tensor | None:
     """As the reference. low: [tokens, rows], whose last head_dim columns are the raw entry;
-    kv_norm: [head_dim]; positions: [tokens] int32; rotation, entry_rotation: [tokens, 2, rope_dim / 2];
-    ring: [tokens, bytes] uint8; projected: [tokens, cols] float32; query: [tokens, rows]; table:
-    [tokens, pages] int32; pool: [pages, bytes] uint8. Returns index queries [tokens, index_heads,
+    kv_norm: [head_dim]; positions: [tokens] int32; rotation, entry_rotation: [tokens, 2,
+    rope_dim / 2]; ring: [tokens, bytes] uint8; projected: [tokens, cols] float32; query: [tokens, rows];
+    table: [tokens, pages] int32; pool: [pages, bytes] uint8. Returns index queries [tokens, index_heads,
     index_dim] or None.
-    """  # noqa: D205
+    """
     tokens, head_dim = low.shape[0], kv_norm.shape[0]
     none = low
     ape, norm, state = compressor or (none, none, none)

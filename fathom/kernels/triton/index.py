@@ -1,4 +1,4 @@
-"""The lightning indexer over paged FP4 keys, and the choice of the best entries without a full sort.
+"""The lightning indexer over paged FP4 keys, and the choice of the best entries without full sorts.
 
 Four launches. `_scores` also keeps the largest score of every small group of entries. There are at
 least k scores not below the k-th largest of those maxima, so `_threshold`, which sorts the maxima
@@ -170,7 +170,7 @@ def index_scores_paged(
     """As the reference. query: [tokens, index_heads, index_dim]; weights: [tokens, cols] float32,
     the index_heads last; positions: [tokens] int32; pool: [pages, bytes] uint8; table: [tokens,
     pages] int32. Returns (scores [tokens, entries] float32, the maxima of groups of them).
-    """  # noqa: D205
+    """
     tokens, heads, dim = query.shape
     most = triton.cdiv(most_entries, COLLECT) * COLLECT
     group = _group_size(most)
@@ -192,7 +192,7 @@ def topk_positions(
 ) -> torch.Tensor:
     """As the reference. scores: [tokens, entries] float32; maxima: [tokens, groups]; positions:
     [tokens] int32. Returns [tokens, topk] int32.
-    """  # noqa: D205
+    """
     tokens, most = scores.shape
     groups = maxima.shape[1]
     assert k <= SORTED and groups <= MOST_GROUPS  # noqa: PT018

@@ -1,4 +1,4 @@
-"""Linear layers over stored weights for a few tokens: decode, where reading weights is all the time.
+"""Linear layers over stored weights for a few tokens, where reading weights is all the time.
 
 One program owns ROWS output rows of a matrix and a tile of TOKENS tokens, walks the columns in
 groups of 128 and keeps its sums in registers, always in the same order: a token's result depends
@@ -152,7 +152,7 @@ def stored_linear(
     """As the reference. x: [tokens, groups * cols]; codes: [rows, cols] uint8, rows and cols
     multiples of 128; scale: [rows / 128, cols / 128] uint8; plain: [rows, cols] unquantised.
     Returns ([tokens, rows] in x's dtype, [tokens, rows of plain] float32 or None).
-    """  # noqa: D205
+    """
     tokens, (rows, cols) = x.shape[0], codes.shape
     block = 16 if rows <= 4096 else 32
     count = 0 if plain is None else plain.shape[0]

@@ -128,7 +128,7 @@ def mhc_boundary(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the reference. streams: [tokens, streams, hidden]; y: [tokens, hidden]; pairs:
     [tokens, topk, hidden]. Returns (streams, x [tokens, hidden], post, comb).
-    """  # noqa: D205
+    """
     tokens, n, hidden = streams.shape
     slices = hidden // SLICE
     partial = torch.empty(tokens, slices, MIXES, dtype=torch.float32, device=streams.device)

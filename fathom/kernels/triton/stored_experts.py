@@ -244,7 +244,7 @@ def stored_moe(
     [experts, hidden]; routed: w1, s1, w3, s3 and w2, s2 as uint8; shared: w1 over w3 and scale, w2
     and scale as uint8. Returns (pairs [tokens, topk, hidden], shared output [tokens, hidden],
     indices [tokens, topk] int32).
-    """  # noqa: D205
+    """
     w1, s1, w3, s3, w2, s2 = routed
     shared_up, shared_up_scale, shared_down, shared_down_scale = shared
     (tokens, hidden), (experts, inner) = x.shape, w1.shape[:2]

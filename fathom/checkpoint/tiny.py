@@ -138,7 +138,7 @@ def random_values(
 
 
 def random_scale(spec: TensorSpec, weight: TensorSpec, generator: torch.Generator) -> torch.Tensor:
-    """Scales, a few binades apart, for weights with a standard deviation around cols ** -0.5."""
+    """Scales in the shape of `spec`, a few binades apart, for weights around cols ** -0.5."""
     packed = weight.dtype == "I8"
     cols = weight.shape[-1] * (2 if packed else 1)
     middle = -math.log2(cols) / 2 - math.log2(2.7 if packed else 100)

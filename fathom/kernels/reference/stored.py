@@ -54,7 +54,7 @@ def stored_linear(
     x: [tokens, groups * cols]; codes: [rows, cols] uint8; scale: [rows / 128, cols / 128] uint8.
     Row group j reads columns j * cols onwards. `norm` [cols] normalises the input first. plain:
     [rows, cols] BF16 or float32, for the same (unnormalised) input. Returns ([tokens, rows] in x's
-    dtype, [tokens, rows of plain] float32 or None).
+    dtype, [tokens, rows] float32 or None).
     """
     weight = fp8_matrix(codes, scale)
     other = F.linear(x.float(), plain.float()) if plain is not None else None
@@ -84,7 +84,8 @@ def mhc_boundary(
 
     streams: [tokens, streams, hidden]; y: [tokens, hidden], the last sublayer's output, or None
     before the first; pairs: [tokens, topk, hidden], routed experts' outputs to be added to it;
-    post, comb: what the last read returned; fn, base, scale, norm: the next site's. Returns
+    post, comb: what the last read returned, the same shapes as below; fn: [cols, streams * hidden],
+    base: [cols], scale: [3] and norm: [hidden], the next site's. Returns
     (streams, x [tokens, hidden], post [tokens, streams], comb [tokens, streams, streams]).
     """
     wide = streams.unsqueeze(1)
@@ -340,7 +341,7 @@ def topk_positions(
 ) -> torch.Tensor:
     """Positions of the k best visible scores, ties to the lower position, -1 where fewer.
 
-    scores: [tokens, entries] float32; maxima: not needed here; positions: [tokens] int32. Returns
+    scores: [tokens, entries] float32; maxima (not needed here): the same; positions: [tokens] int32. Returns
     [tokens, topk] int32, best first.
     """
     every = torch.arange(scores.shape[1], device=scores.device)
@@ -369,7 +370,7 @@ def stored_moe(
 
     x: [tokens, hidden]; token_ids: [tokens] int64; gate: [experts, hidden]; routed: w1, its scale,
     w3, scale, w2, scale, all uint8: [experts, rows, cols / 2] and [experts, rows, cols / 32];
-    shared: w1 over w3 [2 * inner, hidden], scale, w2 [hidden, inner], scale, uint8; bias:
+    shared: w1 over w3 [2 * cols, hidden], scale, w2 [hidden, cols], scale, uint8; bias:
     [experts]; table: [vocab, topk] int64, which replaces the choice. Returns (each choice's output
     [tokens, topk, hidden], the shared output [tokens, hidden], indices [tokens, topk] int32).
     """

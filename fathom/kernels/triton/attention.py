@@ -1,9 +1,9 @@
 """Decode attention over stored entries: the window's ring and compressed entries of paged blocks.
 
 `_attend` gives every chunk of entries and every 16 heads a program, which reads the 584-byte
-entries once, decodes them in registers and keeps an online softmax; `_combine` joins the chunks in a
-fixed order, adds the sink and turns the outputs back. Chunks are cut by position alone, never by the
-batch or the longest context, so that a sequence's result does not depend on its company.
+entries once, decodes them in registers and keeps an online softmax; `_combine` joins the chunks
+in a fixed order, adds the sink and turns the outputs back. Chunks are cut by position alone, never
+by the batch or the longest context, so that a sequence's result does not depend on its company.
 
 Bytes: 584 an entry for every 64 heads where they fit the L2 cache; 4 * head_dim * heads a chunk for
 the partial results.

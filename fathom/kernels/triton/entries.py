@@ -244,9 +244,10 @@ def store_entries(
 ) -> torch.Tensor | None:
     """As the reference. low: [tokens, rows], whose last head_dim columns are the raw entry;
     kv_norm: [head_dim]; positions: [tokens] int32; rotation, entry_rotation: [tokens, 2,
-    rope_dim / 2]; ring: [tokens, bytes] uint8; projected: [tokens, cols] float32; query: [tokens, rows];
-    table: [tokens, pages] int32; pool: [pages, bytes] uint8. Returns index queries [tokens, index_heads,
-    index_dim] or None.
+    rope_dim / 2]; ring: [tokens, bytes] uint8; projected: [tokens, cols] float32; query:
+    [tokens, rows]; table: [tokens, pages] int32; pool: [pages, bytes] uint8; compressor,
+    index_compressor: the same as there. Returns index queries [tokens, index_heads, index_dim] or
+    None.
     """
     tokens, head_dim = low.shape[0], kv_norm.shape[0]
     none = low

@@ -150,8 +150,9 @@ def stored_linear(
     plain_out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As the reference. x: [tokens, groups * cols]; codes: [rows, cols] uint8, rows and cols
-    multiples of 128; scale: [rows / 128, cols / 128] uint8; plain: [rows, cols] unquantised.
-    Returns ([tokens, rows] in x's dtype, [tokens, rows of plain] float32 or None).
+    multiples of 128; scale: [rows / 128, cols / 128] uint8; norm: [cols]; plain: [rows, cols]
+    unquantised; out, plain_out: where to write, the same shapes as below. Returns ([tokens, rows]
+    in x's dtype, plain's products [tokens, rows] float32 or None).
     """
     tokens, (rows, cols) = x.shape[0], codes.shape
     block = 16 if rows <= 4096 else 32

@@ -127,7 +127,8 @@ def mhc_boundary(
     comb: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the reference. streams: [tokens, streams, hidden]; y: [tokens, hidden]; pairs:
-    [tokens, topk, hidden]. Returns (streams, x [tokens, hidden], post, comb).
+    [tokens, topk, hidden]; fn, base, scale, norm, post, comb: the same as there. Returns
+    (streams, x [tokens, hidden], post, comb).
     """
     tokens, n, hidden = streams.shape
     slices = hidden // SLICE

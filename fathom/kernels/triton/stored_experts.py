@@ -241,9 +241,8 @@ def stored_moe(
     table: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the reference. x: [tokens, hidden], at most 64 tokens; token_ids: [tokens] int64; gate:
-    [experts, hidden]; routed: w1, s1, w3, s3 and w2, s2 as uint8; shared: w1 over w3 and scale, w2
-    and scale as uint8. Returns (pairs [tokens, topk, hidden], shared output [tokens, hidden],
-    indices [tokens, topk] int32).
+    [experts, hidden]; routed, shared, bias, table: the same as there. Returns (pairs [tokens, topk,
+    hidden], shared output [tokens, hidden], indices [tokens, topk] int32).
     """
     w1, s1, w3, s3, w2, s2 = routed
     shared_up, shared_up_scale, shared_down, shared_down_scale = shared

@@ -85,7 +85,7 @@ class StoredLayer:
     def from_tensors(cls, tensors: Mapping[str, Tensor], ratio: int) -> StoredLayer:
         """From a block's tensors by their official names, without the `layers.N.` before them.
 
-        Routed experts may be stacked as `ffn.experts.w1.weight` with a leading expert dimension.
+        tensors: any, in the shapes of the manifest. Routed experts may be stacked as `ffn.experts.w1.weight` with a leading expert dimension.
         """
         get = tensors.__getitem__
 

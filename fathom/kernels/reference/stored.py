@@ -95,8 +95,8 @@ def mhc_boundary(
         assert post is not None
         assert comb is not None
         wide = mhc_post(y.unsqueeze(1), wide, post.unsqueeze(1), comb.unsqueeze(1))
-    x, post, comb = mhc_pre(wide, fn, base, scale, iterations, eps, norm_eps)
-    return wide[:, 0], rmsnorm(x, norm, norm_eps)[:, 0], post[:, 0], comb[:, 0]
+    x, new_post, new_comb = mhc_pre(wide, fn, base, scale, iterations, eps, norm_eps)
+    return wide[:, 0], rmsnorm(x, norm, norm_eps)[:, 0], new_post[:, 0], new_comb[:, 0]
 
 
 @register("store_entries", "reference")
@@ -341,8 +341,8 @@ def topk_positions(
 ) -> torch.Tensor:
     """Positions of the k best visible scores, ties to the lower position, -1 where fewer.
 
-    scores: [tokens, entries] float32; maxima (not needed here): the same; positions: [tokens] int32. Returns
-    [tokens, topk] int32, best first.
+    scores: [tokens, entries] float32; maxima (not needed here): the same; positions: [tokens]
+    int32. Returns [tokens, topk] int32, best first.
     """
     every = torch.arange(scores.shape[1], device=scores.device)
     visible = every < ((positions + 1) // ratio)[:, None]

@@ -12,6 +12,7 @@ Paper: §2.2, eq. 1-8; §3.1 (fused mHC kernels).
 
 # triton is not installed where the types are checked:
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 

@@ -85,7 +85,8 @@ class StoredLayer:
     def from_tensors(cls, tensors: Mapping[str, Tensor], ratio: int) -> StoredLayer:
         """From a block's tensors by their official names, without the `layers.N.` before them.
 
-        tensors: any, in the shapes of the manifest. Routed experts may be stacked as `ffn.experts.w1.weight` with a leading expert dimension.
+        tensors: each in the same shape and dtype as in the files; routed experts may also be
+        stacked, [experts, rows, cols], as `ffn.experts.w1.weight`.
         """
         get = tensors.__getitem__
 

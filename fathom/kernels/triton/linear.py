@@ -118,11 +118,13 @@ def _linear(
         at = out + token[None, :] * rows + row[:, None]
         tl.store(at, total.to(out.dtype.element_ty), mask=live[None, :])
     else:
-        row = (block - fp8_blocks) * ROWS + tl.arange(0, ROWS)
-        row_live = row < plain_rows_count
-        total = plain_rows(x, token, live, x_stride, cols, plain, row, row_live, PLAIN_DOT)
-        at = plain_out + token[None, :] * plain_rows_count + row[:, None]
-        tl.store(at, total, mask=live[None, :] & row_live[:, None])
+        plain_row = (block - fp8_blocks) * ROWS + tl.arange(0, ROWS)
+        row_live = plain_row < plain_rows_count
+        plain_total = plain_rows(
+            x, token, live, x_stride, cols, plain, plain_row, row_live, PLAIN_DOT
+        )
+        plain_at = plain_out + token[None, :] * plain_rows_count + plain_row[:, None]
+        tl.store(plain_at, plain_total, mask=live[None, :] & row_live[:, None])
 
 
 def dot_types(x: torch.Tensor, quantize: bool) -> tuple[tl.dtype, tl.dtype]:

@@ -214,16 +214,28 @@ def _gate_and_shared_up(
             total = tl.dot(w.to(PLAIN_DOT), values.to(PLAIN_DOT), total, input_precision="ieee")
         tl.store(logits + token[None, :] * experts + row[:, None], total, mask=live[None, :])
     else:
-        row = (block - gate_blocks) * ROWS + tl.arange(0, ROWS)
-        first = fp8_rows(
-            x, token, live, hidden, hidden, x, 0.0, codes, scale, row, False, True, DOT
+        shared_row = (block - gate_blocks) * ROWS + tl.arange(0, ROWS)
+        gated = fp8_rows(
+            x, token, live, hidden, hidden, x, 0.0, codes, scale, shared_row, False, True, DOT
         )
         up = fp8_rows(
-            x, token, live, hidden, hidden, x, 0.0, codes, scale, inner + row, False, True, DOT
+            x,
+            token,
+            live,
+            hidden,
+            hidden,
+            x,
+            0.0,
+            codes,
+            scale,
+            inner + shared_row,
+            False,
+            True,
+            DOT,
         )
-        value = swiglu(first, up, limit, x.dtype.element_ty)
-        at = act + token[None, :] * inner + row[:, None]
-        tl.store(at, value.to(act.dtype.element_ty), mask=live[None, :])
+        shared = swiglu(gated, up, limit, x.dtype.element_ty)
+        shared_at = act + token[None, :] * inner + shared_row[:, None]
+        tl.store(shared_at, shared.to(act.dtype.element_ty), mask=live[None, :])
 
 
 @register("stored_moe", "triton")

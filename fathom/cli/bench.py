@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fathom.cli.bench_fuzz import fuzz
 from fathom.cli.bench_gpu import gpu
 from fathom.cli.output import print_json, print_table
 from fathom.cli.sandboxes import KINDS, check_kind
@@ -83,6 +84,7 @@ def sandbox_exec(
 
 
 app.command()(gpu)
+app.command()(fuzz)
 
 
 def _counts(text: str) -> list[int]:

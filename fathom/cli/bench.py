@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fathom.cli.bench_fuzz import fuzz
+from fathom.cli.bench_gpu import gpu
 from fathom.cli.bench_server import server
 from fathom.cli.output import print_json, print_table
 from fathom.cli.sandboxes import KINDS, check_kind
@@ -99,6 +100,7 @@ def trajectory(
         bench_trajectory.show(report)
 
 
+app.command()(gpu)
 app.command()(fuzz)
 app.command()(server)
 

@@ -8,6 +8,8 @@
     +-- ChatError                messages or tools that cannot be rendered as a prompt
     +-- TokenizerError           text asked of a model that has no tokenizer
     +-- GenerationError          sampling values or a prompt that cannot be served
+    |   +-- CacheFull               memory for another sequence or more tokens is used up
+    +-- CacheError               a stored cache, session or log that cannot be used
     +-- SandboxError             the sandbox itself failed (a command that fails is a result)
     |   +-- Unsupported             this machine or substrate cannot do what was asked
     |   +-- SandboxLost             the sandbox ended while it was needed
@@ -69,6 +71,18 @@ class GenerationError(FathomError):
     """Sampling values or a prompt that cannot be served."""
 
     code = "generation_invalid"
+
+
+class CacheFull(GenerationError):
+    """The memory for cache entries or sequences is used up."""
+
+    code = "cache_full"
+
+
+class CacheError(FathomError):
+    """A cache folder, session or log is damaged, cannot be written or belongs to another model."""
+
+    code = "cache_invalid"
 
 
 class SandboxError(FathomError):

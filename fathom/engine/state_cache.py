@@ -39,7 +39,7 @@ class StatePlaces:
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """Where everything lies in a slot. `drafting` adds the MTP block's window and its next input."""
+    """Where everything lies in a slot. `drafting` adds the MTP block's window."""
 
     slabs: SlabLayout
     drafting: bool = False
@@ -77,18 +77,7 @@ class SlotLayout:
         return self._plan[1]
 
     @cached_property
-    def streams(self) -> int:
-        """Byte offset of the last token's residual streams, which the MTP block reads."""
-        return self._plan[2]
-
-    @cached_property
-    def stream_bytes(self) -> int:
-        """Bytes of those streams."""
-        config = self.slabs.config
-        return 4 * config.hc_mult * config.hidden_size if self.drafting else 0
-
-    @cached_property
-    def _plan(self) -> tuple[tuple[StatePlaces, ...], int, int]:
+    def _plan(self) -> tuple[tuple[StatePlaces, ...], int]:
         config, end = self.slabs.config, 0
 
         def room(size: int) -> int:
@@ -113,8 +102,7 @@ class SlotLayout:
             places.append(
                 StatePlaces(ratio=ratio, window_data=data, window_scales=scales, **more)
             )
-        streams = room(self.stream_bytes)
-        return tuple(places), end, streams
+        return tuple(places), end
 
     def checkpoint_ranges(self, length: int) -> list[tuple[int, int]]:
         """The byte ranges of a slot that the token after `length` tokens needs, in a fixed order.
@@ -149,8 +137,6 @@ class SlotLayout:
                     rows(start, 8 * dim, self.tail, old)
             elif p.ratio == HCA_RATIO and length % HCA_RATIO:
                 rows(p.online, 12 * config.head_dim, self.online, length - 1)
-        if self.drafting and length:
-            ranges.append((self.streams, self.streams + self.stream_bytes))
         return ranges
 
     def checkpoint_bytes(self, length: int) -> int:

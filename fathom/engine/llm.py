@@ -181,7 +181,7 @@ class LLM:
         else of SamplingParams. Raises GenerationError for impossible values or a prompt longer than
         the context, TokenizerError for text without tokenizer.
         """
-        several = not isinstance(prompt, str) and any(not isinstance(p, int) for p in prompt)
+        several = not isinstance(prompt, str) and any(isinstance(p, Sequence) for p in prompt)
         prompts: Sequence[Any] = prompt if several else [prompt]
         runs = [
             self.stream(p, max_tokens, temperature, top_p, seed, stop_token_ids, **settings)

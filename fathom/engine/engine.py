@@ -359,6 +359,13 @@ class Engine:
     def _admit(self, request: Request) -> bool:
         """Give a request its slot and what is known of its tokens; False while there is no room."""
         slabs, slots = self.memory.slabs, self.memory.slots
+        if slabs_for(len(request.tokens) + 1) > slabs.count:
+            request.error = CacheFull(
+                f"{request.id} has grown beyond a cache of {slabs.count * SLAB_TOKENS} tokens: "
+                "raise cache_tokens"
+            )
+            self._finish(request, "error")
+            return True
         if not slots.free:
             return False
         hit = self.cache.find(request.tokens, slots.layout.replay_tokens())

@@ -10,7 +10,7 @@ Paper: none (engine).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fathom.engine.request import Request, Status
@@ -60,10 +60,13 @@ class Scheduler:
 
     def schedule(self) -> list[Share]:
         """The next step's shares. Admits, and preempts where memory has run out."""
-        while self.waiting and self._admit(self.waiting[0]):
-            request = self.waiting.pop(0)
-            request.status = Status.RUNNING
-            self.running.append(request)
+        while self.waiting:
+            request = self.waiting[0]
+            if not self._admit(request):
+                break
+            if not request.finished:  # it may be one that can never be served
+                request.status = Status.RUNNING
+                self.running.append(self.waiting.pop(0))
         shares = []
         for request in sorted(self.running, key=_rank):
             if request.pending <= 1 and self._fits(request, request.pending + len(request.draft)):
@@ -101,8 +104,3 @@ class Scheduler:
 
 def _rank(request: Request) -> tuple[int, int]:
     return request.priority, request.number
-
-
-def by_rank(requests: Iterable[Request]) -> list[Request]:
-    """The most important first."""
-    return sorted(requests, key=_rank)

@@ -141,9 +141,9 @@ class Sampler:
         """As `pick`, but nothing takes note of the token."""
         params = self.params
         high = float(logits.max())
-        normal = high + float(np.log(np.exp(logits - np.float32(high)).sum(dtype=np.float64)))
-        if not np.isfinite(normal):
+        if not np.isfinite(high):  # a NaN anywhere makes the maximum one
             raise GenerationError("the model's logits are not finite: the weights are damaged")
+        normal = high + float(np.log(np.exp(logits - np.float32(high)).sum(dtype=np.float64)))
         token = self._choose(self._shaped(logits, mask))
         top: tuple[tuple[int, float], ...] = ()
         if params.top_logprobs:

@@ -398,7 +398,7 @@ class Engine:
         slot, checkpoint = request.slot, hit.checkpoint
         assert slot is not None
         request.computed, request.known = hit.start, hit.known
-        request.chain = list(hit.chain)
+        request.chain, request.found = list(hit.chain), len(hit.chain)
         if checkpoint is None:
             return
         self.memory.slots.write(slot, checkpoint.state, checkpoint.position)
@@ -637,10 +637,13 @@ class Engine:
             ),
         )
         request.checkpointed = position
+        request.kept.append(key)
         self.cache.remember(request.tokens[:position])
         if last and self.cache.disk is not None:
             try:
-                self.cache.persist(request.chain[:full], key, pin=request.pin)
+                self.cache.persist(
+                    request.chain[:full], request.kept, request.pin, request.found
+                )
             except CacheError as error:
                 _log.warning("event=cache_not_written detail=%r", str(error))
 

@@ -245,23 +245,33 @@ class PrefixCache:
             self._forget(next(iter(self._checkpoints)))
         return key
 
-    def persist(self, chain: Sequence[bytes], key: bytes | None, pin: bool = False) -> None:
-        """Write a chain of slabs and a checkpoint to disk, if there is one, now.
+    def persist(
+        self,
+        chain: Sequence[bytes],
+        checkpoints: Sequence[bytes],
+        pin: bool = False,
+        found: int | None = None,
+    ) -> None:
+        """Write a chain of slabs and some checkpoints to disk, if there is one, now.
 
-        Raises CacheError when that cannot be done.
+        The first `found` slabs came out of the cache (None: all); the others have been computed, and
+        replace a file of the same name that nobody could have used. Raises CacheError when it
+        cannot be written.
         """
         if self.disk is None:
             return
-        for name in chain:
-            if not self.disk.has("slab", name):
-                record = self._record(name)
-                if record is not None:
-                    self.disk.write("slab", name, record, pin=pin)
+        for i, name in enumerate(chain):
+            fresh = found is not None and i >= found
+            record = self._record(name) if fresh or not self.disk.has("slab", name) else None
+            if record is not None:
+                self.disk.remove("slab", name)
+                self.disk.write("slab", name, record, pin=pin)
             elif pin:
                 self.disk.pin("slab", name)
-        if key is not None and key in self._checkpoints:
-            parent, checkpoint = self._checkpoints[key]
-            self.disk.write("state", key, encode_checkpoint(parent, checkpoint), pin=pin)
+        for key in checkpoints:
+            if key in self._checkpoints:
+                record = encode_checkpoint(*self._checkpoints[key])
+                self.disk.write("state", key, record, pin=pin)
 
     def save(self, tokens: Sequence[int]) -> bytes:
         """Write what is known of a sequence to disk, pinned, with its tokens; returns its name.
@@ -276,11 +286,11 @@ class PrefixCache:
         found = self._newest_checkpoint(tokens, chain[:length], whole=True)
         if found is None and not length:
             raise CacheError("nothing of this sequence is in the cache: there is nothing to save")
-        key = None
+        keys = []
         if found is not None:
             full = found.position // SLAB_TOKENS
-            key = _name(chain[full - 1] if full else self.root, found.tail, b"state")
-        self.persist(chain[:length], key, pin=True)
+            keys = [_name(chain[full - 1] if full else self.root, found.tail, b"state")]
+        self.persist(chain[:length], keys, pin=True)
         name = _name(self.root, tokens, b"tokens")
         self.disk.write("tokens", name, array("I", tokens).tobytes(), pin=True)
         return name

@@ -20,7 +20,7 @@ StopHook = Callable[[int], bool]
 
 
 class Status(StrEnum):
-    """Where a request stands. PREEMPTED requests wait like new ones, with tokens of their own."""
+    """Where a request stands. One that was set back waits like a new one."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -33,7 +33,9 @@ class Request:
     """What the engine knows of a request; only the engine changes it.
 
     `priority`: lower numbers go first. `computed` tokens of prompt and output have passed through
-    the model and are in its slot and slabs. `finish_reason`: "stop", "length", "cancelled" or
+    the model and are in its slot and slabs; `known` of them were in the cache as entries. `chain`
+    names its full slabs, of which the first `found` came from the cache, `kept` its checkpoints, and `checkpoints` says after how many tokens more
+    are wanted. `finish_reason`: "stop", "length", "cancelled" or
     "error" (then `error` says why).
     """
 
@@ -62,6 +64,8 @@ class Request:
     cached_tokens: int = 0
     checkpoints: set[int] = field(default_factory=set[int])
     checkpointed: int = 0
+    found: int = 0
+    kept: list[bytes] = field(default_factory=list[bytes])
     preemptions: int = 0
     draft: list[int] = field(default_factory=list[int])
 

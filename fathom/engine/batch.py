@@ -46,9 +46,7 @@ class Batch:
             first, count = len(columns[0]), len(piece.tokens)
             columns[0] += piece.tokens
             columns[1] += range(piece.start, piece.start + count)
-            for column, value in zip(
-                columns[2:], (piece.slot, first, piece.known), strict=True
-            ):
+            for column, value in zip(columns[2:], (piece.slot, first, piece.known), strict=True):
                 column += [value] * count
         table = torch.tensor(columns, dtype=torch.int64, device=device)
         tokens, positions, slots, firsts, known = table.unbind(0)
@@ -74,6 +72,4 @@ class Memory:
     def __init__(self, slabs: SlabPool, slots: SlotPool, max_tokens: int) -> None:
         self.slabs, self.slots = slabs, slots
         columns = -(-max_tokens // SLAB_TOKENS) + 1
-        self.tables = torch.zeros(
-            slots.count, columns, dtype=torch.int32, device=slabs.data.device
-        )
+        self.tables = torch.zeros(slots.count, columns, dtype=torch.int32, device=slabs.data.device)

@@ -229,6 +229,8 @@ def _parse(name: str) -> tuple[str, bytes, bytes | None, bool] | None:
         keys = [bytes.fromhex(part) for part in rest]
     except ValueError:
         return None
-    if (kind, len(keys)) not in (("slab", 1), ("state", 2), ("tokens", 1)) or any(len(k) != 16 for k in keys):
+    if (kind, len(keys)) not in (("slab", 1), ("state", 2), ("tokens", 1)) or any(
+        len(k) != 16 for k in keys
+    ):
         return None
     return kind, keys[0], keys[1] if kind == "state" else None, stem != name

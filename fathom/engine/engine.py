@@ -321,9 +321,7 @@ class Engine:
         self._root = self._name()
         self.cache.clear(self._root)
         if self.cache.disk is not None:
-            self.cache.disk = DiskCache(
-                self.cache.disk.folder, self._root, self.cache.disk.limit
-            )
+            self.cache.disk = DiskCache(self.cache.disk.folder, self._root, self.cache.disk.limit)
 
     def metrics_text(self) -> str:
         """Counters and the state of this moment, in Prometheus' text format."""
@@ -475,9 +473,7 @@ class Engine:
             tokens = request.tokens[request.computed : end] + request.draft
             assert request.slot is not None
             pieces.append(
-                Piece(
-                    slot=request.slot, start=request.computed, tokens=tokens, known=request.known
-                )
+                Piece(slot=request.slot, start=request.computed, tokens=tokens, known=request.known)
             )
             if end == len(request.tokens):
                 wanted[request.id] = list(range(row + share.count - 1, row + len(tokens)))
@@ -641,9 +637,7 @@ class Engine:
         self.cache.remember(request.tokens[:position])
         if last and self.cache.disk is not None:
             try:
-                self.cache.persist(
-                    request.chain[:full], request.kept, request.pin, request.found
-                )
+                self.cache.persist(request.chain[:full], request.kept, request.pin, request.found)
             except CacheError as error:
                 _log.warning("event=cache_not_written detail=%r", str(error))
 
@@ -676,7 +670,9 @@ class Engine:
         size = max(1, layout.slab_bytes)
         if self.config.cache_tokens is not None:
             return max(1, slabs_for(self.config.cache_tokens))
-        wanted = slabs_for(self.model.config.max_position_embeddings) + 4 * self.config.max_sequences
+        wanted = (
+            slabs_for(self.model.config.max_position_embeddings) + 4 * self.config.max_sequences
+        )
         return max(1, min(wanted, _free_bytes(device) // 4 // size))
 
 

@@ -221,7 +221,9 @@ class PrefixCache:
 
     def available(self) -> int:
         """Slabs that could be handed out now."""
-        return self.slabs.free + sum(1 for s in self._device.values() if self.slabs.references(s) == 1)
+        return self.slabs.free + sum(
+            1 for s in self._device.values() if self.slabs.references(s) == 1
+        )
 
     def keep_slab(self, key: bytes, slab: int) -> None:
         """Share a full slab under its name; a second copy of the same content is not kept."""

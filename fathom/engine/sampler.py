@@ -189,7 +189,7 @@ class Sampler:
         # From the maximum, so that a tiny temperature overflows to -inf, whose share is 0.
         with np.errstate(over="ignore"):
             p = np.exp((logits - logits.max()).astype(np.float64) / params.temperature)
-        if params.top_k and params.top_k < len(p) or params.min_p or params.top_p < 1.0:
+        if (params.top_k and params.top_k < len(p)) or params.min_p or params.top_p < 1.0:
             order = np.argsort(-p, kind="stable")
             p = p[order]
             keep = params.top_k or len(p)

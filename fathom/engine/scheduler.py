@@ -28,7 +28,7 @@ class Share:
 class Budget:
     """Tokens of a step: with prompts alone, and of prompts when streams are decoding."""
 
-    tokens: int = 512
+    tokens: int = 1024
     beside_streams: int = 128
 
 

@@ -99,9 +99,7 @@ class SlotLayout:
                 }
             elif ratio == HCA_RATIO:
                 more = {"online": room(4 * self.online * 3 * config.head_dim)}
-            places.append(
-                StatePlaces(ratio=ratio, window_data=data, window_scales=scales, **more)
-            )
+            places.append(StatePlaces(ratio=ratio, window_data=data, window_scales=scales, **more))
         return tuple(places), end
 
     def checkpoint_ranges(self, length: int) -> list[tuple[int, int]]:

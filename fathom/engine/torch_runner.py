@@ -214,9 +214,7 @@ class TorchRunner:
             buffer.append(rows[None])
         return buffer
 
-    def _store(
-        self, piece: Piece, layer: int, first: int, rows: torch.Tensor, key: bool
-    ) -> None:
+    def _store(self, piece: Piece, layer: int, first: int, rows: torch.Tensor, key: bool) -> None:
         done = 0
         if not len(rows):
             return
@@ -318,7 +316,9 @@ class TorchRunner:
         state = CompressorState.empty(1, HCA_RATIO, cols, self._weight.device)
         pending = start % HCA_RATIO
         if pending:
-            ring = self._numbers(slot, self._slots.layers[layer].online, self._slots.online, 3 * cols)
+            ring = self._numbers(
+                slot, self._slots.layers[layer].online, self._slots.online, 3 * cols
+            )
             high, total, value = ring[(start - 1) % self._slots.online].split(cols)
             state.gate[0, :pending] = -torch.inf
             state.gate[0, 0] = high + total.log()

@@ -63,7 +63,9 @@ def test_the_same_bits_on_every_path(
         served.cache.drop_host()
     if path == "replayed":
         served.cache.drop_host()
-    others = [served.submit(prompt(150 + 40 * i, seed=i + 1), sampled(30)) for i in range(batch - 1)]
+    others = [
+        served.submit(prompt(150 + 40 * i, seed=i + 1), sampled(30)) for i in range(batch - 1)
+    ]
     request = served.submit(prompt(LENGTH), sampled(8))
     if path == "preempted":
         while len(request.output) < 3:
@@ -120,7 +122,10 @@ class TestScheduling:
         stream = served.submit(prompt(20), greedy(200))
         while not stream.output:
             served.step()
-        long, short = served.submit(prompt(900, 1), greedy(4)), served.submit(prompt(30, 2), greedy(4))
+        long, short = (
+            served.submit(prompt(900, 1), greedy(4)),
+            served.submit(prompt(30, 2), greedy(4)),
+        )
         steps = 0
         while not short.finished:
             before = len(stream.output)

@@ -17,8 +17,8 @@ from fathom.checkpoint.tiny import write_tiny
 from fathom.engine import LLM
 from fathom.engine.engine import EngineConfig
 from fathom.engine.prefix_cache import MIN_SHARED
-from fathom.engine.scheduler import Budget
 from fathom.engine.sampler import Sampler, SamplingParams, nucleus
+from fathom.engine.scheduler import Budget
 from fathom.errors import CheckpointError, ConfigError, GenerationError, TokenizerError
 from fathom.kernels import use_backend
 from fathom.model import Transformer

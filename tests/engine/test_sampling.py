@@ -58,9 +58,7 @@ def test_draws_follow_the_definition(settings: dict[str, object], expected: np.n
         ({"repetition_penalty": 2.0}, [0, 5], [1, 0.5, 0.5, 0, -1, -6]),  # 1 is in the prompt
     ],
 )
-def test_penalties(
-    settings: dict[str, float], history: list[int], expected: list[float]
-) -> None:
+def test_penalties(settings: dict[str, float], history: list[int], expected: list[float]) -> None:
     sampler = Sampler(SamplingParams(**settings), prompt=[1])  # type: ignore[arg-type]
     for token in history:
         sampler.accept(token)

@@ -62,9 +62,7 @@ def test_rejected_drafts_leave_nothing_behind(net: Transformer, right: int) -> N
     for start in (50, 51, 52, 53):
         known = prompt(50) + expected[: start - 50]
         plain = engine(net)
-        alone, request = (
-            made.submit(known, sampled(280, seed=start)) for made in (plain, quick)
-        )
+        alone, request = (made.submit(known, sampled(280, seed=start)) for made in (plain, quick))
         finish(plain, alone)
         Oracle([d.token for d in alone.output], right).attach(request)
         finish(quick, request)

@@ -109,7 +109,12 @@ def test_damaged_files_are_reported_and_computed_again(
             data[len(data) // 2] ^= 4
         path.unlink()
         if damage != "gone":
-            keep = {"flip": bytes(data), "cut": bytes(data[:-9]), "empty": b"", "foreign": b"x" * 999}
+            keep = {
+                "flip": bytes(data),
+                "cut": bytes(data[:-9]),
+                "empty": b"",
+                "foreign": b"x" * 999,
+            }
             path.write_bytes(keep[damage])
     with caplog.at_level(logging.WARNING):
         request = serve(later)
@@ -173,7 +178,11 @@ class TestFolders:
             engine(net, wal=blocked / "log")
 
     def test_a_full_disk(
-        self, net: Transformer, tmp_path: Path, expected: list[Drawn], monkeypatch: pytest.MonkeyPatch
+        self,
+        net: Transformer,
+        tmp_path: Path,
+        expected: list[Drawn],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         served = engine(net, disk=tmp_path)
 

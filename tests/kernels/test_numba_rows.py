@@ -18,7 +18,7 @@ from fathom.kernels.numba.runner import CompiledRunner
 from fathom.model import Transformer
 from fathom.model.attention import SlidingWindowAttention
 from fathom.quant import fp4, kv_pack
-from tests.model.tiny import RANDOM_CONFIG, random_model
+from tests.model.tiny import random_model
 
 PARTS = ("primitives.py", "vector.py", "entries.py", "index_scan.py")
 
@@ -212,7 +212,9 @@ def test_integer_and_float_scans_have_the_same_bits(heads: int, dim: int) -> Non
     vector.link()
     generator = torch.Generator().manual_seed(2)
     count = 300
-    keys = torch.randn(count, dim, generator=generator) * 10 ** torch.linspace(-3, 2, count)[:, None]
+    keys = (
+        torch.randn(count, dim, generator=generator) * 10 ** torch.linspace(-3, 2, count)[:, None]
+    )
     query = fp4.simulate(torch.randn(heads, dim, generator=generator))
     weights = torch.randn(heads, generator=generator)
     data, scales = kv_pack.pack_indexer_entries(keys, "fp4")

@@ -107,9 +107,15 @@ def _add_lanes(
             builder.module, ir.FunctionType(floats, [floats] * 3), "llvm.fma.v8f32"
         )
         kp, cp = _data(context, builder, kinds[0], keys), _data(context, builder, kinds[1], codes)
-        ep, sp = _data(context, builder, kinds[3], excess), _data(context, builder, kinds[4], scales)
+        ep, sp = (
+            _data(context, builder, kinds[3], excess),
+            _data(context, builder, kinds[4], scales),
+        )
         xp = _data(context, builder, kinds[6], key_scales)
-        wp, tp = _data(context, builder, kinds[8], weights), _data(context, builder, kinds[9], total)
+        wp, tp = (
+            _data(context, builder, kinds[8], weights),
+            _data(context, builder, kinds[9], total),
+        )
 
         before = builder.basic_block
         loop, done = builder.append_basic_block(), builder.append_basic_block()

@@ -94,9 +94,7 @@ def pack(model: Any) -> Packed:
         packer.vector(layer, rows.H_NORM, block.hnorm.weight)
         packer.meta[layer, rows.ROUND_0 + rows.R_MTP] = block.e_proj.quantize_input
     hashed = [block.ffn.gate.tid2eid.flatten().numpy() for block in blocks if _is_hashed(block)]
-    return packer.packed(
-        model.embed.weight, np.concatenate([*hashed, np.zeros(1, np.int64)])
-    )
+    return packer.packed(model.embed.weight, np.concatenate([*hashed, np.zeros(1, np.int64)]))
 
 
 def _is_hashed(block: Any) -> bool:

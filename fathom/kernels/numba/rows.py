@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from fathom.kernels.numba.entries import FP8, load_kv, store_key, store_kv
+from fathom.kernels.numba.entries import FP8, load_kv, round_fp8, store_key, store_kv
 from fathom.kernels.numba.index_scan import best, scan
 from fathom.kernels.numba.primitives import (
     copy,
@@ -32,18 +32,26 @@ from fathom.kernels.numba.primitives import (
     mean_square,
     rmsnorm,
     rope,
-    round_e4m3,
     round_fp4,
     sigmoid,
 )
-from fathom.kernels.numba.vector import LANES, PANEL, exp32, fma, inner, panels, product
+from fathom.kernels.numba.vector import (
+    LANES,
+    PANEL,
+    exp32,
+    fma,
+    inner,
+    panels,
+    product,
+    softmax,
+)
 
 # numba keeps compiled functions until the file that defines them changes, whatever they call. So
 # this file changes with the others: the SHA-256 of them together begins with this; a test compares.
 PARTS = "e0e9ec52ef786ce2"
 
 PROJECT, ABSORB, ATTEND, REMEMBER, COMBINE = 1, 2, 4, 8, 16
-BLOCK = 96  # rows whose intermediate results stay in the second-level cache
+BLOCK = 256  # rows that share a widened panel of weights
 
 # Matrices of a block, by their place in `Weights.matrices`.
 (ATTN_FN, FFN_FN, WQ_A, WQ_B, WKV, WO_A, WO_B, COMP_KV, COMP_GATE, INDEX_KV, INDEX_GATE,
@@ -63,7 +71,6 @@ PLACES = 12
 # Which inputs are rounded to FP8, by their place in `Weights.rounds`.
 R_QKV, R_WQ_B, R_WO_B, R_EXPERTS, R_SHARED, R_INDEX_Q, R_ENTRIES, R_MTP = range(8)
 ROUNDS = 8
-
 
 
 INTEGERS = (
@@ -180,7 +187,10 @@ def _address(f: Any, at: int) -> int:
 @inner
 def _round_rows(f: Any, source: int, target: int, width: int, a: int, b: int, cols: int) -> None:
     for t in range(a, b):
-        round_e4m3(_line(f, source, width, t, cols), 128, _line(f, target, width, t, cols))
+        own = _line(f, target, width, t, cols)
+        if source != target:
+            copy(_line(f, source, width, t, cols), own)
+        round_fp8(own, 128)
 
 
 @inner
@@ -286,7 +296,7 @@ def _project(e: Any, k: Any, layer: int, a: int, b: int, scratch: int) -> None:
         rmsnorm(qr, q_norm, k.norm_eps, qr)
         copy(qr, _line(exact, 0, k.q_rank, t - a, k.q_rank))
         if _rounds(e, layer, R_WQ_B):
-            round_e4m3(qr, 128, qr)
+            round_fp8(qr, 128)
         rmsnorm(kv, kv_norm, k.norm_eps, kv)
         _turn(e, k, ratio != 0, t, kv, one)
         store_kv(kv, k.rope_dim, k.kv_form, 0, e.slots, 0, 0)
@@ -331,9 +341,7 @@ def _project_tail(
 
 
 @inner
-def _project_index(
-    e: Any, k: Any, layer: int, a: int, b: int, exact: Any, scratch: int
-) -> None:
+def _project_index(e: Any, k: Any, layer: int, a: int, b: int, exact: Any, scratch: int) -> None:
     """The indexer's queries and head weights, where there is something to choose."""
     needed = False
     for t in range(a, b):
@@ -360,7 +368,7 @@ def _project_index(
             if _rounds(e, layer, R_ENTRIES):
                 hadamard(head)
                 if k.key_form == FP8:
-                    round_e4m3(head, k.index_dim, head)
+                    round_fp8(head, k.index_dim)
                 else:
                     round_fp4(head, head)
 
@@ -508,9 +516,7 @@ def _store_index_key(e: Any, k: Any, layer: int, t: int, position: int, average:
 
 
 @inner
-def _score_entries(
-    e: Any, k: Any, layer: int, t: int, first: int, last: int, scores: Any
-) -> None:
+def _score_entries(e: Any, k: Any, layer: int, t: int, first: int, last: int, scores: Any) -> None:
     """The indexer's scores of entries first .. last - 1 for row t."""
     factor = np.float32(float(k.index_dim) ** -0.5 * float(k.index_heads) ** -0.5)
     scan(
@@ -577,8 +583,10 @@ def _attend_row(
     product(old, lanes, c, _address(keys, 0), c, 1, query, lanes, p, lanes, 0)
     product(near - old, lanes, c, fresh, k.w_kv, 1, query, lanes, p + 4 * old * lanes, lanes, 0)
     product(count, lanes, c, far, c, 1, query, lanes, p + 4 * near * lanes, lanes, 0)
-    total = np.empty(lanes, np.float32)
-    _softmax(logits, near + count, lanes, _vector(e, layer, SINK), total)
+    sink, total = _vector(e, layer, SINK), np.empty(lanes, np.float32)
+    for h in range(lanes):
+        total[h] = sink[h] if h < heads else np.float32(-1e30)
+    softmax(p, near + count, lanes, _address(total, 0))
     out = _address(f, k.at_attended + t * k.w_attended)
     product(heads, c, old, p, 1, lanes, _address(keys, 0), c, out, c, 0)
     product(heads, c, near - old, p + 4 * old * lanes, 1, lanes, fresh, k.w_kv, out, c, 1)
@@ -590,26 +598,6 @@ def _attend_row(
         for j in range(c):
             head[j] *= inverse
         _turn(e, k, ratio != 0, t, head, np.float32(-1))
-
-
-@inner
-def _softmax(logits: Any, count: int, lanes: int, sink: Any, total: Any) -> None:
-    """logits [count, lanes] to exponentials in place; total [lanes] includes the sinks."""
-    high = np.empty(lanes, np.float32)
-    for h in range(lanes):
-        high[h] = logits[h]
-    for i in range(1, count):
-        for h in range(lanes):
-            high[h] = max(high[h], logits[i * lanes + h])
-    for h in range(lanes):
-        total[h] = np.float32(0)
-        if h < sink.shape[0]:
-            total[h] = exp32(min(sink[h] - high[h], np.float32(88)))
-    for i in range(count):
-        for h in range(lanes):
-            logits[i * lanes + h] = exp32(logits[i * lanes + h] - high[h])
-        for h in range(lanes):
-            total[h] += logits[i * lanes + h]
 
 
 @inner
@@ -654,9 +642,7 @@ def _attend(e: Any, k: Any, layer: int, a: int, b: int, scored: int, scratch: in
 
 
 @inner
-def _route(
-    e: Any, k: Any, layer: int, token: int, scores: Any, chosen: Any, weights: Any
-) -> None:
+def _route(e: Any, k: Any, layer: int, token: int, scores: Any, chosen: Any, weights: Any) -> None:
     """Choose experts for one row; `scores` holds the router's logits and then the affinities."""
     for i in range(k.experts):
         v = scores[i]
@@ -707,7 +693,7 @@ def _expert(
         own = _line(gate, 0, wide, i, k.inner)
         _swiglu(own, _line(up, 0, wide, i, k.inner), k.swiglu_limit, weights[i])
         if rounds:
-            round_e4m3(own, 128, own)
+            round_fp8(own, 128)
     _matrix(e, layer, first + 1, expert, count, to, wide, _address(y, 0), d, scratch)
 
 
@@ -790,7 +776,7 @@ def _combine(e: Any, k: Any, layer: int, a: int, b: int, scratch: int) -> None:
             _line(e.embed, 0, d, e.rows[TOKEN, t], d), _vector(e, layer, E_NORM), k.norm_eps, own
         )
         if rounds:
-            round_e4m3(own, 128, own)
+            round_fp8(own, 128)
         _matrix(
             e, layer, E_PROJ, 0, 1, _address(x, 0), width, _address(embedded, 0), width, scratch
         )
@@ -799,7 +785,7 @@ def _combine(e: Any, k: Any, layer: int, a: int, b: int, scratch: int) -> None:
             own = _line(x, 0, width, i, d)
             rmsnorm(flow[i * d : (i + 1) * d], _vector(e, layer, H_NORM), k.norm_eps, own)
             if rounds:
-                round_e4m3(own, 128, own)
+                round_fp8(own, 128)
         _matrix(e, layer, H_PROJ, 0, n, _address(x, 0), width, _address(y, 0), width, scratch)
         for i in range(n):
             for j in range(d):

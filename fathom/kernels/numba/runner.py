@@ -150,9 +150,7 @@ class CompiledRunner:
     def _merge(self, layer: int, which: list[int]) -> np.ndarray:
         size = self.model.config.hidden_size
         hidden = np.zeros((len(which), _padded(size)), np.float32)
-        rows.merge(
-            self._env, self._sizes, layer, np.array(which, np.int64), hidden.reshape(-1)
-        )
+        rows.merge(self._env, self._sizes, layer, np.array(which, np.int64), hidden.reshape(-1))
         return hidden[:, :size]
 
     def _take(self, batch: Any) -> int:

@@ -187,35 +187,39 @@ def _product(
     rows: int, cols: int, count: int, x: int, x_row: int, x_col: int, w: int, w_row: int,
     out: int, out_row: int, add: int,
 ) -> None:  # fmt: skip
-    j = 0
-    while j + 16 <= cols:
-        t = 0
-        while t + 6 <= rows:
+    sixes = rows // 6 * 6
+    if rows % 6 == 2 and rows > 6:
+        sixes -= 6  # eight are better two fours than a six and two
+    few = rows - (rows - sixes) % 4
+    pairs = cols // 16 * 16
+    for j in range(0, pairs, 16):
+        for t in range(0, sixes, 6):
             _tile_6x2(x + 4 * t * x_row, x_row, x_col, w + 4 * j, w_row, count,
                       out + 4 * (t * out_row + j), out_row, add)  # fmt: skip
-            t += 6
-        while t + 4 <= rows:
+        for t in range(sixes, few, 4):
             _tile_4x2(x + 4 * t * x_row, x_row, x_col, w + 4 * j, w_row, count,
                       out + 4 * (t * out_row + j), out_row, add)  # fmt: skip
-            t += 4
-        while t < rows:
-            _tile_1x2(x + 4 * t * x_row, x_row, x_col, w + 4 * j, w_row, count,
-                      out + 4 * (t * out_row + j), out_row, add)  # fmt: skip
-            t += 1
-        j += 16
-    if j < cols:
-        t = 0
+    for t in range(few, rows):  # wide tiles hide what a single row's sums wait for
+        at, to = x + 4 * t * x_row, out + 4 * t * out_row
+        j = 0
+        while j + 32 <= pairs:
+            _tile_1x4(at, x_row, x_col, w + 4 * j, w_row, count, to + 4 * j, out_row, add)
+            j += 32
+        if j < pairs:
+            _tile_1x2(at, x_row, x_col, w + 4 * j, w_row, count, to + 4 * j, out_row, add)
+    if pairs < cols:
+        w, out, t = w + 4 * pairs, out + 4 * pairs, 0
         while t + 12 <= rows:
-            _tile_12x1(x + 4 * t * x_row, x_row, x_col, w + 4 * j, w_row, count,
-                       out + 4 * (t * out_row + j), out_row, add)  # fmt: skip
+            _tile_12x1(x + 4 * t * x_row, x_row, x_col, w, w_row, count,
+                       out + 4 * t * out_row, out_row, add)  # fmt: skip
             t += 12
         while t + 4 <= rows:
-            _tile_4x1(x + 4 * t * x_row, x_row, x_col, w + 4 * j, w_row, count,
-                      out + 4 * (t * out_row + j), out_row, add)  # fmt: skip
+            _tile_4x1(x + 4 * t * x_row, x_row, x_col, w, w_row, count,
+                      out + 4 * t * out_row, out_row, add)  # fmt: skip
             t += 4
         while t < rows:
-            _tile_1x1(x + 4 * t * x_row, x_row, x_col, w + 4 * j, w_row, count,
-                      out + 4 * (t * out_row + j), out_row, add)  # fmt: skip
+            _tile_1x1(x + 4 * t * x_row, x_row, x_col, w, w_row, count,
+                      out + 4 * t * out_row, out_row, add)  # fmt: skip
             t += 1
 
 
@@ -349,18 +353,122 @@ LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(-0.693359375), np.float32(2.12194440e-4)
 
 
+POLYNOMIAL = tuple(
+    np.float32(c)
+    for c in (
+        1.9875691500e-4,
+        1.3981999507e-3,
+        8.3334519073e-3,
+        4.1665795894e-2,
+        1.6666665459e-1,
+        5.0000001201e-1,
+    )
+)
+
+
+def _vector_exp(builder: Any, x: Any) -> Any:
+    """As exp32, for a vector."""
+    kind, ints = x.type, ir.VectorType(I32, LANES)
+
+    def function(name: str, arguments: int) -> Any:
+        return cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(kind, [kind] * arguments), f"llvm.{name}.v{LANES}f32"
+        )
+
+    def constant(value: Any) -> Any:
+        return ir.Constant(kind, [float(value)] * LANES)
+
+    fused, nearest = function("fma", 3), function("rint", 1)
+    usual = builder.fcmp_ordered(">", x, constant(-87.0))
+    clamped = builder.select(usual, x, constant(-87.0))
+    n = builder.call(nearest, [builder.fmul(clamped, constant(LOG2_E))])
+    r = builder.call(fused, [n, constant(LN2_HIGH), clamped])
+    r = builder.call(fused, [n, constant(LN2_LOW), r])
+    p = constant(POLYNOMIAL[0])
+    for c in POLYNOMIAL[1:]:
+        p = builder.call(fused, [p, r, constant(c)])
+    p = builder.fadd(builder.call(fused, [p, builder.fmul(r, r), r]), constant(1.0))
+    power = builder.add(builder.fptosi(n, ints), ir.Constant(ints, [127] * LANES))
+    power = builder.bitcast(builder.shl(power, ir.Constant(ints, [23] * LANES)), kind)
+    return builder.select(usual, builder.fmul(p, power), constant(0.0))
+
+
+@intrinsic
+def _softmax_lanes(typingctx: Any, logits: Any, row: Any, count: Any, total: Any) -> Any:
+    """Eight columns [count, 8] of logits to exponentials in place; addresses, row in bytes.
+
+    total [8]: the logits of the sinks in, the sums out. The maximum is over the keys alone.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        logits, row, count, total = args
+        vector, zero = ir.VectorType(FLOAT, LANES), ir.Constant(I64, 0)
+
+        def at(k: Any) -> Any:
+            return builder.inttoptr(builder.add(logits, builder.mul(k, row)), FLOAT.as_pointer())
+
+        before = builder.basic_block
+        search, middle = builder.append_basic_block(), builder.append_basic_block()
+        loop, done = builder.append_basic_block(), builder.append_basic_block()
+        first = _load(builder, at(zero), zero, vector)
+        builder.branch(search)
+        builder.position_at_end(search)
+        k, high = builder.phi(I64), builder.phi(vector)
+        value = _load(builder, at(k), zero, vector)
+        higher = builder.select(builder.fcmp_ordered(">", value, high), value, high)
+        following = builder.add(k, ir.Constant(I64, 1))
+        for phi, start, then in ((k, zero, following), (high, first, higher)):
+            phi.add_incoming(start, before)
+            phi.add_incoming(then, search)
+        builder.cbranch(builder.icmp_signed("<", following, count), search, middle)
+
+        builder.position_at_end(middle)
+        pointer = builder.inttoptr(total, FLOAT.as_pointer())
+        most = ir.Constant(vector, [88.0] * LANES)
+        sink = builder.fsub(_load(builder, pointer, zero, vector), higher)
+        sink = builder.select(builder.fcmp_ordered("<", sink, most), sink, most)
+        begin = _vector_exp(builder, sink)
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        k, running = builder.phi(I64), builder.phi(vector)
+        value = builder.fsub(_load(builder, at(k), zero, vector), higher)
+        value = _vector_exp(builder, value)
+        _store(builder, value, at(k), zero)
+        grown = builder.fadd(running, value)
+        following = builder.add(k, ir.Constant(I64, 1))
+        for phi, start, then in ((k, zero, following), (running, begin, grown)):
+            phi.add_incoming(start, middle)
+            phi.add_incoming(then, loop)
+        builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
+        builder.position_at_end(done)
+        _store(builder, grown, pointer, zero)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+def _softmax(logits: int, count: int, lanes: int, total: int) -> None:
+    for j in range(0, lanes, LANES):
+        _softmax_lanes(logits + 4 * j, 4 * lanes, count, total + 4 * j)
+
+
+# softmax(logits, count, lanes, total): addresses of [count, lanes], count > 0, and of [lanes]; see
+# _softmax_lanes.
+softmax = external("fathom_softmax", _softmax, 4)
+
+
 @inner
 def exp32(x: Any) -> Any:
     """e^x in float32 for x <= 88, within 2 units in the last place; 0 below -87."""
     clamped = max(x, np.float32(-87.0))
     n = np.float32(np.rint(clamped * LOG2_E))
     r = fma(n, LN2_LOW, fma(n, LN2_HIGH, clamped))
-    p = np.float32(1.9875691500e-4)
-    p = fma(p, r, np.float32(1.3981999507e-3))
-    p = fma(p, r, np.float32(8.3334519073e-3))
-    p = fma(p, r, np.float32(4.1665795894e-2))
-    p = fma(p, r, np.float32(1.6666665459e-1))
-    p = fma(p, r, np.float32(5.0000001201e-1))
+    p = POLYNOMIAL[0]
+    p = fma(p, r, POLYNOMIAL[1])
+    p = fma(p, r, POLYNOMIAL[2])
+    p = fma(p, r, POLYNOMIAL[3])
+    p = fma(p, r, POLYNOMIAL[4])
+    p = fma(p, r, POLYNOMIAL[5])
     p = fma(p, r * r, r) + np.float32(1)
     scaled = p * float_of_bits(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
     return scaled if x > np.float32(-87.0) else np.float32(0)

@@ -16,7 +16,7 @@ from fathom.engine.state_cache import SlotPool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Consecutive tokens of one sequence. Entries of positions before `known` are already stored."""
+    """Consecutive tokens of one sequence. Entries of positions before `known` are there already."""
 
     slot: int
     start: int

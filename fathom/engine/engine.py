@@ -83,8 +83,8 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What a trainer replays, for the positions computed so far in this run: hidden [tokens, hidden]
-    float32, routing [layers, tokens, topk] int16, selection [layers, tokens, index_topk] int32.
+    """What a trainer replays, for positions from `first` on: hidden [tokens, hidden] float32,
+    routing [layers, tokens, topk] int16, selection [layers, tokens, index_topk] int32.
     """
 
     first: int
@@ -462,7 +462,7 @@ class Engine:
     # A step.
 
     def _run(self, shares: list[Share]) -> dict[str, np.ndarray]:
-        """Logits [rows, vocab] of the requests whose next token can be drawn, drafts' rows after."""
+        """Logits [rows, vocab] where a next token can be drawn, the rows of drafts behind."""
         pieces, wanted, ready = [], {}, {}
         row = 0
         for share in shares:
@@ -547,7 +547,7 @@ class Engine:
         return updates
 
     def _draw(self, request: Request, rows: np.ndarray) -> list[Drawn]:
-        """Draw a token per row, as long as the drafts are what is drawn; log them, then show them."""
+        """Draw a token per row while drafts are what is drawn; log them, then show them."""
         drawn: list[Drawn] = []
         if request.params.max_tokens == 0:
             return drawn

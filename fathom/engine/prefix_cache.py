@@ -256,8 +256,8 @@ class PrefixCache:
     ) -> None:
         """Write a chain of slabs and some checkpoints to disk, if there is one, now.
 
-        The first `found` slabs came out of the cache (None: all); the others have been computed, and
-        replace a file of the same name that nobody could have used. Raises CacheError when it
+        The first `found` slabs came out of the cache (None: all); the others have been computed,
+        and replace a file of the same name that nobody could have used. Raises CacheError when it
         cannot be written.
         """
         if self.disk is None:

@@ -33,10 +33,10 @@ class Request:
     """What the engine knows of a request; only the engine changes it.
 
     `priority`: lower numbers go first. `computed` tokens of prompt and output have passed through
-    the model and are in its slot and slabs; `known` of them were in the cache as entries. `chain`
-    names its full slabs, of which the first `found` came from the cache, `kept` its checkpoints, and `checkpoints` says after how many tokens more
-    are wanted. `finish_reason`: "stop", "length", "cancelled" or
-    "error" (then `error` says why).
+    the model and are in its slot and slabs; entries of the first `known` were in the cache. `chain`
+    names its full slabs, of which the first `found` came from the cache, `kept` its checkpoints,
+    and `checkpoints` says after how many tokens more are wanted. `finish_reason`: "stop", "length",
+    "cancelled" or "error" (then `error` says why).
     """
 
     prompt: list[int]

@@ -1,6 +1,6 @@
 """The two ways to compute a step: compiled rows on the CPU, and the torch model on any device.
 
-`make_runner` is an operation like any other: the registry chooses by device, and a GPU adds its own.
+`runner` is an operation like any other: the registry chooses by device, a GPU adds its own.
 
 Paper: none (engine).
 """

@@ -208,7 +208,7 @@ class Sampler:
 
 
 def uniform(seed: int, number: int) -> float:
-    """The `number`-th random float in [0, 1) of a seed (SplitMix64, which can jump to any place)."""
+    """The `number`-th random float in [0, 1) of a seed (SplitMix64, which jumps to any place)."""
     z = (seed + 0x9E3779B97F4A7C15 * (number + 1)) & 0xFFFFFFFFFFFFFFFF
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF

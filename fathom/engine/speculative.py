@@ -85,7 +85,7 @@ class Drafter:
         return self._count > 0 and self.trial.on
 
     def keep(self, request: Request, row: int, count: int) -> None:
-        """Keep the streams of a request's rows row .. row + count - 1, as far as drafts need them."""
+        """Keep the streams of a request's rows row .. row + count - 1 that drafts need."""
         start = request.computed
         near = len(request.tokens) + len(request.draft) - self._window
         skip = min(count, max(0, near - start))

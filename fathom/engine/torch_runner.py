@@ -166,7 +166,7 @@ class TorchRunner:
     # Windows.
 
     def _read_window(self, slot: int, layer: int, start: int) -> torch.Tensor:
-        """The raw entries before `start`: [1, window - 1, head_dim], zeros before the first token."""
+        """The raw entries before `start`: [1, window - 1, head_dim], zeros before the first."""
         size = self._config.sliding_window - 1
         places = torch.arange(start - size, start) % self._slots.ring
         rows = self._unpack(*self._window(slot, layer), places)

@@ -42,7 +42,7 @@ def kept(p: np.ndarray, which: list[int]) -> np.ndarray:
         ({"min_p": 1.0}, kept(softmax(LOGITS), [0])),
         ({"top_p": 0.8}, kept(softmax(LOGITS), [0, 1, 2])),
         ({"top_k": 3, "top_p": 0.7}, kept(softmax(LOGITS), [0, 1])),
-        ({"logit_bias": {5: 4.0, 0: -100.0}}, softmax(LOGITS + [-100, 0, 0, 0, 0, 4])),
+        ({"logit_bias": {5: 4.0, 0: -100.0}}, softmax(LOGITS + np.float32([-100, 0, 0, 0, 0, 4]))),
     ],
 )
 def test_draws_follow_the_definition(settings: dict[str, object], expected: np.ndarray) -> None:

@@ -53,7 +53,7 @@ class Oracle:
 
 @pytest.mark.parametrize("right", [0, 1, 3])
 def test_rejected_drafts_leave_nothing_behind(net: Transformer, right: int) -> None:
-    """Rejections at every offset of windows of 4 and of 128, across slabs and the sliding window."""
+    """Rejections at every offset of windows of 4 and of 128, across slabs and the window."""
     served = engine(net)
     whole = served.submit(prompt(50), sampled(300))
     finish(served, whole)

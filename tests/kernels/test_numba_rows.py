@@ -1,4 +1,4 @@
-"""The compiled rows: equal to the torch model, byte-equal to the packers, and blind to neighbours."""
+"""The compiled rows: equal to the torch model and the packers, and blind to neighbours."""
 
 from __future__ import annotations
 

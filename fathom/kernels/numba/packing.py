@@ -79,7 +79,7 @@ class Packer:
 
 
 def pack(model: Any) -> Packed:
-    """All blocks of a Transformer, the MTP blocks after the main ones; the head lies with layer 0."""
+    """All blocks of a Transformer, MTP blocks after the main ones; the head lies with layer 0."""
     blocks = [*model.layers, *model.mtp]
     packer = Packer(len(blocks))
     for layer, block in enumerate(blocks):

@@ -1,8 +1,8 @@
 """A batch of tokens through the blocks, in compiled code that treats every token alike.
 
-A row is one token of one sequence. What a row computes does not depend on the rows beside it: not on
-how many there are, nor on how a prompt was cut into pieces, nor on whether the token was part of a
-prompt or just sampled. Dimensions: streams n, hidden d, heads H, head_dim c.
+A row is one token of one sequence. What a row computes does not depend on the rows beside it: not
+on how many there are, nor on how a prompt was cut into pieces, nor on whether the token was part of
+a prompt or just sampled. Dimensions: streams n, hidden d, heads H, head_dim c.
 
 `forward` does any of four parts of a block, for some layers and rows:
 
@@ -48,7 +48,7 @@ from fathom.kernels.numba.vector import (
 
 # numba keeps compiled functions until the file that defines them changes, whatever they call. So
 # this file changes with the others: the SHA-256 of them together begins with this; a test compares.
-PARTS = "e0e9ec52ef786ce2"
+PARTS = "56ad6af80ca17f5a"
 
 PROJECT, ABSORB, ATTEND, REMEMBER, COMBINE = 1, 2, 4, 8, 16
 BLOCK = 256  # rows that share a widened panel of weights
@@ -765,7 +765,7 @@ def _remember(e: Any, k: Any, layer: int, a: int, b: int) -> None:
 
 @inner
 def _combine(e: Any, k: Any, layer: int, a: int, b: int, scratch: int) -> None:
-    """The MTP block's input, in place of the streams: each projected, plus the token's embedding."""
+    """The MTP block's input, in place of the streams: each projected, plus the embedding."""
     n, d, width = k.streams, k.hidden, k.w_normed
     rounds = _rounds(e, layer, R_MTP)
     x, y = np.empty(n * width, np.float32), np.empty(n * width, np.float32)

@@ -100,10 +100,7 @@ class CompiledRunner:
             self._forward(0, self._layers, EVERYTHING, 0, count)
 
     def logits(self, which: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """For some rows of the last batch: final hidden states [rows, hidden], logits [rows, vocab].
-
-        Both float32.
-        """
+        """For rows of the last batch: final hidden states [rows, hidden], logits [rows, vocab]."""
         hidden = self._merge(0, which)
         return hidden, self.head(hidden)
 

@@ -224,8 +224,8 @@ def _product(
 
 
 # product(rows, cols, count, x, x_row, x_col, w, w_row, out, out_row, add):
-# out[t, j] = sum_k x[t, k] * w[k, j] over `count`, with addresses and strides in numbers; columns of
-# w and out lie side by side, and `cols` is a multiple of 8. add = 1 continues the sums in `out`.
+# out[t, j] = sum_k x[t, k] * w[k, j] over `count`, with addresses and strides in numbers; columns
+# of w and out lie side by side, `cols` is a multiple of 8. add = 1 continues the sums in `out`.
 product = external("fathom_product", _product, 11)
 
 
@@ -276,8 +276,8 @@ def _widen_lanes(typingctx: Any, source: Any, target: Any) -> Any:
     return types.void(types.int64, types.int64), generate
 
 
-# panels(half, rows, panels, cols, x, x_row, w, scratch, out, out_row): x times stored weights, panels
-# [panels, cols, 32] of bfloat16 if `half`; scratch has room for one panel as float32.
+# panels(half, rows, panels, cols, x, x_row, w, scratch, out, out_row): x times stored weights,
+# panels [panels, cols, 32] of bfloat16 if `half`; scratch has room for one panel as float32.
 panels = external("fathom_panels", _panels, 10)
 
 

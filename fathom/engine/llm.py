@@ -10,7 +10,7 @@ Paper: none (inference interface).
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -161,12 +161,12 @@ class LLM:
 
     @overload
     def generate(
-        self, prompt: Sequence[str] | Sequence[Sequence[int]], *args: Any, **kwargs: Any
+        self, prompt: list[str] | Sequence[Sequence[int]], *args: Any, **kwargs: Any
     ) -> list[Completion]: ...
 
     def generate(
         self,
-        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        prompt: str | Sequence[int] | list[str] | Sequence[Sequence[int]],
         max_tokens: int = 512,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -355,7 +355,7 @@ class _Started:
             self.end()
 
 
-def _pieces(started: _Started) -> Iterator[TokenPiece]:
+def _pieces(started: _Started) -> Generator[TokenPiece, None, None]:
     request, engine = started.begin(), started.llm.engine
     tokenizer, stops = started.llm._tokenizer, started.params.stop_token_ids
     decoder = tokenizer.incremental_decoder() if tokenizer is not None else None

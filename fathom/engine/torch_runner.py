@@ -8,7 +8,7 @@ Paper: §3.5.1 (KV cache layout).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -257,7 +257,11 @@ class TorchRunner:
         if form in _DTYPES:
             return data[places].view(_DTYPES[form]).to(self.model.dtype)
         return kv_pack.unpack_indexer_entries(
-            data[places], scales[places], form, self.model.dtype, check=False
+            data[places],
+            scales[places],
+            cast(kv_pack.IndexerFormat, form),
+            self.model.dtype,
+            check=False,
         )
 
     def _pack_keys(
@@ -268,7 +272,9 @@ class TorchRunner:
         if form in _DTYPES:
             data[places] = rows.to(_DTYPES[form]).contiguous().view(torch.uint8)
         else:
-            data[places], scales[places] = kv_pack.pack_indexer_entries(rows.contiguous(), form)
+            data[places], scales[places] = kv_pack.pack_indexer_entries(
+                rows.contiguous(), cast(kv_pack.IndexerFormat, form)
+            )
 
     # Tails of the compressors.
 

@@ -6,6 +6,9 @@ then the rotated part as bfloat16, scales apart) or RAW float32; of indexer keys
 Paper: §2.3.4 (mixed precision of KV entries, FP4 indexer).
 """
 
+# numba itself passes an intrinsic its typing context:
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from typing import Any

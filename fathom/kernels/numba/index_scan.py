@@ -8,7 +8,7 @@ Paper: §2.3.1, eq. 13-17 (lightning indexer); §2.3.4 (FP4 indexer).
 """
 
 # numba itself passes an intrinsic its typing context:
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@
     +-- GenerationError          sampling values or a prompt that cannot be served
     |   +-- CacheFull               memory for another sequence or more tokens is used up
     +-- CacheError               a stored cache, session or log that cannot be used
+    +-- BackendError             the engine behind a server failed or cannot be reached
+    +-- ServerError              a server that cannot start with these settings
     +-- SandboxError             the sandbox itself failed (a command that fails is a result)
     |   +-- Unsupported             this machine or substrate cannot do what was asked
     |   +-- SandboxLost             the sandbox ended while it was needed
@@ -96,6 +98,18 @@ class CacheError(FathomError):
     """A cache folder, session or log is damaged, cannot be written or belongs to another model."""
 
     code = "cache_invalid"
+
+
+class BackendError(FathomError):
+    """The engine behind a server failed, or cannot be reached."""
+
+    code = "backend_failed"
+
+
+class ServerError(FathomError):
+    """A server cannot start: its settings are unsafe or contradict each other."""
+
+    code = "server_invalid"
 
 
 class SandboxError(FathomError):

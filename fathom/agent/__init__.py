@@ -13,6 +13,7 @@ from __future__ import annotations
 from fathom.agent.context import Context, Limits
 from fathom.agent.loop import Agent, Episode, Status, Step
 from fathom.agent.model import HTTPModel, Model, api_key_from_environment
+from fathom.agent.recorded import RecordedModel
 from fathom.agent.tool import BASH, EDIT, SYSTEM_PROMPT, Parameter, Tool, ToolSet
 from fathom.agent.types import Sandbox, ToolResult
 
@@ -27,6 +28,7 @@ __all__ = [
     "Limits",
     "Model",
     "Parameter",
+    "RecordedModel",
     "Sandbox",
     "Status",
     "Step",

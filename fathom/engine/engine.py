@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fathom.chat.generation import TokenMask
 from fathom.engine.batch import Batch, Memory, Piece
 from fathom.engine.disk_cache import DiskCache
 from fathom.engine.kv_cache import SLAB_TOKENS, SlabLayout, SlabPool, slabs_for
@@ -29,7 +30,7 @@ from fathom.engine.metrics import Metrics
 from fathom.engine.prefix_cache import Checkpoint, Hit, PrefixCache
 from fathom.engine.request import Request, Status, StopHook
 from fathom.engine.runner import make_runner
-from fathom.engine.sampler import Drawn, SamplingParams, TokenMask
+from fathom.engine.sampler import Drawn, SamplingParams
 from fathom.engine.scheduler import Budget, Scheduler, Share
 from fathom.engine.speculative import Drafter
 from fathom.engine.state_cache import DRAFT_ROOM, SlotLayout, SlotPool

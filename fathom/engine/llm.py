@@ -20,10 +20,11 @@ import anyio.to_thread
 import torch
 
 from fathom.chat import Tokenizer
+from fathom.chat.generation import TokenMask
 from fathom.checkpoint import load_model
 from fathom.engine.engine import Engine, EngineConfig, check_tokens
 from fathom.engine.request import Request
-from fathom.engine.sampler import SamplingParams, TokenMask
+from fathom.engine.sampler import SamplingParams
 from fathom.errors import ConfigError, GenerationError, TokenizerError
 from fathom.model.config import PRESETS
 from fathom.model.transformer import Transformer

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from fathom.engine.sampler import Drawn, Sampler, SamplingParams, TokenMask
+from fathom.chat.generation import TokenMask
+from fathom.engine.sampler import Drawn, Sampler, SamplingParams
 
 _numbers = itertools.count(1)
 

@@ -13,26 +13,15 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from fathom.chat.generation import TokenMask
 from fathom.errors import GenerationError
 
 MOST_TOP_LOGPROBS = 1000
-
-
-class TokenMask(Protocol):
-    """Says which tokens may come next; one object per request."""
-
-    def allowed(self) -> bytes | None:
-        """One bit per token id, lowest bit first, or None while everything is allowed."""
-        ...
-
-    def accept(self, token: int) -> None:
-        """Take note of the token that was drawn."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +81,7 @@ def _within(name: str, value: float, holds: bool, bounds: str) -> None:
         raise GenerationError(f"{name} must lie in {bounds}, not {value}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drawn:
+class Drawn(NamedTuple):
     """A token, its log-probability by the model alone, and the most probable (id, logprob)."""
 
     token: int
@@ -117,14 +105,16 @@ class Sampler:
         The log-probability is the model's own: before everything else. Raises GenerationError when
         the logits are not finite.
         """
-        drawn = self.pick(logits.detach().to("cpu", torch.float32).numpy())
+        drawn = self.pick(logits)
         return drawn.token, drawn.logprob
 
-    def pick(self, logits: np.ndarray, mask: TokenMask | None = None) -> Drawn:
+    def pick(self, logits: np.ndarray | torch.Tensor, mask: TokenMask | None = None) -> Drawn:
         """Draw the next token and take note of it; logits: [vocab] float32.
 
         Raises GenerationError when the logits are not finite or the mask allows nothing.
         """
+        if isinstance(logits, torch.Tensor):
+            logits = logits.detach().to("cpu", torch.float32).numpy()
         drawn = self.propose(logits, mask)
         if mask is not None:
             mask.accept(drawn.token)

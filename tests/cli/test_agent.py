@@ -17,6 +17,12 @@ from fathom.sandbox import Client, Container
 from tests.agent.chat_server import Respond, answer, serving, status, tool_call
 
 
+@pytest.fixture(autouse=True)
+def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logs of these runs go away with the test."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
 def run(*arguments: str, script: tuple[Respond, ...] = (), stdin: str = "") -> tuple[Result, Any]:
     with serving(*script) as server:
         found = CliRunner().invoke(
@@ -137,10 +143,10 @@ def test_a_server_that_refuses_is_something_the_machine_lacks() -> None:
 
 
 def test_a_machine_without_sandboxes(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def create(client: Client, spec: Container) -> None:
+    async def hold(*_: object, **__: object) -> None:
         raise Unsupported("no sandbox can run here: install it")
 
-    monkeypatch.setattr(Client, "create", create)
+    monkeypatch.setattr("fathom.sandbox.trajectory.store.hold", hold)
     found, server = run("t", script=(answer("x"),))
     assert found.exit_code == 3
     assert "install" in found.stderr

@@ -27,6 +27,7 @@ COMMANDS = [
     "train",
     "eval",
     "bench",
+    "sandbox",
 ]
 
 

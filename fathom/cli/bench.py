@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fathom.cli.bench_engine import engine
 from fathom.cli.bench_fuzz import fuzz
 from fathom.cli.bench_gpu import gpu
 from fathom.cli.bench_server import server
@@ -101,6 +102,7 @@ def trajectory(
 
 
 app.command()(gpu)
+app.command()(engine)
 app.command()(fuzz)
 app.command()(server)
 

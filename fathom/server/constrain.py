@@ -32,9 +32,17 @@ class Constrainer:
         self._marker = tokenizer.token_id("dsml")
         self._think_end = tokenizer.token_id("think_end")
         self._everything = _bits(tokenizer.vocab_size)
+        self._no_call = self._without(self._marker)
         self._lock = threading.Lock()
         self._library: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+
+    def needs_grammar(self, request: PromptRequest) -> bool:
+        """Whether `mask` has something to compile, which takes a while."""
+        if request.response_format.kind != "text":
+            return True
+        may_call = bool(request.tools) and request.tool_choice.mode != "none"
+        return may_call and (request.tool_choice.mode == "required" or _narrow(request))
 
     def mask(self, request: PromptRequest) -> TokenMask | None:
         """The mask that a request needs, None if it is free. Raises Problem for a bad schema."""
@@ -44,7 +52,7 @@ class Constrainer:
             if not forbidden:
                 return None
             # No call can come, so no text need be thrown away later.
-            return _Constant(self._without(self._marker))
+            return _Constant(self._no_call)
         matcher = _Grammar(self._compile(grammar, param))
         if not request.reasons:
             return matcher

@@ -161,16 +161,21 @@ class ScriptedBackend:
     def _cached(self, prompt: object) -> int:
         """How much of the prompt an earlier one began with."""
         ids = tuple(prompt)  # type: ignore[arg-type]
-        longest = 0
-        for seen in self._seen:
-            same = 0
-            for a, b in zip(seen, ids, strict=False):
-                if a != b:
-                    break
-                same += 1
-            longest = max(longest, same)
+        longest = max((_common(seen, ids) for seen in self._seen), default=0)
         self._seen = [*self._seen[-7:], ids]
         return min(longest, len(ids) - 1)
+
+
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """The length of the common beginning, by halving: slices compare at the speed of C."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _is_set(bits: bytes, token: int) -> bool:

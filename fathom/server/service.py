@@ -134,8 +134,9 @@ class Service:
         """
         if self._constrainer is not None:
             make = partial(self._constrainer.mask, request)
-            masks = [await anyio.to_thread.run_sync(make) for _ in range(request.n)]
-            return tuple(masks), False, ()
+            if self._constrainer.needs_grammar(request):
+                await anyio.to_thread.run_sync(make)  # compiles; the ones below are copies
+            return tuple(make() for _ in range(request.n)), False, ()
         force = request.tool_choice.mode == "required" and request.reasons
         asked = request.response_format.kind != "text" or any(t.strict for t in request.tools)
         told = ("schemas are not enforced: the upstream offers no constrained decoding",)

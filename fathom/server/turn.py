@@ -117,7 +117,7 @@ class Turn:
         self._over = False
 
     async def events(self) -> AsyncGenerator[list[Event], None]:
-        """What the client may see, a list whenever something came; an empty one begins.
+        """What the client may see, a list whenever something came; the first token always counts.
 
         Closing this generator cancels the work behind it.
         """
@@ -126,14 +126,13 @@ class Turn:
             async for output in outputs:
                 if isinstance(output, TokenOutput):
                     events = self._take(output)
-                    if events:
+                    if events or self.account.completion_tokens == 1:
                         yield events
                     if self._over:
                         break
                 elif isinstance(output, Prefilled):
                     self.account.prompt_tokens = output.prompt_tokens
                     self.account.cached_tokens = output.cached_tokens
-                    yield []
                 else:
                     reason = output.finish_reason
                     self._correct(output)

@@ -241,7 +241,11 @@ def test_the_exact_prompt(open_page: Callable) -> None:
     wait_idle(page)
     page.keyboard.press("Alt+p")
     page.locator("#prompt-facts").get_by_text("tokens").wait_for()
-    assert "<\uff5cAssistant\uff5c>" in page.locator("#prompt-text").inner_text()
+    shown = page.locator("#prompt-text")
+    assert shown.inner_text().count("<\uff5cUser\uff5c>") == 2
+    marked = shown.locator("mark").all_inner_texts()
+    assert marked.count("<\uff5cUser\uff5c>") == 1  # the user's own is text
+    assert "<\uff5cAssistant\uff5c>" in marked
     page.keyboard.press("Escape")
     assert not page.locator("#prompt-dialog").is_visible()
 

@@ -230,10 +230,8 @@ async function openPrompt() {
     const made = await api.render(request({ ...store.current, messages: asked }, server.id), key());
     const ids = made.token_ids ? "" : ", not counted exactly";
     $("prompt-facts").textContent = `${made.tokens.toLocaleString("en")} tokens${ids}; thinking ${made.thinking}; prompts of ${made.revision}`;
-    // Special tokens stand out: what looks like one in a user's text is not one.
-    for (const part of made.prompt.split(/(<\uff5c[^>]*?\uff5c>|<\/?think>|<\/?\uff5cDSML\uff5c[a-z_]*)/)) {
-      text.append(/^<\/?(\uff5c|think)/.test(part) ? el("mark", { textContent: part }) : part);
-    }
+    // Special tokens stand out; what only looks like one, in a user's text, does not.
+    text.append(...made.segments.map((part) => (part.special ? el("mark", { textContent: part.text }) : part.text)));
   } catch (error) {
     $("prompt-facts").textContent = explain(error);
   }

@@ -153,6 +153,9 @@ class CallReader:
     def finish(self) -> None:
         """End the completion; an open call becomes a partial one."""
         if self._call is not None:
+            if self._suspended is not None:
+                text, self._suspended = "".join(self._suspended), None
+                self._add(self._call.add(text))
             if self.stage == "value":
                 self._add(self._call.close(cut=True))
             self._report.diagnose("truncated_call")

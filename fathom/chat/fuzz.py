@@ -29,13 +29,13 @@ from fathom.chat.stream import StreamParser
 
 SPLITS_PER_TEXT = 40
 _MOST_CUTS = 24
-_WORDS = (
+_WORDS: tuple[str, ...] = (
     "the", "answer", " ", "  ", "\n", "\n\n", "<", "</", ">", '"', "\\", "{", "}", "[1]", ": ",
     "\uff5c", "|", "<|DSML|", "\u2016DSML\u2016", "&lt;", "</think", "<thi", "\u4e16\u754c",
     "\U0001f980", "e\u0301", "\u2028", "\u202e", "\x00", "null", "true", "-0", "1e5", "```",
     "<tool_result>", "</tool_result>", "<\uff5cUser\uff5c", "parameter>", "invoke", "tool_calls",
 )  # fmt: skip
-_DAMAGE = (
+_DAMAGE: tuple[str, ...] = (
     DSML, f"<{DSML}", f"</{DSML}", f"<{DSML}tool_calls>", f"</{DSML}tool_calls>",
     f'<{DSML}invoke name="f">', f"</{DSML}invoke>", f"</{DSML}parameter>", f"<{DSML}toolcalls>",
     f'<{DSML}parameter name="q" string="false">', f"<{DSML}parameter name='q'>", THINK, THINK_END,
@@ -86,14 +86,14 @@ class Sample:
         return "".join(segment.text for segment in self.segments)
 
 
-def run(splits: int, seed: int = 0) -> Iterator[FuzzReport]:
+def run(splits: int, seed: int = 0, splits_per_text: int = SPLITS_PER_TEXT) -> Iterator[FuzzReport]:
     """Divide completions `splits` times in all; yield the report so far after each completion."""
     report = FuzzReport(seed)
     while report.splits < splits:
         rng = random.Random(f"{seed}/{report.texts}")
         sample = make_sample(rng, report.texts)
         report.texts += 1
-        check(sample, rng, min(SPLITS_PER_TEXT, splits - report.splits), report)
+        check(sample, rng, min(splits_per_text, splits - report.splits), report)
         yield report
 
 
@@ -188,7 +188,12 @@ def _read(pieces: list[tuple[str, bool | None]], *, streams: bool) -> Message | 
                 pass
     for at, text in enumerate(arguments):
         calls[at] = replace(calls[at], arguments=text)
-    return Message(**texts, tool_calls=calls, diagnostics=parser.message.diagnostics)
+    return Message(
+        reasoning=texts["reasoning"],
+        content=texts["content"],
+        tool_calls=calls,
+        diagnostics=parser.message.diagnostics,
+    )
 
 
 def _whole(sample: Sample, by_id: bool) -> list[tuple[str, bool | None]]:
@@ -226,7 +231,7 @@ class _Words:
 
     def text(self) -> str:
         rng = self._rng
-        parts = rng.choices(_WORDS, k=rng.randint(0, 9))
+        parts: list[str] = rng.choices(_WORDS, k=rng.randint(0, 9))
         word = f"w{len(self.made)};"
         self.made.append(word)
         parts.insert(rng.randint(0, len(parts)), word)
@@ -240,8 +245,9 @@ class _Words:
 
 def _call(rng: random.Random, words: _Words) -> ToolCall:
     arguments: dict[str, object] = {}
+    others: tuple[object, ...] = ([1, {"a": None}], -0.5, 10**25, True, "")
     for at in range(rng.randint(0, 3)):
-        fixed = rng.choice(([1, {"a": None}], -0.5, 10**25, True, ""))
+        fixed = rng.choice(others)
         arguments[f"k{at}"] = words.text() if rng.random() < 0.6 else fixed
     return ToolCall(
         name=rng.choice(("bash", "read_file", "f-1")),

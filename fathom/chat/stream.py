@@ -123,10 +123,14 @@ class StreamParser:
                 self._text(piece)
         return self._report.take()
 
-    def close(self) -> list[Event]:
-        """End the completion and return the last events. `message` is known afterwards."""
+    def close(self, *, truncated: bool = False) -> list[Event]:
+        """End the completion and return the last events. `message` is known afterwards.
+
+        `truncated` says that the token limit ended it. A call that is open then is partial, without
+        a guess at where its value may have ended.
+        """
         if self._message is None:
-            self._finish()
+            self._finish(truncated)
             self._message = Message(
                 role="assistant",
                 reasoning="".join(self._prose.reasoning),
@@ -286,13 +290,13 @@ class StreamParser:
 
     # The end
 
-    def _finish(self) -> None:
+    def _finish(self, truncated: bool) -> None:
         if self.stopped is not None:
             return
         self._eos = False
         self._keep_cut_marker()
         self._flush_hold()
-        suspended = self._calls.take_suspended()
+        suspended = None if truncated else self._calls.take_suspended()
         if suspended is not None:
             rest = self._tag.literal if self._tag is not None else ""
             text = suspended + rest + self._angle

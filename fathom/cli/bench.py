@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fathom.cli.bench_fuzz import fuzz
+from fathom.cli.bench_server import server
 from fathom.cli.output import print_json, print_table
 from fathom.cli.sandboxes import KINDS, check_kind
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from fathom.eval.speed import ProcessSide, Rate, Result, Side
 
 app = typer.Typer(invoke_without_command=True, help="Measure speed on this machine.")
-app.command()(fuzz)
 
 SHIPPED, PLAIN, GENERATE, OTHER = "fathom", "fathom-f32", "fathom-generate", "transformers"
 TOLERANCE = 2e-3  # of logits in float32: the same model, sums in another order
@@ -81,6 +81,10 @@ def sandbox_exec(
         print_json(report)
     else:
         _print_exec(report)
+
+
+app.command()(fuzz)
+app.command()(server)
 
 
 def _counts(text: str) -> list[int]:

@@ -141,7 +141,7 @@ def _gateway(url: str, model: str | None, context: int | None, tokenizer: str | 
     )
 
 
-def shipped_tokenizer():  # noqa: ANN201
+def shipped_tokenizer():
     """The tokenizer of the model that comes with the package, without loading that model."""
     from importlib.resources import as_file, files
 

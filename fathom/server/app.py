@@ -8,19 +8,19 @@ from __future__ import annotations
 import logging
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from fathom import __version__
 from fathom.errors import FathomError
 from fathom.server.backend import Backend
 from fathom.server.guard import Guard
 from fathom.server.inspect_api import add_inspection
 from fathom.server.page import add_page
 from fathom.server.problems import Problem, api_of, as_problem, error_body, status_for
+from fathom.server.render import Json
 from fathom.server.routes import add_routes
 from fathom.server.service import Service
-from fathom.server.settings import Settings
+from fathom.server.settings import VERSION, Settings
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +31,11 @@ def create_app(backend: Backend, settings: Settings | None = None) -> FastAPI:
     service = Service(backend, settings)
     app = FastAPI(
         title="fathom",
-        version=__version__,
+        version=VERSION,
         description="DeepSeek-V4 behind the APIs that existing clients speak.",
         docs_url=None,
         redoc_url=None,
+        default_response_class=Json,
     )
     app.state.service = service
     app.add_middleware(Guard, settings=settings)
@@ -53,12 +54,14 @@ def _add_errors(app: FastAPI, service: Service) -> None:
             problem = as_problem(error)
         if problem.status >= 500:
             trace = error if problem.status == 500 else None
-            log.error("path=%s code=%s: %s", request.url.path, problem.code, problem, exc_info=trace)
+            log.error(
+                "path=%s code=%s: %s", request.url.path, problem.code, problem, exc_info=trace
+            )
         api = api_of(request.url.path)
         status = status_for(problem, api)
         service.metrics.requests.labels(_label(request.url.path), status).inc()
         body = error_body(problem, api, request.state.request_id)
-        return JSONResponse(body, status, problem.headers)
+        return Json(body, status, problem.headers)
 
     for kind in (Problem, FathomError, HTTPException):
         app.add_exception_handler(kind, answer)

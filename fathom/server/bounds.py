@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import anyio
@@ -80,11 +80,19 @@ def check_body(body: Mapping[str, Any], limits: Limits) -> None:
 
 
 def check_request(request: PromptRequest, limits: Limits) -> None:
-    """Bounds on schemas that replies are held to. Raises Problem."""
+    """Bounds on schemas and stop strings, which the reply is held to. Raises Problem."""
+    check_stops(request.stop, limits)
     if request.response_format.schema is not None:
         check_schema(request.response_format.schema, "response_format", limits)
     for at, tool in enumerate(request.tools):
         check_schema(tool.parameters, f"tools[{at}]", limits)
+
+
+def check_stops(stops: Sequence[str], limits: Limits) -> None:
+    """Every end of the reply is compared with them, so they must be short. Raises Problem."""
+    if len(stops) > limits.stop_strings or any(len(s) > limits.stop_length for s in stops):
+        raise Problem(400, f"at most {limits.stop_strings} stop strings of {limits.stop_length} "
+                      "characters are allowed", code="too_many_items", param="stop")  # fmt: skip
 
 
 def check_schema(schema: Any, param: str, limits: Limits) -> None:

@@ -19,12 +19,13 @@ import anyio.to_thread
 
 from fathom.chat.protocol import BOS, SPECIAL_TOKENS
 from fathom.chat.requests.fields import Fields
+from fathom.chat.stops import StopFinder
 from fathom.chat.tokenizer import Tokenizer
 from fathom.server.backend import Backend, GenerationRequest, Prefilled, TokenOutput
+from fathom.server.bounds import check_stops
 from fathom.server.problems import Problem, as_problem, error_body
 from fathom.server.render import dumps, finite, merged, new_id, openai_usage, to_bytes
 from fathom.server.service import Service, read_top_k
-from fathom.server.stops import StopFinder
 from fathom.server.turn import Account
 
 _MOST_TOKENS = 393_216
@@ -73,6 +74,7 @@ async def read_completions(service: Service, body: Mapping[str, Any]) -> RawRequ
     if choices * len(prompts) > limits.choices:
         fields.fail("prompt", f"{choices * len(prompts)} completions; at most {limits.choices}")
     keep = fields.boolean("skip_special_tokens")
+    check_stops(stops, limits)
     return RawRequest(
         model=fields.text("model"),
         prompts=prompts,
@@ -184,7 +186,7 @@ class RawTurn:
     def _shown(self, text: str) -> str:
         if self._stops is None:
             return text
-        shown = self._stops.feed(text)
+        shown = self._stops.push(text)
         self.account.stop_string = self._stops.found
         return shown
 

@@ -56,7 +56,9 @@ class Constrainer:
         matcher = _Grammar(self._compile(grammar, param))
         if not request.reasons:
             return matcher
-        must_answer = request.tool_choice.mode == "required" or request.response_format.kind != "text"
+        must_answer = (
+            request.tool_choice.mode == "required" or request.response_format.kind != "text"
+        )
         banned = (self._marker, *([self._tokenizer.eos_id] if must_answer else []))
         return _AfterThought(matcher, self._think_end, self._without(*banned))
 
@@ -188,4 +190,3 @@ def _library_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
 
     wrapped: Any = Wrapped()
     return LLTokenizer(TokenizerWrapper(wrapped), n_vocab=tokenizer.vocab_size)
-

@@ -32,7 +32,7 @@ from fathom.server.backend import (
 _CONTEXT = 131_072  # where neither the upstream nor its user says
 _LARGEST_LINE = 1 << 20
 _TOKEN_NAME = re.compile(r"token_id:(\d+)")
-_SPELLED = re.compile(r"<\uff5c|\uff5cDSML\uff5c|</?think>")
+_SPELLED = re.compile(r"<(?=\uff5c|/?think>)|\uff5c(?=DSML\uff5c)")
 _FINISHES = {"stop": "stop", "length": "length", "eos": "stop", "stop_sequence": "stop",
              "tool_calls": "stop", "max_tokens": "length"}  # fmt: skip
 
@@ -185,8 +185,7 @@ def safe_text(segments: Iterable[Segment]) -> str:
     apart. Token ids need no such change.
     """
     return "".join(
-        text if special else _SPELLED.sub(lambda found: f"{found[0][0]}\u200b{found[0][1:]}", text)
-        for text, special, _ in segments
+        text if special else _SPELLED.sub("\\g<0>\u200b", text) for text, special, _ in segments
     )
 
 

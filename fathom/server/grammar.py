@@ -46,9 +46,7 @@ class GrammarBuilder:
         """Text without any special token."""
         return self._terminal(f"/{_ANY_STRING}/")
 
-    def calls(
-        self, tools: Sequence[ToolSpec], *, strict: bool, many: bool, opened: bool
-    ) -> str:
+    def calls(self, tools: Sequence[ToolSpec], *, strict: bool, many: bool, opened: bool) -> str:
         """A block of calls of `tools`; `opened`: its first line is there already.
 
         strict: hold all tools to their schemas; otherwise only those that say so.
@@ -84,9 +82,7 @@ class GrammarBuilder:
             parts.append(parameter if name in required else f"{parameter}?")
         return self._rule(" ".join([head, *parts, tail]))
 
-    def _parameter(
-        self, tool: ToolSpec, name: str, form: Any, shared: Mapping[str, Any]
-    ) -> str:
+    def _parameter(self, tool: ToolSpec, name: str, form: Any, shared: Mapping[str, Any]) -> str:
         if not name or re.search('["<>\r\n\uff5c]', name):
             raise Problem(
                 400,
@@ -135,8 +131,7 @@ class GrammarBuilder:
         value = self.json({})
         ways = f'"true\\">" {text} | "false\\">" {value} "</"'
         return self._rule(
-            f'"<" {tag} "parameter name=\\"" {name} "\\" string=\\"" ({ways}) {tag} '
-            '"parameter>\\n"'
+            f'"<" {tag} "parameter name=\\"" {name} "\\" string=\\"" ({ways}) {tag} "parameter>\\n"'
         )
 
     def _rule(self, body: str) -> str:

@@ -16,18 +16,18 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import socket
+import struct
 from asyncio import TimerHandle
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fathom.server.problems import Problem, api_of, as_problem, error_body, status_for
-from fathom.server.render import new_id
+from fathom.server.render import Json, new_id
 from fathom.server.settings import Settings, is_loopback
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Guard:
                 raise  # nothing can be said any more: the connection ends
             api = api_of(scope["path"])
             body = error_body(problem, api, request_id)
-            response = JSONResponse(body, status_for(problem, api), problem.headers)
+            response = Json(body, status_for(problem, api), problem.headers)
             await response(scope, receive, send_with_id)
 
     def _check_names(self, headers: Headers, origin: str | None) -> None:
@@ -136,7 +136,7 @@ async def _preflight(scope: Scope, receive: Receive, send: Send) -> None:
         "access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version",
         "access-control-max-age": "600",
     }
-    await JSONResponse({}, 200, allowed)(scope, receive, send)
+    await Json({}, 200, allowed)(scope, receive, send)
 
 
 def _digest(key: str) -> bytes:
@@ -164,7 +164,7 @@ def guarded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
             if len(self.connections) > limits.connections:
                 transport.abort()
                 return
-            self.app_state = {**self.app_state, "abort": transport.abort}
+            self.app_state = {**self.app_state, "abort": self._drop}
             self._start_timer()
 
         def data_received(self, data: bytes) -> None:
@@ -182,8 +182,14 @@ def guarded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
             super().connection_lost(exc)
 
         def _start_timer(self) -> None:
-            abort: Callable[[], None] = self.transport.abort
-            self._head_timer = self.loop.call_later(limits.header_seconds, abort)
+            self._head_timer = self.loop.call_later(limits.header_seconds, self._drop)
+
+        def _drop(self) -> None:
+            # Without lingering, or the kernel would keep what the client does not read.
+            connection = self.transport.get_extra_info("socket")
+            if connection is not None:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.transport.abort()
 
         def _stop_timer(self) -> None:
             if self._head_timer is not None:

@@ -12,7 +12,6 @@ import anyio.to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 
-from fathom import __version__
 from fathom.chat.requests.fields import Fields
 from fathom.chat.tokenizer import Tokenizer
 from fathom.server import documents
@@ -20,6 +19,7 @@ from fathom.server.bounds import read_json
 from fathom.server.metrics import CONTENT_TYPE
 from fathom.server.problems import Problem
 from fathom.server.service import Service
+from fathom.server.settings import VERSION
 
 _APIS = ("chat", "messages", "responses")
 _MOST_TOKENS = 1 << 20
@@ -132,7 +132,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/health", **documents.HEALTH)
     async def health() -> dict[str, str]:
         """Whether the server answers."""
-        return {"status": "ok", "version": __version__}
+        return {"status": "ok", "version": VERSION}
 
     @app.get("/metrics", **documents.METRICS)
     async def metrics() -> Response:

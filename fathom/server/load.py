@@ -102,7 +102,8 @@ def measure(load: Load) -> dict[str, Any]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
+        with process.stdout:
+            line = process.stdout.readline()
         if not line.strip().isdecimal():
             raise ServerError("the measured server did not start")
         return asyncio.run(_measure(load, int(line), process.pid))
@@ -183,7 +184,7 @@ async def _stream(load: Load, port: int, tokens: int) -> tuple[float, int]:
         found = whole.count(names)
         if first < 0 and found:
             at = whole.index(names)
-            number = whole[whole.index(mark, at if load.api != "chat" else at) + len(mark) :]
+            number = whole[whole.index(mark, at) + len(mark) :]
             first = (now - int(number.split(b" ", 1)[0])) / 1e9
         count += found
     writer.close()
@@ -203,12 +204,11 @@ def _cpu_seconds(pid: int) -> tuple[float, float]:
 def _serve(step: float) -> None:
     from pathlib import Path
 
-    import fathom
     from fathom.server.app import create_app
     from fathom.server.run import make_server, open_listener
     from fathom.server.settings import Limits, Settings
 
-    tokenizer = Tokenizer.load(Path(fathom.__file__).parent / "assets" / "nano")
+    tokenizer = Tokenizer.load(Path(__file__).resolve().parents[1] / "assets" / "nano")
     settings = Settings(port=0, limits=Limits(running=4096, waiting=4096, connections=8192))
     app = create_app(StepBackend(tokenizer, step), settings)
     listener = open_listener(settings)

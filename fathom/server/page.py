@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, Response
+
+from fathom.server.render import Json
 
 FOLDER = Path(__file__).resolve().parent / "page"
 _TYPES = {
@@ -32,7 +34,7 @@ def add_page(app: FastAPI) -> None:
 
     async def root() -> Response:
         if index is None:
-            return JSONResponse({"name": "fathom", "apis": ["/v1/chat/completions",
+            return Json({"name": "fathom", "apis": ["/v1/chat/completions",
                                  "/v1/messages", "/v1/responses", "/v1/completions"]})  # fmt: skip
         return _file(index)
 
@@ -42,7 +44,7 @@ def add_page(app: FastAPI) -> None:
                           include_in_schema=False)  # fmt: skip
 
 
-def _endpoint(path: Path):  # noqa: ANN202 (a route)
+def _endpoint(path: Path):
     async def serve() -> Response:
         return _file(path)
 

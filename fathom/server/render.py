@@ -13,6 +13,8 @@ from contextlib import aclosing
 from json.encoder import encode_basestring
 from typing import Any, Protocol
 
+from starlette.responses import Response
+
 from fathom.chat import Event
 from fathom.chat.tokenizer import Tokenizer
 from fathom.server.turn import Account, TokenRecord, Turn
@@ -43,6 +45,16 @@ def dumps(value: Any) -> str:
 def to_bytes(text: str) -> bytes:
     """UTF-8; lone surrogates, which only a client's own text can bring, become question marks."""
     return text.encode("utf-8", "replace")
+
+
+class Json(Response):
+    """A JSON response, whatever its strings hold."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return to_bytes(dumps(content))
 
 
 def new_id(prefix: str) -> str:
@@ -136,7 +148,7 @@ async def exhaust_all(turns: list[Turn]) -> None:
 
 async def merged(sources: list[AsyncGenerator[bytes, None]]) -> AsyncGenerator[bytes, None]:
     """What several streams yield, in the order in which it comes."""
-    queue: asyncio.Queue[bytes | None | Exception] = asyncio.Queue(maxsize=2 * len(sources))
+    queue: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(maxsize=2 * len(sources))
 
     async def run(source: AsyncGenerator[bytes, None]) -> None:
         try:

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from fathom.chat import Message
 from fathom.server import chat_api, documents, messages_api, responses_api
@@ -22,7 +22,7 @@ from fathom.server.chat_api import ChatWriter
 from fathom.server.completions_api import CompletionsWriter, read_completions
 from fathom.server.messages_api import MessagesWriter
 from fathom.server.problems import Problem
-from fathom.server.render import logprob_entry
+from fathom.server.render import Json, logprob_entry
 from fathom.server.responses_api import ResponsesWriter
 from fathom.server.service import Prepared, Service
 from fathom.server.sse import EventStream, until_disconnect
@@ -81,7 +81,7 @@ async def whole_response(
         service.metrics.requests.labels(api, "left").inc()
         return Response(status_code=499)  # nobody reads it
     service.metrics.requests.labels(api, "200").inc()
-    return JSONResponse(body, headers=headers)
+    return Json(body, headers=headers)
 
 
 def _add_chat(app: FastAPI, service: Service) -> None:

@@ -178,7 +178,8 @@ class Service:
 
     def check_queue(self) -> None:
         """Raises Problem when as many completions wait as may."""
-        if self._waiting > self.settings.limits.waiting:
+        full = self._slots.value == 0
+        if full and self._waiting >= self.settings.limits.waiting:
             raise Problem(
                 503,
                 f"{self._waiting} completions are waiting already: try again later",

@@ -51,10 +51,11 @@ class Session:
             if mark == "par":
                 names.append(self._choose(tools, True))
             thought = f"Round {rounds + 1}: I should look with a tool. \u03a9mega."
+            filled = [_fill(tools[name], at + rounds > 0) for at, name in enumerate(names)]
             calls = [
-                ToolCall(name=name, arguments="{}" if mark == "empty" else _fill(tools[name], at + rounds > 0))
-                for at, name in enumerate(names)
-            ]  # fmt: skip
+                ToolCall(name=name, arguments="{}" if mark == "empty" else arguments)
+                for name, arguments in zip(names, filled, strict=True)
+            ]
             text = join_text(render_calls(calls, REVISIONS["0424"]))
             if opens:
                 return Reply(text=text.split("\n", 1)[1])

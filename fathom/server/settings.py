@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Literal
 
 from fathom.errors import ServerError
 
+VERSION = version("fathom")
 MAX_THINKING_FLOOR = 393_216  # tokens of context that Think Max asks for
 
 
@@ -28,6 +30,7 @@ class Limits:
     max_tokens: int = 393_216
     choices: int = 16
     stop_strings: int = 16
+    stop_length: int = 256
     connections: int = 512
     running: int = 64  # completions at the same time
     waiting: int = 256  # completions that wait for one of those to end

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from fathom.chat import (
     ArgumentsDelta,
@@ -30,7 +30,6 @@ from fathom.chat import (
 )
 from fathom.chat.requests import PromptRequest
 from fathom.server.backend import Backend, GenerationEnd, GenerationRequest, Prefilled, TokenOutput
-from fathom.server.stops import StopFinder
 
 Finish = Literal["stop", "length", "tool_calls"]
 
@@ -80,12 +79,8 @@ class Delivery:
     single: bool = False
 
 
-class Watch(Protocol):
-    """What the server does around every completion: slots before it, metrics behind it."""
-
-    def __call__(self, turn: Turn) -> AbstractAsyncContextManager[None]:
-        """Entered before the engine is asked, left when the completion has ended or was left."""
-        ...
+# What the server does around every completion: a slot before it, counters and the store behind it.
+Watch = Callable[["Turn"], AbstractAsyncContextManager[None]]
 
 
 class Turn:
@@ -110,7 +105,7 @@ class Turn:
         self._markers = _markers(backend.tokenizer)
         self._think_end, self._markup = _markup(backend.tokenizer)
         self._thinks = ask.reasons
-        self._stops = StopFinder(ask.stop) if ask.stop else None
+        self._stops = bool(ask.stop)
         self._wants_records = ask.top_logprobs is not None
         self._pending: deque[TokenRecord] = deque()
         self._uncovered = 0  # characters shown whose tokens are not in `records` yet
@@ -180,15 +175,9 @@ class Turn:
         for event in events:
             if isinstance(event, ContentDelta):
                 self._thinks = False
-                text = event.text if self._stops is None else self._stops.feed(event.text)
-                if text:
-                    account.content.append(text)
-                    shown.append(event if text is event.text else ContentDelta(text))
-                    self._cover(len(text), reasoning=False)
-                if self._stops is not None and self._stops.found is not None:
-                    account.stop_string = self._stops.found
-                    self._over = True
-                    break
+                account.content.append(event.text)
+                shown.append(event)
+                self._cover(len(event.text), reasoning=False)
             elif isinstance(event, ReasoningDelta):
                 account.reasoning.append(event.text)
                 shown.append(event)
@@ -199,20 +188,16 @@ class Turn:
                 shown += self._call_event(event)
                 if self._over:
                     break
+        if self._stops and self._parser.stopped is not None:
+            account.stop_string = self._parser.stopped
+            self._over = True
         return shown
 
     def _call_event(self, event: CallStarted | ArgumentsDelta | CallFinished) -> list[Event]:
         self._thinks = False
         delivery = self._delivery
-        flushed: list[Event] = []
-        if isinstance(event, CallStarted) and self._stops is not None:
-            text = self._stops.flush()
-            if text:
-                self.account.content.append(text)
-                flushed.append(ContentDelta(text))
         if not isinstance(event, CallFinished):
-            at_once = delivery.at_once and not delivery.forbidden
-            return [*flushed, event] if at_once else flushed
+            return [event] if delivery.at_once and not delivery.forbidden else []
         call = event.call
         if self._may_deliver(call):
             self.account.calls.append(call)
@@ -241,12 +226,6 @@ class Turn:
     def _finish(self, reason: str) -> list[Event]:
         account = self.account
         events = [] if self._over else self._shown(self._parser.close())
-        if self._stops is not None and not self._over:
-            text = self._stops.flush()
-            if text:
-                account.content.append(text)
-                events.append(ContentDelta(text))
-                self._cover(len(text), reasoning=False)
         if account.stop_string is not None:
             account.finish_reason = "stop"
         elif reason == "length" and not self._over:

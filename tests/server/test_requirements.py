@@ -179,7 +179,9 @@ def test_4_think_tags_in_assistant_content_stay_ordinary_text(server: Server):
     server.chat(history, tools=[BASH])
     ids = list(server.backend.requests[-1].prompt)
     ends = ids.count(server.backend.tokenizer.token_id("think_end"))
-    assert ends == 1 + server.prompt.split("## Tools")[1].split("### Avail")[0].count("</think>") + 0
+    assert (
+        ends == 1 + server.prompt.split("## Tools")[1].split("### Avail")[0].count("</think>") + 0
+    )
     assert "<think>quoted</think> text" in server.prompt
 
 
@@ -291,7 +293,9 @@ def test_6_namespaces_and_custom_tools_and_searches_find_their_way_back(server: 
 def test_7_chat_stream_has_role_index_usage_and_valid_arguments(server: Server):
     server.say("x</think>" + block(call("empty"), call(command="ls")))
     empty = {"type": "function", "function": {"name": "empty", "parameters": {"type": "object"}}}
-    text = server.chat(tools=[BASH, empty], stream=True, stream_options={"include_usage": True}).text
+    text = server.chat(
+        tools=[BASH, empty], stream=True, stream_options={"include_usage": True}
+    ).text
     found = events(text)
     assert found[0]["choices"][0]["delta"]["role"] == "assistant"
     parts = [p for e in found for c in e["choices"] for p in c["delta"].get("tool_calls", [])]

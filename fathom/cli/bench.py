@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fathom.cli.bench_clients import clients
 from fathom.cli.bench_fuzz import fuzz
 from fathom.cli.bench_server import server
 from fathom.cli.output import print_json, print_table
@@ -83,6 +84,7 @@ def sandbox_exec(
         _print_exec(report)
 
 
+app.command()(clients)
 app.command()(fuzz)
 app.command()(server)
 

@@ -28,7 +28,7 @@ _FREED_SECONDS = 2.0
 class Entry:
     """A recorded request with its completion, empty where it asked for none.
 
-    user: the id of the token that opens a user's message.
+    user, assistant: the ids of the tokens that open their messages.
     """
 
     n: int
@@ -44,6 +44,7 @@ class Entry:
     end: str
     freed: float
     user: int
+    assistant: int
 
     @property
     def generates(self) -> bool:
@@ -71,13 +72,13 @@ class Outcome:
 
 def read_record(path: Path, tokenizer: Tokenizer) -> list[Entry]:
     """The requests of a record, in the order in which they came."""
-    user = tokenizer.token_id("user")
-    entries = [_entry(json.loads(line), user) for line in path.read_text().splitlines()]
+    opens = {name: tokenizer.token_id(name) for name in ("user", "assistant")}
+    entries = [_entry(json.loads(line), opens) for line in path.read_text().splitlines()]
     own = ("GET /health", "GET /metrics")  # our own questions
     return sorted((e for e in entries if e.line not in own), key=lambda e: e.n)
 
 
-def _entry(raw: dict[str, Any], user: int) -> Entry:
+def _entry(raw: dict[str, Any], opens: dict[str, int]) -> Entry:
     first = raw["completions"][0] if raw["completions"] else {}
     return Entry(
         n=raw["n"],
@@ -92,7 +93,7 @@ def _entry(raw: dict[str, Any], user: int) -> Entry:
         output=first.get("output", ""),
         end=first.get("end", ""),
         freed=first.get("ended", 0.0),
-        user=user,
+        **opens,
     )
 
 
@@ -102,7 +103,9 @@ def check(results: list[StepResult], entries: list[Entry]) -> Outcome:
     failures: dict[str, list[str]] = {
         "answers": _answers(results),
         "status": [
-            f"{e.line} was answered {e.status}" for e in entries if e.status != 200
+            f"{e.line} was answered {e.status}"
+            for e in entries
+            if e.status != 200 and e.end != "left"  # nobody waits for that answer any more
         ] or ([] if entries else ["the client never called"]),
         "loops": _loops(results, entries, main),
         "doubles": _doubles(entries),
@@ -135,6 +138,11 @@ def check(results: list[StepResult], entries: list[Entry]) -> Outcome:
             "shared_prefix": shared,
             "restored_reasoning": sum(e.restored for e in entries),
             "freed_after_s": round(left[0].freed - stops[0], 3) if left and stops else None,
+            "rewritten_by_client": sum(
+                not _extends(a, b) and _rewritten(a, b)
+                for c in conversations
+                for a, b in zip(c, c[1:], strict=False)
+            ),
             "thoughts_returned": sum(len(_thoughts(c)) for c in conversations),
         },
     )
@@ -218,14 +226,44 @@ def _reasoning(conversation: list[Entry]) -> list[str]:
 
 
 def _append_only(conversation: list[Entry]) -> list[str]:
-    pairs = zip(conversation, conversation[1:], strict=False)
     return [
         f"the prompt of request {b.n} goes on from {_common(a.prompt, b.prompt)} of the "
-        f"{len(a.prompt)} tokens of request {a.n}: "
-        f"{_difference(a.text, b.text)}"
-        for a, b in pairs
-        if b.prompt[: len(a.prompt)] != a.prompt
+        f"{len(a.prompt)} tokens of request {a.n}: {_difference(a.text, b.text)}"
+        for a, b in zip(conversation, conversation[1:], strict=False)
+        if not _extends(a, b) and not _rewritten(a, b)
     ]
+
+
+def _extends(a: Entry, b: Entry) -> bool:
+    """Whether prompt `b` goes on from prompt `a`.
+
+    A reply that was cancelled is no part of what follows, nor is the token that opened it.
+    """
+    kept = len(a.prompt)
+    if a.end == "left":
+        kept -= a.prompt[::-1].index(a.assistant) + 1
+    return b.prompt[:kept] == a.prompt[:kept]
+
+
+def _rewritten(a: Entry, b: Entry) -> bool:
+    """Whether the client itself changed, after a cancel, what it had said before."""
+    said, later = _history(a.body), _history(b.body)
+    return a.end == "left" and later[: len(said)] != said
+
+
+def _history(body: Any) -> list[Any]:
+    return _plain(body.get("messages") or body.get("input") or [])
+
+
+def _plain(value: Any) -> Any:
+    """Without what may change and means nothing: cache marks, lists of a single text."""
+    if isinstance(value, list):
+        items = [_plain(item) for item in value]
+        only = items[0] if len(items) == 1 else None
+        return only["text"] if isinstance(only, dict) and only.get("type") == "text" else items
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if k != "cache_control"}
+    return value
 
 
 def _difference(a: str, b: str) -> str:

@@ -84,8 +84,7 @@ def _add_prompts(app: FastAPI, service: Service) -> None:
             "prompt": prepared.text,
             # Text that merely spells a special token is not one: only this list can tell.
             "segments": [
-                {"text": part.text, "special": part.special}
-                for part in prepared.request.segments()
+                {"text": part.text, "special": part.special} for part in prepared.request.segments()
             ],
             "token_ids": prepared.prompt if known else None,
             "tokens": len(prepared.prompt),

@@ -44,9 +44,7 @@ CALL = (
     '<\uff5cDSML\uff5cparameter name="word" string="true">tide</\uff5cDSML\uff5cparameter>\n'
     "</\uff5cDSML\uff5cinvoke>\n</\uff5cDSML\uff5ctool_calls>"
 )
-ANSWER = (
-    "It **rises** twice a day:\n\n1. once by day\n2. once by night\n\n```python\nprint('tide')\n```\n"
-)
+ANSWER = "It **rises** twice a day:\n\n1. once by day\n2. once by night\n\n```python\nprint('tide')\n```\n"
 
 
 def script(prompt: str) -> Reply | str:
@@ -193,9 +191,7 @@ def test_reload_and_continue(open_page: Callable, backend: ScriptedBackend) -> N
 @pytest.mark.parametrize(
     ("mode", "ending"), [("No thinking", "</think>"), ("High", "<think>"), ("Max", "<think>")]
 )
-def test_three_modes(
-    open_page: Callable, backend: ScriptedBackend, mode: str, ending: str
-) -> None:
+def test_three_modes(open_page: Callable, backend: ScriptedBackend, mode: str, ending: str) -> None:
     page = open_page()
     page.get_by_role("radio", name=mode).check(force=True)
     say(page, "Why is there a tide?")

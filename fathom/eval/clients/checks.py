@@ -106,7 +106,8 @@ def check(results: list[StepResult], entries: list[Entry]) -> Outcome:
             f"{e.line} was answered {e.status}"
             for e in entries
             if e.status != 200 and e.end != "left"  # nobody waits for that answer any more
-        ] or ([] if entries else ["the client never called"]),
+        ]
+        or ([] if entries else ["the client never called"]),
         "loops": _loops(results, entries, main),
         "doubles": _doubles(entries),
         "reasoning": [],

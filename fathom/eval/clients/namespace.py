@@ -76,7 +76,9 @@ def run(client: Client, folder: Path, scratch: Path) -> list[StepResult]:
     done = subprocess.run(command, capture_output=True, text=True)
     result = scratch / "steps.json"
     if done.returncode or not result.exists():
-        raise FathomError(f"the session of {client.name} did not run: {done.stderr.strip()[-2000:]}")
+        raise FathomError(
+            f"the session of {client.name} did not run: {done.stderr.strip()[-2000:]}"
+        )
     return [StepResult(**step) for step in json.loads(result.read_text())]
 
 
@@ -285,7 +287,9 @@ def main(name: str, folder: Path, scratch: Path) -> None:
         server = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             if not wait_until(lambda: bool(_get("/health")), _SERVER_SECONDS):
-                raise FathomError("the server did not start: " + (scratch / "server.log").read_text())
+                raise FathomError(
+                    "the server did not start: " + (scratch / "server.log").read_text()
+                )
             results = Run(client, folder, scratch).steps()
             wait_until(lambda: not speaking(), 5)
         finally:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def check(results: list[StepResult], entries: list[Entry]) -> Outcome:
             "rewritten_by_client": sum(
                 not _extends(a, b) and _rewritten(a, b)
                 for c in conversations
-                for a, b in zip(c, c[1:], strict=False)
+                for a, b in pairwise(c)
             ),
             "thoughts_returned": sum(len(_thoughts(c)) for c in conversations),
         },
@@ -230,7 +231,7 @@ def _append_only(conversation: list[Entry]) -> list[str]:
     return [
         f"the prompt of request {b.n} goes on from {_common(a.prompt, b.prompt)} of the "
         f"{len(a.prompt)} tokens of request {a.n}: {_difference(a.text, b.text)}"
-        for a, b in zip(conversation, conversation[1:], strict=False)
+        for a, b in pairwise(conversation)
         if not _extends(a, b) and not _rewritten(a, b)
     ]
 

@@ -44,7 +44,10 @@ CALL = (
     '<\uff5cDSML\uff5cparameter name="word" string="true">tide</\uff5cDSML\uff5cparameter>\n'
     "</\uff5cDSML\uff5cinvoke>\n</\uff5cDSML\uff5ctool_calls>"
 )
-ANSWER = "It **rises** twice a day:\n\n1. once by day\n2. once by night\n\n```python\nprint('tide')\n```\n"
+ANSWER = (
+    "It **rises** twice a day:\n\n1. once by day\n2. once by night\n\n"
+    "```python\nprint('tide')\n```\n"
+)
 
 
 def script(prompt: str) -> Reply | str:

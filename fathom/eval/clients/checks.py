@@ -1,7 +1,7 @@
 """What the server's record says about a client's session.
 
-The main loop of a client are those requests that begin, up to the first user, as most others do;
-the rest are side requests (titles, memory).
+The main loop of a client are those requests that offer the same tools as most others do; the rest
+are side requests (titles, memory).
 
 Paper: §3.6.2 (prefixes that are computed once).
 """
@@ -152,11 +152,13 @@ def check(results: list[StepResult], entries: list[Entry]) -> Outcome:
 
 def main_loop(entries: list[Entry]) -> list[Entry]:
     """The requests of the client's main loop."""
-    heads = Counter(e.head for e in entries if e.generates and e.body.get("tools"))
-    if not heads:
+    made = [e for e in entries if e.generates]
+    offered = [json.dumps(_plain(e.body.get("tools") or []), sort_keys=True) for e in made]
+    counted = Counter(tools for tools in offered if tools != "[]")
+    if not counted:
         return []
-    head = heads.most_common(1)[0][0]
-    return [e for e in entries if e.generates and e.head == head]
+    main = counted.most_common(1)[0][0]
+    return [e for e, tools in zip(made, offered, strict=True) if tools == main]
 
 
 def _answers(results: list[StepResult]) -> list[str]:

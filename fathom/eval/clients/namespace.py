@@ -61,8 +61,9 @@ def check_sealable() -> None:
     tried = subprocess.run([*_SEALED, "true"], capture_output=True, text=True)
     if tried.returncode:
         raise Unsupported(
-            f"cannot make namespaces ({tried.stderr.strip()}): run as root, or allow them with "
-            "sysctl -w user.max_user_namespaces=10000 kernel.apparmor_restrict_unprivileged_userns=0"
+            f"cannot make namespaces ({tried.stderr.strip()}): run as root, or allow them:\n"
+            "  sysctl -w user.max_user_namespaces=10000\n"
+            "  sysctl -w kernel.apparmor_restrict_unprivileged_userns=0  (where it exists)"
         )
 
 
@@ -163,7 +164,7 @@ class Run:
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            preexec_fn=_own_terminal,  # noqa: PLW1509 (one thread, and no other way)
+            preexec_fn=_own_terminal,  # there is one thread, and no other way
         )
         os.close(theirs)
         return process, ours

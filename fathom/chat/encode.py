@@ -115,7 +115,7 @@ def encode_segments(
     past = [as_message(message) for message in context]
     new = _attach(list(map(as_message, messages)), tools, response_format, may_add=not past)
     turns = sort_tool_results([*merge_messages(past, is_context=True), *merge_messages(new)])
-    turns, rule = apply_thinking(turns, thinking, drop_thinking)
+    turns, rule = apply_thinking(turns, thinking, drop_thinking, answers_only=layout == "api")
     segments: list[Segment] = []
     if not past:
         segments += [_special(protocol.BOS)] if add_bos else []
@@ -292,7 +292,8 @@ def _assistant(
     if shows:
         segments.append(Segment(message.reasoning))
         # A continued message with reasoning alone is still inside its thoughts.
-        is_open = message.prefix and message.reasoning and not content and not message.tool_calls
+        has_begun = bool(message.reasoning) or not blank_line  # as hosted: an empty one begins here
+        is_open = message.prefix and has_begun and not content and not message.tool_calls
         if not is_open:
             segments.append(_special(protocol.THINK_END))
     segments.append(Segment(content))

@@ -29,6 +29,7 @@ from fathom.chat.stream import StreamParser
 
 SPLITS_PER_TEXT = 40
 _MOST_CUTS = 24
+_MOST_CUTS_OF_SEGMENT = 2  # a completion has dozens of segments
 _WORDS: tuple[str, ...] = (
     "the", "answer", " ", "  ", "\n", "\n\n", "<", "</", ">", '"', "\\", "{", "}", "[1]", ": ",
     "\uff5c", "|", "<|DSML|", "\u2016DSML\u2016", "&lt;", "</think", "<thi", "\u4e16\u754c",
@@ -128,14 +129,14 @@ def check(sample: Sample, rng: random.Random, splits: int, report: FuzzReport) -
             message = whole[by_id]
         report.splits += 1
         report.calls += len(message.tool_calls)
+        report.repaired += sum(call.repaired for call in message.tool_calls)
         if message != whole[by_id] or message.diagnostics != whole[by_id].diagnostics:
             _fail(report, sample, "differences", by_id)
-        _judge(sample, message, report, by_id)
+            _judge(sample, message, report, by_id)
 
 
 def _judge(sample: Sample, message: Message, report: FuzzReport, by_id: bool) -> None:
     for call in message.tool_calls:
-        report.repaired += call.repaired
         if not _is_object(call.arguments):
             _fail(report, sample, "invalid_json", by_id)
     if sample.message is not None:
@@ -211,14 +212,16 @@ def _pieces(sample: Sample, rng: random.Random, by_id: bool) -> list[tuple[str, 
         if segment.special:
             pieces.append((segment.text, True))
         else:
-            pieces += [(piece, False) for piece in _cut(segment.text, rng)]
+            pieces += [(piece, False) for piece in _cut(segment.text, rng, _MOST_CUTS_OF_SEGMENT)]
     return pieces
 
 
-def _cut(text: str, rng: random.Random) -> list[str]:
-    if rng.random() < 0.1:
+def _cut(text: str, rng: random.Random, most: int = _MOST_CUTS) -> list[str]:
+    draw = rng.random
+    if draw() < 0.04:
         return list(text)
-    cuts = sorted(rng.randint(0, len(text)) for _ in range(rng.randint(0, _MOST_CUTS)))
+    size = len(text) + 1
+    cuts = sorted(int(draw() * size) for _ in range(int(draw() * (most + 1))))
     return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 

@@ -33,6 +33,8 @@ def server(
         raise typer.BadParameter(f"--api is {api!r}; there are {', '.join(APIS)}")
     load = Load(streams=streams, tokens=tokens, step=step_ms / 1e3, api=api)
     report = {**measure(load), "mask": mask_cost()}
+    bare = measure(load, bare=True)["server_cpu_us_per_token"] if api == "chat" else None
+    report["bare_us_per_token"] = bare
     if as_json:
         print_json(report)
         return
@@ -44,6 +46,11 @@ def server(
         [[api, f"{report['server_cpu_us_per_token']:.1f}", f"{report['of_which_kernel_us']:.1f}",
           f"{report['tokens_per_s']:,.0f}", f"{first['median']:.2f}", f"{first['p99']:.2f}"]],
     )  # fmt: skip
+    if bare is not None:
+        print(
+            f"a bare application that writes the same bytes takes {bare:.1f} us per token, so the "
+            f"server adds {report['server_cpu_us_per_token'] - bare:.1f}"
+        )
     print(
         f"constrained decoding: {mask['us_per_token']:.0f} us per token of a strict call, "
         f"{mask['compile_ms']:.1f} ms to compile its grammar (vocabulary of {mask['vocabulary']})"

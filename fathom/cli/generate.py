@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fathom.chat.quick import TASKS, task_message
 from fathom.chat.reply import Piece, Sampling
-from fathom.cli.models import SHIPPED_MODEL, check_thinking, default_sampling
+from fathom.cli.models import SHIPPED_MODEL, announce_compiling, check_thinking, default_sampling
 from fathom.cli.output import print_json
 from fathom.cli.terminal import console, visible
 
@@ -60,6 +60,7 @@ def generate(
     import fathom  # loads torch
 
     llm = fathom.load(model)
+    announce_compiling()
     out = None if as_json else console()
     if task is not None:
         result = _instruct(llm, text, task, thinking, max_tokens, sampling, out)

@@ -144,7 +144,7 @@ class LocalModel:
             _tell(self._feed(parser, token), on_piece)
             if stopped is not None and stopped.is_set():
                 break
-        _tell(parser.close(), on_piece)
+        _tell(parser.close(truncated=generation.finish_reason == "length"), on_piece)
 
         return Reply(
             message=parser.message,

@@ -7,8 +7,49 @@ from __future__ import annotations
 
 from typing import Any
 
-_MESSAGE = {"type": "object", "additionalProperties": True}
-_TOOL = {"type": "object", "additionalProperties": True}
+_TEXT = {"type": "string"}
+_CONTENT = {"anyOf": [_TEXT, {"type": "array", "items": {"type": "object"}, "minItems": 1}]}
+
+
+def _message(*roles: str) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {"role": {"enum": list(roles)}, "content": _TEXT},
+        "required": ["role", "content"],
+        "description": "Content may also be a list of parts; see the API for further fields.",
+    }
+
+
+_NAME = {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}
+_PARAMETERS = {
+    "type": "object",
+    "properties": {"type": {"const": "object"}, "properties": {"type": "object"}},
+    "required": ["type"],
+}
+_TOOL = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": _NAME,
+                "description": _TEXT,
+                "parameters": _PARAMETERS,
+                "strict": {"type": "boolean"},
+            },
+            "required": ["name"],
+        },
+    },
+    "required": ["type", "function"],
+}
+_CHOICE = {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]}
+_STOP = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 16}]}
+_FORMAT = {
+    "type": "object",
+    "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}},
+    "required": ["type"],
+}
 _EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "ultra", "max"]
 _THINKING = {
     "type": "object",
@@ -84,21 +125,28 @@ CHAT = _route(
     _body(
         {
             "model": {"type": "string"},
-            "messages": {"type": "array", "items": _MESSAGE, "minItems": 1},
+            "messages": {
+                "type": "array",
+                "items": _message("system", "developer", "user", "assistant"),
+                "minItems": 1,
+            },
             "tools": {"type": "array", "items": _TOOL},
-            "tool_choice": {},
+            "tool_choice": _CHOICE,
             "parallel_tool_calls": {"type": "boolean"},
             "thinking": _THINKING,
             "reasoning_effort": {"enum": _EFFORTS},
-            "response_format": {"type": "object"},
-            "stop": {},
+            "response_format": _FORMAT,
+            "stop": _STOP,
             "n": {"type": "integer", "minimum": 1, "maximum": 16},
             "max_tokens": {"type": "integer", "minimum": 1, "maximum": 393_216},
             "max_completion_tokens": {"type": "integer", "minimum": 1, "maximum": 393_216},
             "logprobs": {"type": "boolean"},
             "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
             "stream": {"type": "boolean"},
-            "stream_options": {"type": "object"},
+            "stream_options": {
+                "type": "object",
+                "properties": {"include_usage": {"type": "boolean"}},
+            },
             "stream_arguments": {"type": "boolean"},
             "repaired_calls": {"type": "boolean"},
             **_SAMPLING,
@@ -117,9 +165,13 @@ _COMMON: dict[str, Any] = {
 }
 _MESSAGES_BODY = _body(
     {
-        "messages": {"type": "array", "items": _MESSAGE, "minItems": 1},
-        "system": {},
-        "tools": {"type": "array", "items": _TOOL},
+        "messages": {
+            "type": "array",
+            "items": _message("user", "assistant", "system"),
+            "minItems": 1,
+        },
+        "system": _CONTENT,
+        "tools": {"type": "array", "items": {"type": "object"}},
         "tool_choice": {"type": "object"},
         "thinking": _THINKING,
         "output_config": {"type": "object"},
@@ -132,10 +184,15 @@ _MESSAGES_BODY = _body(
 )
 _RESPONSES_BODY = _body(
     {
-        "input": {},
-        "instructions": {"type": "string"},
-        "tools": {"type": "array", "items": _TOOL},
-        "tool_choice": {},
+        "input": {
+            "anyOf": [
+                _TEXT,
+                {"type": "array", "items": _message("user", "assistant"), "minItems": 1},
+            ]
+        },
+        "instructions": _TEXT,
+        "tools": {"type": "array", "items": {"type": "object"}},
+        "tool_choice": _CHOICE,
         "parallel_tool_calls": {"type": "boolean"},
         "reasoning": {"type": "object", "properties": {"effort": {"enum": _EFFORTS}}},
         "text": {"type": "object"},
@@ -167,7 +224,7 @@ COMPLETIONS = _route(
             "suffix": {"type": "string"},
             "max_tokens": {"type": "integer", "minimum": 0, "maximum": 393_216},
             "n": {"type": "integer", "minimum": 1, "maximum": 16},
-            "stop": {},
+            "stop": _STOP,
             "stop_token_ids": {"type": "array", "items": {"type": "integer"}},
             "logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
             "echo": {"type": "boolean"},

@@ -96,9 +96,13 @@ class Load:
     api: str = "chat"
 
 
-def measure(load: Load) -> dict[str, Any]:
-    """Start a server, load it, and say what it took. Raises ServerError when it does not answer."""
-    command = [sys.executable, "-m", "fathom.server.load", str(load.step)]
+def measure(load: Load, *, bare: bool = False) -> dict[str, Any]:
+    """Start a server, load it, and say what it took. Raises ServerError when it does not answer.
+
+    `bare` loads a server that writes the same bytes and does nothing else: what the HTTP library,
+    the event loop and the kernel take is in both.
+    """
+    command = [sys.executable, "-m", "fathom.server.load", str(load.step), *(["bare"] * bare)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -113,7 +117,8 @@ def measure(load: Load) -> dict[str, Any]:
 
 
 async def _measure(load: Load, port: int, pid: int) -> dict[str, Any]:
-    await _stream(load, port, 8)  # what is loaded on first use is no cost per token
+    for _ in range(3):  # what is loaded on first use is no cost per token
+        await _stream(load, port, 8)
     idle = _cpu_seconds(pid)
     started = time.perf_counter()
     streams = [_stream(load, port, load.tokens) for _ in range(load.streams)]
@@ -201,7 +206,7 @@ def _cpu_seconds(pid: int) -> tuple[float, float]:
     return int(fields[11]) / ticks, int(fields[12]) / ticks
 
 
-def _serve(step: float) -> None:
+def _serve(step: float, *, bare: bool) -> None:
     from pathlib import Path
 
     from fathom.server.app import create_app
@@ -210,12 +215,37 @@ def _serve(step: float) -> None:
 
     tokenizer = Tokenizer.load(Path(__file__).resolve().parents[1] / "assets" / "nano")
     settings = Settings(port=0, limits=Limits(running=4096, waiting=4096, connections=8192))
-    app = create_app(StepBackend(tokenizer, step), settings)
+    backend = StepBackend(tokenizer, step)
+    app: Any = _bare_app(backend) if bare else create_app(backend, settings)
     listener = open_listener(settings)
     sys.stdout.write(f"{listener.getsockname()[1]}\n")
     sys.stdout.flush()
     make_server(app, settings).run(sockets=[listener])
 
 
+def _bare_app(backend: StepBackend) -> Any:
+    """Chat Completions of `backend` without parsing, accounts, limits or JSON."""
+    head = (
+        '{"id":"chatcmpl-000000000000000000000000","object":"chat.completion.chunk",'
+        '"created":1700000000,"model":"mock","choices":[{"index":0,"delta":{"content":"'
+    )
+    start, end = f"data: {head}".encode(), b'"},"logprobs":null,"finish_reason":null}]}\n\n'
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        request = GenerationRequest(prompt=[0], max_tokens=json.loads(body)["max_tokens"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        async for output in backend.generate(request):
+            if isinstance(output, TokenOutput):
+                data = start + output.text.encode() + end
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    return app
+
+
 if __name__ == "__main__":
-    _serve(float(sys.argv[1]))
+    _serve(float(sys.argv[1]), bare="bare" in sys.argv[2:])

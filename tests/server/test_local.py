@@ -15,6 +15,9 @@ from fathom.engine.backend import LocalBackend
 from fathom.server.run import running
 from tests.server.conftest import BASH
 
+# The first run on a machine compiles the decoder.
+pytestmark = pytest.mark.timeout(300)
+
 TITLE = {
     "type": "object",
     "properties": {"title": {"type": "string", "maxLength": 10}, "done": {"type": "boolean"}},
@@ -26,7 +29,7 @@ TITLE = {
 @pytest.fixture(scope="module")
 def nano() -> Iterator[httpx2.Client]:
     backend = LocalBackend(fathom.load("nano"))
-    with running(backend) as url, httpx2.Client(base_url=url, timeout=100) as client:
+    with running(backend) as url, httpx2.Client(base_url=url, timeout=280) as client:
         yield client
 
 

@@ -42,7 +42,7 @@ def test_the_cases_were_not_all_refused_at_the_door():
     if not SEEN:
         pytest.skip("the cases ran elsewhere")
     assert not [seen for seen in SEEN if seen[1] in (401, 403)]
-    for path in ("/v1/chat/completions", "/v1/models", "/tokenize"):
+    for path in ("/v1/chat/completions", "/v1/responses", "/v1/models", "/tokenize"):
         assert SEEN[path, 200], SEEN
     assert sum(count for (_, status), count in SEEN.items() if status == 400) > 3
 

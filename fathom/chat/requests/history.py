@@ -72,7 +72,7 @@ def finish_conversation(
         message is not entry.message for message, entry in zip(carried, entries, strict=True)
     )
     front = [Message(role="system", content=instructions)] if instructions else []
-    settled = _settle_system([*front, *carried], hoist=options.hoist_system)
+    settled = _join_questions(_settle_system([*front, *carried], hoist=options.hoist_system))
     return Conversation(messages=settled, carried=carried, restored=restored)
 
 
@@ -149,8 +149,22 @@ def _settle_system(messages: list[Message], *, hoist: bool) -> list[Message]:
             rest.append(replace(message, role="user", content=text))
     if not front:
         return rest
-    text = BLANK.join(join_content(message.content) for message in front)
+    texts = [join_content(message.content) for message in front]
+    text = BLANK.join(text for text in texts if text)
     return [replace(front[0], content=text), *rest]
+
+
+def _join_questions(messages: list[Message]) -> list[Message]:
+    """Join user messages in a row, leaving out the empty ones, as the hosted API does."""
+    joined: list[Message] = []
+    for message in messages:
+        last = joined[-1] if joined else None
+        if message.role == "user" and last is not None and last.role == "user":
+            texts = (join_content(last.content), join_content(message.content))
+            joined[-1] = replace(last, content=BLANK.join(text for text in texts if text))
+        else:
+            joined.append(message)
+    return joined
 
 
 def join_content(content: str | list[dict[str, Any]]) -> str:

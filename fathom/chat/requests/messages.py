@@ -140,7 +140,8 @@ def _read_user_blocks(fields: Fields, path: str, warnings: list[str]) -> list[En
         )
         results.append(Entry(message, part.here))
     if texts or not results:
-        results.append(Entry(Message(role="user", content=BLANK.join(texts)), path))
+        text = BLANK.join(text for text in texts if text)
+        results.append(Entry(Message(role="user", content=text), path))
     return results
 
 

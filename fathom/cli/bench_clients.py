@@ -123,7 +123,7 @@ def _print(found: list[dict[str, Any]]) -> None:
     from fathom.eval.clients.checks import NAMES
 
     rows = [
-        [c["client"], c["version"], *("no" if n in c["failures"] else "yes" for n in NAMES),
+        [c["client"], c["version"], *("FAIL" if n in c["failures"] else "ok" for n in NAMES),
          f"{c['main']}+{c['side']}", _prefix(c["shared_prefix"]), str(c["freed_after_s"])]
         for c in found
     ]  # fmt: skip

@@ -68,7 +68,7 @@ def test_the_answer_alone_goes_to_standard_output(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("sandbox")
 def test_a_task_with_the_model_behind_the_own_server(tmp_path: Path) -> None:
-    """The real server with scripted replies: two rounds of calls, thoughts passed back, an answer."""
+    """The real server with scripted replies: two rounds of calls, thoughts returned, an answer."""
     (tmp_path / "notes.txt").write_text("the colour is blue\n")
     backend = ScriptedBackend(Session(), shipped_tokenizer())
     with running(backend) as url:

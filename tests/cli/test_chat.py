@@ -77,7 +77,7 @@ def test_quick_instructions_leave_the_conversation_alone() -> None:
 
 
 def test_quick_instructions_of_the_server() -> None:
-    """Against the real server: the prompt ends with the task's token, and no thought is expected."""
+    """Against the real server: the prompt ends with the task's token; no thought comes."""
     tokenizer = shipped_tokenizer()
     prompts: list[str] = []
 

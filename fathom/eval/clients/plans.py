@@ -57,7 +57,7 @@ class Client:
     typed: bool = False
 
 
-ANSWER, DONE = "The answer is 4.", "the colour is blue"
+ANSWER, DONE = "The answer is 4.", "Done. The folder holds"
 STEPS = (
     Step(name="plain", prompt="[[plain]] What is 2 + 2?", requests=1, expect=ANSWER),
     Step(

@@ -20,6 +20,11 @@ command -v bwrap >/dev/null || missing+=(bubblewrap)
 if [ "$(id -u)" = 0 ]; then
   command -v crun >/dev/null || missing+=(crun)
   command -v runc >/dev/null || missing+=(runc)
+  command -v nft >/dev/null || missing+=(nftables)
+fi
+# The program inside every sandbox is C, linked without shared libraries.
+if ! command -v musl-gcc >/dev/null; then
+  missing+=(musl-tools gcc libc6-dev linux-libc-dev)
 fi
 if [ "${1:-}" = lint ]; then
   command -v node >/dev/null || missing+=(nodejs)
@@ -50,9 +55,16 @@ if [ ${#missing[@]} -gt 0 ]; then
   rm -f "$log"
 fi
 
+build_agent() { # a second, and nothing at all when its sources did not change
+  .venv/bin/python -c 'from fathom.sandbox import agent; agent.build_beside_sources()' ||
+    lacking "the sandbox's agent did not compile (above)" \
+      "apt-get install -y musl-tools gcc libc6-dev linux-libc-dev"
+}
+
 stamp=.venv/.fathom-setup
 wanted=$(cat pyproject.toml constraints.txt scripts/setup.sh | sha256sum)
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+  build_agent
   exit 0
 fi
 
@@ -67,5 +79,6 @@ echo "setup: installing the pinned packages into .venv (minutes on a first run)"
   -c constraints.txt -e '.[dev]' ||
   lacking "pip could not install the packages (above)" \
     ".venv/bin/python -m pip install -c constraints.txt -e '.[dev]'"
+build_agent
 echo "$wanted" >"$stamp"
 echo "setup: done"

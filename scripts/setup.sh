@@ -55,16 +55,9 @@ if [ ${#missing[@]} -gt 0 ]; then
   rm -f "$log"
 fi
 
-build_agent() { # a second, and nothing at all when its sources did not change
-  .venv/bin/python -c 'from fathom.sandbox import agent; agent.build_beside_sources()' ||
-    lacking "the sandbox's agent did not compile (above)" \
-      "apt-get install -y musl-tools gcc libc6-dev linux-libc-dev"
-}
-
 stamp=.venv/.fathom-setup
 wanted=$(cat pyproject.toml constraints.txt scripts/setup.sh | sha256sum)
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-  build_agent
   exit 0
 fi
 
@@ -79,6 +72,5 @@ echo "setup: installing the pinned packages into .venv (minutes on a first run)"
   -c constraints.txt -e '.[dev]' ||
   lacking "pip could not install the packages (above)" \
     ".venv/bin/python -m pip install -c constraints.txt -e '.[dev]'"
-build_agent
 echo "$wanted" >"$stamp"
 echo "setup: done"

@@ -1,6 +1,6 @@
 """Sandboxes: own root filesystem, no network, limits, and nothing left behind.
 
-Names are loaded on first use, so that the keeper process, which needs none of them, starts quickly.
+Names are loaded on first use, so that the node process, which needs none of them, starts quickly.
 
 Paper: §5.2.5.
 """
@@ -11,20 +11,45 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fathom.sandbox.files import SandboxFileIsFolder, SandboxFileMissing
-    from fathom.sandbox.sandbox import Client, Sandbox
-    from fathom.sandbox.sync import SyncClient, SyncSandbox
-    from fathom.sandbox.types import Caps, Container, ExecResult
+    from fathom.sandbox.client import Client, Group
+    from fathom.sandbox.files import FileInfo, SandboxFileIsFolder, SandboxFileMissing
+    from fathom.sandbox.process import Ended, Process
+    from fathom.sandbox.sandbox import Receipt, Sandbox
+    from fathom.sandbox.sync import SyncClient, SyncGroup, SyncProcess, SyncSandbox
+    from fathom.sandbox.types import (
+        Caps,
+        Container,
+        ExecResult,
+        Fn,
+        FullVM,
+        MicroVM,
+        Snapshot,
+        Spilled,
+        Stats,
+    )
 
 _HOMES = {
     "Caps": "types",
-    "Client": "sandbox",
+    "Client": "client",
     "Container": "types",
+    "Ended": "process",
     "ExecResult": "types",
+    "FileInfo": "files",
+    "Fn": "types",
+    "FullVM": "types",
+    "Group": "client",
+    "MicroVM": "types",
+    "Process": "process",
+    "Receipt": "sandbox",
     "Sandbox": "sandbox",
     "SandboxFileIsFolder": "files",
     "SandboxFileMissing": "files",
+    "Snapshot": "types",
+    "Spilled": "types",
+    "Stats": "types",
     "SyncClient": "sync",
+    "SyncGroup": "sync",
+    "SyncProcess": "sync",
     "SyncSandbox": "sync",
 }
 
@@ -32,11 +57,24 @@ __all__ = [
     "Caps",
     "Client",
     "Container",
+    "Ended",
     "ExecResult",
+    "FileInfo",
+    "Fn",
+    "FullVM",
+    "Group",
+    "MicroVM",
+    "Process",
+    "Receipt",
     "Sandbox",
     "SandboxFileIsFolder",
     "SandboxFileMissing",
+    "Snapshot",
+    "Spilled",
+    "Stats",
     "SyncClient",
+    "SyncGroup",
+    "SyncProcess",
     "SyncSandbox",
 ]
 

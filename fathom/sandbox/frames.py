@@ -74,6 +74,7 @@ class Tag(IntEnum):
     OOM_SCORE = 24
     GUEST = 25
     LANDLOCK = 26
+    MORTAL = 27
     ARG = 32
     ENV = 33
     CWD = 34

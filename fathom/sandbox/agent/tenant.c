@@ -80,6 +80,11 @@ const char *configure(const uint8_t *data, size_t len, int *number) {
       case T_GUEST: settings.guest = number_of(&f); break;
       case T_LANDLOCK: settings.landlock = number_of(&f); break;
       case T_FILTER: filter = f; break;
+      case T_MORTAL:
+        /* Whoever made the sandbox takes it along, however it ends. */
+        if (number_of(&f) && prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
+          return *number = errno, "to end with the parent";
+        break;
       case T_WRITABLE:
         settings.writable = grow(settings.writable, (settings.writables + 1) * sizeof(char *));
         settings.writable[settings.writables++] = text_of(&f);

@@ -111,7 +111,7 @@ const char *journal_state(const Op *op);
 
 /* tenant.c */
 typedef struct {
-  bool done, drops, landlock, guest;
+  bool done, drops, landlock, guest, mortal;
   uid_t uid;
   gid_t gid;
   uint64_t address_space, processes, files, cpus;
@@ -121,6 +121,7 @@ typedef struct {
 } Settings;
 extern Settings settings;
 const char *configure(const uint8_t *data, size_t len, int *number);
+int end_with_parent(void);
 void become_tenant(int error, const char *cwd);
 void restore_signals(void);
 void say(int fd, const char *step, int number);

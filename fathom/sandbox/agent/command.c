@@ -317,6 +317,7 @@ static int launch(Cmd *m, const Wanted *w) {
   failed = open_streams(m, w, ends);
   setfsuid(getuid());
   setfsgid(getgid());
+  end_with_parent();
   if (!failed && pipe2(problem, O_CLOEXEC)) failed = errno;
   if (!failed && socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) failed = errno;
   if (!failed) {

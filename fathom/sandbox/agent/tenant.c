@@ -60,6 +60,11 @@ static int confine_paths(void) {
   return result;
 }
 
+/* Whoever made the sandbox takes it along, however it ends. A change of identity clears this. */
+int end_with_parent(void) {
+  return settings.mortal ? prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) : 0;
+}
+
 /* Take the settings of this sandbox, once. Returns what failed, or NULL. */
 const char *configure(const uint8_t *data, size_t len, int *number) {
   Fields fields = {data, data + len};
@@ -81,9 +86,8 @@ const char *configure(const uint8_t *data, size_t len, int *number) {
       case T_LANDLOCK: settings.landlock = number_of(&f); break;
       case T_FILTER: filter = f; break;
       case T_MORTAL:
-        /* Whoever made the sandbox takes it along, however it ends. */
-        if (number_of(&f) && prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
-          return *number = errno, "to end with the parent";
+        settings.mortal = number_of(&f);
+        if (end_with_parent()) return *number = errno, "to end with the parent";
         break;
       case T_WRITABLE:
         settings.writable = grow(settings.writable, (settings.writables + 1) * sizeof(char *));

@@ -87,12 +87,13 @@ def configuration(launch: Launch, rootfs: Path, work: Path | None) -> dict[str, 
             "options": ["bind", "ro", *quiet],
         },
     ]
-    if work is not None:
+    # The root is mounted read-only; these two lead to the same overlay, mounted for writing.
+    for target, source in (("/tmp", rootfs / "tmp"), ("/work", work or rootfs / "work")):
         mounts.append(
             {
-                "destination": "/work",
+                "destination": target,
                 "type": "bind",
-                "source": str(work),
+                "source": str(source),
                 "options": ["bind", "rw", *quiet],
             }
         )
@@ -111,7 +112,7 @@ def configuration(launch: Launch, rootfs: Path, work: Path | None) -> dict[str, 
             },
             "noNewPrivileges": True,
         },
-        "root": {"path": str(rootfs), "readonly": False},
+        "root": {"path": str(rootfs), "readonly": True},
         "hostname": launch.hostname,
         "mounts": mounts,
         "linux": {

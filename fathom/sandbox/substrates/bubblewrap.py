@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import select
 import subprocess
+import threading
+from collections.abc import Callable
+from typing import Any
 
 from fathom.errors import SandboxError
 from fathom.sandbox.request import PATH
@@ -96,14 +100,16 @@ def start(launch: Launch, ends: Ends, program: bytes) -> Started:
     log = launch.folder / "runtime.log"
     try:
         with log.open("wb") as errors:
-            process = subprocess.Popen(
-                command_line(launch, info_write, filter_fd),
-                stdin=ends.listener,
-                stdout=ends.journal,
-                stderr=errors,
-                pass_fds=(info_write, filter_fd),
-                env={},
-                cwd="/",
+            process = _in_lasting_thread(
+                lambda: subprocess.Popen(
+                    command_line(launch, info_write, filter_fd),
+                    stdin=ends.listener,
+                    stdout=ends.journal,
+                    stderr=errors,
+                    pass_fds=(info_write, filter_fd),
+                    env={},
+                    cwd="/",
+                )
             )
         os.close(info_write)
         info_write = -1
@@ -123,6 +129,38 @@ def start(launch: Launch, ends: Ends, program: bytes) -> Started:
         filtered=True,
         process=process,
     )
+
+
+_jobs: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
+_starting = threading.Lock()
+_thread: threading.Thread | None = None
+
+
+def _in_lasting_thread(work: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    """Run `work` in a thread that ends only with this process.
+
+    bubblewrap ends with its parent, and for the kernel the parent is the thread that started it.
+    """
+    global _thread
+    with _starting:
+        if _thread is None:
+            _thread = threading.Thread(target=_work, name="fathom-bubblewrap", daemon=True)
+            _thread.start()
+    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    _jobs.put((work, answer))
+    made = answer.get()
+    if isinstance(made, BaseException):
+        raise made
+    return made
+
+
+def _work() -> None:
+    while True:
+        work, answer = _jobs.get()
+        try:
+            answer.put(work())
+        except BaseException as error:
+            answer.put(error)
 
 
 def failure(launch: Launch) -> str:

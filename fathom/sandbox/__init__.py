@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fathom.sandbox.client import Client, Group
     from fathom.sandbox.files import FileInfo, SandboxFileIsFolder, SandboxFileMissing
+    from fathom.sandbox.net import Net
     from fathom.sandbox.process import Ended, Process
     from fathom.sandbox.sandbox import Receipt, Sandbox
     from fathom.sandbox.sync import SyncClient, SyncGroup, SyncProcess, SyncSandbox
@@ -39,6 +40,7 @@ _HOMES = {
     "FullVM": "types",
     "Group": "client",
     "MicroVM": "types",
+    "Net": "net",
     "Process": "process",
     "Receipt": "sandbox",
     "Sandbox": "sandbox",
@@ -64,6 +66,7 @@ __all__ = [
     "FullVM",
     "Group",
     "MicroVM",
+    "Net",
     "Process",
     "Receipt",
     "Sandbox",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import anyio
 from fathom.errors import SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import paths
 from fathom.sandbox.host import Host, LocalHost
+from fathom.sandbox.net import Net
 from fathom.sandbox.sandbox import Sandbox
 from fathom.sandbox.substrates.choice import SUBSTRATES, Wanted
 from fathom.sandbox.types import Container, Fn, FullVM, MicroVM, Snapshot, Spec
@@ -63,6 +65,7 @@ class Client:
 
     `substrate`: "auto", or one of "crun" and "runc" for root and "bubblewrap" for other users.
     `cache_dir`: where images are kept; `runtime_dir`: where live sandboxes have their folders.
+    `mirrors`: name -> address of the package mirrors that policies may name.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Client:
         substrate: Wanted = "auto",
         cache_dir: str | Path | None = None,
         runtime_dir: str | Path | None = None,
+        mirrors: Mapping[str, str] | None = None,
     ) -> None:
         if where != "local":
             raise Unsupported(f'sandboxes run on this machine only: say "local", not {where!r}')
@@ -79,7 +83,7 @@ class Client:
             raise SandboxError(f"substrate is {substrate!r}: choose auto, {', '.join(SUBSTRATES)}")
         cache = Path(cache_dir) if cache_dir is not None else paths.cache_folder()
         runtime = Path(runtime_dir) if runtime_dir is not None else paths.runtime_folder()
-        local = LocalHost(substrate, cache, runtime)
+        local = LocalHost(substrate, cache, runtime, mirrors)
         _hosts.add(local)
         self._host: Host = local
         self._cache = cache
@@ -107,12 +111,18 @@ class Client:
             await self._host.close()
 
     async def create(
-        self, spec: Spec | None = None, *, key: str | None = None, group: str | None = None
+        self,
+        spec: Spec | None = None,
+        *,
+        net: Net | None = None,
+        key: str | None = None,
+        group: str | None = None,
     ) -> Sandbox:
         """Start a sandbox and return once it answers.
 
-        `key`: asked for again under the same key, the sandbox that was made comes back. `group`: a
-        name under which sandboxes are paused and stopped together.
+        `net`: what it may reach, nothing when not given. `key`: asked for again under the same key,
+        the sandbox that was made comes back. `group`: a name under which sandboxes are paused and
+        stopped together.
         Raises SandboxError for unusable values, Unsupported for limits that cannot hold here or
         when nothing on this machine can run a sandbox.
         """
@@ -120,13 +130,23 @@ class Client:
         if isinstance(wanted, Fn | MicroVM | FullVM):
             raise Unsupported(wanted.missing())
         if key is None:
-            return await self._make("create", group, spec=wanted)
+            return await self._connected(wanted, net, group)
         async with self._making:
             if found := self._keyed(key, wanted):
                 return found
-            made = await self._make("create", group, spec=wanted)
+            made = await self._connected(wanted, net, group)
             self._keys[key] = (wanted, made.id)
             return made
+
+    async def _connected(self, spec: Spec, net: Net | None, group: str | None) -> Sandbox:
+        made = await self._make("create", group, spec=spec)
+        if net is not None:
+            try:
+                await made.phase("begin", net=net)
+            except BaseException:
+                await made.stop()
+                raise
+        return made
 
     def _keyed(self, key: str, spec: Spec) -> Sandbox | None:
         known = self._keys.get(key)

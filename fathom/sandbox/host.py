@@ -13,14 +13,16 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from fathom.errors import SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import agent, line, paths, state, syscalls
+from fathom.sandbox.egress import LOG, nft_program
 from fathom.sandbox.images import rootfs
+from fathom.sandbox.net import Net
 from fathom.sandbox.nodelink import NodeLink
 from fathom.sandbox.substrates import container
 from fathom.sandbox.substrates.choice import (
@@ -72,15 +74,23 @@ class _Known:
     image: Path
     ids: int
     caps: Caps
+    phases: int = 0
 
 
 class LocalHost:
     """Sandboxes of this program. `substrate` and the folders are those of `Client`."""
 
-    def __init__(self, substrate: Wanted, cache: Path, runtime: Path) -> None:
+    def __init__(
+        self,
+        substrate: Wanted,
+        cache: Path,
+        runtime: Path,
+        mirrors: Mapping[str, str] | None = None,
+    ) -> None:
         self.wanted: Wanted = substrate
         self.cache = cache
         self.runtime = runtime
+        self.mirrors = dict(mirrors or {})
         self.outlive = False
         self.link = NodeLink(runtime)
         self._known: dict[str, _Known] = {}
@@ -93,6 +103,8 @@ class LocalHost:
             "thaw": self._thaw,
             "stats": self._stats,
             "snapshot": self._snapshot,
+            "phase": self._phase,
+            "netlog": self._netlog,
         }
 
     @property
@@ -172,6 +184,27 @@ class LocalHost:
             spec, known.name, known.program, known.image, ids, known.caps
         )
         return {"id": folder.name, "caps": known.caps}
+
+    def _phase(self, id: str, phase: str, net: Net | None) -> dict[str, Any]:
+        """Set a whole policy; nothing is allowed by one that is not given."""
+        known = self._find(id)
+        policy = net or Net.deny()
+        if missing := sorted(policy.kinds - known.caps.networks):
+            raise Unsupported(
+                f"a sandbox by {known.caps.substrate} cannot have a network by "
+                f"{' and '.join(missing)}: see its caps"
+            )
+        values = policy.as_json(self.mirrors)
+        known.phases += 1
+        if known.caps.networks == {"none"}:
+            return {"version": known.phases, "environment": {}}
+        answer = self.link.request("net", id=id, policy=values)
+        return {"version": answer["version"], "environment": policy.environment()}
+
+    def _netlog(self, id: str) -> dict[str, Any]:
+        self._find(id)
+        path = self.runtime / id / LOG
+        return {"text": path.read_text() if path.exists() else ""}
 
     def _find(self, name: str) -> _Known:
         known = self._known.get(name)
@@ -264,6 +297,9 @@ def caps_of(substrate: Name, spec: Container) -> Caps:
         # A folder of the host has whatever room its file system has; /tmp is still bounded.
         missing |= {"disk"}
     privileged = substrate != "bubblewrap"
+    networks = {"none"}
+    if privileged:
+        networks |= {"domain", "mirror"} | ({"address"} if nft_program() else set[str]())
     copies = privileged and spec.workdir is None
     return Caps(
         substrate=substrate,
@@ -277,6 +313,7 @@ def caps_of(substrate: Name, spec: Container) -> Caps:
         snapshot="disk" if copies else "",
         fork="disk" if copies else "",
         pause=privileged,
+        networks=frozenset(networks),
     )
 
 

@@ -107,3 +107,30 @@ class Pool:
                         break
         with self._lock:
             self._filling = False
+
+
+def route_everything_to_loopback() -> None:
+    """Give this thread's namespace an address and a route, so that its rules see connections.
+
+    Nothing leaves by it: what the rules do not turn to the relay is refused. Raises OSError.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as sock:
+        sock.bind((0, 0))
+        index = socket.if_nametoindex("lo")
+        local = socket.inet_aton("10.255.255.1")
+        address = struct.pack("=BBBBI", socket.AF_INET, 32, 0, 0, index)
+        address += struct.pack("=HH4s", 8, 2, local)  # IFA_LOCAL
+        _netlink(sock, 20, address)  # RTM_NEWADDR
+        # family, lengths, tos, table main, protocol boot, scope link, type unicast, flags
+        route = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 254, 3, 253, 1, 0)
+        route += struct.pack("=HHI", 8, 4, index)  # RTA_OIF
+        _netlink(sock, 24, route)  # RTM_NEWROUTE
+
+
+def _netlink(sock: socket.socket, kind: int, body: bytes) -> None:
+    flags = 0x1 | 0x4 | 0x100 | 0x400  # request, acknowledge, replace, create
+    sock.send(struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body)
+    answer = sock.recv(4096)
+    (error,) = struct.unpack_from("=i", answer, 16)
+    if error:
+        raise OSError(-error, f"rtnetlink {kind}: {os.strerror(-error)}")

@@ -25,7 +25,7 @@ from typing import Any
 
 from fathom.errors import FathomError, SandboxError, SandboxLost
 from fathom.sandbox import box as boxes
-from fathom.sandbox import cgroups, messages, netns, state, syscalls
+from fathom.sandbox import cgroups, egress, messages, netns, state, syscalls
 from fathom.sandbox.substrates import container
 from fathom.sandbox.substrates.launch import Launch
 
@@ -40,6 +40,7 @@ class Node:
         self.owner_fd = os.pidfd_open(owner_pid)
         self.boxes: dict[str, boxes.Box] = {}
         self.nets = netns.Pool(2) if os.geteuid() == 0 else None
+        self.egress = egress.Egress()
         self.stopping = False
         self._lock = threading.Lock()
         self._slots = threading.Semaphore(_THREADS)
@@ -53,6 +54,7 @@ class Node:
             "thaw": self._thaw,
             "save": self._save,
             "stats": self._stats,
+            "net": self._net,
         }
 
     # Serving -----------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ class Node:
         with self._lock:
             box = self.boxes.pop(name, None)
         if box is not None:
-            threading.Thread(target=boxes.destroy, args=(box,)).start()
+            threading.Thread(target=self._end, args=(box,)).start()
 
     def _answer(self, message: dict[str, Any], reply: socket.socket) -> None:
         try:
@@ -155,8 +157,12 @@ class Node:
         with self._lock:
             box = self.boxes.pop(message["id"], None)
         if box is not None:
-            boxes.destroy(box)
+            self._end(box)
         return {}
+
+    def _end(self, box: boxes.Box) -> None:
+        self.egress.forget(box.id)
+        boxes.destroy(box)
 
     def _freeze(self, message: dict[str, Any]) -> dict[str, Any]:
         for name in message["ids"]:
@@ -178,6 +184,10 @@ class Node:
         group = self._box(message["id"]).group
         return {} if group is None else {"memory": group.memory_used}
 
+    def _net(self, message: dict[str, Any]) -> dict[str, Any]:
+        box = self._box(message["id"])
+        return {"version": self.egress.apply(box.id, box.folder, box.net, message["policy"])}
+
     # The end -----------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -186,6 +196,7 @@ class Node:
             self.stopping = True
             ending = [box for box in self.boxes.values() if not box.launch.outlive]
             self.boxes.clear()
+        self.egress.close()
         threads = [threading.Thread(target=boxes.destroy, args=(box,)) for box in ending]
         for thread in threads:
             thread.start()

@@ -7,6 +7,7 @@ Paper: §5.2.5 (the common surface of every type of sandbox).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from fathom.sandbox.files import Files
 from fathom.sandbox.frames import Flags, Frame, Tag
 from fathom.sandbox.host import Host
 from fathom.sandbox.line import Line, Refused, answer, refusal
+from fathom.sandbox.net import Net
 from fathom.sandbox.process import (
     NAMES,
     NUMBER,
@@ -390,7 +392,7 @@ class Sandbox:
         self._need("pack_diff", bool(self.caps.snapshot))
         return str((await self._call("pack", id=self.id))["layer"])
 
-    async def phase(self, name: str, *, net: Any = None) -> int:
+    async def phase(self, name: str, *, net: Net | None = None) -> int:
         """Begin a stage of the task under a network policy of its own; return its version.
 
         The policy replaces the former one as a whole; without `net` nothing is allowed.
@@ -400,6 +402,11 @@ class Sandbox:
         self.phases.append(name)
         self.environment = dict(answer.get("environment", {}))
         return int(answer["version"])
+
+    async def network_log(self) -> list[dict[str, Any]]:
+        """Return what was judged on this sandbox's network so far, in order. Raises SandboxLost."""
+        text = str((await self._call("netlog", id=self.id))["text"])
+        return [json.loads(line) for line in text.splitlines()]
 
     async def stop(self) -> None:
         """End every process and remove every trace. Does nothing the second time."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from fathom.sandbox.client import Client, Group
 from fathom.sandbox.files import DEFAULT_LIMIT, DEFAULT_TIMEOUT, FileInfo, Files
+from fathom.sandbox.net import Net
 from fathom.sandbox.process import Ended, Process, StreamName
 from fathom.sandbox.sandbox import Receipt, Sandbox
 from fathom.sandbox.substrates.choice import Wanted
@@ -275,9 +276,13 @@ class SyncSandbox:
         """Make a layer of what the sandbox has written; see `Sandbox.pack_diff`."""
         return self._portal.call(self._sandbox.pack_diff)
 
-    def phase(self, name: str, *, net: Any = None) -> int:
+    def phase(self, name: str, *, net: Net | None = None) -> int:
         """Begin a stage under a network policy of its own; see `Sandbox.phase`."""
         return self._portal.call(self._sandbox.phase, name, net=net)
+
+    def network_log(self) -> list[dict[str, Any]]:
+        """Return what was judged on this sandbox's network; see `Sandbox.network_log`."""
+        return self._portal.call(self._sandbox.network_log)
 
     def stop(self) -> None:
         """End every process and remove every trace. Does nothing the second time."""
@@ -320,9 +325,14 @@ class SyncClient:
         substrate: Wanted = "auto",
         cache_dir: str | Path | None = None,
         runtime_dir: str | Path | None = None,
+        mirrors: Mapping[str, str] | None = None,
     ) -> None:
         self._client = Client(
-            where, substrate=substrate, cache_dir=cache_dir, runtime_dir=runtime_dir
+            where,
+            substrate=substrate,
+            cache_dir=cache_dir,
+            runtime_dir=runtime_dir,
+            mirrors=mirrors,
         )
         self._portal = Portal()
 
@@ -335,10 +345,15 @@ class SyncClient:
         self.close()
 
     def create(
-        self, spec: Spec | None = None, *, key: str | None = None, group: str | None = None
+        self,
+        spec: Spec | None = None,
+        *,
+        net: Net | None = None,
+        key: str | None = None,
+        group: str | None = None,
     ) -> SyncSandbox:
         """Start a sandbox and return once it answers; see `Client.create`."""
-        made = self._portal.call(self._client.create, spec, key=key, group=group)
+        made = self._portal.call(self._client.create, spec, net=net, key=key, group=group)
         return SyncSandbox(made, self._portal)
 
     def restore(

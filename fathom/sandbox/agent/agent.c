@@ -301,16 +301,10 @@ static void serve(void) {
       }
     }
     revive_ports();
-    /* Frames that wait (a pause that ended, perhaps) come before the clock. */
-    if (count <= 0) commands_tick(now_us());
-    else {
-      struct pollfd p = {poller, POLLIN, 0};
-      if (poll(&p, 1, 0) == 0) commands_tick(now_us());
-      else {
-        static int skipped;
-        if (++skipped % 64 == 0) commands_tick(now_us());
-      }
-    }
+    /* Frames that wait come before the clock: after a pause, one says how long it was. */
+    static int skipped;
+    struct pollfd p = {poller, POLLIN, 0};
+    if (poll(&p, 1, 0) == 0 || ++skipped % 64 == 0) commands_tick(now_us());
   }
 }
 

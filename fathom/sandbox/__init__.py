@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fathom.sandbox.client import Client, Group
     from fathom.sandbox.files import FileInfo, SandboxFileIsFolder, SandboxFileMissing
+    from fathom.sandbox.fn import FnResult, Functions
     from fathom.sandbox.net import Net
     from fathom.sandbox.process import Ended, Process
     from fathom.sandbox.sandbox import Receipt, Sandbox
-    from fathom.sandbox.sync import SyncClient, SyncGroup, SyncProcess, SyncSandbox
+    from fathom.sandbox.sync import SyncClient, SyncFunctions, SyncGroup, SyncProcess, SyncSandbox
     from fathom.sandbox.types import (
         Caps,
         Container,
@@ -37,7 +38,9 @@ _HOMES = {
     "ExecResult": "types",
     "FileInfo": "files",
     "Fn": "types",
+    "FnResult": "fn",
     "FullVM": "types",
+    "Functions": "fn",
     "Group": "client",
     "MicroVM": "types",
     "Net": "net",
@@ -50,6 +53,7 @@ _HOMES = {
     "Spilled": "types",
     "Stats": "types",
     "SyncClient": "sync",
+    "SyncFunctions": "sync",
     "SyncGroup": "sync",
     "SyncProcess": "sync",
     "SyncSandbox": "sync",
@@ -63,7 +67,9 @@ __all__ = [
     "ExecResult",
     "FileInfo",
     "Fn",
+    "FnResult",
     "FullVM",
+    "Functions",
     "Group",
     "MicroVM",
     "Net",
@@ -76,6 +82,7 @@ __all__ = [
     "Spilled",
     "Stats",
     "SyncClient",
+    "SyncFunctions",
     "SyncGroup",
     "SyncProcess",
     "SyncSandbox",

@@ -18,7 +18,8 @@ from typing import Any
 import anyio
 
 from fathom.errors import SandboxError, SandboxLost, Unsupported
-from fathom.sandbox import paths
+from fathom.sandbox import fn, paths
+from fathom.sandbox.fn import Functions
 from fathom.sandbox.host import Host, LocalHost
 from fathom.sandbox.net import Net
 from fathom.sandbox.sandbox import Sandbox
@@ -191,6 +192,14 @@ class Client:
         )
         self._sandboxes[sandbox.id] = sandbox
         return sandbox
+
+    async def functions(self, spec: Fn | None = None) -> Functions:
+        """Start a pool of interpreters for stateless calls. Raises SandboxError, Unsupported."""
+        wanted = spec or Fn()
+        fn.check(wanted)
+        pool = Functions(wanted, self.create)
+        await pool.open()
+        return pool
 
     def output(self, digest: str) -> bytes:
         """Return what `exec` put into the content store. Raises SandboxError."""

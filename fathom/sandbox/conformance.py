@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import anyio
 
@@ -380,7 +381,7 @@ async def check_pause(sandbox: Sandbox) -> None:
     await sandbox.pause()
     beats = await sandbox.exec("sleep 0.2; cat /tmp/beat", timeout=_TIMEOUT)
     times = [float(line.split()[0]) for line in beats.stdout.splitlines()]
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(times)]
     if max(gaps, default=0) < 2.8:
         raise Failed(f"it went on while it was paused: the longest silence was {max(gaps)} s")
 

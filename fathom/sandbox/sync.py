@@ -15,6 +15,7 @@ from typing import Any
 
 from fathom.sandbox.client import Client, Group
 from fathom.sandbox.files import DEFAULT_LIMIT, DEFAULT_TIMEOUT, FileInfo, Files
+from fathom.sandbox.fn import OUTPUT_CAP, FnResult, Functions
 from fathom.sandbox.net import Net
 from fathom.sandbox.process import Ended, Process, StreamName
 from fathom.sandbox.sandbox import Receipt, Sandbox
@@ -25,6 +26,7 @@ from fathom.sandbox.types import (
     Caps,
     Container,
     ExecResult,
+    Fn,
     Snapshot,
     Spec,
     Stats,
@@ -290,6 +292,55 @@ class SyncSandbox:
             self._portal.call(self._sandbox.stop)
 
 
+class SyncFunctions:
+    """A pool of interpreters; see `Functions`."""
+
+    def __init__(self, functions: Functions, portal: Portal) -> None:
+        self._functions = functions
+        self._portal = portal
+
+    def __enter__(self) -> SyncFunctions:
+        """Return the pool itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End every interpreter."""
+        self.close()
+
+    @property
+    def idle(self) -> int:
+        """How many interpreters wait for a call."""
+        return self._functions.idle
+
+    @property
+    def size(self) -> int:
+        """How many interpreters there are."""
+        return self._functions.size
+
+    def open(self) -> None:
+        """Start the interpreters; see `Functions.open`."""
+        self._portal.call(self._functions.open)
+
+    def call(
+        self,
+        code: str,
+        argument: Any = None,
+        *,
+        timeout: float,
+        function: str = "main",
+        cap: int = OUTPUT_CAP,
+    ) -> FnResult:
+        """Run `code` and call its `function`; see `Functions.call`."""
+        return self._portal.call(
+            self._functions.call, code, argument, timeout=timeout, function=function, cap=cap
+        )
+
+    def close(self) -> None:
+        """End every interpreter. Does nothing the second time."""
+        if self._portal.is_open:
+            self._portal.call(self._functions.close)
+
+
 class SyncGroup:
     """The sandboxes of a client that were made under one name; see `Group`."""
 
@@ -362,6 +413,10 @@ class SyncClient:
         """Start a sandbox with the files of a snapshot; see `Client.restore`."""
         made = self._portal.call(self._client.restore, snapshot, spec, group=group)
         return SyncSandbox(made, self._portal)
+
+    def functions(self, spec: Fn | None = None) -> SyncFunctions:
+        """Start a pool of interpreters; see `Client.functions`."""
+        return SyncFunctions(self._portal.call(self._client.functions, spec), self._portal)
 
     def output(self, digest: str) -> bytes:
         """Return what `exec` put into the content store; see `Client.output`."""

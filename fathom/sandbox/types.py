@@ -106,11 +106,12 @@ class Container:
 class Fn:
     """A pool of interpreters that answer stateless calls; see `fathom.sandbox.fn`.
 
-    `workers`: how many are kept ready. The rest as for `Container`.
+    `workers`: how many are made ready; `maximum`: how many there may be while calls wait. The
+    limits are those of each one's `Container`.
     """
 
-    image: Literal["base", "python"] = "python"
     workers: int = 2
+    maximum: int = 4
     memory: str | int | None = None
     pids: int | None = None
     cpu: float | None = None

@@ -13,10 +13,12 @@ import pytest
 from fathom.sandbox import (
     Client,
     Container,
+    Functions,
     Group,
     Process,
     Sandbox,
     SyncClient,
+    SyncFunctions,
     SyncGroup,
     SyncProcess,
     SyncSandbox,
@@ -46,6 +48,7 @@ def surface(kind: type) -> dict[str, inspect.Signature]:
         (Files, SyncFiles),
         (Process, SyncProcess),
         (Group, SyncGroup),
+        (Functions, SyncFunctions),
     ],
 )
 def test_same_methods_with_the_same_arguments(asynchronous: type, synchronous: type):
@@ -57,7 +60,7 @@ def test_same_methods_with_the_same_arguments(asynchronous: type, synchronous: t
         assert not inspect.iscoroutinefunction(getattr(synchronous, name)), name
         assert list(ours[name].parameters.values()) == list(theirs[name].parameters.values()), name
         wanted = str(theirs[name].return_annotation)
-        renamed = re.sub(r"\b(Sandbox|Process|Group)\b", r"Sync\1", wanted)
+        renamed = re.sub(r"\b(Sandbox|Process|Group|Functions)\b", r"Sync\1", wanted)
         assert str(ours[name].return_annotation) in (wanted, renamed)
     if asynchronous is Client:
         assert ours["__init__"].parameters == theirs["__init__"].parameters

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import secrets
+import select
 import signal
 import socket
 import threading
@@ -221,6 +222,47 @@ def thaw(box: Box) -> float:
         return paused
 
 
+def adopt(folder: Path) -> Box:
+    """Take over a sandbox whose node is gone. Raises SandboxError, OSError, ValueError."""
+    session = json.loads((folder / state.SESSION).read_text())
+    launch = Launch(**{**session["launch"], "folder": folder})
+    box = Box(folder, launch, state.claim(folder), bytes.fromhex(session["secret"]))
+    try:
+        pid = int(session["pid"])
+        box.pidfd = os.pidfd_open(pid)
+        if not state.is_first(folder, pid):
+            raise SandboxError(f"the agent of {folder.name} is gone")
+        tenant = TENANT if launch.substrate != "bubblewrap" else None
+        box.started = Started(pid=pid, tenant=tenant)
+        layout = cgroups.current_layout()
+        if tenant is not None and layout is not None:
+            box.group = cgroups.Group(layout, folder.name)
+            box.net = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            if box.group.can_freeze and box.group.frozen:
+                box.frozen = time.monotonic()
+        if box.frozen is None:
+            with messages.connect(folder, state.SOCKET) as line:
+                line.settimeout(_HELLO_TIMEOUT)
+                ask(line, box.secret, Frame.PING, b"")
+        return box
+    except BaseException:
+        for fd in (box.pidfd, box.net, box.lock):
+            if fd >= 0:
+                os.close(fd)
+        raise
+
+
+def writes_of(box: Box) -> Path:
+    """Return the folder with what the sandbox wrote.
+
+    One that was adopted has its mounts in namespaces that are gone; its own shows the same files.
+    """
+    upper = box.folder / state.DISK / container.UPPER
+    if upper.exists() or box.started is None:
+        return upper
+    return Path(f"/proc/{box.started.pid}/root")
+
+
 def copy_writes(box: Box, target: Path) -> None:
     """Copy what the sandbox wrote, at one moment, into the folder `target`. Raises SandboxError."""
     if box.group is None:
@@ -228,7 +270,7 @@ def copy_writes(box: Box, target: Path) -> None:
     paused = box.frozen is not None
     freeze(box)
     try:
-        container.copy_tree(box.folder / state.DISK / container.UPPER, target, box.group)
+        container.copy_tree(writes_of(box), target, box.group)
     finally:
         if not paused:
             thaw(box)
@@ -243,6 +285,14 @@ def destroy(box: Box) -> None:
     if box.started is not None and box.started.process is not None:
         with contextlib.suppress(Exception):
             box.started.process.wait(_GONE_TIMEOUT)
+    if box.pidfd >= 0:
+        # Not a child of ours where it was adopted.
+        poller = select.poll()
+        poller.register(box.pidfd, select.POLLIN)
+        with contextlib.suppress(OSError, SandboxError):
+            if box.group is not None and box.group.can_freeze:
+                box.group.thaw()
+        poller.poll(_GONE_TIMEOUT * 1000)
     if box.group is not None:
         # Also ends what is frozen, and waits for every process to be gone.
         if box.started is not None:

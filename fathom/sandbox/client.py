@@ -19,6 +19,7 @@ import anyio
 
 from fathom.errors import SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import fn, paths
+from fathom.sandbox.edge_client import EdgeHost
 from fathom.sandbox.fn import Functions
 from fathom.sandbox.host import Host, LocalHost
 from fathom.sandbox.net import Net
@@ -64,7 +65,9 @@ class Group:
 class Client:
     """Makes sandboxes on this machine. `async with` stops those that are still running.
 
-    `substrate`: "auto", or one of "crun" and "runc" for root and "bubblewrap" for other users.
+    `where`: "local" for sandboxes of this program, which end with it, or "edge" for those of this
+    machine's daemon, which do not. `substrate`: "auto", or one of "crun" and "runc" for root and
+    "bubblewrap" for other users.
     `cache_dir`: where images are kept; `runtime_dir`: where live sandboxes have their folders.
     `mirrors`: name -> address of the package mirrors that policies may name.
     """
@@ -78,15 +81,23 @@ class Client:
         runtime_dir: str | Path | None = None,
         mirrors: Mapping[str, str] | None = None,
     ) -> None:
-        if where != "local":
-            raise Unsupported(f'sandboxes run on this machine only: say "local", not {where!r}')
+        if where not in ("local", "edge"):
+            raise Unsupported(
+                f'sandboxes run on this machine only: say "local" or "edge", not {where!r}'
+            )
         if substrate not in ("auto", *SUBSTRATES):
             raise SandboxError(f"substrate is {substrate!r}: choose auto, {', '.join(SUBSTRATES)}")
         cache = Path(cache_dir) if cache_dir is not None else paths.cache_folder()
-        runtime = Path(runtime_dir) if runtime_dir is not None else paths.runtime_folder()
-        local = LocalHost(substrate, cache, runtime, mirrors)
-        _hosts.add(local)
-        self._host: Host = local
+        self._host: Host
+        if where == "edge":
+            folder = Path(runtime_dir) if runtime_dir is not None else paths.edge_folder()
+            self._host = EdgeHost(folder)
+        else:
+            folder = Path(runtime_dir) if runtime_dir is not None else paths.runtime_folder()
+            local = LocalHost(substrate, cache, folder, mirrors)
+            _hosts.add(local)
+            self._host = local
+        self._remote = where == "edge"
         self._cache = cache
         self._sandboxes: dict[str, Sandbox] = {}
         self._groups: dict[str, str] = {}
@@ -106,9 +117,10 @@ class Client:
             return
         self._closed = True
         with anyio.CancelScope(shield=True):
-            async with anyio.create_task_group() as group:
-                for sandbox in list(self._sandboxes.values()):
-                    group.start_soon(sandbox.stop)
+            if not self._remote:
+                async with anyio.create_task_group() as group:
+                    for sandbox in list(self._sandboxes.values()):
+                        group.start_soon(sandbox.stop)
             await self._host.close()
 
     async def create(
@@ -130,6 +142,9 @@ class Client:
         wanted = Container() if spec is None else spec
         if isinstance(wanted, Fn | MicroVM | FullVM):
             raise Unsupported(wanted.missing())
+        if self._remote:
+            values = {"spec": wanted, "net": net, "key": key or "", "group": group or ""}
+            return await self._make("create", group, **values)
         if key is None:
             return await self._connected(wanted, net, group)
         async with self._making:
@@ -166,16 +181,19 @@ class Client:
         Raises SandboxError, Unsupported.
         """
         name = snapshot.id if isinstance(snapshot, Snapshot) else snapshot
-        return await self._make("restore", group, snapshot=name, spec=spec or Container())
+        values: dict[str, Any] = {"snapshot": name, "spec": spec or Container()}
+        if self._remote:
+            values["group"] = group or ""
+        return await self._make("restore", group, **values)
 
-    async def _make(self, op: str, group: str | None, **values: Any) -> Sandbox:
+    async def _make(self, op: str, among: str | None, **values: Any) -> Sandbox:
         if self._closed:
             raise SandboxLost("this client was closed: make another one")
         # A caller who gives up is cancelled once this is done; `close` then finds the sandbox.
         with anyio.CancelScope(shield=True):
             made = self._adopt(await self._host.call(op, **values))
-        if group is not None:
-            self._groups[made.id] = group
+        if among is not None:
+            self._groups[made.id] = among
         return made
 
     def _adopt(self, made: dict[str, Any]) -> Sandbox:
@@ -192,6 +210,27 @@ class Client:
         )
         self._sandboxes[sandbox.id] = sandbox
         return sandbox
+
+    async def attach(self, name: str) -> Sandbox:
+        """Return a sandbox of the daemon by its name, whoever made it.
+
+        Raises SandboxLost where there is none, Unsupported without a daemon.
+        """
+        if not self._remote:
+            raise Unsupported('only a daemon keeps sandboxes of others: use Client("edge")')
+        found = await self._host.call("attach", id=name)
+        sandbox = self._adopt(found)
+        if found["group"]:
+            self._groups[sandbox.id] = found["group"]
+        if found["paused"]:
+            sandbox.paused()
+        return sandbox
+
+    async def list(self) -> list[dict[str, Any]]:
+        """Return what a daemon knows of its sandboxes. Raises Unsupported, DaemonLost."""
+        if not self._remote:
+            raise Unsupported('only a daemon keeps sandboxes of others: use Client("edge")')
+        return list((await self._host.call("list"))["sandboxes"])
 
     async def functions(self, spec: Fn | None = None) -> Functions:
         """Start a pool of interpreters for stateless calls. Raises SandboxError, Unsupported."""

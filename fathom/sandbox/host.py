@@ -65,7 +65,7 @@ class Host(Protocol):
 
 
 @dataclass(slots=True)
-class _Known:
+class Known:
     """A sandbox of this host: what it was made from, for its copies."""
 
     spec: Container
@@ -93,7 +93,7 @@ class LocalHost:
         self.mirrors = dict(mirrors or {})
         self.outlive = False
         self.link = NodeLink(runtime)
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, Known] = {}
         self._operations: dict[str, Callable[..., dict[str, Any]]] = {
             "create": self._create,
             "restore": self._restore,
@@ -143,7 +143,7 @@ class LocalHost:
         image = rootfs.build(spec.image, self.cache)
         problems: list[SandboxError] = []
         for name, program, caps in offers:
-            known = _Known(spec, name, program, image, 0, caps)
+            known = Known(spec, name, program, image, 0, caps)
             try:
                 return self._start(known)
             except SandboxError as error:
@@ -153,7 +153,7 @@ class LocalHost:
         kind = type(problems[0])
         raise kind("; ".join(str(problem) for problem in problems)) from problems[0]
 
-    def _start(self, known: _Known, hostname: str | None = None, **source: str) -> dict[str, Any]:
+    def _start(self, known: Known, hostname: str | None = None, **source: str) -> dict[str, Any]:
         spec = known.spec
         paths.make_runtime_folder(self.runtime)
         folder = self.runtime / f"sb-{os.getpid()}-{secrets.token_hex(5)}"
@@ -180,7 +180,7 @@ class LocalHost:
             if not state.reap_one(folder):
                 state.remove(folder)
             raise
-        self._known[folder.name] = _Known(
+        self._known[folder.name] = Known(
             spec, known.name, known.program, known.image, ids, known.caps
         )
         return {"id": folder.name, "caps": known.caps}
@@ -206,7 +206,12 @@ class LocalHost:
         path = self.runtime / id / LOG
         return {"text": path.read_text() if path.exists() else ""}
 
-    def _find(self, name: str) -> _Known:
+    def adopt(self, folder: Path, known: Known) -> None:
+        """Take over a sandbox that outlived its node. Raises SandboxError."""
+        self.link.adopt(folder)
+        self._known[folder.name] = known
+
+    def _find(self, name: str) -> Known:
         known = self._known.get(name)
         if known is None:
             raise SandboxLost(f"sandbox {name} was stopped: create another one")
@@ -258,7 +263,7 @@ class LocalHost:
         for name, program in choose(self.wanted):
             caps = caps_of(name, spec)
             image = rootfs.build(spec.image, self.cache)
-            known = _Known(spec, name, program, image, int(facts["ids"]), caps)
+            known = Known(spec, name, program, image, int(facts["ids"]), caps)
             return self._start(known, saved=str(folder / "upper"))
         raise AssertionError("choose returns at least one substrate")
 

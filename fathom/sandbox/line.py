@@ -39,6 +39,7 @@ class Line:
         sock.setblocking(False)
         self._sock = sock
         self._splitter = frames.Splitter()
+        self._early = b""
 
     async def send(self, data: bytes) -> None:
         """Send bytes of whole frames. Raises SandboxLost."""
@@ -53,6 +54,10 @@ class Line:
 
     async def receive(self) -> list[Received]:
         """Return the next frames, at least one; none at the end of the line."""
+        if self._early:
+            early, self._early = self._early, b""
+            if found := self._splitter.feed(early):
+                return found
         while True:
             try:
                 data = self._sock.recv(_CHUNK)
@@ -65,6 +70,27 @@ class Line:
                 return []
             if found := self._splitter.feed(data):
                 return found
+
+    async def receive_line(self) -> bytes:
+        """Return one line of text that comes before the frames. Raises SandboxLost."""
+        text = b""
+        while b"\n" not in text:
+            try:
+                data = self._sock.recv(_CHUNK)
+            except BlockingIOError:
+                await anyio.wait_readable(self._sock)
+                continue
+            except OSError as error:
+                raise SandboxLost(f"the line broke ({error.strerror})") from error
+            if not data:
+                raise SandboxLost("the line ended")
+            text += data
+        text, _, self._early = text.partition(b"\n")
+        return text
+
+    def take(self) -> socket.socket:
+        """Hand over the socket; nothing may have been received yet."""
+        return self._sock
 
     def close(self) -> None:
         """Close the socket. Does nothing the second time."""

@@ -47,12 +47,15 @@ def _through(folder: Path, name: str, action: Any) -> None:
 def listen(folder: Path, name: str, mode: int = 0o600) -> socket.socket:
     """Listen on a Unix socket in `folder`. Raises OSError."""
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    # Under its name only once it answers; whatever a killed process left there is replaced.
+    fresh = f"{name}.new"
     try:
         with contextlib.suppress(FileNotFoundError):
-            (folder / name).unlink()
-        _through(folder, name, made.bind)
-        (folder / name).chmod(mode)
+            (folder / fresh).unlink()
+        _through(folder, fresh, made.bind)
+        (folder / fresh).chmod(mode)
         made.listen(256)
+        (folder / fresh).rename(folder / name)
     except BaseException:
         made.close()
         raise

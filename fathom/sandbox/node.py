@@ -25,8 +25,7 @@ from typing import Any
 
 from fathom.errors import FathomError, SandboxError, SandboxLost
 from fathom.sandbox import box as boxes
-from fathom.sandbox import cgroups, egress, messages, netns, state, syscalls
-from fathom.sandbox.substrates import container
+from fathom.sandbox import cgroups, egress, messages, netns, syscalls
 from fathom.sandbox.substrates.launch import Launch
 
 _THREADS = 32
@@ -55,6 +54,7 @@ class Node:
             "save": self._save,
             "stats": self._stats,
             "net": self._net,
+            "adopt": self._adopt,
         }
 
     # Serving -----------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ class Node:
         copied: boxes.Box | None = None
         if message.get("fork"):
             copied = self._box(message["fork"])
-            source = copied.folder / state.DISK / container.UPPER
+            source = boxes.writes_of(copied)
         elif message.get("saved"):
             source = Path(message["saved"])
         paused = copied is not None and copied.frozen is not None
@@ -150,6 +150,13 @@ class Node:
         if stopping:
             boxes.destroy(box)
             raise SandboxLost("the node is stopping")
+        os.write(self._wake_write, b"1")
+        return box.facts()
+
+    def _adopt(self, message: dict[str, Any]) -> dict[str, Any]:
+        box = boxes.adopt(Path(message["folder"]))
+        with self._lock:
+            self.boxes[box.id] = box
         os.write(self._wake_write, b"1")
         return box.facts()
 
@@ -194,7 +201,8 @@ class Node:
         """End every sandbox that is not to outlive this process. Never raises."""
         with self._lock:
             self.stopping = True
-            ending = [box for box in self.boxes.values() if not box.launch.outlive]
+            every = list(self.boxes.values())
+            ending = [box for box in every if not box.launch.outlive]
             self.boxes.clear()
         self.egress.close()
         threads = [threading.Thread(target=boxes.destroy, args=(box,)) for box in ending]

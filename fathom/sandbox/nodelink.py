@@ -58,6 +58,8 @@ class NodeLink:
 
     def __init__(self, runtime: Path) -> None:
         self.runtime = runtime
+        # Whether what dead nodes left is removed before the first sandbox, rather than adopted.
+        self.reaps = True
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
@@ -72,6 +74,12 @@ class NodeLink:
     def create(self, folder: Path, launch: dict[str, Any], **source: str) -> None:
         """Start a sandbox in `folder` and return once its agent answered. Raises SandboxError."""
         answer = self.request("create", folder=str(folder), launch=launch, **source)
+        secret = bytes.fromhex(answer["secret"])
+        self._reach[folder.name] = _Reach(folder, box.greeting(secret), answer["oom_file"])
+
+    def adopt(self, folder: Path) -> None:
+        """Take over a sandbox that outlived its node. Raises SandboxError."""
+        answer = self.request("adopt", folder=str(folder))
         secret = bytes.fromhex(answer["secret"])
         self._reach[folder.name] = _Reach(folder, box.greeting(secret), answer["oom_file"])
 
@@ -121,7 +129,8 @@ class NodeLink:
                 return self._sock
             self._forget_node()
             paths.make_runtime_folder(self.runtime)
-            state.reap(self.runtime)
+            if self.reaps:
+                state.reap(self.runtime)
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 self._process = _spawn(theirs)

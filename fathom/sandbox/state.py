@@ -59,6 +59,14 @@ def note_first(folder: Path, pid: int) -> None:
     (folder / _FIRST).write_text(f"{pid} {_start_time(pid)}")
 
 
+def is_first(folder: Path, pid: int) -> bool:
+    """Whether `pid` is still the process that was written down as a sandbox's first."""
+    with contextlib.suppress(OSError, ValueError):
+        noted, started = (folder / _FIRST).read_text().split()
+        return int(noted) == pid and _start_time(pid) == started
+    return False
+
+
 def _start_time(pid: int) -> str:
     # After the name, which may contain anything, the start time is the 20th field.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

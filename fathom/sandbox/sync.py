@@ -414,6 +414,14 @@ class SyncClient:
         made = self._portal.call(self._client.restore, snapshot, spec, group=group)
         return SyncSandbox(made, self._portal)
 
+    def attach(self, name: str) -> SyncSandbox:
+        """Return a sandbox of the daemon by its name; see `Client.attach`."""
+        return SyncSandbox(self._portal.call(self._client.attach, name), self._portal)
+
+    def list(self) -> list[dict[str, Any]]:
+        """Return what a daemon knows of its sandboxes; see `Client.list`."""
+        return self._portal.call(self._client.list)
+
     def functions(self, spec: Fn | None = None) -> SyncFunctions:
         """Start a pool of interpreters; see `Client.functions`."""
         return SyncFunctions(self._portal.call(self._client.functions, spec), self._portal)

@@ -54,7 +54,7 @@ def command_line(launch: Launch, info_fd: int, filter_fd: int) -> list[str]:
         launch.hostname,
         "--as-pid-1",
         "--new-session",
-        "--die-with-parent",
+        *(() if launch.outlive else ("--die-with-parent",)),
         "--cap-drop",
         "ALL",
         "--clearenv",

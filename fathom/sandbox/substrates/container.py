@@ -156,10 +156,14 @@ def copy_tree(source: Path, target: Path, group: cgroups.Group) -> None:
     The copy is made by a process in the groups of the new sandbox, whose memory it will be.
     Raises SandboxError.
     """
-    files = [str(folder / "cgroup.procs") for folder in (group.folders["memory"],)]
-    script = 'echo 0 > "$1" && exec cp -a --reflink=auto -T -- "$2" "$3"'
+    members = str(group.folders["memory"] / "cgroup.procs")
+    # The root is read-only inside: everything that was written is below these two.
+    script = (
+        'echo 0 > "$1" && mkdir -m 755 "$3" && '
+        'exec cp -a --reflink=auto -- "$2/work" "$2/tmp" "$3/"'
+    )
     done = subprocess.run(
-        ["/bin/sh", "-c", script, "copy", *files, str(source), str(target)],
+        ["/bin/sh", "-c", script, "copy", members, str(source), str(target)],
         capture_output=True,
         timeout=600,
         env={"PATH": "/usr/bin:/bin"},

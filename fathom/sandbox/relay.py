@@ -11,7 +11,9 @@ Paper: none (the report only names its platform).
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import functools
 import ipaddress
 import json
 import os
@@ -165,7 +167,7 @@ class Relay:
                 place.note(kind="private", host=host, address=address[0], allowed=False)
                 continue
             with contextlib.suppress(OSError, TimeoutError):
-                context = ssl.create_default_context() if tls else None
+                context = _tls_context() if tls else None
                 async with asyncio.timeout(_CONNECT_TIMEOUT):
                     return await asyncio.open_connection(
                         address[0], port, ssl=context, server_hostname=host if tls else None
@@ -268,7 +270,7 @@ class Relay:
         parts = urlsplit(place.policy["mirrors"][name])
         tls = parts.scheme == "https"
         port = parts.port or (443 if tls else 80)
-        context = ssl.create_default_context() if tls else None
+        context = _tls_context() if tls else None
         async with asyncio.timeout(_CONNECT_TIMEOUT):
             # The mirror's place is this machine's own choice: it may well be a private one.
             far_reader, far_writer = await asyncio.open_connection(
@@ -279,6 +281,11 @@ class Relay:
             await _pump(far_reader, writer)
         finally:
             far_writer.close()
+
+
+@functools.cache
+def _tls_context() -> ssl.SSLContext:
+    return ssl.create_default_context()
 
 
 def _head(method: str, path: str, host: str, headers: list[str]) -> bytes:
@@ -349,6 +356,9 @@ async def _serve(control: socket.socket) -> None:
 def main(argv: list[str]) -> None:
     """Run the relay: its control socket comes as an argument."""
     control = socket.socket(fileno=int(argv[0]))
+    # Whoever we become may not be able to read this interpreter's own files: load all of it now.
+    concurrent.futures.ThreadPoolExecutor(1).submit(socket.getaddrinfo, "localhost", 1).result()
+    _tls_context()
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)

@@ -28,6 +28,7 @@ from fathom.cli.eval import app as eval_app
 from fathom.cli.generate import generate
 from fathom.cli.inspect import inspect
 from fathom.cli.output import print_json
+from fathom.cli.sandbox import app as sandbox_app
 from fathom.cli.terminal import exit_code, visible
 from fathom.cli.train import train
 from fathom.errors import FathomError
@@ -106,6 +107,7 @@ for _command in (
     app.command(_command.__name__)(_command)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+app.add_typer(sandbox_app, name="sandbox")
 
 
 def main() -> None:

@@ -173,6 +173,13 @@ class Client:
             raise SandboxError(f"the key {key!r} belongs to a sandbox of another kind")
         return sandbox
 
+    async def prewarm(self, spec: Container, count: int) -> None:
+        """Have `count` sandboxes of this kind wait: `create` then hands one out at once.
+
+        Each one taken is replaced in the background. Raises SandboxError, Unsupported.
+        """
+        await self._host.call("prewarm", spec=spec, count=count)
+
     async def restore(
         self, snapshot: Snapshot | str, spec: Container | None = None, *, group: str | None = None
     ) -> Sandbox:

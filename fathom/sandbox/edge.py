@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -96,6 +97,7 @@ class Edge:
             "freeze": self._freeze,
             "thaw": self._thaw,
             "phase": self._phase,
+            "prewarm": self._prewarm,
             "list": self._list,
             "attach": self._attach,
             "metrics": self._metrics,
@@ -130,6 +132,15 @@ class Edge:
                 (self.host.runtime / SOCKET).unlink()
             with anyio.CancelScope(shield=True):
                 await self.host.close()
+
+    async def serve_until_told(self) -> None:
+        """Serve until this process is told to end, by SIGINT or SIGTERM. Raises SandboxError."""
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self.serve)
+                async for _ in signals:
+                    group.cancel_scope.cancel()
+                    return
 
     @property
     def size(self) -> int:
@@ -348,6 +359,11 @@ class Edge:
     async def _pass(self, op: str, id: str) -> dict[str, Any]:
         self._find(id).used = time.time()
         return await self.host.call(op, id=id)
+
+    async def _prewarm(self, spec: dict[str, Any], count: int) -> dict[str, Any]:
+        wanted = plain.container_in(spec)
+        self._admit(wanted, count)
+        return await self.host.call("prewarm", spec=wanted, count=count)
 
     async def _list(self) -> dict[str, Any]:
         return {"sandboxes": [entry.plain() for entry in self.entries.values()]}

@@ -61,7 +61,8 @@ class EdgeHost:
             return await dial(self.runtime, SOCKET)
         except SandboxLost as error:
             raise DaemonLost(
-                f"no daemon answers in {self.runtime} ({error}): fathom sandbox edge start"
+                f"no daemon answers in {self.runtime} ({error}): "
+                "start one with `fathom sandbox edge`"
             ) from error
 
     async def _ask(self, line: Line, request: dict[str, Any]) -> dict[str, Any]:

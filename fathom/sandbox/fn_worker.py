@@ -51,15 +51,16 @@ def _warm_up() -> None:
 
 def _serve_one(out: int) -> None:
     """Wait for one call in a process of its own, carry it out, and end."""
+    # All that does not depend on the call is done before it comes.
+    said = os.memfd_create("output", 0)
+    null = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
     _warm_up()
     _send(out, {"ready": True})
     request = json.loads(_read(_HEAD.unpack(_read(_HEAD.size))[0]))
-    gc.enable()
-    said = os.memfd_create("output", 0)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    null = os.open("/dev/null", os.O_RDONLY)
     os.dup2(null, 0)
+    gc.enable()
     answer: dict[str, object] = {}
     try:
         names: dict[str, object] = {"__name__": "__call__"}

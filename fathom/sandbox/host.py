@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +95,12 @@ class LocalHost:
         self.outlive = False
         self.link = NodeLink(runtime)
         self._known: dict[str, Known] = {}
+        self._ready: dict[Container, list[dict[str, Any]]] = {}
+        self._ready_size: dict[Container, int] = {}
+        self._ready_lock = threading.Lock()
         self._operations: dict[str, Callable[..., dict[str, Any]]] = {
-            "create": self._create,
+            "create": self._claim,
+            "prewarm": self._prewarm,
             "restore": self._restore,
             "fork": self._fork,
             "destroy": self._destroy,
@@ -135,6 +140,33 @@ class LocalHost:
         self.link.close()
 
     # Making ------------------------------------------------------------------------------------
+
+    def _claim(self, spec: Container) -> dict[str, Any]:
+        """Hand out a sandbox that waits, where there is one, else start one."""
+        with self._ready_lock:
+            waiting = self._ready.get(spec)
+            found = waiting.pop() if waiting else None
+        if found is None:
+            return self._create(spec)
+        threading.Thread(target=self._refill, args=(spec,), daemon=True).start()
+        return found
+
+    def _prewarm(self, spec: Container, count: int) -> dict[str, Any]:
+        """Have `count` sandboxes of this kind wait from now on."""
+        with self._ready_lock:
+            self._ready_size[spec] = count
+        self._refill(spec)
+        return {}
+
+    def _refill(self, spec: Container) -> None:
+        while True:
+            with self._ready_lock:
+                waiting = self._ready.setdefault(spec, [])
+                if len(waiting) >= self._ready_size.get(spec, 0):
+                    return
+            made = self._create(spec)
+            with self._ready_lock:
+                waiting.append(made)
 
     def _create(self, spec: Container) -> dict[str, Any]:
         """Start a sandbox by the first substrate that can."""

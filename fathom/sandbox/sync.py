@@ -407,6 +407,10 @@ class SyncClient:
         made = self._portal.call(self._client.create, spec, net=net, key=key, group=group)
         return SyncSandbox(made, self._portal)
 
+    def prewarm(self, spec: Container, count: int) -> None:
+        """Have sandboxes of this kind wait; see `Client.prewarm`."""
+        self._portal.call(self._client.prewarm, spec, count)
+
     def restore(
         self, snapshot: Snapshot | str, spec: Container | None = None, *, group: str | None = None
     ) -> SyncSandbox:

@@ -24,7 +24,8 @@ from pathlib import Path
 from fathom.sandbox.edge import Edge
 from fathom.sandbox.host import LocalHost
 folder, cache, most = sys.argv[1:]
-anyio.run(Edge(LocalHost("auto", Path(cache), Path(folder)), most=int(most), spare=0).serve)
+edge = Edge(LocalHost("auto", Path(cache), Path(folder)), most=int(most), spare=0)
+anyio.run(edge.serve_until_told)
 """
 
 
@@ -88,7 +89,7 @@ def test_sandboxes_outlive_clients_and_the_daemon(daemon: Daemon):
             client.create(Container(pids=9), key="job/1")
         name = sandbox.id
     daemon.end(signal.SIGKILL)
-    with daemon.client() as client, pytest.raises(DaemonLost, match="edge start"):
+    with daemon.client() as client, pytest.raises(DaemonLost, match="fathom sandbox edge"):
         client.list()
     daemon.start()
     with daemon.client() as client:

@@ -120,14 +120,14 @@ def test_open_connections_end_with_their_policy(box: SyncSandbox, port: int):
         box.phase("a", net=Net.deny().address("127.0.0.4", where))
         code = (
             f"import socket; s = socket.create_connection(('127.0.0.4', {where})); "
-            "print('up', flush=True); print(s.recv(9))"
+            "import os; os.write(1, b'up'); os.write(1, repr(s.recv(9)).encode())"
         )
         with box.run(["python3", "-u", "-c", code], timeout=20) as process:
-            assert process.read() == ("stdout", b"up\n")
+            assert process.read() == ("stdout", b"up")
             far, _ = server.accept()
             with far:
                 box.phase("b")
-                assert process.read() == ("stdout", b"b''\n")
+                assert process.read() == ("stdout", b"b''")
 
 
 def test_mirrors_are_read_and_never_written(box: SyncSandbox, port: int):

@@ -225,7 +225,8 @@ def thaw(box: Box) -> float:
 def adopt(folder: Path) -> Box:
     """Take over a sandbox whose node is gone. Raises SandboxError, OSError, ValueError."""
     session = json.loads((folder / state.SESSION).read_text())
-    launch = Launch(**{**session["launch"], "folder": folder})
+    values: dict[str, Any] = {**session["launch"], "folder": folder}
+    launch = Launch(**values)
     box = Box(folder, launch, state.claim(folder), bytes.fromhex(session["secret"]))
     try:
         pid = int(session["pid"])

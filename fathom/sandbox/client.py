@@ -197,11 +197,12 @@ class Client:
         if self._closed:
             raise SandboxLost("this client was closed: make another one")
         # A caller who gives up is cancelled once this is done; `close` then finds the sandbox.
+        made: list[Sandbox] = []
         with anyio.CancelScope(shield=True):
-            made = self._adopt(await self._host.call(op, **values))
+            made.append(self._adopt(await self._host.call(op, **values)))
         if among is not None:
-            self._groups[made.id] = among
-        return made
+            self._groups[made[0].id] = among
+        return made[0]
 
     def _adopt(self, made: dict[str, Any]) -> Sandbox:
         for name in [name for name, old in self._sandboxes.items() if old.stopped]:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 from anyio.abc import UNIXSocketStream
@@ -460,7 +460,7 @@ async def _read_line(stream: UNIXSocketStream) -> dict[str, Any] | None:
             data += await stream.receive()
         except anyio.EndOfStream:
             return None
-    found = json.loads(data)
+    found: Any = json.loads(data)
     if not isinstance(found, dict):
         raise ValueError("a request is a JSON object")
-    return found
+    return cast("dict[str, Any]", found)

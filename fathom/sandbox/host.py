@@ -171,7 +171,9 @@ class LocalHost:
     def _create(self, spec: Container) -> dict[str, Any]:
         """Start a sandbox by the first substrate that can."""
         spec.check()
-        offers = [(name, program, caps_of(name, spec)) for name, program in choose(self.wanted)]
+        offers: list[tuple[Name, str, Caps]] = [
+            (name, program, caps_of(name, spec)) for name, program in choose(self.wanted)
+        ]
         image = rootfs.build(spec.image, self.cache)
         problems: list[SandboxError] = []
         for name, program, caps in offers:
@@ -228,7 +230,7 @@ class LocalHost:
             )
         values = policy.as_json(self.mirrors)
         known.phases += 1
-        if known.caps.networks == {"none"}:
+        if known.caps.networks == frozenset({"none"}):
             return {"version": known.phases, "environment": {}}
         answer = self.link.request("net", id=id, policy=values)
         return {"version": answer["version"], "environment": policy.environment()}

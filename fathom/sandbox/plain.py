@@ -39,8 +39,12 @@ def caps_out(caps: Caps) -> dict[str, Any]:
 def caps_in(values: dict[str, Any]) -> Caps:
     """Read caps; what a newer daemon says beyond them is left out."""
     known = {field.name for field in fields(Caps)}
-    kept = {name: value for name, value in values.items() if name in known}
-    return Caps(**{name: frozenset(v) if name in _SETS else v for name, v in kept.items()})
+    kept: dict[str, Any] = {
+        name: frozenset(value) if name in _SETS else value
+        for name, value in values.items()
+        if name in known
+    }
+    return Caps(**kept)
 
 
 def net_out(net: Net | None) -> dict[str, Any] | None:

@@ -160,17 +160,18 @@ class Relay:
         except OSError as error:
             raise Refused("502 Bad Gateway") from error
         for _, _, _, _, address in found:
-            ip = ipaddress.ip_address(address[0])
-            named = [address[0], port] in place.policy["addresses"]
+            where = str(address[0])
+            ip = ipaddress.ip_address(where)
+            named = [where, port] in place.policy["addresses"]
             if not (ip.is_global or named or place.policy["private"]):
                 # A name that leads to this machine or its neighbours is an attack, or a mistake.
-                place.note(kind="private", host=host, address=address[0], allowed=False)
+                place.note(kind="private", host=host, address=where, allowed=False)
                 continue
             with contextlib.suppress(OSError, TimeoutError):
                 context = _tls_context() if tls else None
                 async with asyncio.timeout(_CONNECT_TIMEOUT):
                     return await asyncio.open_connection(
-                        address[0], port, ssl=context, server_hostname=host if tls else None
+                        where, port, ssl=context, server_hostname=host if tls else None
                     )
         raise Refused("502 Bad Gateway")
 
@@ -267,7 +268,7 @@ class Relay:
             return name in policy["mirrors"] and method in _READING and ".." not in path
 
         self._admit(place, judge, kind="mirror", method=method, url=target[:2000])
-        parts = urlsplit(place.policy["mirrors"][name])
+        parts = urlsplit(str(place.policy["mirrors"][name]))
         tls = parts.scheme == "https"
         port = parts.port or (443 if tls else 80)
         context = _tls_context() if tls else None

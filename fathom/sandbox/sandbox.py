@@ -130,7 +130,9 @@ class Sandbox:
         ooms = self._host.oom_count(self.id)
         try:
             ended = await self._run(order, data, kept)
-            spilled = [(name, stream.finish()) for name, stream in kept.items()]
+            spilled: list[tuple[StreamName, tuple[str, int] | None]] = [
+                (name, stream.finish()) for name, stream in kept.items()
+            ]
         finally:
             for stream in kept.values():
                 stream.close()
@@ -371,9 +373,11 @@ class Sandbox:
         if count < 1:
             raise SandboxError(f"count is {count}: ask for one sandbox or more")
         assert self._adopt is not None
+        made: list[Sandbox] = []
         with anyio.CancelScope(shield=True):
             answer = await self._call("fork", id=self.id, count=count, reseed=reseed)
-            return [self._adopt(one) for one in answer["made"]]
+            made += [self._adopt(one) for one in answer["made"]]
+        return made
 
     async def snapshot(self) -> Snapshot:
         """Keep what the sandbox has written, as of this moment; `Client.restore` starts from it.

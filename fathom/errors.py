@@ -6,6 +6,7 @@
     +-- CheckpointError          a checkpoint that is missing something, wrong or damaged
     +-- KernelError              an operation has no kernel for this device
     +-- ChatError                messages or tools that cannot be rendered as a prompt
+    |   +-- RequestError            an API request with a field that cannot be served
     +-- TokenizerError           text asked of a model that has no tokenizer
     +-- GenerationError          sampling values or a prompt that cannot be served
     +-- SandboxError             the sandbox itself failed (a command that fails is a result)
@@ -61,6 +62,18 @@ class ChatError(FathomError):
     """Messages or tools cannot be rendered as a prompt."""
 
     code = "chat_invalid"
+
+
+class RequestError(ChatError):
+    """An API request cannot be served; `param` names the field, such as `messages[2].content`."""
+
+    code = "request_invalid"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        """Make the error; the field leads its text."""
+        super().__init__(f"{param}: {message}" if param else message)
+        self.message = message
+        self.param = param
 
 
 class TokenizerError(FathomError):

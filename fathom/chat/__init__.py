@@ -19,6 +19,7 @@ from fathom.chat.events import (
     ReasoningDelta,
 )
 from fathom.chat.messages import Diagnostic, Message, ToolCall
+from fathom.chat.reply import executable_calls, finish_reason
 from fathom.chat.segments import Segment
 from fathom.chat.stream import StreamParser, parse
 from fathom.chat.tokenizer import IncrementalDecoder, Tokenizer
@@ -40,6 +41,8 @@ __all__ = [
     "ToolCall",
     "encode",
     "encode_segments",
+    "executable_calls",
+    "finish_reason",
     "parse",
     "render",
 ]

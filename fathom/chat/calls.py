@@ -95,16 +95,21 @@ class CallReader:
     """Reads one or more blocks of calls.
 
     Text arrives by `add_text` and tags by `handle`; `finish` ends it. What is neither layout nor
-    part of a call is reported.
+    part of a call is reported. Unless it `streams`, a call is reported when it is complete, and one
+    that never is only by its `CallFinished`.
     """
 
-    def __init__(self, tags: Tags, report: Report, make_id: Callable[[int], str]) -> None:
+    def __init__(
+        self, tags: Tags, report: Report, make_id: Callable[[int], str], *, streams: bool
+    ) -> None:
         self.calls: list[ToolCall] = []
         self.stage: Literal["block", "invoke", "value", "after"] = "block"
         self._tags = tags
         self._report = report
         self._make_id = make_id
+        self._streams = streams
         self._block_name = tags.block
+        self._id = ""  # of the open call
         self._doubtful = False  # calls of this block are not where calls belong
         self._call: CallBuilder | None = None
         self._junk: list[str] = []
@@ -148,6 +153,9 @@ class CallReader:
     def finish(self) -> None:
         """End the completion; an open call becomes a partial one."""
         if self._call is not None:
+            if self._suspended is not None:
+                text, self._suspended = "".join(self._suspended), None
+                self._add(self._call.add(text))
             if self.stage == "value":
                 self._add(self._call.close(cut=True))
             self._report.diagnose("truncated_call")
@@ -227,8 +235,9 @@ class CallReader:
     def _open_call(self, tag: Tag) -> None:
         repaired = self._doubtful or not tag.exact
         call = CallBuilder(tag.attributes["name"], repaired=repaired)
-        index = len(self.calls)
-        self._report.add(CallStarted(index, self._make_id(index), call.name))
+        self._id = self._make_id(len(self.calls))
+        if self._streams:
+            self._report.add(CallStarted(len(self.calls), self._id, call.name))
         self._call = call
         self.stage = "invoke"
         if tag.self_closing:
@@ -246,14 +255,17 @@ class CallReader:
             self._junk = []
         call.repaired |= self._flush_junk()
         self._add(call.finish())
-        finished = call.call(self._make_id(index), partial=partial)
+        finished = call.call(self._id, partial=partial)
         self.calls.append(finished)
+        if not self._streams and not partial:
+            self._report.add(CallStarted(index, self._id, call.name))
+            self._report.add(ArgumentsDelta(index, finished.arguments))
         self._report.add(CallFinished(index, finished))
         self._call = None
         self.stage = "block"
 
     def _add(self, fragment: str) -> None:
-        if fragment:
+        if fragment and self._streams:
             self._report.add(ArgumentsDelta(len(self.calls), fragment))
 
     def _flush_junk(self) -> bool:

@@ -61,9 +61,12 @@ def quote(text: str) -> str:
 # Rendering ------------------------------------------------------------------------------------
 
 
-def render_calls(calls: Iterable[ToolCall], revision: Revision) -> list[Segment]:
+def render_calls(
+    calls: Iterable[ToolCall], revision: Revision, blank_line: bool = True
+) -> list[Segment]:
     """Return the DSML block of `calls`, without the blank line before it.
 
+    With `blank_line` a call without arguments has an empty line where they would stand.
     Raises ChatError for a name that would break a tag and for arguments that are no object.
     """
     tags = revision.tags
@@ -71,20 +74,22 @@ def render_calls(calls: Iterable[ToolCall], revision: Revision) -> list[Segment]
     for index, call in enumerate(calls):
         if index:
             segments.append(Segment("\n"))
-        segments += _render_call(call, revision)
+        segments += _render_call(call, revision, blank_line)
     return [*segments, Segment("\n"), *_close(tags.block)]
 
 
-def _render_call(call: ToolCall, revision: Revision) -> list[Segment]:
+def _render_call(call: ToolCall, revision: Revision, blank_line: bool) -> list[Segment]:
     tags = revision.tags
     if not call.name or re.search('["<>\r\n]|' + DSML, call.name):
         raise ChatError(f"tool name {call.name!r} cannot be written in a tag: rename the tool")
     segments = _open(f'{tags.invoke} name="{call.name}">\n')
-    for index, (key, value) in enumerate(read_arguments(call, revision).items()):
+    arguments = read_arguments(call, revision)
+    for index, (key, value) in enumerate(arguments.items()):
         if index:
             segments.append(Segment("\n"))
         segments += _render_parameter(key, value, tags)
-    return [*segments, Segment("\n"), *_close(tags.invoke)]
+    ending = Segment("\n" if arguments or blank_line else "")
+    return [*segments, ending, *_close(tags.invoke)]
 
 
 def _render_parameter(key: str, value: Any, tags: Tags) -> list[Segment]:
@@ -106,7 +111,7 @@ def read_arguments(call: ToolCall, revision: Revision) -> dict[str, Any]:
     Raises ChatError otherwise, and for JSON that is no object.
     """
     try:
-        value = json.loads(call.arguments, parse_constant=refuse_constant)
+        value = json.loads(call.arguments, parse_constant=refuse_constant, parse_int=_read_integer)
         _dump(value)
     except (ValueError, RecursionError) as error:
         if revision.strict_arguments:
@@ -115,6 +120,11 @@ def read_arguments(call: ToolCall, revision: Revision) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ChatError(f"arguments of a call of {call.name!r} must be a JSON object")
     return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def _read_integer(digits: str) -> int | float:
+    """Return a whole number. Python has no negative zero among them, JSON does."""
+    return -0.0 if digits == "-0" else int(digits)
 
 
 def _dump(value: Any) -> str:

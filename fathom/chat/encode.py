@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict, cast
+from typing import Any, ClassVar, TypedDict, cast
 
 from fathom.chat import protocol
 from fathom.chat.dsml import render_calls
 from fathom.chat.messages import Message, as_mapping, as_message
-from fathom.chat.protocol import Revision, check_thinking, find_revision
+from fathom.chat.protocol import Revision, check_layout, check_thinking, find_revision
 from fathom.chat.quick import find_task
 from fathom.chat.segments import Segment, join_text, mark_own, merge_text
 from fathom.chat.thinking import ThinkingRule, apply_thinking
@@ -37,6 +37,7 @@ class PromptOptions(TypedDict, total=False):
     add_bos: bool
     open_calls: bool
     images: bool
+    layout: str
 
 
 def encode(
@@ -51,6 +52,7 @@ def encode(
     add_bos: bool = True,
     open_calls: bool = False,
     images: bool = False,
+    layout: str = "reference",
 ) -> str:
     """Return the prompt for `messages`, which ends where the model goes on writing.
 
@@ -67,6 +69,8 @@ def encode(
         add_bos: begin with the BOS token (never behind a context).
         open_calls: end with the opening of a tool-call block, so that the model must call.
         images: render image parts as the image token instead of naming them unsupported.
+        layout: "reference" writes what the reference encoders write; "api" what the hosted API
+            makes of a request, see docs/protocol.md. They differ only off the common path.
 
     Raises:
         ChatError: a message, tool, mode or revision that cannot be rendered.
@@ -83,6 +87,7 @@ def encode(
             add_bos=add_bos,
             open_calls=open_calls,
             images=images,
+            layout=layout,
         )
     )
 
@@ -99,24 +104,28 @@ def encode_segments(
     add_bos: bool = True,
     open_calls: bool = False,
     images: bool = False,
+    layout: str = "reference",
 ) -> list[Segment]:
     """Return the prompt of `encode` in segments; the arguments and errors are the same."""
     rules = find_revision(revision)
     check_thinking(thinking)
+    check_layout(layout)
     if open_calls and thinking != "off":
         raise ChatError("open_calls needs thinking off: reasoning comes before calls")
     past = [as_message(message) for message in context]
     new = _attach(list(map(as_message, messages)), tools, response_format, may_add=not past)
     turns = sort_tool_results([*merge_messages(past, is_context=True), *merge_messages(new)])
-    turns, rule = apply_thinking(turns, thinking, drop_thinking)
+    turns, rule = apply_thinking(turns, thinking, drop_thinking, answers_only=layout == "api")
     segments: list[Segment] = []
     if not past:
         segments += [_special(protocol.BOS)] if add_bos else []
         segments.append(Segment(rules.effort.get(thinking, "") if rule.enabled else ""))
-    renderer = _Renderer(revision=rules, rule=rule, images=images)
+    make = _ApiRenderer if layout == "api" else _Renderer
+    renderer = make(revision=rules, rule=rule, images=images)
     for index, turn in enumerate(turns):
         if not turn.is_context:
             segments += renderer.turn(index, turns)
+    segments += renderer.end(turns)
     if open_calls:
         segments += [Segment("\n\n<"), _special(protocol.DSML), Segment(f"{rules.tags.block}>\n")]
     return merge_text(segments)
@@ -140,6 +149,11 @@ class _Renderer:
     revision: Revision
     rule: ThinkingRule
     images: bool
+    blank_line: ClassVar[bool] = True  # an empty line where a call has no arguments
+
+    def end(self, turns: list[Turn]) -> list[Segment]:
+        """Return what follows the last turn."""
+        return []
 
     def turn(self, index: int, turns: list[Turn]) -> list[Segment]:
         turn = turns[index]
@@ -147,10 +161,7 @@ class _Renderer:
         if turn.role == "latest_reminder":
             return [_special(protocol.LATEST_REMINDER), *self._content(message)]
         if turn.role == "system":
-            is_last = index == len(turns) - 1
-            opens = is_last and self.revision.opens_after_system
-            header = self._header(index) if opens else []
-            return [*self._instructions(message), *header]
+            return [*self._instructions(message), *self._instructions_end(index, turns)]
         if turn.role == "assistant":
             return self._assistant(index, turns)
         if turn.role == "developer":
@@ -165,10 +176,14 @@ class _Renderer:
         message = turns[index].message
         answers_task = index > 0 and turns[index - 1].message.task is not None
         shows = self.rule.shows(index) and not answers_task
-        body = _assistant(message, self.revision, shows=shows)
+        body = _assistant(message, self.revision, shows=shows, blank_line=self.blank_line)
         segments = [segment._replace(generated=True) for segment in body]
         task = find_task(message.task, "assistant")
         return [*segments, _special(task.token)] if task else segments
+
+    def _instructions_end(self, index: int, turns: list[Turn]) -> list[Segment]:
+        opens = index == len(turns) - 1 and self.revision.opens_after_system
+        return self._header(index) if opens else []
 
     def _user_end(self, index: int, turns: list[Turn]) -> list[Segment]:
         task = find_task(turns[index].message.task, "user")
@@ -220,17 +235,56 @@ class _Renderer:
             return _special(protocol.IMAGE)
         return Segment(f"[Unsupported {kind}]")
 
+    def _format(self, response_format: Any) -> str:
+        return protocol.RESPONSE_FORMAT_HEAD + _json(response_format, "response_format")
+
     def _instructions(self, message: Message) -> list[Segment]:
         segments = self._content(message)
         if message.tools:
             segments += [Segment("\n\n"), *_tools_section(message.tools, self.revision)]
         if message.response_format:
-            text = protocol.RESPONSE_FORMAT_HEAD + _json(message.response_format, "response_format")
-            segments.append(Segment("\n\n" + text))
+            segments.append(Segment("\n\n" + self._format(message.response_format)))
         return segments
 
 
-def _assistant(message: Message, revision: Revision, *, shows: bool) -> list[Segment]:
+class _ApiRenderer(_Renderer):
+    """Puts the header before each answer instead of behind each question.
+
+    So an answer always has one, whatever stands before it, and the prompt always ends with one
+    unless the last message is continued.
+    """
+
+    blank_line: ClassVar[bool] = False
+
+    def end(self, turns: list[Turn]) -> list[Segment]:
+        if turns:
+            last = turns[-1].message
+            if last.prefix or (turns[-1].role == "user" and last.task is not None):
+                return []
+        return self._header(len(turns))
+
+    def turn(self, index: int, turns: list[Turn]) -> list[Segment]:
+        if turns[index].role != "assistant" or (index and turns[index - 1].message.task):
+            return super().turn(index, turns)
+        # An answer whose reasoning is left out had none to begin with.
+        think = protocol.THINK if self.rule.shows(index) else protocol.THINK_END
+        return [_special(protocol.ASSISTANT), _special(think), *super().turn(index, turns)]
+
+    def _format(self, response_format: Any) -> str:
+        if response_format == protocol.JSON_OBJECT_FORMAT:
+            return protocol.JSON_OBJECT_TEXT
+        return super()._format(response_format)
+
+    def _user_end(self, index: int, turns: list[Turn]) -> list[Segment]:
+        return super()._user_end(index, turns) if turns[index].message.task else []
+
+    def _instructions_end(self, index: int, turns: list[Turn]) -> list[Segment]:
+        return []
+
+
+def _assistant(
+    message: Message, revision: Revision, *, shows: bool, blank_line: bool = True
+) -> list[Segment]:
     content = message.content
     if not isinstance(content, str):
         content = "\n\n".join(str(part.get("text", "")) for part in content)
@@ -238,12 +292,13 @@ def _assistant(message: Message, revision: Revision, *, shows: bool) -> list[Seg
     if shows:
         segments.append(Segment(message.reasoning))
         # A continued message with reasoning alone is still inside its thoughts.
-        is_open = message.prefix and message.reasoning and not content and not message.tool_calls
+        has_begun = bool(message.reasoning) or not blank_line  # as hosted: an empty one begins here
+        is_open = message.prefix and has_begun and not content and not message.tool_calls
         if not is_open:
             segments.append(_special(protocol.THINK_END))
     segments.append(Segment(content))
     if message.tool_calls:
-        segments += [Segment("\n\n"), *render_calls(message.tool_calls, revision)]
+        segments += [Segment("\n\n"), *render_calls(message.tool_calls, revision, blank_line)]
     return segments if message.prefix else [*segments, _special(protocol.EOS)]
 
 

@@ -8,17 +8,24 @@ Paper: §5.1.1 (interleaved thinking: reasoning, then content, then calls).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from fathom.chat.dsml import Tag
 from fathom.chat.events import ContentDelta, ReasoningDelta, Report
+from fathom.chat.stops import StopFinder
 
 
 class ProseReader:
     """Collects reasoning and content, and the tags in them that may turn out to open calls."""
 
     def __init__(
-        self, stage: Literal["reasoning", "content"], report: Report, *, trim: bool
+        self,
+        stage: Literal["reasoning", "content"],
+        report: Report,
+        *,
+        trim: bool,
+        stop: Iterable[str] = (),
     ) -> None:
         self.stage = stage
         self.reasoning: list[str] = []
@@ -26,9 +33,16 @@ class ProseReader:
         self.candidate: Tag | None = None
         self._report = report
         self._trim = trim
+        self._stops = StopFinder(stop)
+        self._started = [False, False]  # content, reasoning
         self._newlines = 0  # at the end of the text, while a block may follow
         self._held: list[str] = []  # candidate and blanks, given back if no call follows
         self._held_newlines = 0
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop text that ended the content, None before."""
+        return self._stops.found
 
     def add_text(self, text: str) -> None:
         """Take text in which nothing is markup."""
@@ -65,6 +79,11 @@ class ProseReader:
         self.candidate, self._held, self._held_newlines = None, [], 0
         return text
 
+    def leave(self) -> None:
+        """Take note that calls follow."""
+        self.take_held()
+        self._emit_content(self._stops.flush())
+
     def end_thinking(self) -> bool:
         """Go from reasoning to content. Returns whether there was reasoning to end."""
         if self._held:
@@ -85,6 +104,7 @@ class ProseReader:
         elif self._held:
             self._give_back()
         self._flush_newlines()
+        self._emit_content(self._stops.flush())
 
     def _hold_text(self, text: str) -> None:
         if not self._held:
@@ -98,12 +118,21 @@ class ProseReader:
 
     def _emit(self, text: str) -> None:
         reasons = self.stage == "reasoning"
-        parts = self.reasoning if reasons else self.content
-        if self._trim and not parts:
+        if self._trim and not self._started[reasons]:
             text = text.lstrip("\n")
+        if not text:
+            return
+        self._started[reasons] = True
+        if reasons:
+            self.reasoning.append(text)
+            self._report.add(ReasoningDelta(text))
+        else:
+            self._emit_content(self._stops.push(text))
+
+    def _emit_content(self, text: str) -> None:
         if text:
-            parts.append(text)
-            self._report.add(ReasoningDelta(text) if reasons else ContentDelta(text))
+            self.content.append(text)
+            self._report.add(ContentDelta(text))
 
     def _flush_newlines(self) -> None:
         count, self._newlines = self._newlines, 0

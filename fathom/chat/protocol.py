@@ -57,6 +57,15 @@ RESPONSE_FORMAT_HEAD = (
     "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 )
 
+# Stands for any JSON object as response_format, for which the API has a text of its own.
+JSON_OBJECT_FORMAT = {"type": "json_object"}
+JSON_OBJECT_TEXT = (
+    "You are a helpful assistant designed to output JSON.\n## Response Format:\n\n"
+    "Reply with JSON object ONLY."
+)
+
+SYSTEM_REMINDER = ("<system-reminder>\n", "\n</system-reminder>")
+
 EFFORT_ABSOLUTE = (
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
     "You MUST be very thorough in your thinking and comprehensively decompose the problem to "
@@ -111,6 +120,7 @@ TOOLS_TAIL = (
 )
 
 THINKING_MODES = ("off", "low", "high", "max")
+LAYOUTS = ("reference", "api")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,3 +179,10 @@ def check_thinking(thinking: str) -> str:
     if thinking not in THINKING_MODES:
         raise ChatError(f"unknown thinking mode {thinking!r}: use off, low, high or max")
     return thinking
+
+
+def check_layout(layout: str) -> str:
+    """Return `layout` if it is one. Raises ChatError otherwise."""
+    if layout not in LAYOUTS:
+        raise ChatError(f"unknown layout {layout!r}: use one of {', '.join(LAYOUTS)}")
+    return layout

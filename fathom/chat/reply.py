@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fathom.chat.messages import Message
+from fathom.chat.messages import Message, ToolCall
 
 # "context" means that the conversation no longer fits the model, so there is no message to use.
 FinishReason = Literal["stop", "tool_calls", "length", "context"]
@@ -63,3 +63,24 @@ class Reply:
     finish_reason: FinishReason
     usage: Usage = field(default_factory=Usage)
     timings: Timings = field(default_factory=Timings)
+
+
+def executable_calls(message: Message, *, allow_repaired: bool = False) -> list[ToolCall]:
+    """Return the calls that may be run: never one that was cut off, a repaired one if allowed."""
+    return [
+        call
+        for call in message.tool_calls
+        if not call.partial and (allow_repaired or not call.repaired)
+    ]
+
+
+def finish_reason(
+    message: Message, *, at_limit: bool, allow_repaired: bool = False
+) -> Literal["stop", "tool_calls", "length"]:
+    """Return why a reply ended, in the API's words; `at_limit`: the token limit ended it.
+
+    The limit counts before calls: a client must not take a reply for finished that was cut off.
+    """
+    if at_limit:
+        return "length"
+    return "tool_calls" if executable_calls(message, allow_repaired=allow_repaired) else "stop"

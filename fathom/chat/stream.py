@@ -14,7 +14,7 @@ Paper: §5.1.1 (tool-call schema).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fathom.chat.calls import CallReader
 from fathom.chat.dsml import Tag, TagReader
@@ -53,6 +53,10 @@ class StreamParser:
         trim: drop line breaks around reasoning and before content, as the official API does.
             Without it the message holds exactly what was written.
         make_id: gives the id of the n-th call; the ids are "call_0", "call_1", ... by default.
+        stream_arguments: report a call and its arguments while they come. By default it is reported
+            once it is complete: clients repair and execute calls that were cut off.
+        stop: texts that end the content where they appear in it; reasoning and calls may hold them.
+            `stopped` tells which one was met, and what follows it is ignored.
 
     Raises ChatError for an unknown mode or stage.
     """
@@ -65,6 +69,8 @@ class StreamParser:
         tools: bool = True,
         trim: bool = False,
         make_id: Callable[[int], str] | None = None,
+        stream_arguments: bool = False,
+        stop: Sequence[str] = (),
     ) -> None:
         check_thinking(thinking)
         if start not in (None, *_STAGES):
@@ -73,10 +79,12 @@ class StreamParser:
         self._tags = Tags()
         self._report = Report()
         self._message: Message | None = None
-        self._prose = ProseReader("reasoning", self._report, trim=trim)
+        self._prose = ProseReader("reasoning", self._report, trim=trim, stop=stop)
         if start == "content" or (start is None and thinking == "off"):
             self._prose.stage = "content"
-        self._calls = CallReader(self._tags, self._report, make_id or "call_{}".format)
+        self._calls = CallReader(
+            self._tags, self._report, make_id or "call_{}".format, streams=stream_arguments
+        )
         self._in_calls = start == "tool_calls"
 
         self._hold = ""  # the end of the text, while it may be the start of a marker
@@ -90,6 +98,11 @@ class StreamParser:
         if self._message is None:
             raise ChatError("the message is known after close()")
         return self._message
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop text that was met, None if none was."""
+        return self._prose.stopped
 
     def feed(self, piece: str, special: bool | None = None) -> list[Event]:
         """Take the next piece and return what it brought.
@@ -110,10 +123,14 @@ class StreamParser:
                 self._text(piece)
         return self._report.take()
 
-    def close(self) -> list[Event]:
-        """End the completion and return the last events. `message` is known afterwards."""
+    def close(self, *, truncated: bool = False) -> list[Event]:
+        """End the completion and return the last events. `message` is known afterwards.
+
+        `truncated` says that the token limit ended it. A call that is open then is partial, without
+        a guess at where its value may have ended.
+        """
         if self._message is None:
-            self._finish()
+            self._finish(truncated)
             self._message = Message(
                 role="assistant",
                 reasoning="".join(self._prose.reasoning),
@@ -146,6 +163,8 @@ class StreamParser:
     # Level 2: markers begin tags
 
     def _mark(self, marker: str, *, by_id: bool) -> None:
+        if self.stopped is not None:
+            return
         self._flush_eos()
         if marker == EOS:
             self._eos = True
@@ -175,6 +194,8 @@ class StreamParser:
         return not self._in_value() or by_id or self._angle == "</"
 
     def _text(self, text: str) -> None:
+        if self.stopped is not None:
+            return
         self._flush_eos()
         if self._tag is not None:
             reader = self._tag
@@ -262,18 +283,20 @@ class StreamParser:
         if is_wrong:
             has_block = opener.name != self._tags.invoke
             self._report.diagnose("wrong_block_tag", opener.literal if has_block else "")
-        self._prose.take_held()
+        self._prose.leave()
         self._in_calls = True
         self._calls.begin(opener.name, doubtful=in_reasoning or is_wrong)
         self._calls.handle(call)
 
     # The end
 
-    def _finish(self) -> None:
+    def _finish(self, truncated: bool) -> None:
+        if self.stopped is not None:
+            return
         self._eos = False
         self._keep_cut_marker()
         self._flush_hold()
-        suspended = self._calls.take_suspended()
+        suspended = None if truncated else self._calls.take_suspended()
         if suspended is not None:
             rest = self._tag.literal if self._tag is not None else ""
             text = suspended + rest + self._angle

@@ -32,10 +32,12 @@ class ThinkingRule:
 
 
 def apply_thinking(
-    turns: list[Turn], thinking: str, drop_thinking: bool
+    turns: list[Turn], thinking: str, drop_thinking: bool, *, answers_only: bool = False
 ) -> tuple[list[Turn], ThinkingRule]:
     """Return the turns that stay and the rule for their reasoning.
 
+    With `answers_only` dropping takes the reasoning of every finished answer, not only of those
+    before the last user turn: just a continued one keeps it.
     Dropping also removes developer turns before the last user turn: they belong to the internal
     search pipeline of an answer that is already given.
     """
@@ -44,8 +46,10 @@ def apply_thinking(
     if enabled and not keep_all:
         last = _last_user(turns)
         turns = [turn for at, turn in enumerate(turns) if turn.role != "developer" or at >= last]
-    rule = ThinkingRule(enabled=enabled, keep_all=keep_all, last_user=_last_user(turns))
-    return turns, rule
+    last = _last_user(turns)
+    if answers_only:
+        last = len(turns) - (2 if turns and turns[-1].message.prefix else 1)
+    return turns, ThinkingRule(enabled=enabled, keep_all=keep_all, last_user=last)
 
 
 def _last_user(turns: list[Turn]) -> int:

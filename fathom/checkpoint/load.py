@@ -48,6 +48,8 @@ def load_model(
             else:
                 _fill_matrix(checkpoint, model, item, torch.device(device))
     model.set_weight_formats(weight_formats)
+    if quantized:
+        _keep_float_scales(checkpoint, model, torch.device(device))
     return model.eval()
 
 
@@ -89,6 +91,28 @@ def _fill_matrix(
     for start in range(0, matrix.rows, step):
         stop = min(matrix.rows, start + step)
         target[start:stop].copy_(checkpoint.matrix_rows(matrix, start, stop))
+
+
+def _keep_float_scales(checkpoint: Checkpoint, model: nn.Module, device: torch.device) -> None:
+    """Leave float32 tile scales with the layers that multiply stored codes (all but wo_a)."""
+    for item in modules(checkpoint.config):
+        if not isinstance(item, Matrix) or checkpoint.weight_format(item.name) != "fp8":
+            continue
+        name = f"{item.name}.scale"
+        if checkpoint.find(name).dtype != "F32" or item.name.endswith(".wo_a"):
+            continue
+        scale = checkpoint.read(name).to(device)
+        if not item.expert:
+            model.get_submodule(item.name).tile_scale = scale
+            continue
+        module, index, leaf = stacked_place(item)
+        experts = model.get_submodule(module)
+        stacked = getattr(experts, f"{leaf}_tile_scale")
+        if stacked is None:
+            weight = getattr(experts, leaf)
+            stacked = torch.ones(weight.shape[0], *scale.shape, device=device)
+            setattr(experts, f"{leaf}_tile_scale", stacked)
+        stacked[index] = scale
 
 
 def _materialise(model: nn.Module, name: str, device: torch.device) -> torch.Tensor:

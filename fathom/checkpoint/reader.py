@@ -214,6 +214,8 @@ def _read_config(folder: Path) -> ModelConfig:
         return ModelConfig.from_json(file)
     except RecursionError:
         raise ConfigError(f"{file} is nested too deeply") from None
+    except ConfigError as e:
+        raise e if str(file) in str(e) else type(e)(f"{file}: {e}") from None
 
 
 def _list_shards(checkpoint: Checkpoint) -> None:

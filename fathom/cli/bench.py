@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fathom.cli.bench_fuzz import fuzz
 from fathom.cli.output import print_json, print_table
 from fathom.cli.sandboxes import KINDS, check_kind
 
@@ -109,6 +110,9 @@ def sandbox_exec(
         print_json(report)
     else:
         _print_exec(report)
+
+
+app.command()(fuzz)
 
 
 def _counts(text: str) -> list[int]:

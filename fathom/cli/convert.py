@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from fathom.cli.models import checkpoint_path
 from fathom.cli.terminal import console
 
 
@@ -23,7 +24,7 @@ class ExpertDtype(StrEnum):
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(help="Checkpoint to read, in any accepted form.")],
+    src: Annotated[Path, typer.Argument(help="Checkpoint in any form, or a shipped model.")],
     dst: Annotated[Path, typer.Argument(help="Folder to write.")],
     expert_dtype: Annotated[
         ExpertDtype | None,
@@ -37,7 +38,9 @@ def convert(
     from fathom.checkpoint import convert_checkpoint, inspect_checkpoint
 
     with console(stderr=True).status("Converting"):
-        convert_checkpoint(src, dst, None if expert_dtype is None else expert_dtype.value)
+        convert_checkpoint(
+            checkpoint_path(src), dst, None if expert_dtype is None else expert_dtype.value
+        )
         report = inspect_checkpoint(dst)
     print(
         f"{dst}: {report.kind}, {report.tensors:,} tensors in {report.files:,} files, "

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fathom.chat.reply import Piece, Sampling
-from fathom.cli.models import SHIPPED_MODEL, check_thinking, default_sampling
+from fathom.cli.models import SHIPPED_MODEL, announce_compiling, check_thinking, default_sampling
 from fathom.cli.output import print_json
 from fathom.cli.terminal import console, visible
 
@@ -47,6 +47,7 @@ def generate(
     import fathom  # loads torch
 
     llm = fathom.load(model)
+    announce_compiling()
     out = None if as_json else console()
     if chat:
         result = _answer(llm, text, thinking, max_tokens, sampling, out)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fathom.cli.models import checkpoint_path
 from fathom.cli.output import print_json
 from fathom.cli.terminal import TASK_FAILED, console, visible
 
@@ -23,7 +24,10 @@ SHOWN_PROBLEMS = 20
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of a checkpoint, or one safetensors file.")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="A checkpoint folder, one safetensors file, or a shipped model."),
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a checkpoint contains and whether it is whole.
@@ -34,7 +38,7 @@ def inspect(
     from fathom.checkpoint import inspect_checkpoint
 
     with console(stderr=True).status("Reading headers and scales"):
-        report = inspect_checkpoint(path)
+        report = inspect_checkpoint(checkpoint_path(path))
     if json:
         print_json(report.to_json())
     else:

@@ -5,10 +5,13 @@ Paper: none (command line).
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import typer
 
 from fathom.agent import HTTPModel, Model
 from fathom.chat.reply import Sampling
+from fathom.cli.terminal import console
 
 SHIPPED_MODEL = "nano"
 THINKING = ("off", "high", "max")
@@ -33,7 +36,28 @@ def open_model(model: str | None, url: str | None, api_key: str | None = None) -
     from fathom.engine.chat_model import LocalModel
 
     name = model or SHIPPED_MODEL
-    return LocalModel(fathom.load(name), name=name)
+    llm = fathom.load(name)
+    announce_compiling()
+    return LocalModel(llm, name=name)
+
+
+def announce_compiling() -> None:
+    """Tell whoever watches a terminal why the first token on this machine takes so long."""
+    from fathom.kernels.numba import step
+
+    out = console(stderr=True)
+    if out.is_terminal and step.must_compile():
+        out.print("compiling the decoder for this machine: once, some ten seconds", style="dim")
+
+
+def checkpoint_path(path: Path) -> Path:
+    """`path`, or the folder of the shipped model of that name where nothing else has it."""
+    from fathom.engine.llm import SHIPPED
+
+    shipped = SHIPPED / path
+    if not path.exists() and len(path.parts) == 1 and (shipped / "config.json").is_file():
+        return shipped
+    return path
 
 
 def default_sampling(model: str | None, url: str | None, wanted: Sampling) -> Sampling:

@@ -133,7 +133,7 @@ class LocalModel:
             top_p=_first(sampling.top_p, self._defaults.top_p, 1.0),
             seed=_first(sampling.seed, self._defaults.seed, None),
         )
-        parser = StreamParser(thinking, tools=bool(tools))
+        parser = StreamParser(thinking, tools=bool(tools), stream_arguments=True)
         generated = 0
         first_piece: float | None = None
         for token in generation:
@@ -142,7 +142,7 @@ class LocalModel:
             _tell(self._feed(parser, token), on_piece)
             if stopped is not None and stopped.is_set():
                 break
-        _tell(parser.close(), on_piece)
+        _tell(parser.close(truncated=generation.finish_reason == "length"), on_piece)
 
         return Reply(
             message=parser.message,

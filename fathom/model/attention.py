@@ -27,6 +27,7 @@ from fathom.model.indexer import LightningIndexer
 from fathom.model.layers import Linear, RMSNorm
 from fathom.quant import kv_pack
 
+_grouped_linear = operation("grouped_linear")
 _head_rmsnorm = operation("head_rmsnorm")
 _hybrid_attention = operation("hybrid_attention")
 _rope = operation("rope")
@@ -151,13 +152,17 @@ class SlidingWindowAttention(nn.Module):
     def gather_list(
         self, q: torch.Tensor, entries: torch.Tensor, picks: torch.Tensor | None, context: Context
     ) -> torch.Tensor:
-        """Rows of cat(window_kv, entries) for each query: [batch, seq, topk] int64, -1 = none."""
+        """Rows of cat(window_kv, entries) for each query: [batch, seq, topk] int64, -1 = none.
+
+        In the official order, which decides what shares a block of the BF16 softmax: the window's
+        tokens, oldest first, then gaps where it is not full yet, then the entries.
+        """
         batch, seq = q.shape[:2]
-        rows = torch.arange(seq, device=q.device)[:, None] + torch.arange(
-            self.window, device=q.device
-        )
-        missing = max(0, self.window - 1 - context.start)  # rows before the first token
-        rows = rows.masked_fill(rows < missing, -1).expand(batch, seq, -1)
+        places = torch.arange(seq, device=q.device)[:, None] + self.window - 1  # each token's own
+        oldest = (places - self.window + 1).clamp(min=self.window - 1 - context.start)
+        width = self.window if context.start else min(seq, self.window)
+        rows = oldest + torch.arange(width, device=q.device)
+        rows = rows.masked_fill(rows > places, -1).expand(batch, seq, -1)
         if entries.shape[1] == 0:
             return rows
         if picks is None:
@@ -176,8 +181,7 @@ class SlidingWindowAttention(nn.Module):
         """
         grouped = out.flatten(-2).unflatten(-1, (self.groups, -1))  # [batch, seq, groups, width]
         wo_a = self.wo_a.effective_weight().unflatten(0, (self.groups, -1))
-        low = torch.einsum("bsgw,grw->bsgr", grouped.to(wo_a.dtype), wo_a).to(out.dtype)
-        return self.wo_b(low.flatten(-2))
+        return self.wo_b(_grouped_linear(grouped, wo_a).flatten(-2))
 
 
 class HeavilyCompressedAttention(SlidingWindowAttention):

@@ -21,8 +21,11 @@ class Linear(nn.Module):
     `weight_format` ("bf16", "fp8" or "fp4") is how checkpoints store it. `quantize_input` performs
     the FP8 rounding of the input that stored FP8 and FP4 weights are multiplied with.
     `simulate_weight` also rounds the weight to its format at every call, with straight-through
-    gradients, for quantisation-aware training.
+    gradients, for quantisation-aware training. `tile_scale` [ceil(rows / 128), ceil(cols / 128)] is
+    kept from checkpoints whose FP8 tiles have float32 scales, for the official order of products.
     """
+
+    tile_scale: torch.Tensor | None
 
     def __init__(self, cols: int, rows: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -30,6 +33,7 @@ class Linear(nn.Module):
         self.weight_format = "bf16"
         self.quantize_input = False
         self.simulate_weight = False
+        self.register_buffer("tile_scale", None, persistent=False)
 
     def effective_weight(self) -> torch.Tensor:
         """The weight that a forward pass multiplies with: [rows, cols]."""
@@ -39,7 +43,7 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., cols]. Returns [..., rows] in x's dtype."""
-        return _linear(x, self.effective_weight(), self.quantize_input)
+        return _linear(x, self.effective_weight(), self.quantize_input, self.tile_scale)
 
 
 class RMSNorm(nn.Module):

@@ -38,8 +38,13 @@ class Expert(nn.Module):
 class RoutedExperts(nn.Module):
     """All routed experts, stacked: w1, w3 [experts, inner, hidden] and w2 [experts, hidden, inner].
 
-    `weight_format`, `quantize_input` and `simulate_weight` mean what they mean for Linear.
+    `weight_format`, `quantize_input` and `simulate_weight` mean what they mean for Linear; so do
+    `w1_tile_scale`, `w2_tile_scale` and `w3_tile_scale`, with experts in front.
     """
+
+    w1_tile_scale: torch.Tensor | None
+    w2_tile_scale: torch.Tensor | None
+    w3_tile_scale: torch.Tensor | None
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -52,6 +57,8 @@ class RoutedExperts(nn.Module):
         self.weight_format = "bf16"
         self.quantize_input = False
         self.simulate_weight = False
+        for name in ("w1", "w2", "w3"):
+            self.register_buffer(f"{name}_tile_scale", None, persistent=False)
 
     def forward(
         self, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
@@ -60,7 +67,11 @@ class RoutedExperts(nn.Module):
         w1, w2, w3 = self.w1, self.w2, self.w3
         if self.simulate_weight and self.weight_format != "bf16":
             w1, w2, w3 = (fake_quant.weight(w, self.weight_format) for w in (w1, w2, w3))
-        return _experts(x, w1, w2, w3, indices, weights, self.limit, self.quantize_input)
+        arguments = (x, w1, w2, w3, indices, weights, self.limit, self.quantize_input)
+        scales = (self.w1_tile_scale, self.w2_tile_scale, self.w3_tile_scale)
+        if any(s is not None for s in scales):
+            return _experts(*arguments, tile_scales=scales)
+        return _experts(*arguments)
 
 
 class MoE(nn.Module):

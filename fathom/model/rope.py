@@ -42,7 +42,8 @@ class RotaryTable:
     """Cosines and sines of integer positions for one kind of layer.
 
     Phases are float32 products of position and frequency, never anything narrower: at 60,000 tokens
-    a BF16 position is off by whole turns.
+    a BF16 position is off by whole turns. Their cosines are rounded once, from float64: vectorised
+    float32 ones differ in the last bit from machine to machine, and from the official values.
     """
 
     CACHED = 8192  # positions kept ready; later ones are computed when asked for
@@ -57,8 +58,8 @@ class RotaryTable:
         """positions: [seq] or [batch, seq] int64 -> cos, sin, each [..., rope_dim / 2] float32."""
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
-        phase = positions.float().unsqueeze(-1) * self.frequencies
-        return phase.cos(), phase.sin()
+        phase = (positions.float().unsqueeze(-1) * self.frequencies).double()
+        return phase.cos().float(), phase.sin().float()
 
     def span(
         self, start: int, count: int, step: int, device: torch.device

@@ -71,6 +71,7 @@ class Transformer(nn.Module):
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype must be torch.float32 or torch.bfloat16, not {dtype}")
         self.config, self.dtype, self.quantized = config, dtype, quantized
+        self.formats_revision = 0  # counts calls of `set_weight_formats`
         self.embed = Embedding(config, dtype)
         self.layers = nn.ModuleList(
             Block(config, ratio, index < config.num_hash_layers, dtype, quantized)
@@ -141,7 +142,7 @@ class Transformer(nn.Module):
 
     def mtp_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: [batch, seq] -> [batch, seq - 1, vocab] float32; row p predicts token p + 2."""
-        streams = self.streams(tokens[:, :-1])
+        streams = self.streams(tokens)[:, :-1]
         return self.head(self.mtp_hidden(streams, tokens[:, 1:]))
 
     def context(
@@ -174,9 +175,10 @@ class Transformer(nn.Module):
         """Say how weights are stored: {"layers.0.attn.wq_a": "fp8", "layers.0.ffn.experts": "fp4"}.
 
         In a quantised model this turns on the FP8 rounding of those layers' inputs (never wo_a's).
-        `simulate` also rounds the weights at every call. Raises ConfigError for unknown names
-        and formats.
+        `simulate` also rounds the weights at every call. Float32 scales kept from a checkpoint are
+        dropped. Raises ConfigError for unknown names and formats.
         """
+        self.formats_revision += 1
         modules = dict(self.named_modules())
         for name, weight_format in formats.items():
             module = modules.get(name)
@@ -190,6 +192,8 @@ class Transformer(nn.Module):
             stored = weight_format != "bf16"
             module.quantize_input = self.quantized and stored and not name.endswith(".wo_a")
             module.simulate_weight = simulate and stored
+            for scale in dict(module.named_buffers(recurse=False)):
+                setattr(module, scale, None)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:

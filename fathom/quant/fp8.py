@@ -31,6 +31,7 @@ __all__ = [
     "simulate",
     "simulate_weight",
     "straight_through",
+    "weight_codes",
 ]
 
 E4M3_MAX = 448.0
@@ -186,6 +187,27 @@ def dequantize_weight(q: Tensor, scale: Tensor, block: int = 128) -> Tensor:
             f"in tiles of {block}: expected {expected}"
         )
     return join_tiles(tiles.mul_(factor[..., :, None, :, None]), q)
+
+
+def weight_codes(w: Tensor, scale: Tensor, block: int = 128) -> Tensor:
+    """The codes that a weight was dequantised from, given the scales of its tiles.
+
+    Exact: float32 or bfloat16 moved each product of code and scale by less than half the distance
+    between codes (but for products below the smallest normal number). Gradients pass as if nothing
+    were rounded.
+
+    w: [..., rows, cols] float32 or bfloat16
+    scale: [..., ceil(rows / block), ceil(cols / block)] float32
+    returns: [..., rows, cols] float32, values of e4m3
+    Raises ValueError when a dtype does not fit.
+    """
+    tiles = split_tiles(w, block).float()
+    divisor = torch.where(scale == 0, 1.0, scale)[..., :, None, :, None]
+    values = join_tiles(tiles / divisor, w)
+    codes = values.detach().clamp(-E4M3_MAX, E4M3_MAX).to(_E4M3).float()
+    if w.requires_grad and torch.is_grad_enabled():
+        return straight_through(values, codes)
+    return codes
 
 
 def simulate_weight(w: Tensor, block: int = 128, scale_dtype: torch.dtype = _E8M0) -> Tensor:

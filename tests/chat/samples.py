@@ -71,7 +71,7 @@ def parameter(key: str, value: str, string: str = "true") -> str:
 def read_stream(
     pieces: Iterable[str], thinking: str = "high", **options: Any
 ) -> tuple[Message, list[Event]]:
-    parser = StreamParser(thinking, **options)
+    parser = StreamParser(thinking, **{"stream_arguments": True} | options)
     events: list[Event] = []
     for piece in pieces:
         events += parser.feed(piece)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -327,20 +326,6 @@ def agent_conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
     return messages
 
 
-@given(agent_conversations(), st.sampled_from(["off", "low", "high", "max"]))
-def test_with_tools_every_prompt_extends_the_last(
-    messages: list[dict[str, Any]], thinking: str
-) -> None:
-    prompts = [
-        encode(messages[:at], samples.TOOLS, thinking=thinking, revision="0731")
-        for at, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
-    prompts.append(encode(messages, samples.TOOLS, thinking=thinking, revision="0731"))
-    for shorter, longer in itertools.pairwise(prompts):
-        assert longer.startswith(shorter)
-
-
 @given(agent_conversations())
 def test_a_context_leaves_out_exactly_what_was_sent(messages: list[dict[str, Any]]) -> None:
     carried = [messages[0] | {"tools": samples.TOOLS}, *messages[1:]]
@@ -348,22 +333,6 @@ def test_a_context_leaves_out_exactly_what_was_sent(messages: list[dict[str, Any
     for end in ends:
         past, new = carried[: end + 1], carried[end + 1 :]
         assert encode(past) + encode(new, context=past) == encode(carried)
-
-
-@given(agent_conversations())
-def test_special_segments_are_the_same_for_any_text(messages: list[dict[str, Any]]) -> None:
-    blank = [
-        message | {"content": "x", "reasoning_content": "x"}
-        if message["role"] == "assistant"
-        else message | {"content": "x"}
-        for message in messages
-    ]
-
-    def tokens(conversation: list[dict[str, Any]]) -> list[str]:
-        segments = encode_segments(conversation, samples.TOOLS)
-        return [segment.text for segment in segments if segment.special]
-
-    assert tokens(messages) == tokens(blank)
 
 
 def test_generated_segments_are_what_the_model_wrote() -> None:

@@ -22,65 +22,6 @@ from tests.chat.samples import block, invoke, is_clean, parameter, read_stream
 
 Read = Callable[[str], list[Vector]]
 
-# Where the official stream parser emits no valid JSON, swallows text or loses a call, we differ.
-# Each of these is looked at on its own below.
-DIFFERENT_FROM_THE_API = {
-    "parse.api.nostringattr",
-    "parse.api.bad_json",
-    "parse.api.empty_json",
-    "parse.api.lone_dsml_in_prose",
-    "parse.api.empty_block",
-    "parse.api.attr_order",
-    "parse.api.single_quotes",
-    "parse.api.mf_dsml_in_reasoning_quoted",
-    "parse.api.mf_invoke_without_name",
-    "parse.api.mf_nested_invoke",
-    "parse.api.mf_missing_param_close_bracket",
-    "parse.api.mf_string_attr_caps",
-}
-
-
-def calls_of(message: Message) -> list[dict[str, str]]:
-    return [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
-
-
-def test_strict_vectors(read_vectors: Read) -> None:
-    well_formed = [v for v in read_vectors("parse_strict") if "error" not in v["expected"]]
-    assert len(well_formed) > 10
-    for vector in well_formed:
-        thinking = "off" if vector["input"]["thinking_mode"] == "chat" else "high"
-        message = parse(vector["input"]["text"], thinking)
-        found = {
-            "reasoning_content": message.reasoning,
-            "content": message.content,
-            "tool_calls": calls_of(message),
-        }
-        assert found == vector["expected"], vector["name"]
-        assert is_clean(message), vector["name"]
-
-
-def test_official_stream_parser_vectors(read_vectors: Read) -> None:
-    compared = 0
-    for vector in read_vectors("parse_api"):
-        given = vector["input"]
-        if vector["name"] in DIFFERENT_FROM_THE_API or "stop_sequences" in given:
-            continue
-        if given.get("parse_json_output") or given["finish"] == "length":
-            continue
-        message, _ = read_stream(
-            [given["text"]],
-            "high" if given["thinking"] else "off",
-            trim=True,
-            tools=given.get("parse_tool_calls", True),
-            start="tool_calls" if given.get("starts_in_tool_calls") else None,
-        )
-        expected = vector["expected"]
-        assert (message.reasoning or None) == expected["reasoning"], vector["name"]
-        assert message.content == expected["content"], vector["name"]
-        assert calls_of(message) == expected["tool_calls"], vector["name"]
-        compared += 1
-    assert compared > 35
-
 
 def test_no_text_of_any_vector_raises_or_gives_invalid_arguments(read_vectors: Read) -> None:
     for name in ("parse_api", "parse_strict", "parse_observed"):

@@ -11,6 +11,7 @@ import torch
 
 from fathom.checkpoint import load, load_model, open_checkpoint
 from fathom.checkpoint.tiny import KINDS, tiny_config, write_tiny
+from fathom.quant import fp8
 
 from .forms import (
     as_transformers,
@@ -82,6 +83,49 @@ def test_e8m0_scales_in_a_base_model(tmp_path: Path) -> None:
     model = load_model(folder)
     assert model.config.expert_dtype == "fp8"
     assert_same_state(model, expected_state(read_tensors(folder)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float32_scales_are_applied_after_the_product(tmp_path: Path, dtype: torch.dtype) -> None:
+    """As the official kernel does: BF16 would round each dequantised weight by up to 2^-9."""
+    folder = write_tiny(tmp_path / "t", "base")
+    stored = read_tensors(folder)
+    model = load_model(folder, dtype)
+    g = torch.Generator().manual_seed(0)
+    for name in ("layers.0.attn.wkv", "layers.1.ffn.shared_experts.w2"):
+        linear = model.get_submodule(name)
+        x = torch.randn(5, linear.weight.shape[1], generator=g).to(dtype)
+        expected = slow_product(x, stored[f"{name}.weight"], stored[f"{name}.scale"])
+        with torch.no_grad():
+            found = linear(x)
+        assert found.dtype == dtype
+        assert float((found.double() - expected).abs().max() / expected.abs().mean()) < (
+            2e-6 if dtype == torch.float32 else 2**-6
+        )
+        if dtype == torch.bfloat16:  # one rounding, at the end
+            wrong = found != expected.to(dtype)
+            assert float(wrong.float().mean()) < 0.01
+    experts = model.layers[2].ffn.experts
+    name = "layers.2.ffn.experts.3.w1"
+    assert torch.equal(experts.w1_tile_scale[3], stored[f"{name}.scale"])
+    assert torch.equal(
+        fp8.weight_codes(experts.w1[3], experts.w1_tile_scale[3]), stored[f"{name}.weight"].float()
+    )
+    assert model.layers[0].attn.wo_a.tile_scale is None  # expanded: its input is not quantised
+    plain = load_model(folder, dtype, quantized=False)
+    assert not [name for name, _ in plain.named_buffers() if name.endswith("tile_scale")]
+
+
+def slow_product(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """In float64, tile by tile."""
+    x = fp8.dequantize_activations(*fp8.quantize_activations(x)).double()
+    out = torch.zeros(x.shape[0], codes.shape[0], dtype=torch.float64)
+    for row in range(codes.shape[0]):
+        for tile in range(scale.shape[1]):
+            cols = slice(128 * tile, 128 * tile + 128)
+            partial = x[:, cols] @ codes[row, cols].double()
+            out[:, row] += partial * scale[row // 128, tile].double()
+    return out
 
 
 def test_slices_of_large_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

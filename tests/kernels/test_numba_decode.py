@@ -7,13 +7,16 @@ file takes most of a minute longer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from fathom.checkpoint import load_model
+from fathom.checkpoint.tiny import write_tiny
 from fathom.errors import KernelError
 from fathom.kernels import operation, select, use_backend
 from fathom.kernels.numba import decode, primitives, step
@@ -259,10 +262,73 @@ def test_unusual_mixtures_of_formats_go_to_the_reference(
     assert chosen(tokens[:, :1], model, model.new_cache()) == "reference"
 
 
-def test_changed_weights_count_once_the_packed_copy_is_forgotten(tokens: torch.Tensor) -> None:
-    model = bf16_weights(random_model(5, CONFIG))
-    decode_tokens(model, tokens[:, :2], model.new_cache(), "numba")
+def test_float32_scales_go_to_the_reference(tmp_path: Path, tokens: torch.Tensor) -> None:
+    base = load_model(write_tiny(tmp_path / "base", "base"))
+    assert chosen(tokens[:, :1], base, base.new_cache()) == "reference"
+    instruct = load_model(write_tiny(tmp_path / "instruct", "instruct"))
+    assert chosen(tokens[:, :1], instruct, instruct.new_cache()) == "numba"
+
+
+def scale_in_place(model: Transformer) -> None:
     model.head.weight.mul_(2)
-    step.forget(model)
+
+
+def replace_parameter(model: Transformer) -> None:
+    model.head.weight = torch.nn.Parameter(2 * model.head.weight)
+
+
+def load_other_weights(model: Transformer) -> None:
+    state = {n: 2 * t if n == "head.weight" else t for n, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def take_an_optimizer_step(model: Transformer) -> None:
+    model.layers[0].attn.wo_b.weight.grad = torch.ones_like(model.layers[0].attn.wo_b.weight)
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+
+
+def change_a_table(model: Transformer) -> None:
+    model.layers[0].ffn.gate.tid2eid.copy_(model.layers[0].ffn.gate.tid2eid.flip(0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        scale_in_place,
+        replace_parameter,
+        load_other_weights,
+        take_an_optimizer_step,
+        change_a_table,
+    ],
+)
+def test_changed_weights_count_at_once(
+    tokens: torch.Tensor, change: Callable[[Transformer], None]
+) -> None:
+    model = bf16_weights(random_model(5, CONFIG))
+    before = decode_tokens(model, tokens[:, :2], model.new_cache(), "numba")
+    packed = step._packed[model]
+    decode_tokens(model, tokens[:, :2], model.new_cache(), "numba")
+    assert step._packed[model] is packed  # nothing is packed twice without need
+    change(bf16_weights(model))
+    bf16_weights(model)
     compiled = decode_tokens(model, tokens[:, :2], model.new_cache(), "numba")
     assert worst(compiled, model(tokens[:, :2])[0]) < 1e-4
+    assert worst(compiled, before) > 1e-3
+
+
+def test_changed_formats_count_at_once(tokens: torch.Tensor) -> None:
+    model = bf16_weights(random_model(2, CONFIG, quantized=True))
+    before = decode_tokens(model, tokens[:, :2], model.new_cache(), "numba")
+    model.set_weight_formats(stored_formats(model))
+    compiled = decode_tokens(model, tokens[:, :2], model.new_cache(), "numba")
+    assert worst(compiled, decode_tokens(model, tokens[:, :2], model.new_cache(), "reference")) < (
+        0.05 * float(before.std())
+    )
+    assert worst(compiled, before) > 1e-3
+
+
+def test_models_made_for_inference_only_decode_too(tokens: torch.Tensor) -> None:
+    with torch.inference_mode():
+        model = bf16_weights(random_model(5, CONFIG))
+        compiled = decode_tokens(model, tokens[:, :2], model.new_cache(), "numba")
+        assert worst(compiled, model(tokens[:, :2])[0]) < 1e-4

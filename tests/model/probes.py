@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from fathom.kernels import operation
-from fathom.kernels.numba import step
 from fathom.kernels.reference import mhc
 from fathom.model import Cache, Transformer
 from fathom.model.context import LayerSignals
@@ -379,13 +378,11 @@ def taught() -> float:
 
 @probe
 def decode() -> float:
-    step.forget(subject(False))
     return furthest(decoded(subject(False)), expected_logits(False))
 
 
 @probe
 def decode_q() -> float:
-    step.forget(subject(True))
     return most_rows(decoded(subject(True)), expected_logits(True))
 
 

@@ -3,8 +3,8 @@
 Three arithmetics: f32 (nothing quantised), f32q (every quantisation step, float32 in between),
 native (bfloat16 with the official casts). Quantised paths are discontinuous: a value next to a
 rounding border falls the other way when a float32 sum is ordered differently, and moves its own
-and all later tokens' logits. That happens to one token in some hundred per layer; what it may move
-is bounded below, and how many tokens it may touch in the first layers.
+and all later tokens' logits. Additions are therefore made in the official order wherever that costs
+nothing; what is left comes from the matrix products of another library or machine.
 """
 
 from __future__ import annotations
@@ -43,24 +43,7 @@ class Bound:
 EXACT = Bound(2e-4, 2e-4, 1.0)
 QUANTISED = Bound(0.03, 0.01, 0.95)
 NATIVE = Bound(0.12, 0.12, 0.8)
-# One key-value code of token 69 falls the other way in tiny-instruct's first layer (logits: mean
-# 0.025, median 0.013). With the sums of `mhc_post` in the official order it does not (0.000).
-ONE_FLIP = Bound(0.05, 0.02, 0.95)
-# The MTP block adds flips of its own: measured means 0.038, 0.067 and 0.031.
-MTP_FLIPS = Bound(0.1, 0.06, 0.95)
-# Base weights have float32 scales, and bfloat16 holds such a product with an error of 2^-9: logits
-# 0.26, MTP 0.19. Held as float32 they give 0.14, multiplied as codes and then scaled 0.116.
-ROUNDED_WEIGHTS = Bound(0.3, 0.25, 0.75)
-
-
-def bound_for(name: str, arithmetic: str, mtp: bool = False) -> Bound:
-    if arithmetic == "f32":
-        return EXACT
-    if arithmetic == "native":
-        return ROUNDED_WEIGHTS if name == "tiny-base" else NATIVE
-    if mtp:
-        return MTP_FLIPS
-    return ONE_FLIP if name == "tiny-instruct" else QUANTISED
+BOUNDS = {"f32": EXACT, "f32q": QUANTISED, "native": NATIVE}
 
 
 @dataclass
@@ -146,14 +129,13 @@ def assert_logits(actual: torch.Tensor, expected: torch.Tensor, bound: Bound) ->
 
 
 def test_logits(seen: Seen) -> None:
-    assert_logits(seen.logits, seen.expected("logits"), bound_for(seen.name, seen.arithmetic))
+    assert_logits(seen.logits, seen.expected("logits"), BOUNDS[seen.arithmetic])
 
 
 @torch.no_grad()
 def test_mtp_logits(seen: Seen) -> None:
     found = seen.model.mtp_logits(seen.tokens)[0]
-    bound = bound_for(seen.name, seen.arithmetic, mtp=True)
-    assert_logits(found, seen.expected("mtp_logits"), bound)
+    assert_logits(found, seen.expected("mtp_logits"), BOUNDS[seen.arithmetic])
 
 
 def test_streams(seen: Seen) -> None:
@@ -165,7 +147,7 @@ def test_streams(seen: Seen) -> None:
         assert float((streams.sum(-1) - seen.golden["stream_sum_f32"]).abs().max()) < 2e-3
         assert float((last - expected_last).abs().max()) < 1e-4
         return
-    bound = bound_for(seen.name, seen.arithmetic)
+    bound = BOUNDS[seen.arithmetic]
     for layer, norm in enumerate(norms):
         assert mean_over_mean(norm, expected[layer]) < bound.mean
     # One token's streams move as a whole when an expert or entry changes: compare typical values.
@@ -174,7 +156,7 @@ def test_streams(seen: Seen) -> None:
 
 @only("f32q")
 def test_few_roundings_differ(seen: Seen) -> None:
-    """Sharply: all but a few tokens agree to float32 accuracy after the first layers."""
+    """Sharply: all but a few tokens agree to float32 accuracy, in every layer."""
     expected = seen.expected("stream_norm")
     wrong = []
     for layer, streams in enumerate(seen.streams):
@@ -182,12 +164,13 @@ def test_few_roundings_differ(seen: Seen) -> None:
         wrong.append(((norm - expected[layer]).abs() / expected[layer]).amax(-1) > 1e-5)  # [tokens]
     share = [float(w.float().mean()) for w in wrong]
     assert share[0] == 0  # embeddings
-    assert share[1] < 0.02  # measured: 0, 1 and 1 token of 264
-    assert share[2] < 0.5  # and what has them in its window: 2, 88 and 7 tokens
+    assert share[1] < 0.02  # measured: none of 264 tokens
+    assert share[2] < 0.05  # 0, 0 and 1 token
+    assert share[-1] < 0.5  # those that see a token that fell the other way: 28, 0 and 8 tokens
     # Nothing reaches back: before the first token that fell the other way, logits agree.
     touched = torch.stack(wrong).any(0).nonzero()
     first = int(touched[0]) if len(touched) else len(seen.logits)
-    assert first >= 32  # measured: 69, 69 and 108
+    assert first >= 32  # measured: 97, none and 72
     difference = (seen.logits - seen.expected("logits")).abs()
     assert float(difference[:first].max()) < 2e-4
 
@@ -199,7 +182,7 @@ def test_routes(seen: Seen) -> None:
     assert found.shape == expected.shape
     hashed = seen.model.config.num_hash_layers
     assert bool((same[:hashed] == 1).all())
-    assert float(same.min()) >= {"f32": 1.0, "f32q": 0.98, "native": 0.9}[seen.arithmetic]
+    assert float(same.min()) >= {"f32": 1.0, "f32q": 0.99, "native": 0.9}[seen.arithmetic]
 
 
 def test_index_picks(seen: Seen) -> None:
@@ -211,8 +194,8 @@ def test_index_picks(seen: Seen) -> None:
             assert wanted.shape[-1] <= seen.model.config.index_topk
             assert same_sets(everything_visible(seen.tokens.shape[1]), wanted) == 1
             continue
-        # Rounded scores tie: measured 0.84 in f32q's last layer, 0.45 in native tiny-base.
-        enough = {"f32": 1.0, "f32q": 0.75, "native": 0.35}[seen.arithmetic]
+        # BF16 scores tie, and ties are broken by position here, arbitrarily in the official code.
+        enough = {"f32": 1.0, "f32q": 0.95, "native": 0.35}[seen.arithmetic]
         assert same_sets(seen.picks[layer], wanted) >= enough
 
 
@@ -232,7 +215,7 @@ def same_sets(picks: torch.Tensor, expected: torch.Tensor) -> float:
 def test_native_prefills_of_other_lengths(seen: Seen) -> None:
     lengths = seen.golden["prefill_lengths"].tolist()
     last = torch.stack([seen.model(seen.tokens[:, :n])[0, -1] for n in lengths])
-    assert_logits(last, seen.golden["prefill_last_native"], bound_for(seen.name, "native"))
+    assert_logits(last, seen.golden["prefill_last_native"], NATIVE)
 
 
 @only("native")
@@ -240,5 +223,4 @@ def test_native_prefills_of_other_lengths(seen: Seen) -> None:
 def test_native_decode(seen: Seen) -> None:
     cache = seen.model.new_cache()
     rows = [seen.model(token, cache)[0] for token in seen.tokens.split(1, dim=1)]
-    expected = seen.golden["decode_logits_native"]
-    assert_logits(torch.cat(rows), expected, bound_for(seen.name, "native"))
+    assert_logits(torch.cat(rows), seen.golden["decode_logits_native"], NATIVE)

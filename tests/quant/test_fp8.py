@@ -231,6 +231,24 @@ def test_float32_weight_scales():
     assert ((back - w).abs() <= limit).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_of_a_weight_with_float32_scales_come_back(dtype: torch.dtype):
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0  # NaN
+    q = codes.view(torch.float8_e4m3fn).repeat(40, 1)
+    generator = torch.Generator().manual_seed(1)
+    scale = 2.0 ** (40 * torch.rand(40, 2, generator=generator) - 30)
+    scale[0, 0] = 0.0
+    w = fp8.dequantize_weight(q.view(40, 1, 256), scale.view(40, 1, 2)).to(dtype)
+    found = fp8.weight_codes(w, scale.view(40, 1, 2))[:, 0]
+    expected = q.float()
+    expected[0, :128] = 0
+    assert torch.equal(found, expected)
+    w.requires_grad_(True)
+    fp8.weight_codes(w, scale.view(40, 1, 2))[1:].sum().backward()
+    assert torch.allclose(w.grad[1:, 0, ::128].float(), 1 / scale[1:], rtol=2**-8)
+
+
 @pytest.mark.parametrize("byte", [1, 20, 127, 240])
 def test_writing_a_dequantised_weight_back_loses_nothing(byte: int):
     codes = torch.arange(256, dtype=torch.uint8)

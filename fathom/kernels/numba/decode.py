@@ -160,15 +160,15 @@ def _sinkhorn(m: Any, iterations: int, eps: Any) -> None:
     for step in range(2 * iterations - 1):
         columns = step % 2 == 0  # the softmax was the first row step
         for a in range(n):
-            total = eps
+            total = np.float32(0)
             for b in range(n):
                 total += m[b, a] if columns else m[a, b]
-            inverse = np.float32(1) / total
+            total += eps
             for b in range(n):
                 if columns:
-                    m[b, a] *= inverse
+                    m[b, a] /= total
                 else:
-                    m[a, b] *= inverse
+                    m[a, b] /= total
 
 
 @inner
@@ -180,10 +180,10 @@ def write_streams(streams: Any, y: Any, post: Any, comb: Any) -> None:
         for i in range(n):
             old[i] = streams[i, t]
         for j in range(n):
-            value = post[j] * y[t]
+            mixed = np.float32(0)
             for i in range(n):
-                value += comb[i, j] * old[i]
-            streams[j, t] = value
+                mixed += comb[i, j] * old[i]
+            streams[j, t] = post[j] * y[t] + mixed
 
 
 @inner

@@ -38,19 +38,22 @@ def experts(
     weights: torch.Tensor,
     limit: float,
     quantize_input: bool = False,
+    tile_scales: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The weighted sum of every token's routed experts, accumulated in float32.
 
     x: [tokens, hidden]; w1 (gate), w3 (up): [experts, cols, hidden]; w2 (down):
     [experts, hidden, cols]; indices, weights: [tokens, topk]. `quantize_input` rounds the inputs of
-    all three matrices to FP8. Returns [tokens, hidden] float32.
+    all three matrices to FP8; tile_scales: [experts, ...] each, what `linear` takes for w1, w2 and
+    w3. Returns [tokens, hidden] float32.
     """
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in indices.unique().tolist():
         token, slot = (indices == expert).nonzero(as_tuple=True)
         inputs = x[token]
-        gate = _linear(inputs, w1[expert], quantize_input)
-        up = _linear(inputs, w3[expert], quantize_input)
+        s1, s2, s3 = (s[expert] for s in tile_scales) if tile_scales else (None, None, None)
+        gate = _linear(inputs, w1[expert], quantize_input, s1)
+        up = _linear(inputs, w3[expert], quantize_input, s3)
         act = swiglu(gate, up, limit, weights[token, slot].unsqueeze(-1))
-        out = out.index_add(0, token, _linear(act, w2[expert], quantize_input).float())
+        out = out.index_add(0, token, _linear(act, w2[expert], quantize_input, s2).float())
     return out

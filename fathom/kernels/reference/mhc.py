@@ -37,7 +37,10 @@ def sinkhorn(logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
     eps) and a column normalisation, the others rows, then columns; every divisor carries eps. The
     columns of the result sum to 1 closely, its rows only approximately. Returns the same shape.
     """
-    m = logits.softmax(-1) + eps
+    # Spelled out, since torch's softmax multiplies by a reciprocal: a last bit here decides which
+    # way a value on a rounding border falls layers later.
+    m = (logits - logits.amax(-1, keepdim=True).detach()).exp()
+    m = m / m.sum(-1, keepdim=True) + eps
     m = m / (m.sum(-2, keepdim=True) + eps)
     for _ in range(iterations - 1):
         m = m / (m.sum(-1, keepdim=True) + eps)
@@ -93,11 +96,14 @@ def mhc_post(
     comb: [batch, seq, streams, streams], contracted over its first index, i.e. transposed. Returns
     the new streams in the streams' dtype; float32 inside.
     """
-    out = post.unsqueeze(-1) * y.unsqueeze(-2).float()  # [batch, seq, streams, hidden]
+    first, *others = streams.float().unbind(-2)
     # Four scaled copies, which compilers fuse; as a product of tiny matrices it is a slow kernel.
-    for i, stream in enumerate(streams.float().unbind(-2)):
-        out = out + comb[..., i, :, None] * stream.unsqueeze(-2)
-    return out.to(streams.dtype)
+    mixed = comb[..., 0, :, None] * first.unsqueeze(-2)  # [batch, seq, streams, hidden]
+    for i, stream in enumerate(others, start=1):
+        mixed = mixed + comb[..., i, :, None] * stream.unsqueeze(-2)
+    # The output joins last, as in the official code: another order of these additions lets other
+    # values fall over the rounding borders that follow.
+    return (post.unsqueeze(-1) * y.unsqueeze(-2).float() + mixed).to(streams.dtype)
 
 
 @register("mhc_head", "reference")

@@ -247,7 +247,7 @@ def shared_expert_scaled_like_the_routed(m: pytest.MonkeyPatch) -> None:
 
 @caught_by("block_swa_q", "block_csa_q", "mtp_q")
 def activations_not_quantised(m: pytest.MonkeyPatch) -> None:
-    wrong_kernel(m, "linear", lambda right, x, weight, quantize=False: right(x, weight))
+    wrong_kernel(m, "linear", lambda right, x, weight, *_: right(x, weight))
 
 
 @caught_by("block_csa_q")

@@ -1,0 +1,73 @@
+"""Wishes that all three APIs spell the same way, or nearly.
+
+Paper: none (a matter of the APIs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fathom.chat.messages import as_mapping
+from fathom.chat.reply import Sampling
+from fathom.chat.requests.fields import Fields
+from fathom.chat.requests.types import ResponseFormat
+
+_LARGEST_SEED = (1 << 63) - 1
+_MOST_STOPS = 16
+
+
+def read_sampling(body: Fields) -> Sampling:
+    """Return temperature, top_p and seed."""
+    return Sampling(
+        temperature=body.number("temperature", 0, 2),
+        top_p=body.number("top_p", 0, 1, above=True),
+        seed=body.integer("seed", 0, _LARGEST_SEED),
+    )
+
+
+def read_stop(body: Fields, name: str) -> tuple[str, ...]:
+    """Return the stop texts: one text or up to 16, none of them empty."""
+    value = body.take(name)
+    if value is None:
+        return ()
+    stops: list[Any] = [value] if isinstance(value, str) else (body.items(name) or [])
+    if len(stops) > _MOST_STOPS:
+        body.fail(name, f"holds {len(stops)} texts: at most {_MOST_STOPS} are allowed")
+    for stop in stops:
+        if not isinstance(stop, str):
+            body.fail(name, "must be a text or a list of texts")
+    return tuple(stop for stop in stops if stop)
+
+
+def read_format(form: Fields | None, schema_name: str = "json_schema") -> ResponseFormat:
+    """Return the form of the answer; `schema_name` is where a json_schema keeps its fields."""
+    if form is None:
+        return ResponseFormat()
+    kind = form.choice("type", ("text", "json_object", "json_schema")) or "text"
+    if kind == "json_object":
+        return ResponseFormat(kind="json_object")
+    if kind == "text":
+        return ResponseFormat()
+    inner = form.object(schema_name) if schema_name else form
+    if inner is None:
+        form.fail(schema_name, "is missing: an object with name and schema")
+    schema = inner.take("schema")
+    if as_mapping(schema) is None:
+        inner.fail("schema", "must be an object, a JSON Schema")
+    return ResponseFormat(
+        kind="json_schema",
+        name=inner.text("name") or "",
+        schema=schema,
+        strict=inner.boolean("strict") or False,
+    )
+
+
+def warn_unknown(body: Fields, warnings: list[str]) -> None:
+    """Say which fields of the body were ignored."""
+    warnings += [f"field {name!r} was ignored: it has no effect here" for name in body.unknown()]
+
+
+def take_metadata(body: Fields, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return those of the named fields that are there."""
+    found = {name: body.take(name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}

@@ -134,7 +134,10 @@ def mount_root(launch: Launch, copy_from: Path | None, group: cgroups.Group) -> 
     for folder in (disk, rootfs):
         folder.mkdir(mode=0o755)
     quiet = syscalls.MS_NOSUID | syscalls.MS_NODEV
-    syscalls.mount("tmpfs", str(disk), "tmpfs", quiet, f"size={launch.disk},mode=711")
+    # Empty files take no room but the kernel's memory: their number is bounded as well.
+    inodes = launch.disk // 4096 + 1024
+    options = f"size={launch.disk},nr_inodes={inodes},mode=711"
+    syscalls.mount("tmpfs", str(disk), "tmpfs", quiet, options)
     upper, beside = disk / UPPER, disk / UPPER_WORK
     beside.mkdir(mode=0o700)
     if copy_from is not None:

@@ -26,6 +26,7 @@ from fathom.cli.doctor import doctor
 from fathom.cli.efficiency import efficiency
 from fathom.cli.eval import app as eval_app
 from fathom.cli.generate import generate
+from fathom.cli.images import app as images_app
 from fathom.cli.inspect import inspect
 from fathom.cli.output import print_json
 from fathom.cli.sandbox import app as sandbox_app
@@ -107,6 +108,7 @@ for _command in (
     app.command(_command.__name__)(_command)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+sandbox_app.add_typer(images_app, name="images")
 app.add_typer(sandbox_app, name="sandbox")
 
 

@@ -85,7 +85,9 @@ def _finish(result: ExecResult, as_json: bool) -> None:
 @app.command(context_settings=PassThrough)
 def run(
     command: Command,
-    image: Annotated[str, typer.Option(help="base, or python for base and python3.")] = "base",
+    image: Annotated[
+        str, typer.Option(help="base, python (base and python3), or a name in the store.")
+    ] = "base",
     workdir: Annotated[
         Path | None, typer.Option(help="A folder of yours as /work, read and write.")
     ] = None,
@@ -111,10 +113,8 @@ def run(
     """Run a command in a new sandbox, which ends with it unless --keep is given."""
     from fathom.sandbox import Container, SyncClient
 
-    if image not in ("base", "python"):
-        raise typer.BadParameter(f"--image is {image!r}; choose base or python")
     spec: Container = Container(
-        image="python" if image == "python" else "base",
+        image=image,
         workdir=workdir,
         memory=memory,
         cpu=cpu,

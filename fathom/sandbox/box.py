@@ -16,7 +16,7 @@ import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fathom.errors import SandboxError, Unsupported
 from fathom.sandbox import cgroups, frames, messages, netns, seccomp, state, syscalls
@@ -24,6 +24,9 @@ from fathom.sandbox.frames import Frame, Tag
 from fathom.sandbox.images import rootfs
 from fathom.sandbox.substrates import bubblewrap, container
 from fathom.sandbox.substrates.launch import OOM_SCORE, TENANT, Ends, Launch, Started
+
+if TYPE_CHECKING:
+    from fathom.sandbox.images.stack import Composed
 
 WRITABLE = (
     "/work",
@@ -67,6 +70,7 @@ class Box:
     net: int = -1
     frozen: float | None = None
     ended: bool = False
+    composed: Composed | None = None
     busy: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -88,7 +92,8 @@ def make(launch: Launch, nets: netns.Pool | None, copy_from: Path | None = None)
     """
     box = Box(launch.folder, launch, state.claim(launch.folder), secrets.token_bytes(32))
     try:
-        box.image_lock = rootfs.hold(Path(launch.rootfs))
+        if not launch.layers:
+            box.image_lock = rootfs.hold(Path(launch.rootfs))
         if launch.substrate == "bubblewrap":
             _start(box, copy_from)
         else:
@@ -116,8 +121,8 @@ def _start(box: Box, copy_from: Path | None) -> None:
         if box.group is None:
             box.started = bubblewrap.start(launch, ends, seccomp.compile_filter())
         else:
-            container.mount_root(launch, copy_from, box.group)
-            box.started = container.start(launch, ends, box.group)
+            root, box.composed = container.mount_root(launch, copy_from, box.group)
+            box.started = container.start(launch, ends, box.group, root)
     finally:
         # From here on only the agent listens: its end is the end of every line to it.
         listener.close()
@@ -140,6 +145,12 @@ def as_json(launch: Launch) -> dict[str, Any]:
     """Return a launch in the form that `Launch(**...)` takes after JSON."""
     values = {name: getattr(launch, name) for name in launch.__dataclass_fields__}
     return {**values, "folder": str(launch.folder)}
+
+
+def launch_in(folder: Path, values: dict[str, Any]) -> Launch:
+    """Read a launch from JSON. Raises TypeError for values that it has not."""
+    given: dict[str, Any] = {**values, "folder": folder, "layers": tuple(values["layers"])}
+    return Launch(**given)
 
 
 def introduce(box: Box) -> None:
@@ -225,8 +236,7 @@ def thaw(box: Box) -> float:
 def adopt(folder: Path) -> Box:
     """Take over a sandbox whose node is gone. Raises SandboxError, OSError, ValueError."""
     session = json.loads((folder / state.SESSION).read_text())
-    values: dict[str, Any] = {**session["launch"], "folder": folder}
-    launch = Launch(**values)
+    launch = launch_in(folder, session["launch"])
     box = Box(folder, launch, state.claim(folder), bytes.fromhex(session["secret"]))
     try:
         pid = int(session["pid"])
@@ -299,6 +309,9 @@ def destroy(box: Box) -> None:
         if box.started is not None:
             _await_child(box.started.pid, box.group)
         box.group.destroy()
+    if box.composed is not None:
+        with contextlib.suppress(OSError, SandboxError):
+            box.composed.close()
     for name in (state.ROOTFS, state.DISK, state.WORK):
         with contextlib.suppress(OSError):
             syscalls.unmount(str(box.folder / name))

@@ -356,9 +356,9 @@ class Edge:
         _log.info("event=phase id=%s phase=%s version=%d", id, phase, answer["version"])
         return answer
 
-    async def _pass(self, op: str, id: str) -> dict[str, Any]:
+    async def _pass(self, op: str, id: str, **values: Any) -> dict[str, Any]:
         self._find(id).used = time.time()
-        return await self.host.call(op, id=id)
+        return await self.host.call(op, id=id, **values)
 
     async def _prewarm(self, spec: dict[str, Any], count: int) -> dict[str, Any]:
         wanted = plain.container_in(spec)
@@ -413,7 +413,7 @@ class Edge:
             spec=spec,
             name=launch["substrate"],
             program=launch["program"],
-            image=Path(launch["rootfs"]),
+            image=await in_thread(self.host.image_of, spec.image, launch["rootfs"]),
             ids=int(launch["ids"]),
             caps=caps,
         )

@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,15 @@ from typing import Any, Protocol
 from fathom.errors import SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import agent, line, paths, state, syscalls
 from fathom.sandbox.egress import LOG, nft_program
-from fathom.sandbox.images import rootfs
+from fathom.sandbox.images import (
+    Image,
+    Owners,
+    Store,
+    builtin_image,
+    pack_diff,
+    rootfs,
+    snapshot,
+)
 from fathom.sandbox.net import Net
 from fathom.sandbox.nodelink import NodeLink
 from fathom.sandbox.substrates import container
@@ -72,7 +81,7 @@ class Known:
     spec: Container
     name: Name
     program: str
-    image: Path
+    image: Path | Image
     ids: int
     caps: Caps
     phases: int = 0
@@ -108,6 +117,7 @@ class LocalHost:
             "thaw": self._thaw,
             "stats": self._stats,
             "snapshot": self._snapshot,
+            "pack": self._pack,
             "phase": self._phase,
             "netlog": self._netlog,
         }
@@ -174,7 +184,7 @@ class LocalHost:
         offers: list[tuple[Name, str, Caps]] = [
             (name, program, caps_of(name, spec)) for name, program in choose(self.wanted)
         ]
-        image = rootfs.build(spec.image, self.cache)
+        image = self._image(spec.image)
         problems: list[SandboxError] = []
         for name, program, caps in offers:
             known = Known(spec, name, program, image, 0, caps)
@@ -191,13 +201,18 @@ class LocalHost:
         spec = known.spec
         paths.make_runtime_folder(self.runtime)
         folder = self.runtime / f"sb-{os.getpid()}-{secrets.token_hex(5)}"
+        layered = known.image if isinstance(known.image, Image) else None
+        if layered is not None and known.name == "bubblewrap":
+            raise Unsupported(f"the image {spec.image!r} has layers, which only root can mount")
         # A copy has its origin's range of users: the files in it belong to them.
         ids = known.ids or container.first_id(folder.name)
         launch = {
             "substrate": known.name,
             "program": known.program,
             "agent": str(agent.binary(self.cache)),
-            "rootfs": str(known.image),
+            "rootfs": "" if layered is not None else str(known.image),
+            "store": str(self.cache / "store") if layered is not None else "",
+            "layers": layered.layers if layered is not None else (),
             "workdir": str(Path(spec.workdir).resolve()) if spec.workdir is not None else None,
             "memory": spec.memory_bytes,
             "pids": spec.pids_limit,
@@ -217,7 +232,19 @@ class LocalHost:
         self._known[folder.name] = Known(
             spec, known.name, known.program, known.image, ids, known.caps
         )
-        return {"id": folder.name, "caps": known.caps}
+        variables = dict(layered.run.env) if layered is not None else {}
+        return {"id": folder.name, "caps": known.caps, "environment": variables}
+
+    def image_of(self, name: str, folder: str) -> Path | Image:
+        """Return the image that a sandbox of an earlier node runs on. Raises SandboxError."""
+        return Path(folder) if folder else self._image(name)
+
+    def _image(self, name: str) -> Path | Image:
+        """Return a built-in image's folder, or a layered image of the store."""
+        if name in ("base", "python"):
+            return rootfs.build(name, self.cache)
+        with Store(self.cache / "store") as store:
+            return store.resolve(name)
 
     def _phase(self, id: str, phase: str, net: Net | None) -> dict[str, Any]:
         """Set a whole policy; nothing is allowed by one that is not given."""
@@ -296,10 +323,32 @@ class LocalHost:
             )
         for name, program in choose(self.wanted):
             caps = caps_of(name, spec)
-            image = rootfs.build(spec.image, self.cache)
+            image = self._image(spec.image)
             known = Known(spec, name, program, image, int(facts["ids"]), caps)
             return self._start(known, saved=str(folder / "upper"))
         raise AssertionError("choose returns at least one substrate")
+
+    def _pack(self, id: str, name: str | None = None) -> dict[str, Any]:
+        """Make a layer of what the sandbox wrote, and with `name` an image with it on top."""
+        known = self._find(id)
+        with Store(self.cache / "store") as store:
+            base = known.image
+            if not isinstance(base, Image):
+                if known.spec.image not in ("base", "python"):
+                    raise Unsupported(f"the image of {id} is not in the store")
+                base = builtin_image(store, "python" if known.spec.image == "python" else "base")
+            work = Path(tempfile.mkdtemp(prefix=".pack-", dir=self.cache))
+            try:
+                self.link.request("save", id=id, target=str(work / "upper"))
+                owners = Owners(base=known.ids, count=container.ID_COUNT)
+                if name is None:
+                    layer = pack_diff(store, work / "upper", owners=owners).digest
+                else:
+                    image = snapshot(store, base, work / "upper", name=name, owners=owners)
+                    layer = image.layers[-1]
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+        return {"layer": layer}
 
     # Living ------------------------------------------------------------------------------------
 

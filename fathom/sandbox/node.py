@@ -26,7 +26,6 @@ from typing import Any
 from fathom.errors import FathomError, SandboxError, SandboxLost
 from fathom.sandbox import box as boxes
 from fathom.sandbox import cgroups, egress, messages, netns, syscalls
-from fathom.sandbox.substrates.launch import Launch
 
 _THREADS = 32
 
@@ -127,7 +126,7 @@ class Node:
 
     def _create(self, message: dict[str, Any]) -> dict[str, Any]:
         folder = Path(message["folder"])
-        launch = Launch(folder=folder, **message["launch"])
+        launch = boxes.launch_in(folder, message["launch"])
         source: Path | None = None
         copied: boxes.Box | None = None
         if message.get("fork"):

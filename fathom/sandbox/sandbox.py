@@ -388,13 +388,15 @@ class Sandbox:
         answer = await self._call("snapshot", id=self.id)
         return Snapshot(id=answer["snapshot"], size=answer["size"])
 
-    async def pack_diff(self) -> str:
+    async def pack_diff(self, *, name: str | None = None) -> str:
         """Make a layer of what the sandbox has written and return its digest.
 
+        `name`: also keep an image of this sandbox's layers with that one on top, so that
+        `Container(image=name)` goes on from here.
         Raises Unsupported, SandboxLost, SandboxError.
         """
         self._need("pack_diff", bool(self.caps.snapshot))
-        return str((await self._call("pack", id=self.id))["layer"])
+        return str((await self._call("pack", id=self.id, name=name))["layer"])
 
     async def phase(self, name: str, *, net: Net | None = None) -> int:
         """Begin a stage of the task under a network policy of its own; return its version.

@@ -29,6 +29,7 @@ _FIRST = "first"
 ROOTFS = "rootfs"
 WORK = "work"
 DISK = "disk"
+LAYERS = "layers"
 # The agent's socket, its journal, and what a later owner must know to take the sandbox over.
 SOCKET = "agent.sock"
 JOURNAL = "journal"
@@ -102,6 +103,10 @@ def remove(folder: Path) -> bool:
                     path.unlink()
                 elif entry.name == RUNTIME:
                     shutil.rmtree(path, ignore_errors=True)
+                elif entry.name == LAYERS:
+                    # Mount points: folders alone, and rmdir takes nothing that holds anything.
+                    for at, _, _ in os.walk(path, topdown=False):
+                        os.rmdir(at)
                 else:
                     path.rmdir()
         folder.rmdir()

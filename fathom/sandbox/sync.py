@@ -274,9 +274,9 @@ class SyncSandbox:
         """Keep what the sandbox has written; see `Sandbox.snapshot`."""
         return self._portal.call(self._sandbox.snapshot)
 
-    def pack_diff(self) -> str:
+    def pack_diff(self, *, name: str | None = None) -> str:
         """Make a layer of what the sandbox has written; see `Sandbox.pack_diff`."""
-        return self._portal.call(self._sandbox.pack_diff)
+        return self._portal.call(self._sandbox.pack_diff, name=name)
 
     def phase(self, name: str, *, net: Net | None = None) -> int:
         """Begin a stage under a network policy of its own; see `Sandbox.phase`."""

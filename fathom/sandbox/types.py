@@ -48,8 +48,8 @@ class Container:
     Unsupported. `disk` bounds all that the sandbox writes outside of a `workdir` (under bubblewrap
     /work and /tmp each); it is kept in memory and counts towards it, so the default is a quarter of
     the memory. `cpu`: cores as a number, None for no limit. `image`: "base", or "python" for base
-    and python3. `ttl`, `idle_ttl`: seconds after which a daemon ends the sandbox, in any case and
-    when nothing was asked of it; None for never.
+    and python3, or the name or digest of an image in the store. `ttl`, `idle_ttl`: seconds after
+    which a daemon ends the sandbox, in any case and when nothing was asked of it; None for never.
     """
 
     workdir: str | Path | None = None
@@ -57,7 +57,7 @@ class Container:
     pids: int | None = None
     cpu: float | None = None
     disk: str | int | None = None
-    image: Literal["base", "python"] = "base"
+    image: str = "base"
     hostname: str = "sandbox"
     ttl: float | None = None
     idle_ttl: float | None = None
@@ -79,8 +79,8 @@ class Container:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise SandboxError(f"{name} is {value!r}: give a number of seconds above 0")
-        if self.image not in ("base", "python"):
-            raise SandboxError(f'image is {self.image!r}: choose "base" or "python"')
+        if not self.image:
+            raise SandboxError('image is empty: choose "base", "python" or one of the store')
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}", self.hostname):
             raise SandboxError(f"hostname is {self.hostname!r}: use letters, digits and hyphens")
         if self.workdir is not None and not Path(self.workdir).is_dir():

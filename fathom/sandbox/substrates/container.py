@@ -18,7 +18,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fathom.errors import SandboxError, Unsupported
 from fathom.sandbox import cgroups, state, syscalls
@@ -33,6 +33,9 @@ from fathom.sandbox.substrates.launch import (
     Launch,
     Started,
 )
+
+if TYPE_CHECKING:
+    from fathom.sandbox.images.stack import Composed
 
 ID_COUNT = 65536
 _FIRST_ID = 0x60000000
@@ -125,9 +128,12 @@ def configuration(launch: Launch, rootfs: Path, work: Path | None) -> dict[str, 
     }
 
 
-def mount_root(launch: Launch, copy_from: Path | None, group: cgroups.Group) -> None:
+def mount_root(
+    launch: Launch, copy_from: Path | None, group: cgroups.Group
+) -> tuple[Path, Composed | None]:
     """Mount the image with room for writes on top, filled from another sandbox's where given.
 
+    Returns the root and, for a layered image, what closes its mounts.
     Raises SandboxError or OSError.
     """
     disk, rootfs = launch.folder / state.DISK, launch.folder / state.ROOTFS
@@ -144,13 +150,48 @@ def mount_root(launch: Launch, copy_from: Path | None, group: cgroups.Group) -> 
         copy_tree(copy_from, upper, group)
     else:
         upper.mkdir(mode=0o755)
-        tenant = launch.ids + TENANT
-        for name, mode in (("work", 0o755), ("tmp", 0o1777)):
-            (upper / name).mkdir()
-            (upper / name).chmod(mode)
-            os.chown(upper / name, tenant, tenant)
-    options = f"lowerdir={launch.rootfs},upperdir={upper},workdir={beside}"
-    syscalls.mount("overlay", str(rootfs), "overlay", quiet, options)
+    composed: Composed | None = None
+    if launch.layers:
+        composed = _compose(launch, upper)
+        rootfs = composed.root
+    else:
+        options = f"lowerdir={launch.rootfs},upperdir={upper},workdir={beside}"
+        syscalls.mount("overlay", str(rootfs), "overlay", quiet, options)
+    try:
+        if copy_from is None:
+            _make_folders(rootfs, launch.ids + TENANT)
+    except BaseException:
+        if composed is not None:
+            composed.close()
+        raise
+    return rootfs, composed
+
+
+def _make_folders(rootfs: Path, tenant: int) -> None:
+    """Give the tenant the two folders that can be written to."""
+    for name, mode in (("work", 0o755), ("tmp", 0o1777)):
+        path = rootfs / name
+        # In an image that somebody made these may be anything, a link to elsewhere included.
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise SandboxError(f"the image's /{name} is not a folder")
+        path.mkdir(exist_ok=True)
+        os.chown(path, tenant, tenant, follow_symlinks=False)
+        path.chmod(mode)
+
+
+def _compose(launch: Launch, upper: Path) -> Composed:
+    from fathom.sandbox.images.stack import compose
+    from fathom.sandbox.images.store import Store
+
+    ids = f"0 {launch.ids} {ID_COUNT}"
+    userns = _mapping(ids, ids)
+    folder = launch.folder / state.LAYERS
+    folder.mkdir(mode=0o755)
+    try:
+        store = Store(launch.store, durable=False)
+        return compose(store, launch.layers, folder, upper=upper, userns=userns)
+    finally:
+        os.close(userns)
 
 
 def copy_tree(source: Path, target: Path, group: cgroups.Group) -> None:
@@ -177,14 +218,14 @@ def copy_tree(source: Path, target: Path, group: cgroups.Group) -> None:
         raise SandboxError(f"the sandbox's writes cannot be copied: {said}")
 
 
-def start(launch: Launch, ends: Ends, group: cgroups.Group) -> Started:
+def start(launch: Launch, ends: Ends, group: cgroups.Group, rootfs: Path) -> Started:
     """Start the agent on a mounted root. Raises SandboxError, Unsupported or OSError."""
     work: Path | None = None
     if launch.workdir is not None:
         work = launch.folder / state.WORK
         work.mkdir(mode=0o755)
         _bind_work(launch.workdir, work, launch.ids)
-    config = configuration(launch, launch.folder / state.ROOTFS, work)
+    config = configuration(launch, rootfs, work)
     if launch.substrate == "runc":
         config["linux"]["cgroupsPath"] = f"/{cgroups.PARENT}/{launch.folder.name}"
     (launch.folder / "config.json").write_text(json.dumps(config))

@@ -49,6 +49,7 @@ class Launch:
 
     `agent`: the compiled agent. `ids`: host's id of root inside. `netns`: path of its network
     namespace, None for a new one without any device. `outlive`: whether it lives on without us.
+    `layers`: of the image store `store`, the lowest first; then `rootfs` is of no meaning.
     """
 
     folder: Path
@@ -65,6 +66,8 @@ class Launch:
     ids: int = 0
     netns: str | None = None
     outlive: bool = False
+    store: str = ""
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -433,7 +433,7 @@ async def check_end(sandbox: Sandbox) -> None:
 
     async def waiting() -> None:
         try:
-            await sandbox.exec("sleep 100", timeout=_TIMEOUT)
+            await sandbox.exec("sleep 100", timeout=10)
         except SandboxLost:
             lost.append(True)
 

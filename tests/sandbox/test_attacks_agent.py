@@ -186,9 +186,9 @@ def test_more_commands_than_processes_are_refused_one_by_one(client: SyncClient)
 
 
 def test_a_memory_bomb_spares_the_agent(client: SyncClient):
-    sandbox = client.create(Container(memory="32MiB"))
-    if not sandbox.caps.reports_oom:
+    if suited() == ("bubblewrap",):
         pytest.skip("memory is not bounded for the whole sandbox here")
+    sandbox = client.create(Container(memory="32MiB"))
     for _ in range(3):
         bomb = "for i in 1 2 3 4; do head -c 200M /dev/zero | tail -c 200M & done; wait"
         assert sandbox.exec(bomb, timeout=TIMEOUT).oom_killed

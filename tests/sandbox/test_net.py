@@ -35,7 +35,10 @@ try:
     with socket.create_connection((host, port), timeout=2) as s:
         s.settimeout(4)
         s.sendall(text.encode().decode("unicode_escape").encode())
-        print(s.recv(4096).decode(errors="replace"))
+        answer = b""
+        while piece := s.recv(4096):
+            answer += piece
+        print(answer.decode(errors="replace"))
 except OSError as error:
     print("no", error)
 """

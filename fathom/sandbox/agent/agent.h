@@ -122,6 +122,7 @@ typedef struct {
 extern Settings settings;
 const char *configure(const uint8_t *data, size_t len, int *number);
 int end_with_parent(void);
+void limit_processes(void);
 void become_tenant(int error, const char *cwd);
 void restore_signals(void);
 void say(int fd, const char *step, int number);

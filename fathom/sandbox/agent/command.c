@@ -236,6 +236,7 @@ static void be_monitor(const Wanted *w, int status, int in, int out, int err, in
   Report report = {0};
   prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
   signal(SIGCHLD, SIG_DFL);
+  limit_processes();
   report.pid = fork();
   if (report.pid == 0) be_command(w, in, out, err, problem, mode);
   report.error = report.pid < 0 ? errno : 0;

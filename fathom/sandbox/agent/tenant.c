@@ -114,6 +114,9 @@ static void bound(int kind, uint64_t value) {
   if (value) setrlimit(kind, &limit);
 }
 
+/* Where no control group counts processes, the kernel counts those of the user. */
+void limit_processes(void) { bound(RLIMIT_NPROC, settings.processes); }
+
 void restore_signals(void) {
   struct {
     void *handler;
@@ -134,7 +137,7 @@ void become_tenant(int error, const char *cwd) {
   umask(022);
   bound(RLIMIT_NOFILE, settings.files);
   bound(RLIMIT_AS, settings.address_space);
-  bound(RLIMIT_NPROC, settings.processes);
+  limit_processes();
   /* One byte, not none: with none the kernel still hands the core to a helper of the host. */
   bound(RLIMIT_CORE, 1);
   int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);

@@ -204,7 +204,7 @@ def copy_tree(source: Path, target: Path, group: cgroups.Group) -> None:
     # The root is read-only inside: everything that was written is below these two.
     script = (
         'echo 0 > "$1" && mkdir -m 755 "$3" && '
-        'exec cp -a --reflink=auto -- "$2/work" "$2/tmp" "$3/"'
+        'cp -a --reflink=auto -- "$2/work" "$2/tmp" "$3/" && touch -r "$2" -- "$3"'
     )
     done = subprocess.run(
         ["/bin/sh", "-c", script, "copy", members, str(source), str(target)],

@@ -16,6 +16,10 @@
     +-- SandboxError             the sandbox itself failed (a command that fails is a result)
     |   +-- Unsupported             this machine or substrate cannot do what was asked
     |   +-- SandboxLost             the sandbox ended while it was needed
+    |   +-- DaemonLost              nobody answers for sandboxes any more; they may still run
+    |   +-- SandboxTimeout          a command, or the sandbox's own part, took too long
+    |   +-- SandboxOutOfMemory      a command was ended because its sandbox's memory was full
+    |   +-- PolicyDenied            a policy or quota of this machine forbids what was asked
     +-- AgentError               the agent could not run its loop
     |   +-- ModelUnreachable        the model behind a URL did not answer properly
     +-- TrainError               a training run that cannot start or continue
@@ -128,6 +132,30 @@ class SandboxLost(SandboxError):
     """The sandbox ended while it was still needed."""
 
     code = "sandbox_lost"
+
+
+class DaemonLost(SandboxError):
+    """Nobody answers for sandboxes any more; those that were running may still run."""
+
+    code = "sandbox_daemon_lost"
+
+
+class SandboxTimeout(SandboxError):
+    """A command, or what the sandbox itself had to do, took longer than it was given."""
+
+    code = "sandbox_timeout"
+
+
+class SandboxOutOfMemory(SandboxError):
+    """A process was ended because the memory of its sandbox was full."""
+
+    code = "sandbox_out_of_memory"
+
+
+class PolicyDenied(SandboxError):
+    """A policy or quota of this machine forbids what was asked."""
+
+    code = "sandbox_policy_denied"
 
 
 class AgentError(FathomError):

@@ -9,6 +9,10 @@
     |   +-- RequestError            an API request with a field that cannot be served
     +-- TokenizerError           text asked of a model that has no tokenizer
     +-- GenerationError          sampling values or a prompt that cannot be served
+    |   +-- CacheFull               memory for another sequence or more tokens is used up
+    +-- CacheError               a stored cache, session or log that cannot be used
+    +-- BackendError             the engine behind a server failed or cannot be reached
+    +-- ServerError              a server that cannot start with these settings
     +-- SandboxError             the sandbox itself failed (a command that fails is a result)
     |   +-- Unsupported             this machine or substrate cannot do what was asked
     |   +-- SandboxLost             the sandbox ended while it was needed
@@ -86,6 +90,30 @@ class GenerationError(FathomError):
     """Sampling values or a prompt that cannot be served."""
 
     code = "generation_invalid"
+
+
+class CacheFull(GenerationError):
+    """The memory for cache entries or sequences is used up."""
+
+    code = "cache_full"
+
+
+class CacheError(FathomError):
+    """A cache folder, session or log is damaged, cannot be written or belongs to another model."""
+
+    code = "cache_invalid"
+
+
+class BackendError(FathomError):
+    """The engine behind a server failed, or cannot be reached."""
+
+    code = "backend_failed"
+
+
+class ServerError(FathomError):
+    """A server cannot start: its settings are unsafe or contradict each other."""
+
+    code = "server_invalid"
 
 
 class SandboxError(FathomError):

@@ -22,6 +22,7 @@ PACKAGES = [
     "model",
     "quant",
     "sandbox",
+    "server",
     "train",
 ]
 
@@ -88,6 +89,7 @@ def test_version_is_the_project_version(repository):
         "import fathom.chat, fathom.agent, fathom.sandbox",
         "import fathom; fathom.Agent, fathom.SyncClient, fathom.Container",
         "import fathom.cli.main",
+        "import fathom.server.run, fathom.server.gateway, fathom.server.scripted",
         "import fathom.model.cost, fathom.eval.efficiency",
     ],
 )

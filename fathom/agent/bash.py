@@ -12,6 +12,7 @@ from typing import Any
 
 from fathom.agent.types import Sandbox, ToolResult
 from fathom.errors import SandboxError, SandboxLost
+from fathom.sandbox.trajectory.errors import TrajectoryError
 
 OUTPUT_LIMIT = 8_000
 
@@ -24,14 +25,14 @@ async def run_bash(arguments: dict[str, Any], sandbox: Sandbox, *, timeout: floa
     """Run `arguments["command"]`, waiting at most `timeout` seconds.
 
     A command that fails, is stopped or cannot be run as it was written is a result. Raises
-    SandboxLost when the sandbox ended.
+    SandboxLost when the sandbox ended and TrajectoryError when its log cannot go on.
     """
     command: str = arguments["command"]
     if mistake := _unusable(command):
         return ToolResult(text=f"Error: {mistake}", executed=False, failed=True)
     try:
         done = await sandbox.exec(command, timeout=timeout, merge=True, cap=BYTES_KEPT)
-    except SandboxLost:
+    except (SandboxLost, TrajectoryError):
         raise
     except SandboxError as error:
         return ToolResult(text=f"Error: {error}", executed=False, failed=True)

@@ -9,18 +9,20 @@ from typing import Any
 
 from fathom.agent.types import WORK_FOLDER, Sandbox, ToolResult
 from fathom.errors import SandboxError, SandboxLost
+from fathom.sandbox.trajectory.errors import TrajectoryError
 
 
 async def run_edit(arguments: dict[str, Any], sandbox: Sandbox, *, timeout: float) -> ToolResult:
     """Replace `old` by `new` in the file `path`, or write `new` to it when `old` is empty.
 
     Everything that goes wrong with the file is a result whose text begins with `Error: `. Raises
-    SandboxLost when the sandbox ended. `timeout` is unused: file access has its own limits.
+    SandboxLost when the sandbox ended and TrajectoryError when its log cannot go on. `timeout` is
+    unused: file access has its own limits.
     """
     shown: str = arguments["path"]
     try:
         text = await _edit(sandbox, shown, _utf8(arguments["old"]), _utf8(arguments["new"]))
-    except SandboxLost:
+    except (SandboxLost, TrajectoryError):
         raise
     except (OSError, SandboxError, ValueError) as error:
         return _refused(_reason(error, shown))

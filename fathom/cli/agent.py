@@ -1,28 +1,49 @@
 """`fathom agent`: give a task to a model with a sandbox and watch it work.
 
 The trace goes to standard error and the answer to standard output, so the answer can be piped.
+Every turn of the model and every operation is in a log before it counts, so a run that was killed
+goes on with --resume where it was.
 
-Paper: §5.3.1 (code agents).
+Paper: §5.3.1 (code agents), §5.2.5 (resuming after preemption).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
 import typer
+from typer.core import TyperCommand
 
-from fathom.agent import Agent, Episode, Limits, Model
+from fathom.agent import Agent, Episode, Limits, Model, RecordedModel
 from fathom.agent.tool import arguments_of
 from fathom.chat.reply import Sampling
 from fathom.cli.models import check_thinking, default_sampling, open_model
-from fathom.cli.sandboxes import KINDS, check_kind, open_sandbox
+from fathom.cli.sandboxes import KINDS, check_kind, substrate_of
 from fathom.cli.terminal import TASK_FAILED, console, visible
 from fathom.cli.trace import Trace
+
+LATEST = "last"
+ON_LOST = ("fail", "continue", "rebuild")
+
+
+class AgentCommand(TyperCommand):
+    """The command, with --resume before another option or at the end meaning the latest run."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Give a bare --resume its value."""
+        for at, text in reversed(list(enumerate(args))):
+            if text == "--resume" and (at + 1 == len(args) or args[at + 1].startswith("--")):
+                args = [*args[: at + 1], LATEST, *args[at + 1 :]]
+        return super().parse_args(ctx, args)
 
 
 def agent(
@@ -53,11 +74,40 @@ def agent(
     ] = 60.0,
     temperature: Annotated[float | None, typer.Option(min=0.0)] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ID]",
+            help="Go on with a run that ended early; without an ID the latest of this command.",
+        ),
+    ] = None,
+    on_lost: Annotated[
+        str | None,
+        typer.Option(
+            help="When the sandbox of that run is gone: fail, continue in a fresh one, or rebuild "
+            "it by running its commands again. Default: continue with --workdir, else fail."
+        ),
+    ] = None,
+    keep: Annotated[
+        float, typer.Option(min=1.0, help="Seconds that a sandbox waits for a killed run.")
+    ] = 1800.0,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "--detach",
+            help="Work in the background and print the run's ID; `fathom sandbox replay ID "
+            "--follow` watches it.",
+        ),
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="What to call a new run.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write one JSON object to standard output.")
     ] = False,
 ) -> None:
     """Run the agent on a task.
+
+    A run that was killed goes on when the same command is given again with --resume: no command
+    that was begun is run a second time.
 
     Exit code 0: it answered; 1: it ended without an answer; 2: wrong usage; 3: this machine lacks
     something, such as a sandbox or a model server that can be reached.
@@ -69,6 +119,11 @@ def agent(
         raise typer.BadParameter("the task is empty")
     if workdir is not None and not workdir.is_dir():
         raise typer.BadParameter(f"--workdir {workdir} is not a folder; create it first")
+    if on_lost not in (None, *ON_LOST):
+        raise typer.BadParameter(f"--on-lost is {on_lost!r}; choose {', '.join(ON_LOST)}")
+    if detach:
+        print(_work_alone(task, sys.argv[1:], name))
+        return
     limits = Limits(
         max_steps=max_steps,
         reply_tokens=max_tokens,
@@ -80,17 +135,90 @@ def agent(
     sampling = default_sampling(model, url, Sampling(temperature=temperature, seed=seed))
     worker = Agent(model=opened, thinking=thinking, sampling=sampling, limits=limits)
     trace = Trace(console(stderr=True))
-    episode = anyio.run(partial(_work, worker, task, kind=sandbox, workdir=workdir, trace=trace))
+    fields: dict[str, Any] = {
+        "task": task,
+        "model": model,
+        "url": url,
+        "thinking": thinking,
+        "sandbox": sandbox,
+        "workdir": None if workdir is None else str(workdir.resolve()),
+        "sampling": asdict(sampling),
+        "limits": asdict(limits),
+    }
+    choice = on_lost or ("fail" if workdir is None else "continue")
+    job = partial(
+        _work,
+        worker,
+        fields,
+        trace,
+        resume=resume,
+        name=name,
+        on_lost=choice,  # type: ignore[arg-type]
+        idle=keep,
+    )
+    episode = anyio.run(job)
     _show(episode, opened, thinking, as_json)
     if not episode.answered:
         raise typer.Exit(TASK_FAILED)
 
 
 async def _work(
-    worker: Agent, task: str, *, kind: str, workdir: Path | None, trace: Trace
+    worker: Agent, fields: dict[str, Any], trace: Trace, *, resume: str | None, **options: Any
 ) -> Episode:
-    async with open_sandbox(kind, workdir) as box:
-        return await worker.run(task, box, trace)
+    from fathom.sandbox.trajectory.recorded import RecordedSandbox
+    from fathom.sandbox.trajectory.store import Store
+
+    store = Store()
+    resume = store.last(fields) if resume == LATEST else resume
+    spec = {"workdir": fields["workdir"]}
+    substrate = substrate_of(fields["sandbox"])
+    async with store.work(fields, spec, resume=resume, substrate=substrate, **options) as opened:
+        trace.begins(opened.id, opened.resumed, replaced=opened.replaced)
+        recorded = replace(worker, model=RecordedModel(worker.model, opened.session))
+        # The model can look for itself whether a command took effect that nobody knows about.
+        box = RecordedSandbox(opened.session, tell=True)
+        episode = await recorded.run(fields["task"], box, trace)
+        opened.ending.update(status=episode.status, answer=episode.answer)
+        return episode
+
+
+def _work_alone(task: str, arguments: list[str], name: str | None) -> str:
+    """Start the same command in a session of its own; return the name of its run.
+
+    Whoever follows its log is connected to a live run, so nothing has to be replayed when the one
+    who started it is gone. Raises AgentError when it ends before it has begun.
+    """
+    from fathom.errors import AgentError
+    from fathom.sandbox.trajectory.errors import TrajectoryError
+    from fathom.sandbox.trajectory.store import Store, new_name
+
+    store, name = Store(), name or new_name()
+    command = [sys.executable, "-m", "fathom", *(a for a in arguments if a != "--detach")]
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as given:
+        given.write(task.encode())
+        given.seek(0)
+        pid = os.posix_spawn(
+            sys.executable,
+            [*command, "--name", name],
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, given.fileno(), 0),
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_DUP2, said.fileno(), 2),
+            ],
+            setsid=True,
+        )
+        while True:
+            try:
+                store.known(name)
+            except TrajectoryError:
+                if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                    time.sleep(0.05)
+                    continue
+                said.seek(0)
+                reason = said.read().decode(errors="replace").strip()[-800:]
+                raise AgentError(f"the run ended before it had begun: {reason}") from None
+            return name
 
 
 def _show(episode: Episode, model: Model, thinking: str, as_json: bool) -> None:

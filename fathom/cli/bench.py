@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fathom.cli.bench_clients import clients
+from fathom.cli.bench_engine import engine
 from fathom.cli.bench_fuzz import fuzz
+from fathom.cli.bench_gpu import gpu
+from fathom.cli.bench_server import server
 from fathom.cli.output import print_json, print_table
 from fathom.cli.sandboxes import KINDS, check_kind
 
@@ -112,7 +116,27 @@ def sandbox_exec(
         _print_exec(report)
 
 
+@app.command()
+def trajectory(
+    sandbox: Annotated[str, typer.Option(help=f"Kind of sandbox: {', '.join(KINDS)}.")] = KINDS[0],
+    count: Annotated[int, typer.Option(min=10, help="How often to run it.")] = 200,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what the log adds to a call in a sandbox, and how fast a log is read back."""
+    from fathom.cli import bench_trajectory
+
+    report = bench_trajectory.measure(check_kind(sandbox), count)
+    if as_json:
+        print_json(report)
+    else:
+        bench_trajectory.show(report)
+
+
+app.command()(gpu)
+app.command()(engine)
+app.command()(clients)
 app.command()(fuzz)
+app.command()(server)
 
 
 def _counts(text: str) -> list[int]:

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from fathom import __version__
-from fathom.cli.agent import agent
+from fathom.cli.agent import AgentCommand, agent
 from fathom.cli.bench import app as bench_app
 from fathom.cli.chat import chat
 from fathom.cli.convert import convert
@@ -30,8 +30,10 @@ from fathom.cli.images import app as images_app
 from fathom.cli.inspect import inspect
 from fathom.cli.output import print_json
 from fathom.cli.sandbox import app as sandbox_app
+from fathom.cli.serve import serve
 from fathom.cli.terminal import exit_code, visible
 from fathom.cli.train import train
+from fathom.cli.trajectory import forget, logs, replay
 from fathom.errors import FathomError
 
 
@@ -97,18 +99,21 @@ def _global_options(
 for _command in (
     doctor,
     demo,
-    agent,
     chat,
     generate,
+    serve,
     inspect,
     convert,
     efficiency,
     train,
 ):
     app.command(_command.__name__)(_command)
+app.command("agent", cls=AgentCommand)(agent)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 sandbox_app.add_typer(images_app, name="images")
+for _command in (logs, replay, forget):
+    sandbox_app.command(_command.__name__)(_command)
 app.add_typer(sandbox_app, name="sandbox")
 
 

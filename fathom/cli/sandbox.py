@@ -177,7 +177,7 @@ def _shown(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 @app.command()
-def logs(name: Name, folder: Folder = None, as_json: AsJson = False) -> None:
+def network(name: Name, folder: Folder = None, as_json: AsJson = False) -> None:
     """Show what was judged on a sandbox's network, in order."""
     with _daemon(folder) as client:
         entries = client.attach(name).network_log()

@@ -26,6 +26,11 @@ def check_kind(kind: str) -> str:
     return kind
 
 
+def substrate_of(kind: str) -> str:
+    """The substrate that `kind` asks for."""
+    return "auto" if kind == "container" else kind
+
+
 @asynccontextmanager
 async def open_sandbox(kind: str, workdir: Path | None = None) -> AsyncGenerator[Sandbox]:
     """A sandbox of `kind` that is gone afterwards; `workdir` is its /work.
@@ -34,6 +39,6 @@ async def open_sandbox(kind: str, workdir: Path | None = None) -> AsyncGenerator
     """
     from fathom.sandbox import Client, Container
 
-    substrate = "auto" if kind == "container" else kind
+    substrate = substrate_of(kind)
     async with Client("local", substrate=substrate) as client:  # type: ignore[arg-type]
         yield await client.create(Container(workdir=workdir))

@@ -70,6 +70,13 @@ class Trace:
                 style = "bold green" if event.episode.answered else "bold red"
                 self._line(Text(summary(event.episode), style=style))
 
+    def begins(self, id_: str, resumed: int | None, *, replaced: bool) -> None:
+        """Name the run, and say what a resumed one has to go through first."""
+        self._line(Text(f"run   {id_}", NOTE))
+        if resumed is not None:
+            box = ", in a fresh sandbox" if replaced else ""
+            self._line(Text(f"      resumed: {resumed} recorded before{box}", NOTE))
+
     def _piece(self, piece: Piece) -> None:
         if piece.kind == "notice":
             self._end_stream()

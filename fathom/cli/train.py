@@ -28,6 +28,10 @@ def train(
             help="Save and stop after so many minutes of this process; --resume goes on.",
         ),
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", help="Processes that share a batch, instead of the recipe's."),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", help="Data processes, instead of the recipe's.")
     ] = None,
@@ -51,6 +55,8 @@ def train(
     plan = Recipe.load(recipe)
     if minutes is not None:
         plan = dataclasses.replace(plan, run=dataclasses.replace(plan.run, minutes=minutes))
+    if processes is not None:
+        plan = dataclasses.replace(plan, run=dataclasses.replace(plan.run, processes=processes))
     if workers is not None:
         plan = dataclasses.replace(plan, data=dataclasses.replace(plan.data, workers=workers))
     deadline = None if leave_after is None else time.monotonic() + leave_after * 60
@@ -62,6 +68,8 @@ def train(
         show=_show,
         leave_after=lambda: deadline is not None and time.monotonic() > deadline,
     )
+    if not summary["first"]:
+        return
     if plot is not None:
         from fathom.train.plot import plot_run
 

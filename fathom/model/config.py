@@ -386,7 +386,7 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     # Trained by `recipes/nano`: head_dim 96 = 64 + 32 keeps one whole 64-wide FP8 group per entry.
     "nano": ModelConfig(
-        vocab_size=4096,
+        vocab_size=2048,
         hidden_size=256,
         num_hidden_layers=8,
         num_attention_heads=8,

@@ -18,6 +18,12 @@ def cache_folder() -> Path:
     return Path(base) / "fathom" if base else Path("~/.cache/fathom").expanduser()
 
 
+def state_folder() -> Path:
+    """Return the folder of what shall outlive a restart, $XDG_STATE_HOME/fathom or its default."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return Path(base) / "fathom" if base else Path("~/.local/state/fathom").expanduser()
+
+
 def runtime_folder() -> Path:
     """Return the folder of live sandboxes: /run/fathom for root, else one of the user's own."""
     if os.geteuid() == 0:

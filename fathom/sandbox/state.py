@@ -147,3 +147,11 @@ def reap_one(folder: Path) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def first_process(folder: Path) -> int | None:
+    """The first process of a live sandbox, None when nobody wrote it down."""
+    try:
+        return int((folder / _FIRST).read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None

@@ -74,7 +74,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 class BatchLoader:
-    """Iterates over batches from `first` on; a context manager that ends its processes.
+    """Iterates over every `stride`-th batch from `first` on; a context manager, ends its processes.
 
     Each batch has `tokens` tokens. `plan(index)` gives the stage of its episodes (from 0 to 1) and
     the length of its rows; it is asked once for each batch, in order, some batches ahead. With
@@ -92,10 +92,11 @@ class BatchLoader:
         plan: Callable[[int], tuple[float, int]],
         device: torch.device | str = "cpu",
         first: int = 0,
+        stride: int = 1,
     ) -> None:
         self._source, self._seed, self._plan = source, seed, plan
         self._device = torch.device(device)
-        self._next, self._requested = first, first
+        self._next, self._requested, self._stride = first, first, stride
         slots = workers * _QUEUED_PER_WORKER + workers // 2 + 1
         handle, path = tempfile.mkstemp(prefix="fathom-batches-")
         os.close(handle)
@@ -144,7 +145,7 @@ class BatchLoader:
             filled = self._ready.pop(self._next)
         batch = self._deliver(filled)
         self._free.append(filled.slot)
-        self._next += 1
+        self._next += self._stride
         self._request()
         return batch
 
@@ -174,7 +175,7 @@ class BatchLoader:
                 self._receive(timeout=0)  # says why the worker ended
                 raise TrainError(self._death(worker)) from None
             self._queued[worker] += 1
-            self._requested += 1
+            self._requested += self._stride
 
     def _receive(self, timeout: float | None) -> None:
         for pipe in wait(self._pipes, timeout):

@@ -146,6 +146,14 @@ def indexer_kl(index_scores: Tensor, target: Tensor, visible: Tensor) -> Tensor:
     return (divergence.sum(-1) * counted).sum() / counted.sum().clamp_min(1)
 
 
+def indexed_queries(target: Tensor, visible: Tensor) -> Tensor:
+    """How many queries `indexer_kl` averages over: [] float32.
+
+    target: [batch, seq, entries] floating; visible: [batch or 1, seq, entries] bool.
+    """
+    return ((target.detach().float() * visible).sum(-1) > 0).sum().float()
+
+
 def mean_loss(losses: Sequence[Tensor], like: Tensor) -> Tensor:
     """The mean of some losses: [] float32; zero when there are none.
 

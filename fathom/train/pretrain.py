@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import threading
 import time
@@ -27,10 +28,18 @@ from fathom.train.balance import update_biases
 from fathom.train.data import BatchLoader, CurriculumSource
 from fathom.train.metrics import MetricLog, Row
 from fathom.train.optimizer import Optimizer, split_parameters
+from fathom.train.parallel import ALONE, Ranks, joined
 from fathom.train.qat import enable_qat
 from fathom.train.recipe import Recipe
 from fathom.train.schedule import INDEXER, progress
-from fathom.train.state import Position, export_compact, latest_state, load_state, save_state
+from fathom.train.state import (
+    Position,
+    export_compact,
+    latest_state,
+    load_compact,
+    load_state,
+    save_state,
+)
 from fathom.train.step import METRICS, LossWeights, StepResult, training_step
 from fathom.train.workers import Source
 
@@ -53,27 +62,31 @@ def pretrain(
     Raises TrainError when the run cannot start, when data workers fail, or when `out` already holds
     a run and `resume` is not set.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    torch.manual_seed(recipe.run.seed)
-    model = build_model(recipe, where)
-    trainer = Trainer(recipe, model, out, step_function)
-    trainer.start(resume=resume)
-    loader = BatchLoader(
-        source or curriculum_source(recipe),
-        seed=recipe.run.seed,
-        tokens=recipe.data.tokens,
-        workers=recipe.data.workers,
-        plan=trainer.plan,
-        device=where,
-        first=trainer.position.next_batch,
-    )
-    log = MetricLog(out / "log.jsonl", every=recipe.run.log_every, show=show)
-    with loader, log, _terminated() as terminated:
-        finished = trainer.run(loader, log, lambda: terminated.is_set() or leave_after())
-    trainer.save()
-    if finished:
-        export_compact(model, out / "weights.safetensors")
+    with joined(recipe.run.processes, device) as (ranks, where):
+        torch.manual_seed(recipe.run.seed)
+        model = build_model(recipe, where)
+        trainer = Trainer(recipe, model, out, step_function, ranks)
+        trainer.start(resume=resume)
+        loader = BatchLoader(
+            source or curriculum_source(recipe),
+            seed=recipe.run.seed,
+            tokens=tokens_of_each(recipe),
+            workers=recipe.data.workers,
+            plan=trainer.plan,
+            device=where,
+            first=trainer.position.next_batch + ranks.rank,
+            stride=ranks.size,
+        )
+        first = ranks.rank == 0
+        path = out / "log.jsonl" if first else Path(os.devnull)
+        log = MetricLog(path, every=recipe.run.log_every, show=show if first else None)
+        with loader, log, _terminated() as terminated:
+            finished = trainer.run(loader, log, lambda: terminated.is_set() or leave_after())
+        trainer.save()
+        if finished and first:
+            export_compact(model, out / "weights.safetensors")
     return {
+        "first": first,
         "finished": finished,
         "step": trainer.position.step,
         "tokens": trainer.position.tokens,
@@ -87,9 +100,14 @@ class Trainer:
     """A model under training: its optimiser, its position in the recipe, and the step."""
 
     def __init__(
-        self, recipe: Recipe, model: Any, out: Path, step_function: StepFunction = training_step
+        self,
+        recipe: Recipe,
+        model: Any,
+        out: Path,
+        step_function: StepFunction = training_step,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.recipe, self.model, self.out = recipe, model, out
+        self.recipe, self.model, self.out, self.ranks = recipe, model, out, ranks
         self.position = Position(recipe=recipe.to_dict())
         self._step_function = step_function
         parts = recipe.optimizer
@@ -107,8 +125,10 @@ class Trainer:
             position = load_state(state, self.model, self.optimizer)
             # The recipe may have changed on purpose (more minutes, another rate).
             self.position = dataclasses.replace(position, recipe=self.recipe.to_dict())
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "recipe.json").write_text(json.dumps(self.recipe.to_dict(), indent=1) + "\n")
+        if self.ranks.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self.recipe.to_dict(), indent=1)
+            (self.out / "recipe.json").write_text(text + "\n")
         self._resumed_at, self._started = self.position.elapsed_seconds, time.monotonic()
 
     def elapsed(self) -> float:
@@ -122,26 +142,27 @@ class Trainer:
 
     def plan(self, batch: int) -> tuple[float, int]:
         """Stage of the episodes and row length of a batch that is wanted soon."""
-        t = self.progress(batch)
+        t = self.progress(batch // self.ranks.size)
         return round(t, 2), self.recipe.schedule.row_length(t, self.recipe.data.seq_len)
 
     def run(self, loader: BatchLoader, log: MetricLog, leave: Callable[[], bool]) -> bool:
         """Step until the budget is used up (True) or `leave()` says so (False)."""
         saved = timed = time.monotonic()
-        while (t := self.progress(self.position.step)) < 1.0:
-            if leave():
-                return False
+        while True:
+            due = time.monotonic() - saved > self.recipe.run.save_every_minutes * 60
+            t, left, due = self.ranks.decide(self.progress(self.position.step), leave(), due)
+            if due:
+                log.flush()
+                self.save()
+                saved = timed = time.monotonic()
+            if t >= 1.0 or left:
+                return t >= 1.0
             batch = next(loader)
             metrics = self.step(batch, t)
             now = time.monotonic()
             row = self._row(batch, t, seconds=now - timed)
             log.add(row, (*METRICS, "norm", "skipped"), metrics)
             timed = now
-            if now - saved > self.recipe.run.save_every_minutes * 60:
-                log.flush()
-                self.save()
-                saved = timed = time.monotonic()
-        return True
 
     def step(self, batch: Any, t: float) -> torch.Tensor:
         """One update at progress t; returns the metrics, still on the device: [entries] float32."""
@@ -155,21 +176,23 @@ class Trainer:
             indexer=parts.indexer_weight,
         )
         attention = schedule.attention(t)
-        result = self._step_function(self.model, batch, attention, weights)
+        result = self._step_function(self.model, batch, attention, weights, self.ranks)
         self.model.zero_grad(set_to_none=True)
         result.total.backward()
         if attention == INDEXER:
             self._leave_to_indexers()
+        self.ranks.average([p.grad for p in self.model.parameters() if p.grad is not None])
         factor = schedule.learning_rate_factor(t, self.position.step)
         self.optimizer.set_learning_rates(parts.muon_lr * factor, parts.adamw_lr * factor)
         self.optimizer.step()
         if attention != INDEXER and result.counts:
             update_biases(self._biases, result.counts, speed=parts.balance_speed)
         self.position.step += 1
-        self.position.next_batch = batch.index + 1
-        self.position.tokens += batch.tokens.numel()
+        self.position.next_batch = batch.index - self.ranks.rank + self.ranks.size
+        self.position.tokens += batch.tokens.numel() * self.ranks.size
         self.position.elapsed_seconds = self.elapsed()
-        return torch.cat((result.metrics, self.optimizer.norm[None], self.optimizer.skipped[None]))
+        metrics = self.ranks.sum(result.metrics) / self.ranks.size
+        return torch.cat((metrics, self.optimizer.norm[None], self.optimizer.skipped[None]))
 
     def _leave_to_indexers(self) -> None:
         """Drop every gradient but the indexers'.
@@ -181,9 +204,13 @@ class Trainer:
             if ".indexer." not in name:
                 parameter.grad = None
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write a resumable state."""
-        return save_state(self.out / "state", self.model, self.optimizer, self.position)
+        state = self.optimizer.state()
+        self.ranks.level([*state.values(), *self._biases])
+        self.optimizer.load(state)  # parameters follow their masters
+        if self.ranks.rank == 0:
+            save_state(self.out / "state", self.model, self.optimizer, self.position)
 
     def _row(self, batch: Any, t: float, *, seconds: float) -> Row:
         schedule, parts = self.recipe.schedule, self.recipe.optimizer
@@ -196,14 +223,22 @@ class Trainer:
             "attention": schedule.attention(t),
             "qat": self._qat,
             "lr": parts.muon_lr * schedule.learning_rate_factor(t, self.position.step),
-            "tokens_per_second": round(batch.tokens.numel() / max(seconds, 1e-9)),
+            "tokens_per_second": round(batch.tokens.numel() * self.ranks.size / max(seconds, 1e-9)),
             "episodes": batch.episodes,
             "dropped": batch.dropped,
         }
 
 
+def tokens_of_each(recipe: Recipe) -> int:
+    """The part of a batch that one process makes. Raises TrainError when it does not divide."""
+    tokens, processes = recipe.data.tokens, recipe.run.processes
+    if processes < 1 or tokens % processes:
+        raise TrainError(f"[data] tokens: {tokens} cannot be divided among {processes} processes")
+    return tokens // processes
+
+
 def build_model(recipe: Recipe, device: torch.device) -> Any:
-    """The recipe's model, initialised from its seed. Raises ConfigError and TrainError."""
+    """The recipe's model, from its seed or its `init`. Raises ConfigError and TrainError."""
     from fathom.model import Transformer
 
     part = recipe.model
@@ -216,6 +251,8 @@ def build_model(recipe: Recipe, device: torch.device) -> Any:
     dtype = torch.bfloat16 if part.dtype == "bfloat16" and device.type != "cpu" else torch.float32
     model = Transformer(config, dtype=dtype)
     model.initialize(torch.Generator().manual_seed(recipe.run.seed))
+    if part.init:
+        load_compact(model, Path(part.init))
     model.to(device)
     if device.type == "cuda":
         compile_blocks(model)

@@ -22,6 +22,7 @@ class ModelPart:
     preset: str = "nano"
     dtype: str = "bfloat16"
     override: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig to change
+    init: str = ""  # weights.safetensors of an earlier run to begin with, relative to the recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,7 @@ class RunPart:
     """The budget (whichever of steps and minutes is used up first) and the bookkeeping."""
 
     seed: int = 0
+    processes: int = 1  # one for each GPU, sharing every batch (fathom/train/parallel.py)
     steps: int | None = None
     minutes: float | None = None
     save_every_minutes: float = 5.0
@@ -83,6 +85,11 @@ class Recipe:
             absolute = str((path.parent / tokenizer).resolve())
             recipe = dataclasses.replace(
                 recipe, data=dataclasses.replace(recipe.data, tokenizer=absolute)
+            )
+        if recipe.model.init:
+            absolute = str((path.parent / recipe.model.init).resolve())
+            recipe = dataclasses.replace(
+                recipe, model=dataclasses.replace(recipe.model, init=absolute)
             )
         return recipe
 

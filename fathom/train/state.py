@@ -142,7 +142,10 @@ def export_compact(model: nn.Module, path: Path) -> None:
 
 def load_compact(model: nn.Module, path: Path) -> None:
     """Read `export_compact` back, in place. Raises TrainError when names or shapes differ."""
-    saved = load_file(path)
+    try:
+        saved = load_file(path)
+    except Exception as e:  # safetensors raises its own type for a damaged file
+        raise TrainError(f"cannot read the weights {path}: {e}") from e
     own = {n: p.detach() for n, p in model.named_parameters()} | dict(model.named_buffers())
     wrong = sorted(own.keys() ^ saved.keys())
     wrong += [n for n in own.keys() & saved.keys() if own[n].shape != saved[n].shape]

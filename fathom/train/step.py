@@ -17,11 +17,13 @@ from fathom.train.balance import expert_counts, imbalance
 from fathom.train.data import Batch
 from fathom.train.losses import (
     cross_entropy,
+    indexed_queries,
     indexer_kl,
     mean_loss,
     next_token_targets,
     sequence_balance_loss,
 )
+from fathom.train.parallel import ALONE, Ranks
 from fathom.train.schedule import DENSE, INDEXER
 
 METRICS = ("loss", "accuracy", "mtp_loss", "balance_loss", "indexer_kl", "imbalance", "used")
@@ -38,7 +40,11 @@ class LossWeights:
 
 @dataclass(slots=True)
 class StepResult:
-    """`total`: [] float32; `metrics`: [entries] (METRICS); counts: [batch, experts] per layer."""
+    """`total`: [] float32; `metrics`: [entries] (METRICS); counts: [experts] per layer.
+
+    The counts are of all processes, the rest is this process's part: the average over the
+    processes is the value for the whole batch.
+    """
 
     total: Tensor
     metrics: Tensor
@@ -95,7 +101,13 @@ def _router(signals: Sequence[LayerSignals], seq: int) -> list[tuple[Tensor, Ten
 
 
 def training_step(
-    model: Any, batch: Batch, attention: str, weights: LossWeights, *, chunk: int | None = None
+    model: Any,
+    batch: Batch,
+    attention: str,
+    weights: LossWeights,
+    ranks: Ranks = ALONE,
+    *,
+    chunk: int | None = None,
 ) -> StepResult:
     """Losses of one batch in one stage of attention (see schedule.py).
 
@@ -106,14 +118,17 @@ def training_step(
     out = run_model(model, tokens, documents, dense=attention != "sparse", mtp=weights.mtp > 0)
     head, options = model.head.weight, {} if chunk is None else {"chunk": chunk}
     targets, wanted = next_token_targets(tokens, documents, batch.weights)
+    later, wanted_later = next_token_targets(tokens, documents, batch.weights, ahead=2)
+    share = ranks.share(torch.stack((wanted.sum(), wanted_later[:, :-1].sum())))
     loss, accuracy = cross_entropy(out.hidden, head, targets, wanted, **options)
+    loss, accuracy = loss * share[0], accuracy * share[0]
     zero = loss.detach() * 0
     mtp_loss = zero
     if out.mtp_hidden is not None:
-        targets, wanted = next_token_targets(tokens, documents, batch.weights, ahead=2)
         mtp_loss, _ = cross_entropy(
-            out.mtp_hidden, head, targets[:, :-1], wanted[:, :-1], **options
+            out.mtp_hidden, head, later[:, :-1], wanted_later[:, :-1], **options
         )
+        mtp_loss = mtp_loss * share[1]
     used = documents >= 0
     experts_per_token = model.config.num_experts_per_tok
     counts, balance = [], []
@@ -125,13 +140,14 @@ def training_step(
             sequence_balance_loss(scores, counts[-1], mask, experts_per_token=experts_per_token)
         )
     balance_loss = mean_loss(balance, loss)
-    kl = zero if attention == DENSE else mean_loss([indexer_kl(*i) for i in out.index], loss)
+    kl = zero if attention == DENSE else _indexer_loss(out.index, ranks, loss)
     if attention == INDEXER:
         total = weights.indexer * kl
     else:
         total = loss + weights.mtp * mtp_loss + weights.balance * balance_loss
         total = total + weights.indexer * kl
-    worst = imbalance(counts) if counts else zero
+    loads = list(ranks.sum(torch.stack([c.sum(0) for c in counts]))) if counts else []
+    worst = imbalance(loads) if loads else zero
     values: Sequence[Tensor] = (
         loss,
         accuracy,
@@ -141,4 +157,12 @@ def training_step(
         worst,
         used.float().mean(),
     )
-    return StepResult(total, torch.stack([v.detach().float() for v in values]), counts)
+    return StepResult(total, torch.stack([v.detach().float() for v in values]), loads)
+
+
+def _indexer_loss(index: list[tuple[Tensor, Tensor, Tensor]], ranks: Ranks, like: Tensor) -> Tensor:
+    """The mean KL of all CSA layers: [] float32. like: [...], any tensor on the device."""
+    if not index:
+        return mean_loss([], like)
+    share = ranks.share(torch.stack([indexed_queries(target, seen) for _, target, seen in index]))
+    return mean_loss([indexer_kl(*i) * s for i, s in zip(index, share, strict=True)], like)

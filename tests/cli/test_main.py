@@ -24,9 +24,11 @@ COMMANDS = [
     "inspect",
     "convert",
     "efficiency",
+    "serve",
     "train",
     "eval",
     "bench",
+    "sandbox",
 ]
 
 

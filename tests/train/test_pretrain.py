@@ -134,8 +134,8 @@ def test_only_indexers_move_in_the_indexer_stage(tmp_path):
 def test_the_indexer_stage_survives_gradients_of_zero(tmp_path):
     """Compiled blocks give zeros, not none; with momentum left, Muon would move everything."""
 
-    def zero_gradients(model, batch, attention, weights):
-        result = training_step(model, batch, attention, weights)
+    def zero_gradients(model, batch, attention, weights, ranks):
+        result = training_step(model, batch, attention, weights, ranks)
         result.total = result.total + sum(0.0 * p.sum() for p in model.parameters())
         return result
 

@@ -70,18 +70,27 @@ def member(d: Draw, files: dict[str, str]) -> Scenario:
     return Scenario(FAMILY, "member", slots, files, "yes" if there else "no", {"items": items})
 
 
+_STATEMENTS_EVAL = ("{s} received the {a} {v}.", "The {a} belonging to {s} is {v}.")
+_STATEMENTS_TRAIN = (
+    "The {a} of {s} is {v}.",
+    "{s} has the {a} {v}.",
+    "The {a} for {s} is {v}.",
+    "{s} got the {a} {v}.",
+    "{s} uses {v} as {a}.",
+    "{v} is the {a} of {s}.",
+    "The {a} {v} goes to {s}.",
+    "We gave {s} the {a} {v}.",
+    "The {a} that {s} has is {v}.",
+)
+
+
 def statement(d: Draw, files: dict[str, str]) -> Scenario:
     """A fact stated in the message among others."""
     count = d.between(1, 4)
     subjects = d.several(lambda: subject(d), count)
     attribute = d.word("attribute").replace("/", " ")
     values = d.several(lambda: d.number() if d.chance(0.5) else d.value(), count)
-    forms = (
-        ("{s} received the {a} {v}.", "The {a} belonging to {s} is {v}.")
-        if d.evaluation
-        else ("The {a} of {s} is {v}.", "{s} has the {a} {v}.", "The {a} for {s} is {v}.")
-    )
-    form = d.pick(forms)
+    form = d.pick(_STATEMENTS_EVAL if d.evaluation else _STATEMENTS_TRAIN)
     said = [form.format(s=s, a=attribute, v=v) for s, v in zip(subjects, values, strict=True)]
     text = " ".join(x[0].upper() + x[1:] for x in said)
     index = d.below(count)
@@ -99,7 +108,12 @@ def which(d: Draw, files: dict[str, str]) -> Scenario:
     count = d.between(2, 5)
     pool = d.pick(("thing", "noun"))
     things = d.distinct(pool, count)
-    properties = d.some(_PROPERTIES_EVAL if d.evaluation else _PROPERTIES_TRAIN, count)
+    if d.evaluation:
+        properties = d.some(_PROPERTIES_EVAL, count)
+    elif d.chance(0.3):
+        properties = d.some(_PROPERTIES_TRAIN, count)
+    else:
+        properties = d.distinct("adjective", count)
     roll = d.rng.random()
     if roll < 0.5:
         said = ", ".join(f"the {t} is {p}" for t, p in zip(things, properties, strict=True))

@@ -146,6 +146,9 @@ def log_lines(d: Draw, count: int) -> list[dict[str, str]]:
     values = d.several(lambda: d.number() if d.chance(0.5) else d.code(), count)
     day = d._own(d.day)
     start = d.between(0, 600)
+    fields = ("id", "code", "request", "session", "job", "pid", "ticket")
+    if not d.evaluation and d.chance(0.5):
+        fields = d.several(lambda: d.word("key"), 4)
     entries = []
     for service, value in zip(services, values, strict=True):
         start += d.between(1, 40)
@@ -154,7 +157,7 @@ def log_lines(d: Draw, count: int) -> list[dict[str, str]]:
                 "time": f"{day} {start // 60:02d}:{start % 60:02d}",
                 "level": d.pick(("INFO", "WARN", "ERROR", "DEBUG", "INFO")),
                 "service": service,
-                "field": d.pick(("id", "code", "request", "session", "job", "pid", "ticket")),
+                "field": d.pick(fields),
                 "event": d.pick(("started", "stopped", "ready", "failed", "retry", "timeout")),
                 "value": value,
             }

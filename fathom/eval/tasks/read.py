@@ -124,6 +124,10 @@ _FACTS_TRAIN = (
     "For {subject}, the {attribute} is {value}.",
     "Note: the {attribute} of {subject} is now {value}.",
     "{subject} has the {attribute} {value}.",
+    "{subject} got the {attribute} {value}.",
+    "Please note that {subject} has {value} as {attribute}.",
+    "Since monday {value} is the {attribute} of {subject}.",
+    "We gave {subject} the {attribute} {value}.",
 )
 _FACTS_EVAL = (
     "Remember that the {attribute} of {subject} is {value}.",
@@ -202,6 +206,8 @@ def topic(d: Draw, files: dict[str, str]) -> Scenario:
     topics = d.several(d.term, d.between(2, 5))
     shape = d.pick(("{}.txt", "{}_notes.txt", "notes_{}.md", "{}.md", "about-{}.txt", "{}.log"))
     key = d.pick(("code", "number", "price", "date", "result", "total", "status", "id"))
+    if not d.evaluation and d.chance(0.5):
+        key = d.word("key")
     values = d.several(d.value, len(topics))
     for name, value in zip(topics, values, strict=True):
         files[shape.format(name)] = f"{key}: {value}\n"
@@ -257,6 +263,17 @@ def which_file(d: Draw, files: dict[str, str]) -> Scenario:
     return Scenario(FAMILY, "which_file", slots, files, path, {"path": path, "needle": needle})
 
 
+_NOTES_TRAIN = (
+    "The {n} is {v}.",
+    "{n}: {v}",
+    "our {n} is {v}",
+    "Remember the {n} {v}.",
+    "{v} is the {n}.",
+    "I wrote down the {n} {v}.",
+    "They changed the {n} to {v}.",
+)
+
+
 def note(d: Draw, files: dict[str, str]) -> Scenario:
     """A code, number or word that one sentence states, without saying whose."""
     count = d.between(1, 2)
@@ -265,7 +282,7 @@ def note(d: Draw, files: dict[str, str]) -> Scenario:
     forms = (
         ("We agreed on the {n} {v}.", "{v} is our {n}.", "By the way, the {n} is {v}.")
         if d.evaluation
-        else ("The {n} is {v}.", "{n}: {v}", "our {n} is {v}", "Remember the {n} {v}.")
+        else _NOTES_TRAIN
     )
     form = d.pick(forms)
     lines = [form.format(n=n, v=v) for n, v in zip(names, values, strict=True)]

@@ -5,6 +5,7 @@ Paper: §5.2 (agentic training data).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,14 +19,15 @@ from .oracle import SCRIPTS, Play
 from .prompt import wording
 from .shell import Shell
 from .toolsets import ToolNames, draw_tools, system_prompt
+from .wide import WideDraw
 
 SHARES = {
-    "read": 0.25,
+    "read": 0.24,
     "count": 0.22,
     "write": 0.23,
-    "arithmetic": 0.11,
-    "direct": 0.09,
-    "report": 0.10,
+    "arithmetic": 0.10,
+    "direct": 0.12,
+    "report": 0.09,
 }
 # Builders whose tasks look at all files: another task's files would change the outcome.
 _ALONE = frozenset(
@@ -165,13 +167,14 @@ def chat_episode(d: Draw) -> Episode:
     return Episode(messages, tools.schemas if tools else None, thinking, "chat", kind)
 
 
-def episode(seed: int | str, stage: float = 0.5) -> Episode:
+def episode(seed: int | str, stage: float = 0.5, texts: Sequence[str] = ()) -> Episode:
     """The episode of a seed; early in training (`stage` near 0) more of them are plain recall.
 
-    `stage` from 0 to 1. Equal seeds and stages give equal episodes.
+    `stage` from 0 to 1; `texts` are what made-up names are built of (`wide.letter_texts`). Equal
+    arguments give equal episodes.
     """
-    d = Draw(seed, evaluation=False)
-    if d.chance(0.15 - 0.12 * stage):
+    d = WideDraw(seed, texts)
+    if d.chance(0.25 - 0.2 * stage):
         return Episode(auxiliary.conversation(d), None, "off", "auxiliary", "recall")
     if d.chance(0.05):
         return chat_episode(d)

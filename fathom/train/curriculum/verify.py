@@ -13,17 +13,19 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import anyio
 
 from fathom.agent.tool import BASH, EDIT, ToolSet
-from fathom.chat import ToolCall
+from fathom.chat import Tokenizer, ToolCall
 from fathom.eval.agent_tasks import get_files, set_files
 from fathom.sandbox import Client, Container
 
 from .episodes import Episode, episode
 from .toolsets import ToolNames
+from .wide import letter_texts
 
 TIMEOUT = 20.0
 
@@ -73,7 +75,7 @@ async def replay(sandbox: Any, drawn: Episode, outcome: Outcome) -> None:
         outcome.differences.append(f"{drawn.kind}: files {final!r}, not {drawn.final_files!r}")
 
 
-async def verify(episodes: int, seed: int = 0) -> Outcome:
+async def verify(episodes: int, seed: int = 0, texts: Sequence[str] = ()) -> Outcome:
     """Replay this many episodes with tools in one container. Raises SandboxError."""
     outcome = Outcome()
     async with Client("local") as client:
@@ -81,7 +83,7 @@ async def verify(episodes: int, seed: int = 0) -> Outcome:
         try:
             number = 0
             while outcome.episodes < episodes:
-                await replay(sandbox, episode(f"verify/{seed}/{number}", 1.0), outcome)
+                await replay(sandbox, episode(f"verify/{seed}/{number}", 1.0, texts), outcome)
                 number += 1
         finally:
             await sandbox.stop()
@@ -93,8 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Replay episodes in the sandbox.")
     parser.add_argument("--episodes", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", type=Path, help="names over its vocabulary, as in training")
     options = parser.parse_args(argv)
-    outcome = anyio.run(verify, options.episodes, options.seed)
+    texts = letter_texts(Tokenizer.load(options.tokenizer)) if options.tokenizer else ()
+    outcome = anyio.run(verify, options.episodes, options.seed, texts)
     for line in outcome.differences[:20]:
         sys.stdout.write(f"{line}\n")
     sys.stdout.write(

@@ -14,7 +14,8 @@ RULES = {
     "holding": "[that contains|with|containing|with the text|with the content|with the line|"
     "that says|which contains|holding|that holds|with the words|whose content is|with this text|"
     "that has|and put in it|and write in it|consisting of]",
-    "thefile": "[the file |the file ||||file ||||our file ]",
+    "thefile": "[the file |the file |||||||file |||our file |the document |the text file |the log |"
+    "the list |the table |the notes |that file ]",
     "f": "<thefile>{file}",
     "change": "<pls>[change|set|update|switch|modify|turn|adjust|alter|put]",
     "replace": "<pls>[replace|change|swap|substitute|exchange]",
@@ -75,6 +76,10 @@ ACT: dict[str, tuple[str, ...]] = {
         "I [want|need] {file} to [contain|say|hold|read] {q}",
         "new file {file}: {text}",
         "in a new file {file}, write {q}",
+        "{file} [should|must|is to] [have|hold] [this|one|the following] line: {text}",
+        "[fill|start] [a file|a new file|the file] {file} with {q}",
+        "[a file|a text file] {file} with [the line|the text|the words] {q}[, please|]",
+        "<pls>[store|note|put down] in {file} [this|the following|this line|this text]: {text}",
     ),
     "create_block": (
         "<make> <newfile> <named>{file} <holding> [these lines|the following lines|this|"
@@ -87,6 +92,10 @@ ACT: dict[str, tuple[str, ...]] = {
         "<make> {file} with [these lines|the following lines|this text]:{gap}{text}",
         "I need <newfile> <named>{file} with [these lines|this content|this text]:{gap}{text}",
         "new file {file}:{gap}{text}",
+        "{file} [should|must|is to] [have|hold|contain] [these lines|this text|the following "
+        "lines]:{gap}{text}",
+        "<pls>[store|put down|keep] [this|this text|what follows] [in|as|under the name] "
+        "{file}:{gap}{text}",
     ),
     "create_list": (
         "<make> <newfile> <named>{file} with [these|the following] [items|words|entries|lines], "
@@ -100,6 +109,11 @@ ACT: dict[str, tuple[str, ...]] = {
         "<make> a list in {file}, one item [per|a] line: {items}",
         "one [per|on each] line, [write|put|save] {items} [to|into] <thefile>{file}",
         "list {items} in <newfile> <named>{file}, [one per line|each on its own line]",
+        "{file} [should|must|is to] [have|hold|list] [these|the following] [words|items|"
+        "entries], [one a line|each in its own line]: {items}",
+        "<pls>[store|keep|note] {items} in {file}[, one a line|, each in its own line|, every "
+        "item in a new line]",
+        "<make> <newfile> <named>{file} out of {items}, [one a line|one per line]",
     ),
     "change_setting": (
         "<change> [|the ]{key} [in|of|inside] <f> to {new}",
@@ -119,6 +133,12 @@ ACT: dict[str, tuple[str, ...]] = {
         "I [want|need] {key} to be {new} in <f>",
         "<f> has a wrong {key}; [it should be|set it to|change it to|the right value is] {new}",
         "the [new|right|correct] value of {key} in <f> is {new}[|. please update it|; update it]",
+        "since today {key} is {new}[, so|;|, please] [update|adjust|edit|change] <f>",
+        "[correct|fix|adjust|repair] {key} in <f>[: it is {new}|; it is {new}|. it should be "
+        "{new}|, the value is {new}]",
+        "from now {key} [must be|has to be|is] {new}. [change|update|edit|adjust] <f>[| for that]",
+        "<pls>[enter|write|put] {new} [for|as] {key} in <f>",
+        "let {key} be {new} in <f>",
     ),
     "rename_setting": (
         "<pls>rename [the setting |the key |the option |]{key} [in|of|inside] <f> to {new}",
@@ -129,6 +149,10 @@ ACT: dict[str, tuple[str, ...]] = {
         "<change> the name of [the setting |the key |]{key} in <f> to {new}",
         "<pls>give [the setting|the key] {key} in <f> the [new |]name {new}",
         "in <f>, [the setting|the key|the option] {key} should [now |]be called {new}",
+        "<f> [calls|names] a setting {key}; [it should be|make it|call it|its name should be] "
+        "{new}",
+        "[use|write] the name {new} [instead of|in place of] {key} for the [setting|key|option] "
+        "in <f>",
     ),
     "replace_word": (
         "<replace> [the word |every |each |all |]{old} [by|with|for] {new} [in|everywhere in|"
@@ -143,6 +167,10 @@ ACT: dict[str, tuple[str, ...]] = {
         "wherever <f> says {old}, [write|put|make it] {new}",
         "{old} should be {new} everywhere in <f>",
         "find {old} in <f> and replace it [by|with] {new}",
+        "<pls>turn [each|every|all] {old} in <f> into {new}",
+        "<pls>edit <f>[:| and] {old} becomes {new}[| everywhere]",
+        "<f> should [say|have] {new} [in place of|where it says|instead of] {old}",
+        "every {old} in <f> [is to become|should become|must become|should be] {new}",
     ),
     "append": (
         "<pls>[append|add|attach] [the line |the text |this line: |]{q} [to|at the end of|"
@@ -156,6 +184,10 @@ ACT: dict[str, tuple[str, ...]] = {
         "<f> needs [another|one more] line at the end: {text}",
         "at the end of <f>, [add|append|write] {q}",
         "one more line for <f>: {text}",
+        "<f> [should|must|is to] [end with|get] [a new line|a last line|this line too|a further "
+        "line]: {text}",
+        "[a new|a further|a last|an extra] line [for|in|goes to the end of] <f>: {text}",
+        "let <f> end with the line {q}",
     ),
     "replace_line": (
         "<replace> the line {q} in <f> [by|with] {nq}",
@@ -167,6 +199,8 @@ ACT: dict[str, tuple[str, ...]] = {
         "<f> has the line {q}[. replace it with|. change it to|; it should be] {nq}",
         "edit <f>: instead of {q} [it should say|write|put] {nq}",
         "edit <f> so that {q} becomes {nq}",
+        "[where|in the place where] <f> says {q}[, it should say|, write|, put] {nq}",
+        "<pls>[correct|fix] the line {q} in <f>[: it is|; it should be|, make it] {nq}",
     ),
     "delete_line": (
         "<pls>[delete|remove|drop|take out|erase] [the|all|every] [lines|line] [with|containing|"
@@ -177,6 +211,9 @@ ACT: dict[str, tuple[str, ...]] = {
         "lines [with|containing|that mention] {q} should [be removed from|be deleted from|"
         "go from] <f>",
         "clean <f>: remove [the|all|every] [lines|line] with {q}",
+        "[no line|not one line] of <f> should [have|contain|mention] {q}[| any more]",
+        "<pls>[take|cut] the lines [with|about] {q} [out of|from] <f>",
+        "<f> should lose [its|all|the] lines with {q}",
     ),
     "rename_file": (
         "<pls>rename <f> to {target}",
@@ -187,6 +224,9 @@ ACT: dict[str, tuple[str, ...]] = {
         "<f> [should be|must be|is to be] [called|named|renamed to] {target}",
         "the file {file} [should|must] [have|get] the name {target}",
         "the new name of <f> [is|should be] {target}[|, please rename it]",
+        "<f> gets the [new |]name {target}",
+        "from now on <f> [is called|has the name] {target}[. rename it|; rename it|]",
+        "<pls>let <f> be [called|named] {target}",
     ),
     "copy_file": (
         "<pls>copy <f> to {target}",
@@ -195,6 +235,8 @@ ACT: dict[str, tuple[str, ...]] = {
         "I need a copy of <f> [named|called|as|in] {target}",
         "<pls>save a copy of <f> [as|to|in|under the name] {target}",
         "<pls>copy the [contents|content] of <f> [to|into] [a new file |]{target}",
+        "{target} [should be|is to be|must be] a copy of <f>",
+        "<pls>keep a [second|spare|backup] copy of <f> [as|in|under] {target}",
     ),
     "delete_file": (
         "<pls>[delete|remove|erase|get rid of|throw away] <f>",
@@ -202,6 +244,11 @@ ACT: dict[str, tuple[str, ...]] = {
         "<f> [is not needed any more|is no longer needed|should go|can go|must go|is old]"
         "[, delete it|; remove it|. please delete it|. remove it]",
         "I [do not|don't] need <f> [any more|any longer][, delete it|; remove it|. delete it]",
+        "[make|let] <f> [go away|disappear|vanish]",
+        "<f> [should|must] be [gone|deleted|removed|erased][| now| at once]",
+        "see to it that <f> is [gone|removed|not there any more]",
+        "[clear away|drop|wipe|trash] <f>",
+        "[nobody|no one] needs <f>[. delete it|. remove it|; get rid of it]",
     ),
     "save_value": (
         "<pls>[read|find|take|get|look up] [|the value of |the ]{key} [in|from] <f> and [write|"
@@ -214,6 +261,9 @@ ACT: dict[str, tuple[str, ...]] = {
         "<pls>[save|store|write] [to|into|in] {target} the value [of {key} in|that {key} has in] "
         "<f>",
         "<pls>put only the value of {key} from <f> in {target}",
+        "{target} should [hold|contain|have] the value [of {key} in|that {key} has in] <f>",
+        "<f> has {key}[. put its value into|; write its value to|. save its value as] {target}",
+        "[I need|I want] the value of {key} from <f> in [a file |]{target}",
     ),
     "sort_file": (
         "<pls>sort <f> [alphabetically |]and [save|write|store|put] the [result|sorted lines|"
@@ -222,6 +272,9 @@ ACT: dict[str, tuple[str, ...]] = {
         "<pls>[save|write|store|put] the sorted lines of <f> [to|in|into] {target}",
         "<pls>make {target} with the lines of <f> [sorted|in alphabetical order|in sorted order]",
         "<pls>make a sorted copy of <f> [named|called|in|as] {target}",
+        "{target} should [hold|have|contain] the lines of <f> [in order|sorted|in alphabetical "
+        "order]",
+        "<pls>put <f> in alphabetical order[| and write that] into {target}",
     ),
     "save_count": (
         "<pls>[write|save|store|put] the [number of lines|line count] of <f> [to|in|into] {target}",
@@ -229,6 +282,8 @@ ACT: dict[str, tuple[str, ...]] = {
         "[to|in|into] {target}",
         "<pls>make a file {target} with the [number of lines|line count] of <f>",
         "how many lines does <f> have? [write|save|put] the [number|answer] [to|in|into] {target}",
+        "{target} should [hold|have|contain] the number of lines [in|of] <f>",
+        "<pls>note in {target} how many lines <f> has",
     ),
     "upper_file": (
         "<pls>[write|save|store|put] <f> in [capital letters|capitals|upper case] [to|in|into] "
@@ -238,6 +293,10 @@ ACT: dict[str, tuple[str, ...]] = {
         "<pls>make a copy of <f> in [capital letters|capitals|upper case] [named|called|as] "
         "{target}",
         "<pls>make {target} with the text of <f> in [capital letters|capitals|upper case]",
+        "{target} should [hold|have|contain] the text of <f> in [capitals|capital letters|upper "
+        "case]",
+        "<pls>make all letters of <f> [capital|big] and [store|save|write] [that|it] [in|to|as] "
+        "{target}",
     ),
     "save_result": (
         "<pls>[compute|calculate|work out|evaluate] {expression} and [write|save|store|put] the "
@@ -245,6 +304,10 @@ ACT: dict[str, tuple[str, ...]] = {
         "<pls>[write|save|store|put] the [result|value] of {expression} [to|in|into] {target}",
         "<pls>make a file {target} with the [result|value] of {expression}",
         "what is {expression}? [write|save|put] [it|the result|the answer] [to|in|into] {target}",
+        "{target} should [hold|have|contain] the [result|value] of {expression}",
+        "[I want|I need] the [result|value] of {expression} in [a file |the file |]{target}",
+        "<pls>put what {expression} [gives|makes|is] into {target}",
+        "<pls>[store|note|keep] [the result of |]{expression} in {target}, only the number",
     ),
     "list": (
         "<pls>[list|show|show me|name|tell me|give me] [the|all|all the] files[| here| in this "
@@ -429,6 +492,9 @@ ACT: dict[str, tuple[str, ...]] = {
         "echo: {phrase}",
         "your [answer|reply] should be {q}",
         "I want [to hear|to see|you to say] {q}",
+        "[just|only|simply] [say|write|answer|repeat] {q}",
+        "<say> {q}[, no more|, that is all|, only that|]",
+        "[let|make] your [answer|reply] be {q}",
     ),
     "pick": (
         "what is the {nth} <item> <oflist>: {items}",
@@ -441,6 +507,9 @@ ACT: dict[str, tuple[str, ...]] = {
         "[given|from|of] {items}, [what is the {nth} <item>|name the {nth} <item>|which <item> is "
         "{nth}]",
         "{nth} <item> of {items}",
+        "[look at|take|consider] [this list|the list|these]: {items}. [which is|what is|say|"
+        "name] the {nth}[| one]",
+        "{items}. [which one comes|what comes|which is] {nth}",
     ),
     "member": (
         "is {word} [in|part of|on|contained in] [this list|the list|the following list|the list "
@@ -452,6 +521,9 @@ ACT: dict[str, tuple[str, ...]] = {
         "{items}: [is {word} there|is {word} in this list|does the list contain {word}]",
         "[given|in] the list {items}, [is {word} there|is {word} included|do you see {word}]",
         "<pls>[tell me|say|check] whether {word} is [in|among|one of]: {items}",
+        "[look at|take|consider] [this list|the list|these]: {items}. [can you find {word} there|"
+        "do you see {word}|is there {word}]",
+        "{items}. [does {word} appear|do you find {word}][| there| in it]",
     ),
     "statement": (
         "{statement} [what is|what's] the {attribute} [of|for] {subject}",
@@ -461,6 +533,13 @@ ACT: dict[str, tuple[str, ...]] = {
         "{statement} [what is|tell me] the {attribute} [of|for] {subject}",
         "what is the {attribute} of {subject}? {statement}",
         "[if|suppose|given] [this is true|that]: {statement} what is the {attribute} of {subject}",
+        "[remember|consider|take note|here is some information|these are facts|for your "
+        "information|we know this|this is known][:|.] {statement} [what is|give me|tell me|and "
+        "what is|what, then, is] the {attribute} [of|for] {subject}",
+        "{statement} [according to this|from that|judging by this|so|now], what is the "
+        "{attribute} [of|for] {subject}",
+        "{statement} {subject}: which {attribute}",
+        "{statement} [and|so|now] the {attribute} of {subject} is",
     ),
     "which": (
         "{statement} [which one is|what is|which is|which thing is] {property}",
@@ -469,6 +548,13 @@ ACT: dict[str, tuple[str, ...]] = {
         "[note|know|listen|suppose|look]: {statement} [which one is|what is|which is] {property}",
         "which one is {property}? {statement}",
         "[what is|which is] the {property} one? {statement}",
+        "[remember|consider|take note|here is some information|these are facts|we know this][:|"
+        ".] {statement} [which of them is|which thing is|what is|name what is|so what is] "
+        "{property}",
+        "{statement} [which of them|which thing|what] is {property}",
+        "{statement} [I ask|a question|now]: [which one|what] is {property}",
+        "{statement} [give me|find|pick] [the one that is {property}|what is {property}|the "
+        "{property} one]",
     ),
     "greeting": (
         "[hello|hi|hey|good morning|good evening|good day|hi there|greetings|hello there], [I am|"

@@ -15,7 +15,8 @@ RULES = {
     "want": "[I need|I want|I'd like|I am looking for|we need|I have to know|I would like to know|"
     "need|I must know|looking for]",
     "in": "[in|in|in|inside|from|within|of|according to|listed in|given in]",
-    "thefile": "[the file |the file ||||file ||||our file ]",
+    "thefile": "[the file |the file |||||||file |||our file |the document |the text file |the log |"
+    "the list |the table |the notes |that file ]",
     "f": "<thefile>{file}",
     "look": "<pls>[look|have a look|check|search|peek|go] [in|into|inside|through|at]",
     "open": "<pls>[open|read|look at|look into|check|inspect|see|view|load|cat|go through] <f>",
@@ -60,6 +61,12 @@ LOOK: dict[str, tuple[str, ...]] = {
         "<f> [has|contains|holds|defines] [a setting|a value|an entry|a key] [called|named|for] "
         "{key}[. what is it|; what is its value|. tell me its value|. what is its value]",
         "how is {key} [set|configured|defined] in <f>",
+        "{key} is [written|stored|defined|kept|listed] in <f>[. what is it|. look it up|; find "
+        "its value|. read it out]",
+        "[I forgot|I do not know|nobody knows|I am not sure about|tell me about] {key}[; |. ][it "
+        "is in|look in|see] <f>",
+        "[we have|there is] {key} in <f>[. what does it say|. which value|, with which value|. "
+        "how is it set]",
     ),
     "setting_anywhere": (
         "what is <the>[value of |setting for |value for |]{key}<somewhere>",
@@ -96,6 +103,13 @@ LOOK: dict[str, tuple[str, ...]] = {
         "<want> <the>{key} [of|for|under] [section {section}|the {section} section] <in> <f>",
         "{section} {key} in <f>",
         "which {key} does [section {section}|the section {section}|{section}] [have|use] in <f>",
+        "<f> has [a section|a part|a block] {section}[. what is {key} there|. which value has "
+        "{key} in it|. give me its {key}]",
+        "[below|under|inside] {section} [in|of] <f>[ there is|, find|, look up|, read] {key}[. "
+        "what is it|. tell me the value|]",
+        "look at {section} in <f> <and> [tell me|report|give me] {key}",
+        "[how is|what does it say for] {key} [in the part|in the block|below the title|in the "
+        "group] {section} of <f>",
     ),
     "cell": (
         "what is the {column} of {row} <in> <f>",
@@ -112,6 +126,11 @@ LOOK: dict[str, tuple[str, ...]] = {
         "in the [table|CSV|list|sheet] {file}, what is the {column} [of|for] {row}",
         "{column} of {row} in <f>",
         "<tell> what <f> [lists|gives|says|has] as the {column} [of|for] {row}",
+        "which {column} [is given|stands|appears|is written] [for|next to|beside] {row} in <f>",
+        "[look up|find] {row} in <f>[. what is its {column}|. which {column} does it have|; give "
+        "me the {column}]",
+        "{row} is [listed in|one of the rows of|in] <f>[. what is its {column}|. tell me the "
+        "{column}|; with which {column}]",
     ),
     "fact": (
         "what is the {attribute} [of|for] {subject} [according to|in|from|given in] <f>",
@@ -126,6 +145,9 @@ LOOK: dict[str, tuple[str, ...]] = {
         "in <f>, what is the {attribute} [of|for] {subject}",
         "<look> <f> for the {attribute} [of|for] {subject}",
         "<f>: {attribute} of {subject}",
+        "<f> is about {subject}[, among others|]. [what is|which is|give me] the {attribute}",
+        "[read|check] <f>: {subject} has which {attribute}",
+        "{subject} has an {attribute}, see <f>[. what is it|. tell me|]",
     ),
     "fact_anywhere": (
         "what is the {attribute} [of|for] {subject}<somewhere>",
@@ -152,6 +174,10 @@ LOOK: dict[str, tuple[str, ...]] = {
         "[the log |]{file} has a line [about|from|of] {service}[. what is its {field}|; what is "
         "the {field}|. tell me the {field}]",
         "{service} {field} in <f>",
+        "{service} [wrote|left|reported|logged] [a|some|an] {field} in <f>[. which one|. what is "
+        "it|; tell me]",
+        "[find|look up] {service} in <f> <and> [tell me|report|give me] [the|its] {field}",
+        "with which {field} [did|does] {service} [appear|show up|come up|run] in <f>",
     ),
     "topic": (
         "what is the {key} in the file [about|on|for|named after] {topic}",
@@ -165,6 +191,10 @@ LOOK: dict[str, tuple[str, ...]] = {
         "one of the files is about {topic}[. what is its {key}|. which {key} is in it|; "
         "what {key} does it hold]",
         "which {key} is in the [file about {topic}|{topic} file]",
+        "[open|read|look into] the [file|notes|document] [about|on] {topic}[. what is the {key}|"
+        ". which {key} is there|; tell me the {key}]",
+        "[the notes|a note|a document|the text] on {topic} [must|should] [hold|give|have] a "
+        "{key}[. what is it|; find it|]",
     ),
     "first_line": (
         "what is the first line of <f>",
@@ -198,6 +228,8 @@ LOOK: dict[str, tuple[str, ...]] = {
         "in <f>, what is [line {n}|the {nth} line]",
         "print [line {n}|the {nth} line] of <f>",
         "[line {n}|{nth} line] of <f>",
+        "<open> <and> [read|quote] the line [number {n}|{n}]",
+        "[of|among] the lines of <f>, [what is|give me|show me] the {nth}[| one]",
     ),
     "note": (
         "what is the {name} [in|from|given in|according to] <f>",
@@ -231,6 +263,10 @@ LOOK: dict[str, tuple[str, ...]] = {
         "<pls>[open|read] <f> <and> [show me|print|give me] [its content|its text|everything|"
         "what it says]",
         "read <f>",
+        "[let me see|I want to see|I would like to read] [all of |what is in |the whole |"
+        "everything in |]<f>",
+        "what [text|data] [is in|does one find in] <f>",
+        "[put|bring] <f> on the screen",
     ),
     "which_file": (
         "which file [contains|has|mentions|holds|includes] [the text |the word |]{q}",
@@ -243,6 +279,9 @@ LOOK: dict[str, tuple[str, ...]] = {
         "search [the files|the folder|all files] for {q} <and> [tell me|name|report] the file",
         "what is the name of the file [that contains|that mentions|with|containing] {q}",
         "<want> the name of the file [that contains|with|containing|mentioning] {q}",
+        "I [look|am looking|search] for the file [with|that has] {q}[. which is it|. what is it "
+        "called|]",
+        "{q} [is|stands|must be] in [one of the files|some file][. in which|. which one|; find it]",
     ),
     "lines": (
         "<many> lines [does <f> have|are in <f>|are there in <f>|has <f>|does <f> contain]",
@@ -255,6 +294,11 @@ LOOK: dict[str, tuple[str, ...]] = {
         "<want> the [line count|number of lines] of <f>",
         "line count of <f>",
         "how many lines [long is|are there altogether in|in total in] <f>",
+        "<tell> the length of <f> in lines",
+        "how many lines long is <f>",
+        "<f> is how many lines long",
+        "the length of <f>, [as a number of|measured in] lines",
+        "<tell> how many lines <f> [takes|fills|consists of]",
     ),
     "words": (
         "<many> words [does <f> have|are in <f>|are there in <f>|has <f>|does <f> contain]",
@@ -266,6 +310,12 @@ LOOK: dict[str, tuple[str, ...]] = {
         "<want> the [word count|number of words] of <f>",
         "word count of <f>",
         "how many words [long is|are there altogether in|in total in] <f>",
+        "<tell> the length of <f> in words",
+        "how many words long is <f>",
+        "<f> is how many words long",
+        "how long is <f> in words",
+        "the length of <f>, [as a number of|measured in] words",
+        "<tell> how many words <f> [takes|consists of|is made of]",
     ),
     "characters": (
         "<many> [characters|bytes] [does <f> have|are in <f>|are there in <f>|has <f>]",
@@ -275,6 +325,14 @@ LOOK: dict[str, tuple[str, ...]] = {
         "what is the [size of <f> in bytes|number of <chars> in <f>]",
         "<f>: how many <chars>",
         "<want> the number of <chars> in <f>",
+        "<tell> the length of <f> in <chars>",
+        "how many <chars> long is <f>",
+        "<f> is how many <chars> long",
+        "the [length|size] of <f>, [as a number of|measured in] <chars>",
+        "what is the byte [length|size] of <f>",
+        "<tell> how many <chars> <f> [takes|fills|consists of|is made of]",
+        "how much space does <f> take in <chars>",
+        "<count> the <chars> <f> has",
     ),
     "matching": (
         "<many> lines [in|of] <f> [contain|mention|have|include] [the word |]{q}",
@@ -288,6 +346,9 @@ LOOK: dict[str, tuple[str, ...]] = {
         "<many> {needle} [lines|entries] [are in <f>|are there in <f>|does <f> have]",
         "<want> the number of lines [with|containing] {q} in <f>",
         "<look> <f> <and> count the lines [with|containing] {q}",
+        "<many> lines of <f> [speak of|refer to|are about|go with] {q}",
+        "{q} is in how many lines of <f>",
+        "<tell> [on|in] how many lines of <f> {q} [stands|is found|is written]",
     ),
     "occurrences": (
         "how [often|many times] does [the word |]{q} [occur|appear|stand|show up] in <f>",
@@ -298,6 +359,12 @@ LOOK: dict[str, tuple[str, ...]] = {
         "<many> occurrences of {q} [are in <f>|are there in <f>|does <f> have]",
         "count how [often|many times] {q} [occurs|appears|is used] in <f>",
         "[in <f>, |]how often do you find {q}[| in <f>]",
+        "how [frequent|common] is {q} in <f>",
+        "<tell> the frequency of {q} in <f>",
+        "<tell> how [often|frequently|many times] <f> [says|has|contains|repeats] {q}",
+        "how frequently [is {q} used|does {q} come up|do you find {q}] in <f>",
+        "<count> [every|each] [mention|use|appearance] of {q} in <f>[| one by one]",
+        "{q} [is used|appears|comes up|stands] how [often|many times] in <f>",
     ),
     "extension": (
         "<many> [.{extension} files|{extension} files|files ending in .{extension}|files with "
@@ -309,6 +376,10 @@ LOOK: dict[str, tuple[str, ...]] = {
         "<tell> how many [.{extension} files|files end in .{extension}][| there are]",
         "<want> the number of [.{extension}|{extension}] files",
         "number of .{extension} files[| here| in this folder]",
+        "[count|look for|find] [everything|all] [that ends in|ending with] .{extension}[. how "
+        "many|; how many are there|]",
+        "how many [of the files here|of all files|of our files] [are .{extension} files|end in "
+        ".{extension}|have the extension {extension}]",
     ),
     "all_files": (
         "<many> files [are there|are here|are in this folder|do we have|exist here|are there in "
@@ -318,6 +389,8 @@ LOOK: dict[str, tuple[str, ...]] = {
         "<want> the [total |]number of files[| here| in this folder]",
         "how many files in total [are there|do we have|are in this folder]",
         "count every file [here|in this folder|in this directory and below]",
+        "<tell> how many files [there are|this folder has|you find][| here]",
+        "how many files does this [folder|directory] [have|hold|contain]",
     ),
     "column_sum": (
         "what is the <total> of [column |the column |the |]{column} [in|of|from] <f>",
@@ -333,6 +406,11 @@ LOOK: dict[str, tuple[str, ...]] = {
         "in <f>, what is the <total> of <column>{column}",
         "<want> the <total> of <column>{column} [in|of] <f>",
         "how much is {column} in total in <f>",
+        "[what comes out if you|what do you get when you] add [up |]all {column} [values|"
+        "numbers] [in|of] <f>",
+        "<tell> what all {column} [values|numbers] [in|of] <f> make together",
+        "the {column} [numbers|values|figures] [in|of] <f>[, added up|, taken together|: what is "
+        "their sum]",
     ),
     "column_max": (
         "what is the <biggest> [{column}|value of {column}|value in column {column}|{column} value]"
@@ -344,6 +422,11 @@ LOOK: dict[str, tuple[str, ...]] = {
         "<want> the <biggest> [{column}|value of {column}] [in|of] <f>",
         "how high does {column} go in <f>",
         "<biggest> {column} in <f>",
+        "what is the <biggest> [number|figure|entry] [in|under|of] [column {column}|{column}|the "
+        "field {column}] [of|in] <f>",
+        "which [number|value|figure] [is the <biggest> one|is <biggest>] [in|under] {column} in "
+        "<f>",
+        "<tell> the <biggest> figure [for|of] {column} in <f>",
     ),
     "column_min": (
         "what is the <least> [{column}|value of {column}|value in column {column}|{column} value]"
@@ -355,6 +438,10 @@ LOOK: dict[str, tuple[str, ...]] = {
         "<want> the <least> [{column}|value of {column}] [in|of] <f>",
         "how low does {column} go in <f>",
         "<least> {column} in <f>",
+        "what is the <least> [number|figure|entry] [in|under|of] [column {column}|{column}|the "
+        "field {column}] [of|in] <f>",
+        "which [number|value|figure] [is the <least> one|is <least>] [in|under] {column} in <f>",
+        "<tell> the <least> figure [for|of] {column} in <f>",
     ),
     "unique_lines": (
         "<many> [different|distinct|unique] [lines|values|entries|items] "
@@ -364,6 +451,9 @@ LOOK: dict[str, tuple[str, ...]] = {
         "<open> <and> count the [different|distinct|unique] [lines|values|entries|items]",
         "without repeats, how many lines does <f> have",
         "leaving out duplicates, how many [lines|entries|items] are in <f>",
+        "[how many|count the] [lines|entries|values] in <f>[, each one once|, without doubles|, "
+        "ignoring repetitions|, every kind once]",
+        "<tell> how many [different|distinct] [things|lines|kinds of line] <f> has",
     ),
     "column_unique": (
         "<many> [different|distinct|unique] [{column} values|values of {column}|values in column "
@@ -375,6 +465,9 @@ LOOK: dict[str, tuple[str, ...]] = {
         "in <f>",
         "in <f>, how many [different|distinct|unique] values [does {column} have|has {column}]",
         "<open> <and> count the [different|distinct|unique] values of {column}",
+        "how many [kinds of|different kinds of|distinct] {column} [are in|appear in|occur in] <f>",
+        "[count|list and count] the {column} values of <f>[, each one once|, without doubles|, "
+        "ignoring repetitions]",
     ),
     "filtered_sum": (
         "what is the <total> of {column} [where|for rows where|for the rows where] {by} is {wanted}"
@@ -388,6 +481,10 @@ LOOK: dict[str, tuple[str, ...]] = {
         "<tell> the [total|total of|sum of] {column} for {by} {wanted} [in|from] <f>",
         "what is the total {column} [for|of] [{by} {wanted}|the {by} {wanted}] in <f>",
         "<want> the <total> of {column} in <f> for [{by} {wanted}|{by} = {wanted}]",
+        "take the rows of <f> [where|in which] {by} is {wanted}[. what is the <total> of their "
+        "{column}|; add up the {column}| and add up {column}]",
+        "how much {column} [do|have] the {wanted} rows of <f> [have|got] [in total|together]",
+        "looking only at {by} {wanted}, what is the <total> of {column} in <f>",
     ),
     "filtered_count": (
         "<many> rows [in|of] <f> have [the |]{by} {wanted}",
@@ -398,6 +495,9 @@ LOOK: dict[str, tuple[str, ...]] = {
         "in <f>, <many> rows [have {by} {wanted}|have {wanted} as {by}]",
         "in how many rows of <f> is [the |]{by} {wanted}",
         "<many> [entries|records|rows] [with|where the] {by} [is |]{wanted} are [there |]in <f>",
+        "take <f>[. how many|: how many|; how many] rows have {wanted} [in|under|as] {by}",
+        "how many times does {wanted} stand as {by} in <f>",
+        "<tell> how many rows of <f> [go with|belong to] {by} {wanted}",
     ),
     "numbers_sum": (
         "what is the <total> of [the |all |all the |]numbers in <f>",
@@ -409,6 +509,8 @@ LOOK: dict[str, tuple[str, ...]] = {
         "in <f>, what is the <total> of all [lines|numbers|values]",
         "<f> [has|holds|contains] [one number a line|a number in each line|a list of numbers]"
         "[. add them up|. what is their sum|. what is the total|; sum them up]",
+        "what is the result of adding [all|up all|together all] numbers in <f>",
+        "<tell> what the numbers [in|of] <f> make [together|in all]",
     ),
     "numbers_max": (
         "what is the <biggest> number in <f>",
@@ -418,6 +520,8 @@ LOOK: dict[str, tuple[str, ...]] = {
         "<f> [has|holds|contains] [one number a line|a number in each line|a list of numbers]"
         "[. which is the <biggest>|. what is the <biggest> one|; tell me the <biggest>]",
         "<biggest> number in <f>",
+        "of all numbers in <f>, [which is|what is|give me] the <biggest>",
+        "how high do the numbers in <f> go",
     ),
     "numbers_min": (
         "what is the <least> number in <f>",
@@ -427,6 +531,8 @@ LOOK: dict[str, tuple[str, ...]] = {
         "<f> [has|holds|contains] [one number a line|a number in each line|a list of numbers]"
         "[. which is the <least>|. what is the <least> one|; tell me the <least>]",
         "<least> number in <f>",
+        "of all numbers in <f>, [which is|what is|give me] the <least>",
+        "how low do the numbers in <f> go",
     ),
 }
 RULES["the"] = "|the "

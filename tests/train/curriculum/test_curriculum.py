@@ -76,8 +76,8 @@ def test_early_training_has_more_plain_recall():
     def recall(stage: float) -> int:
         return sum(episode(f"s/{n}", stage).family == "auxiliary" for n in range(600))
 
-    assert 600 * 0.10 < recall(0.0) < 600 * 0.20
-    assert recall(1.0) < 600 * 0.07
+    assert 600 * 0.19 < recall(0.0) < 600 * 0.31
+    assert recall(1.0) < 600 * 0.09
 
 
 def test_prompts_of_the_agent_are_prefixes_of_the_episode(episodes, tokenizer):

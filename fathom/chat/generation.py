@@ -1,0 +1,127 @@
+"""What a server asks of an engine for one completion, and what comes back token by token.
+
+The types lie here, below both, so that an engine needs to know nothing of servers and a server
+nothing of torch.
+
+Paper: none (inference interface).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fathom.chat.tokenizer import Tokenizer
+
+
+class TokenMask(Protocol):
+    """Says which tokens may come next; one object per completion, used from one thread at a time.
+
+    An engine asks `allowed` before it draws a token and tells the drawn one to `accept`.
+    """
+
+    def allowed(self) -> bytes | None:
+        """One bit per token id, lowest bit first, or None while everything is allowed."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that was drawn."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One completion to make.
+
+    `prompt` holds token ids; `text` the same prompt as text, for engines that take only that.
+    `top_logprobs` asks for that many alternatives per token. `top_k` 0 keeps all tokens.
+    """
+
+    prompt: Sequence[int]
+    text: str = ""
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    top_logprobs: int = 0
+    mask: TokenMask | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefilled:
+    """The prompt has been read; `cached_tokens` of it were known already."""
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOutput:
+    """One generated token, its text as far as it is complete, and its log-probability.
+
+    `token_id` is None where an engine gives text only; such text may hold spelled markup. The text
+    of the stop token is empty. `top` holds (token id, log-probability), the most probable first.
+    """
+
+    token_id: int | None
+    text: str
+    logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationEnd:
+    """Why a completion ended, "stop" or "length", and what it cost.
+
+    The counts are those of the engine where it knows better than its caller, else None.
+    """
+
+    finish_reason: str
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+Output = Prefilled | TokenOutput | GenerationEnd
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendInfo:
+    """What a server must know of the engine behind it.
+
+    `masks`: it obeys `GenerationRequest.mask`. `logprobs`: it gives log-probabilities.
+    """
+
+    name: str
+    context_tokens: int
+    masks: bool = True
+    logprobs: bool = True
+    extra: dict[str, object] = field(default_factory=dict[str, object])
+
+
+class Backend(Protocol):
+    """An engine as a server sees it. Closing the generator cancels the work at once."""
+
+    @property
+    def info(self) -> BackendInfo:
+        """Name, context and abilities."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, or None where prompts go out as text."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Output, None]:
+        """At most one `Prefilled`, then a `TokenOutput` for every token, then a `GenerationEnd`.
+
+        Raises GenerationError for what cannot be served and BackendError for trouble of its own.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Release everything; running completions end."""
+        ...

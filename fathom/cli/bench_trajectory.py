@@ -1,0 +1,175 @@
+"""`fathom bench trajectory`: what a durable log costs a call, and how fast it is read back.
+
+Paper: none (measurement).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from fathom.cli.output import print_table
+from fathom.cli.sandboxes import substrate_of
+
+RECEIPTS = 500
+_PARTS = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+
+
+def measure(kind: str, count: int) -> dict[str, Any]:
+    """All figures as one object; times in milliseconds."""
+    return anyio.run(_measure, kind, count)
+
+
+async def _measure(kind: str, count: int) -> dict[str, Any]:
+    from fathom.sandbox import paths
+    from fathom.sandbox.trajectory.held import hold
+
+    with tempfile.TemporaryDirectory(prefix="fathom-", dir=paths.cache_folder()) as name:
+        folder = Path(name)
+        executor = await hold(
+            folder / "holder-1",
+            {},
+            substrate=substrate_of(kind),
+            cache_dir=paths.cache_folder(),
+            runtime_dir=paths.runtime_folder(),
+            idle=60,
+        )
+        try:
+            report: dict[str, Any] = {
+                "count": count,
+                "substrate": executor.substrate,
+                "machine": _machine(),
+                "call": await _calls(executor, count),
+                "log": {d: await _log_cost(folder / d, d, count) for d in ("process", "power")},
+            }
+        finally:
+            await executor.stop()
+        report["fast_forward_ms"] = await _fast_forward(folder / "forward")
+    call = report["call"]["p50"]
+    report["share_of_a_call"] = {d: t["p50"] / call for d, t in report["log"].items()}
+    return report
+
+
+async def _calls(executor: Any, count: int) -> dict[str, float]:
+    """A warm call of `true` by key, journal included, without the log."""
+    from fathom.sandbox.trajectory.operation import exec_request
+
+    request = exec_request(["true"], timeout=60)
+    times: list[float] = []
+    for number in range(count + 3):
+        begun = time.perf_counter()
+        await executor.dispatch(f"call/{number}", bytes(32), request, lambda: None)
+        times.append(time.perf_counter() - begun)
+    return _spread(times[3:])
+
+
+class _Instant:
+    """An executor that takes no time, so that what is left is the log."""
+
+    epoch = "instant"
+    generation = None
+
+    async def dispatch(self, key: str, digest: bytes, request: Any, on_started: Any) -> Any:
+        from fathom.sandbox.trajectory.operation import Outcome
+
+        on_started()
+        return Outcome(fields={"exit_code": 0, "duration": 0.0}, blobs={"stdout": b"x" * 200})
+
+    async def query(self, key: str, request: Any) -> Any:
+        from fathom.sandbox.trajectory.executor import NeverSeen
+
+        return NeverSeen()
+
+    async def wait(self, key: str, request: Any) -> Any:
+        raise AssertionError("nothing runs here")
+
+    async def acknowledge(self, key: str) -> None:
+        pass
+
+
+async def _log_cost(folder: Path, durability: Any, count: int) -> dict[str, float]:
+    """Intent, start and receipt of one operation: everything but the sandbox."""
+    from fathom.sandbox.trajectory.log import Log
+    from fathom.sandbox.trajectory.operation import Operation, exec_request
+    from fathom.sandbox.trajectory.session import Session
+
+    times: list[float] = []
+    with Log(folder, durability=durability) as log:
+        session = await Session.begin(log, "bench", _Instant())
+        for number in range(count + 3):
+            request = exec_request("true", timeout=60)
+            begun = time.perf_counter()
+            await session.run(Operation(key=f"op/{number}", request=request))
+            times.append(time.perf_counter() - begun)
+    return _spread(times[3:])
+
+
+async def _fast_forward(folder: Path) -> dict[str, float]:
+    """From opening a log of 500 operations to having all their outcomes again."""
+    from fathom.sandbox.trajectory.log import Log
+    from fathom.sandbox.trajectory.operation import Operation, exec_request
+    from fathom.sandbox.trajectory.session import Session
+
+    operations = [
+        Operation(key=f"op/{n}", request=exec_request(f"step {n}", timeout=60))
+        for n in range(RECEIPTS)
+    ]
+    with Log(folder, durability="process") as log:
+        session = await Session.begin(log, "bench", _Instant())
+        for operation in operations:
+            await session.run(operation)
+    times: list[float] = []
+    worked: list[float] = []
+    for _ in range(7):
+        begun, worked_before = time.perf_counter(), time.process_time()
+        with Log(folder, durability="process") as log:
+            session = await Session.attach(log, "bench", _Instant())
+            for operation in operations:
+                assert (await session.run(operation)).cached
+            times.append(time.perf_counter() - begun)
+        worked.append(time.process_time() - worked_before)
+    return {"receipts": RECEIPTS, "processor_p50": _spread(worked)["p50"], **_spread(times)}
+
+
+def _spread(seconds: list[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+    last = len(ordered) - 1
+    parts = {name: 1e3 * ordered[min(last, int(len(ordered) * p))] for name, p in _PARTS.items()}
+    return {"min": 1e3 * ordered[0], **parts, "max": 1e3 * ordered[-1]}
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "kernel": platform.release(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print a report as a table."""
+    machine = report["machine"]
+    print(
+        f"{report['substrate']}, kernel {machine['kernel']}, {machine['cores']} cores, "
+        f"load average {machine['load_average'][0]}; {report['count']} times, in ms"
+    )
+    whole = report["fast_forward_ms"]
+    forward = {k: v for k, v in whole.items() if k not in ("receipts", "processor_p50")}
+    lines = {
+        "warm call by key": report["call"],
+        "log, survives any process": report["log"]["process"],
+        "log, survives a power cut": report["log"]["power"],
+        f"fast-forward of {RECEIPTS}": forward,
+    }
+    rows = [[name, *(f"{value:.3f}" for value in times.values())] for name, times in lines.items()]
+    print_table(["", *forward], rows)
+    share = report["share_of_a_call"]
+    print(f"fast-forward takes {whole['processor_p50']:.0f} ms of a processor")
+    print(f"share of a call at p50: {share['process']:.1%}; with a sync {share['power']:.1%}")

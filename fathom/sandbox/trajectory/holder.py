@@ -1,0 +1,263 @@
+"""The holder: a process that owns one sandbox, so that its clients may come, die and come back.
+
+It runs each operation at most once, under the key that the client chose, and keeps a journal of
+what began and how it ended in a folder beside its socket. A client that lost its connection asks by
+key. The holder ends when it is told to, when nobody came for a while, or with its sandbox; the
+journal stays.
+
+Paper: §5.2.5 (the sandbox outlives the process that uses it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+from anyio.abc import SocketStream, TaskGroup
+
+from fathom.errors import FathomError, SandboxError, SandboxLost
+from fathom.sandbox import Client, Container, Sandbox, state
+from fathom.sandbox.trajectory.changes import Change, Watcher
+from fathom.sandbox.trajectory.frames import SOCKET, Frame, Line, is_own_user
+from fathom.sandbox.trajectory.log import Log
+from fathom.sandbox.trajectory.operation import (
+    Outcome,
+    Request,
+    encode_outcome,
+    perform,
+    to_wire,
+)
+from fathom.sandbox.trajectory.record import Kind
+
+JOURNAL = "journal"
+JOURNAL_SEGMENT = 1 << 18
+# The name under which the journal's records stand.
+HELD = "held"
+_LOOK = 0.5
+
+
+@dataclass(slots=True)
+class _Op:
+    """An operation: `outcome` or `failure` is there once `ended` is set."""
+
+    digest: str
+    ended: anyio.Event = field(default_factory=anyio.Event)
+    outcome: Outcome | None = None
+    failure: str | None = None
+
+
+class Holder:
+    """Serves one sandbox to its user's processes."""
+
+    def __init__(
+        self, sandbox: Sandbox, journal: Log, epoch: str, idle: float, watcher: Watcher | None
+    ) -> None:
+        self.sandbox = sandbox
+        self.journal = journal
+        self.epoch = epoch
+        self.idle = idle
+        self.watcher = watcher
+        self.generation = 0
+        self.ops: dict[str, _Op] = {}
+        self.guests = 0
+        self.last_seen = time.monotonic()
+        self.stopping = anyio.Event()
+        self.group: TaskGroup | None = None
+
+    async def serve(self, stream: SocketStream) -> None:
+        """Answer one connection."""
+        async with stream:
+            if not is_own_user(stream):
+                return
+            self.guests += 1
+            line = Line(stream)
+            try:
+                while (frame := await line.receive()) is not None:
+                    await self._answer(line, frame)
+            except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+                pass  # the client is gone; what it began goes on
+            finally:
+                self.guests -= 1
+                self.last_seen = time.monotonic()
+
+    async def _answer(self, line: Line, frame: Frame) -> None:
+        head, data = frame
+        match head["ask"]:
+            case "hello":
+                await line.send(
+                    {
+                        "epoch": self.epoch,
+                        "generation": self.generation,
+                        "sandbox": self.sandbox.id,
+                        "substrate": self.sandbox.caps.substrate,
+                        "pid": os.getpid(),
+                    }
+                )
+            case "run":
+                op = self.ops.get(head["key"])
+                if op is None:
+                    op = self._begin(head, data)
+                elif op.digest != head["digest"]:
+                    await line.send({"is": "conflict"})
+                    return
+                await line.send({"is": "running"})
+                await self._send_end(line, op)
+            case "wait":
+                await self._send_end(line, self.ops[head["key"]])
+            case "query":
+                await self._send_state(line, self.ops.get(head["key"]))
+            case "done":
+                if (op := self.ops.get(head["key"])) is not None:
+                    op.outcome = None if op.outcome is None else Outcome()
+                await line.send({"is": "done"})
+            case _:
+                self.stopping.set()
+                await line.send({"is": "stopping"})
+
+    def _begin(self, head: dict[str, Any], data: bytes) -> _Op:
+        key, op = head["key"], _Op(head["digest"])
+        request = Request.from_json(head, data if head["has_data"] else None)
+        # Written before anything happens, so that a holder that dies leaves no doubt about it.
+        record = self.journal.append(
+            Kind.INTENT, HELD, key=key, digest=bytes.fromhex(op.digest), reserve=True
+        )
+        self.ops[key] = op
+        assert self.group is not None
+        self.group.start_soon(self._run, key, op, request, record.node_sequence)
+        return op
+
+    async def _run(self, key: str, op: _Op, request: Request, intent: int) -> None:
+        try:
+            background = self._changes(request)
+            outcome = await perform(self.sandbox, request)
+            self.generation += 1
+            outcome = replace(
+                outcome,
+                generation=self.generation,
+                changes=self._changes(request),
+                background=background,
+            )
+            self.journal.append(
+                Kind.RECEIPT,
+                HELD,
+                key=key,
+                parent=intent,
+                fields=encode_outcome(outcome),
+                blobs=outcome.blobs,
+            )
+            op.outcome = outcome
+        except (FathomError, OSError) as error:
+            op.failure = str(error)
+            if isinstance(error, SandboxLost):
+                self.stopping.set()
+        finally:
+            op.ended.set()
+            self.last_seen = time.monotonic()
+
+    def _changes(self, request: Request) -> tuple[Change, ...] | None:
+        if self.watcher is None:
+            return None
+        if request.verb == "read":
+            return ()  # reading changes nothing, and what the background did is seen next time
+        found = self.watcher.changes()
+        return None if found is None else tuple(found)
+
+    async def _send_end(self, line: Line, op: _Op) -> None:
+        await op.ended.wait()
+        await self._send_state(line, op)
+
+    async def _send_state(self, line: Line, op: _Op | None) -> None:
+        if op is None:
+            await line.send({"is": "never"})
+        elif not op.ended.is_set():
+            await line.send({"is": "running"})
+        elif op.outcome is None:
+            await line.send({"is": "lost", "reason": op.failure or "it was given up"})
+        else:
+            await line.send({"is": "ended"}, to_wire(op.outcome))
+
+    async def watch(self) -> None:
+        """Return when it is time to end."""
+        while not self.stopping.is_set():
+            with anyio.move_on_after(_LOOK):
+                await self.stopping.wait()
+            busy = self.guests or any(not op.ended.is_set() for op in self.ops.values())
+            if not busy and time.monotonic() - self.last_seen > self.idle:
+                return
+
+
+async def _hold(order: dict[str, Any]) -> None:
+    folder = Path(order["folder"])
+    epoch = secrets.token_hex(8)
+    os.chdir(folder)
+    client = Client(
+        "local",
+        substrate=order["substrate"],
+        cache_dir=order["cache_dir"],
+        runtime_dir=order["runtime_dir"],
+    )
+    journal = Log(folder / JOURNAL, segment_size=JOURNAL_SEGMENT, durability="process")
+    with journal:
+        async with client:
+            sandbox = await client.create(Container(**order["spec"]))
+            journal.append(Kind.CREATE, HELD, fields={"epoch": epoch, "sandbox": sandbox.id})
+            listener = await anyio.create_unix_listener(SOCKET, mode=0o600)
+            watcher = Watcher(root) if (root := _root_of(order, sandbox)) else None
+            holder = Holder(sandbox, journal, epoch, order["idle"], watcher)
+            async with anyio.create_task_group() as group:
+                holder.group = group
+                group.start_soon(_until_signal, holder)
+                group.start_soon(listener.serve, holder.serve)
+                _report({"ready": epoch})
+                await holder.watch()
+                group.cancel_scope.cancel()
+            await listener.aclose()
+            (folder / SOCKET).unlink(missing_ok=True)
+
+
+def _root_of(order: dict[str, Any], sandbox: Sandbox) -> Path | None:
+    """Where the file system of a sandbox can be seen from here; None where it cannot."""
+    pid = state.first_process(Path(order["runtime_dir"]) / sandbox.id)
+    root = None if pid is None else Path(f"/proc/{pid}/root")
+    try:
+        return root if root is not None and (root / "work").is_dir() else None
+    except OSError:
+        return None
+
+
+async def _until_signal(holder: Holder) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            holder.stopping.set()
+
+
+def _report(message: dict[str, Any]) -> None:
+    """Tell the process that started this one, which waits for one line."""
+    # It may have died meanwhile; its successor will find the socket.
+    with contextlib.suppress(OSError):
+        os.write(1, json.dumps(message).encode() + b"\n")
+    # From here on nobody listens, and a word to nobody must not end the holder.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    os.close(null)
+
+
+def main() -> None:
+    """Run a holder; its order comes on standard input."""
+    order = json.loads(sys.stdin.read())
+    try:
+        anyio.run(_hold, order)
+    except FathomError as error:
+        _report({"error": error.code, "message": str(error)})
+    except OSError as error:
+        _report({"error": SandboxError.code, "message": str(error)})

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 
 from fathom.errors import CacheFull, ConfigError
@@ -192,9 +193,12 @@ class SlabPool:
         ranges = self.layout.used_ranges(tokens)
         if len(record) != sum(b - a for a, b in ranges):
             raise ValueError(f"a record of {len(record)} bytes does not fill {tokens} tokens")
-        source = torch.frombuffer(bytearray(record), dtype=torch.uint8) if record else None
-        at = 0
+        source, at = np.frombuffer(record, np.uint8), 0
+        row = self.data[slab]
         for a, b in ranges:
-            assert source is not None
-            self.data[slab, a:b] = source[at : at + b - a].to(self.data.device)
+            part = source[at : at + b - a]
+            if row.device.type == "cpu":  # torch would wake its threads for every copy
+                row.numpy()[a:b] = part
+            else:
+                row[a:b] = torch.tensor(part, device=row.device)
             at += b - a

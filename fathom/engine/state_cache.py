@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from fathom.engine.kv_cache import SlabLayout
@@ -181,9 +182,12 @@ class SlotPool:
         ranges = self.layout.checkpoint_ranges(length)
         if len(record) != sum(b - a for a, b in ranges):
             raise ValueError(f"a checkpoint of {len(record)} bytes is not one of {length} tokens")
-        source = torch.frombuffer(bytearray(record), dtype=torch.uint8) if record else None
-        at = 0
+        source, at = np.frombuffer(record, np.uint8), 0
+        row = self.data[slot]
         for a, b in ranges:
-            assert source is not None
-            self.data[slot, a:b] = source[at : at + b - a].to(self.data.device)
+            part = source[at : at + b - a]
+            if row.device.type == "cpu":  # torch would wake its threads for every copy
+                row.numpy()[a:b] = part
+            else:
+                row[a:b] = torch.tensor(part, device=row.device)
             at += b - a

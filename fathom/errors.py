@@ -9,11 +9,17 @@
     |   +-- RequestError            an API request with a field that cannot be served
     +-- TokenizerError           text asked of a model that has no tokenizer
     +-- GenerationError          sampling values or a prompt that cannot be served
+    |   +-- CacheFull               memory for another sequence or more tokens is used up
+    +-- CacheError               a stored cache, session or log that cannot be used
     +-- BackendError             the engine behind a server failed or cannot be reached
     +-- ServerError              a server that cannot start with these settings
     +-- SandboxError             the sandbox itself failed (a command that fails is a result)
     |   +-- Unsupported             this machine or substrate cannot do what was asked
     |   +-- SandboxLost             the sandbox ended while it was needed
+    |   +-- DaemonLost              nobody answers for sandboxes any more; they may still run
+    |   +-- SandboxTimeout          a command, or the sandbox's own part, took too long
+    |   +-- SandboxOutOfMemory      a command was ended because its sandbox's memory was full
+    |   +-- PolicyDenied            a policy or quota of this machine forbids what was asked
     +-- AgentError               the agent could not run its loop
     |   +-- ModelUnreachable        the model behind a URL did not answer properly
     +-- TrainError               a training run that cannot start or continue
@@ -86,6 +92,18 @@ class GenerationError(FathomError):
     code = "generation_invalid"
 
 
+class CacheFull(GenerationError):
+    """The memory for cache entries or sequences is used up."""
+
+    code = "cache_full"
+
+
+class CacheError(FathomError):
+    """A cache folder, session or log is damaged, cannot be written or belongs to another model."""
+
+    code = "cache_invalid"
+
+
 class BackendError(FathomError):
     """The engine behind a server failed, or cannot be reached."""
 
@@ -114,6 +132,30 @@ class SandboxLost(SandboxError):
     """The sandbox ended while it was still needed."""
 
     code = "sandbox_lost"
+
+
+class DaemonLost(SandboxError):
+    """Nobody answers for sandboxes any more; those that were running may still run."""
+
+    code = "sandbox_daemon_lost"
+
+
+class SandboxTimeout(SandboxError):
+    """A command, or what the sandbox itself had to do, took longer than it was given."""
+
+    code = "sandbox_timeout"
+
+
+class SandboxOutOfMemory(SandboxError):
+    """A process was ended because the memory of its sandbox was full."""
+
+    code = "sandbox_out_of_memory"
+
+
+class PolicyDenied(SandboxError):
+    """A policy or quota of this machine forbids what was asked."""
+
+    code = "sandbox_policy_denied"
 
 
 class AgentError(FathomError):

@@ -20,6 +20,11 @@ command -v bwrap >/dev/null || missing+=(bubblewrap)
 if [ "$(id -u)" = 0 ]; then
   command -v crun >/dev/null || missing+=(crun)
   command -v runc >/dev/null || missing+=(runc)
+  command -v nft >/dev/null || missing+=(nftables)
+fi
+# The program inside every sandbox is C, linked without shared libraries.
+if ! command -v musl-gcc >/dev/null; then
+  missing+=(musl-tools gcc libc6-dev linux-libc-dev)
 fi
 if [ "${1:-}" = lint ]; then
   command -v node >/dev/null || missing+=(nodejs)

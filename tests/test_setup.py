@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TOOLS = ["bash", "cat", "dirname", "env", "mktemp", "rm", "sha256sum", "tail"]
-PRESENT = ["bwrap", "crun", "runc", "node", "python3"]
+PRESENT = ["bwrap", "crun", "runc", "nft", "musl-gcc", "node", "python3"]
 
 
 class Machine:

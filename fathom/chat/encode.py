@@ -259,7 +259,7 @@ class _ApiRenderer(_Renderer):
     def end(self, turns: list[Turn]) -> list[Segment]:
         if turns:
             last = turns[-1].message
-            if last.prefix or (turns[-1].role == "user" and last.task is not None):
+            if last.prefix or last.task is not None:
                 return []
         return self._header(len(turns))
 

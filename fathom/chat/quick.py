@@ -8,7 +8,9 @@ Paper: §5.1.1 (quick instruction).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fathom.chat.protocol import SPECIAL_TOKENS
 from fathom.errors import ChatError
@@ -31,6 +33,20 @@ TASKS: dict[str, QuickInstruction] = {
     "read_url": QuickInstruction(token=SPECIAL_TOKENS["read_url"], role="user"),
     "title": QuickInstruction(token=SPECIAL_TOKENS["title"], role="assistant"),
 }
+
+
+def task_message(messages: Sequence[Mapping[str, Any]], task: str) -> list[dict[str, Any]]:
+    """The conversation with `task` on the last message that it belongs on, and nothing behind it.
+
+    Raises ChatError for an unknown task, or when no such message is there yet.
+    """
+    if task not in TASKS:
+        raise ChatError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
+    role = TASKS[task].role
+    for at in range(len(messages) - 1, -1, -1):
+        if messages[at].get("role") == role:
+            return [*map(dict, messages[:at]), {**messages[at], "task": task}]
+    raise ChatError(f"task {task!r} needs a message of role {role}: there is none yet")
 
 
 def find_task(task: str | None, role: str) -> QuickInstruction | None:

@@ -68,9 +68,9 @@ def random_tensors(
     weight = TensorSpec("", (), "")
     for spec in manifest(config, scale_dtype):
         if spec.name.endswith(".scale"):  # always right behind its weight
-            tensors[spec.name] = _scale(spec, weight, generator)
+            tensors[spec.name] = random_scale(spec, weight, generator)
         else:
-            tensors[spec.name] = _values(spec, config, generator)
+            tensors[spec.name] = random_values(spec, config, generator)
             weight = spec
     return tensors
 
@@ -110,13 +110,19 @@ def write_tiny(
     return folder
 
 
-def _values(spec: TensorSpec, config: ModelConfig, generator: torch.Generator) -> torch.Tensor:
-    noise = torch.randn(spec.shape, generator=generator)
+def random_values(
+    spec: TensorSpec, config: ModelConfig, generator: torch.Generator
+) -> torch.Tensor:
+    """One tensor of a manifest in its shape and dtype, drawn on the generator's device."""
+    device = generator.device
+    noise = torch.randn(spec.shape, generator=generator, device=device)
     if spec.dtype == "I64":
-        draws = torch.rand(spec.shape[0], config.n_routed_experts, generator=generator)
+        shape = (spec.shape[0], config.n_routed_experts)
+        draws = torch.rand(shape, generator=generator, device=device)
         return draws.argsort(dim=-1)[:, : spec.shape[1]].contiguous()
     if spec.dtype == "I8":
-        return torch.randint(-128, 128, spec.shape, generator=generator, dtype=torch.int8)
+        make = {"dtype": torch.int8, "device": device}
+        return torch.randint(-128, 128, spec.shape, generator=generator, **make)
     if spec.dtype == "F8_E4M3":
         return (noise * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
     dtype = torch.bfloat16 if spec.dtype == "BF16" else torch.float32
@@ -131,12 +137,13 @@ def _values(spec: TensorSpec, config: ModelConfig, generator: torch.Generator) -
     return (noise * 1.2 * spec.shape[-1] ** -0.5).to(dtype)
 
 
-def _scale(spec: TensorSpec, weight: TensorSpec, generator: torch.Generator) -> torch.Tensor:
-    """Scales, a few binades apart, for weights with a standard deviation around cols ** -0.5."""
+def random_scale(spec: TensorSpec, weight: TensorSpec, generator: torch.Generator) -> torch.Tensor:
+    """Scales in the shape of `spec`, a few binades apart, for weights around cols ** -0.5."""
     packed = weight.dtype == "I8"
-    cols = weight.shape[1] * (2 if packed else 1)
+    cols = weight.shape[-1] * (2 if packed else 1)
     middle = -math.log2(cols) / 2 - math.log2(2.7 if packed else 100)
     if spec.dtype == "F32":
-        return 2 ** (middle + torch.rand(spec.shape, generator=generator) - 0.5)
-    jitter = torch.randint(-1, 2, spec.shape, generator=generator)
+        noise = torch.rand(spec.shape, generator=generator, device=generator.device)
+        return 2 ** (middle + noise - 0.5)
+    jitter = torch.randint(-1, 2, spec.shape, generator=generator, device=generator.device)
     return (127 + round(middle) + jitter).to(torch.uint8).view(torch.float8_e8m0fnu)

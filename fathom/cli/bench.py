@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fathom.cli.bench_clients import clients
+from fathom.cli.bench_engine import engine
 from fathom.cli.bench_fuzz import fuzz
+from fathom.cli.bench_gpu import gpu
 from fathom.cli.bench_server import server
 from fathom.cli.output import print_json, print_table
 from fathom.cli.sandboxes import KINDS, check_kind
@@ -70,6 +73,36 @@ def decode(
 
 
 @app.command()
+def sandbox(
+    sandbox: Annotated[str, typer.Option(help=f"Kind of sandbox: {', '.join(KINDS)}.")] = KINDS[0],
+    count: Annotated[int, typer.Option(min=20, help="Warm calls; slower things less often.")] = 200,
+    hold: Annotated[int, typer.Option(min=10, help="Idle sandboxes held at once.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Measure sandboxes: calls, starts, copies, pauses, and what idle ones cost."""
+    import anyio
+
+    from fathom.sandbox import Client, measure
+
+    async def run() -> dict[str, Any]:
+        substrate = "auto" if check_kind(sandbox) == "container" else sandbox
+        async with Client("local", substrate=substrate) as client:  # type: ignore[arg-type]
+            return await measure.everything(client, count, hold)
+
+    report = anyio.run(run)
+    if as_json:
+        print_json(report)
+        return
+    facts = report.pop("machine")
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    print(f"substrate {report.pop('substrate')}\n")
+    rows = [
+        [name, ", ".join(f"{k} {v}" for k, v in found.items())] for name, found in report.items()
+    ]
+    print_table(("what", "found"), rows)
+
+
+@app.command()
 def sandbox_exec(
     sandbox: Annotated[str, typer.Option(help=f"Kind of sandbox: {', '.join(KINDS)}.")] = KINDS[0],
     count: Annotated[int, typer.Option(min=1, help="How often to run it.")] = 200,
@@ -99,6 +132,9 @@ def trajectory(
         bench_trajectory.show(report)
 
 
+app.command()(gpu)
+app.command()(engine)
+app.command()(clients)
 app.command()(fuzz)
 app.command()(server)
 

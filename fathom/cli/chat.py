@@ -17,14 +17,18 @@ from rich.console import Console
 from rich.text import Text
 
 from fathom.agent import Model
+from fathom.chat.quick import TASKS, task_message
 from fathom.chat.reply import Piece, Reply, Sampling
 from fathom.cli.models import THINKING, check_thinking, default_sampling, open_model
 from fathom.cli.terminal import console, visible
-from fathom.cli.trace import speed
+from fathom.cli.trace import COMMAND, REASONING, call_lines, speed
+from fathom.errors import ChatError
 
 HELP = (
-    "/new starts again, /thinking off|high|max changes the mode, /exit leaves; Ctrl-C stops a reply"
+    "/new starts again, /thinking off|high|max changes the mode, /task NAME [TEXT] asks a quick "
+    f"instruction ({', '.join(TASKS)}), /exit leaves; Ctrl-C stops a reply"
 )
+NOT_RUN = "not run: there are no tools in this chat"
 
 
 def chat(
@@ -94,7 +98,7 @@ class Session:
             self._note(f"{self._model.name}, thinking {self._thinking}; {HELP}")
         for line in lines:
             if line.startswith("/"):
-                if not self._command(line.split()):
+                if not self._command(line.split(maxsplit=2)):
                     return
             elif line.strip():
                 self._turn(line)
@@ -106,6 +110,8 @@ class Session:
             case ["/new"]:
                 self._messages = list(self._opening)
                 self._note("a new conversation")
+            case ["/task", name, *text]:
+                self._task(name, *text)
             case ["/thinking", mode] if mode in THINKING:
                 self._thinking = mode
                 self._note(f"thinking {mode}")
@@ -113,12 +119,40 @@ class Session:
                 self._note(HELP)
         return True
 
+    def _task(self, name: str, text: str | None = None) -> None:
+        """Ask a quick instruction about the conversation, or `text` as its next message.
+
+        Neither it nor its answer becomes part of the conversation.
+        """
+        more = [] if text is None else [{"role": "user", "content": text}]
+        try:
+            messages = task_message([*self._messages, *more], name)
+        except ChatError as error:
+            self._note(str(error))
+            return
+        reply = self._ask(messages)
+        if reply is None:
+            self._note("stopped")
+        elif reply.finish_reason == "context":
+            self._note("the conversation does not fit the model any more; /new starts again")
+        else:
+            self._out.print()
+
     def _turn(self, line: str) -> None:
         self._messages.append({"role": "user", "content": line})
+        reply = self._ask(self._messages)
+        if reply is None:
+            self._note("stopped; this message is forgotten")
+            self._messages.pop()
+            return
+        self._finish(reply)
+
+    def _ask(self, messages: list[dict[str, Any]]) -> Reply | None:
+        """The model's reply, shown while it comes; None when it was stopped."""
         self._kind = ""
         ask = partial(
             self._model.complete,
-            self._messages,
+            messages,
             thinking=self._thinking,
             max_tokens=self._max_tokens,
             sampling=self._sampling,
@@ -126,14 +160,11 @@ class Session:
         )
         future = self._portal.start_task_soon(ask)
         try:
-            reply = future.result()
+            return future.result()
         except KeyboardInterrupt:
             future.cancel()
             self._out.print()
-            self._note("stopped; this message is forgotten")
-            self._messages.pop()
-            return
-        self._finish(reply)
+            return None
 
     def _finish(self, reply: Reply) -> None:
         self._out.print()
@@ -142,6 +173,12 @@ class Session:
             self._note("the conversation does not fit the model any more; /new starts again")
             return
         self._messages.append(reply.message.to_dict())
+        for call in reply.message.tool_calls:
+            for line in call_lines(call):
+                self._note(line, style=COMMAND)
+            self._note(NOT_RUN)
+            answer = {"role": "tool", "tool_call_id": call.id, "content": NOT_RUN}
+            self._messages.append(answer)  # servers refuse a call without a result
         cut = "cut off at the token limit; " if reply.finish_reason == "length" else ""
         if cut or self.live:
             self._note(f"{cut}{speed(reply)}")
@@ -150,13 +187,14 @@ class Session:
         # Thoughts are for people; a pipe gets the answers alone.
         if piece.kind == "notice":
             self._note(piece.text)
-        elif piece.kind == "content" or self._out.is_terminal:
+        elif piece.kind == "content" or (piece.kind == "reasoning" and self._out.is_terminal):
             if self._kind and self._kind != piece.kind:
                 self._out.print("\n")
             self._kind = piece.kind
-            style = "" if piece.kind == "content" else "dim italic"
+            style = "" if piece.kind == "content" else REASONING
             text = visible(piece.text) if self._out.is_terminal else piece.text
             self._out.print(Text(text, style=style), end="", soft_wrap=True)
 
-    def _note(self, text: str) -> None:
-        console(stderr=True).print(Text(f"[{visible(text)}]", style="dim"), soft_wrap=True)
+    def _note(self, text: str, style: str = "dim") -> None:
+        said = visible(text) if style == COMMAND else f"[{visible(text)}]"
+        console(stderr=True).print(Text(said, style=style), soft_wrap=True)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from fathom.chat.quick import TASKS, task_message
 from fathom.chat.reply import Piece, Sampling
 from fathom.cli.models import SHIPPED_MODEL, announce_compiling, check_thinking, default_sampling
 from fathom.cli.output import print_json
@@ -28,7 +30,16 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Take the prompt as a user's message and answer it.")
     ] = False,
-    thinking: Annotated[str, typer.Option(help="With --chat: off, high or max.")] = "high",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Take the prompt as a user's message and ask one quick instruction: "
+            f"{', '.join(TASKS)}. For a title the message is answered first."
+        ),
+    ] = None,
+    thinking: Annotated[
+        str, typer.Option(help="With --chat or --task: off, high or max.")
+    ] = "high",
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 256,
     temperature: Annotated[float | None, typer.Option(min=0.0)] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
@@ -41,6 +52,8 @@ def generate(
     --chat makes a conversation of it, in which they are not.
     """
     check_thinking(thinking)
+    if task not in (None, *TASKS):
+        raise typer.BadParameter(f"--task is {task!r}; choose one of {', '.join(TASKS)}")
     text = sys.stdin.read() if prompt == "-" else prompt
     wanted = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     sampling = default_sampling(model, None, wanted)
@@ -49,7 +62,9 @@ def generate(
     llm = fathom.load(model)
     announce_compiling()
     out = None if as_json else console()
-    if chat:
+    if task is not None:
+        result = _instruct(llm, text, task, thinking, max_tokens, sampling, out)
+    elif chat:
         result = _answer(llm, text, thinking, max_tokens, sampling, out)
     else:
         result = _complete(llm, text, max_tokens, sampling, out)
@@ -114,6 +129,32 @@ def _answer(
         "reasoning": reply.message.reasoning,
         "finish_reason": reply.finish_reason,
         "prompt_tokens": reply.usage.prompt_tokens,
+        "completion_tokens": reply.usage.completion_tokens,
+        "seconds": round(reply.timings.total, 4),
+    }
+
+
+def _instruct(
+    llm: LLM, text: str, task: str, thinking: str, max_tokens: int, sampling: Sampling,
+    out: Console | None,
+) -> dict[str, Any]:  # fmt: skip
+    from fathom.engine.chat_model import LocalModel
+
+    model = LocalModel(llm)
+    ask = partial(model.reply, thinking=thinking, max_tokens=max_tokens, sampling=sampling)
+    messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
+    if TASKS[task].role == "assistant":
+        messages.append(ask(messages).message.to_dict())
+    reply = ask(task_message(messages, task))
+    if out is not None:
+        _show(out, Piece(kind="content", text=str(reply.message.content)))
+        out.print()
+    return {
+        "task": task,
+        "content": reply.message.content,
+        "finish_reason": reply.finish_reason,
+        "prompt_tokens": reply.usage.prompt_tokens,
+        "cached_tokens": reply.usage.cached_tokens,
         "completion_tokens": reply.usage.completion_tokens,
         "seconds": round(reply.timings.total, 4),
     }

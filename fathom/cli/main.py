@@ -29,10 +29,11 @@ from fathom.cli.generate import generate
 from fathom.cli.images import app as images_app
 from fathom.cli.inspect import inspect
 from fathom.cli.output import print_json
+from fathom.cli.sandbox import app as sandbox_app
 from fathom.cli.serve import serve
 from fathom.cli.terminal import exit_code, visible
 from fathom.cli.train import train
-from fathom.cli.trajectory import app as sandbox_app
+from fathom.cli.trajectory import forget, logs, replay
 from fathom.errors import FathomError
 
 
@@ -110,6 +111,8 @@ for _command in (
 app.command("agent", cls=AgentCommand)(agent)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+for _command in (logs, replay, forget):
+    sandbox_app.command(_command.__name__)(_command)
 sandbox_app.add_typer(images_app, name="images")
 app.add_typer(sandbox_app, name="sandbox")
 

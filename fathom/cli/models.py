@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from fathom.agent import HTTPModel, Model
+from fathom.agent import Model
 from fathom.chat.reply import Sampling
 from fathom.cli.terminal import console
 
@@ -31,6 +31,8 @@ def open_model(model: str | None, url: str | None, api_key: str | None = None) -
     AgentError for an unusable URL, and what `fathom.load` raises.
     """
     if url is not None:
+        from fathom.agent import HTTPModel
+
         return HTTPModel(url, model=model, api_key=api_key)
     import fathom  # loads torch, which a model behind a URL does not need
     from fathom.engine.chat_model import LocalModel

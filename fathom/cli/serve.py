@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -66,6 +67,13 @@ def serve(
     origin: Annotated[
         list[str] | None, typer.Option(help="Let web pages of this origin call; may be repeated.")
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write every request, its prompt and the reply to this file, as JSON lines. It "
+            "holds whole conversations."
+        ),
+    ] = None,
     max_request_bytes: Annotated[int, typer.Option(min=1)] = 32 << 20,
     max_messages: Annotated[int, typer.Option(min=1)] = 10_000,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1)] = None,
@@ -113,7 +121,7 @@ def serve(
         sys.stderr.write(f"{backend.info.name} answers at {address} (Ctrl-C ends)\n")
         sys.stderr.flush()
 
-    run(backend, settings, on_start=listening)
+    run(backend, settings, on_start=listening, record=record)
 
 
 def _local(model: str, device: str) -> Backend:

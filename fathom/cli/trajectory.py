@@ -27,14 +27,12 @@ if TYPE_CHECKING:
     from fathom.sandbox.trajectory.replay import Event, Repeat
     from fathom.sandbox.trajectory.store import Known
 
-app = typer.Typer(no_args_is_help=True, help="Sandboxes and what happened in them.")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Id = Annotated[str, typer.Argument(help="A run, as `fathom sandbox logs` lists it.")]
 _POLL = 0.3
 
 
-@app.command()
 def logs(
     run: Annotated[str | None, typer.Argument(help="One run; without it, all are listed.")] = None,
     files: Annotated[
@@ -68,7 +66,6 @@ def logs(
         _show_operations(store, run, as_json)
 
 
-@app.command()
 def replay(
     run: Id,
     follow: Annotated[
@@ -106,7 +103,6 @@ def replay(
             _show_event(out, event)
 
 
-@app.command()
 def forget(run: Id) -> None:
     """End the sandbox of a run, if it waits for one that was killed, and remove the log."""
     from fathom.sandbox.trajectory.store import Store

@@ -1,4 +1,7 @@
-"""A loaded model as the engine of a server: one completion at a time, in a worker thread.
+"""A loaded model as the engine of a server: all completions go through one engine together.
+
+One thread owns the engine and steps as long as there is work; event loops hand requests over and
+wait for their tokens.
 
 Paper: none (inference interface).
 """
@@ -6,9 +9,10 @@ Paper: none (inference interface).
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING
 
 from fathom.chat.generation import (
@@ -19,18 +23,18 @@ from fathom.chat.generation import (
     Prefilled,
     TokenOutput,
 )
-from fathom.chat.tokenizer import Tokenizer
+from fathom.chat.tokenizer import IncrementalDecoder, Tokenizer
+from fathom.engine.request import Request
+from fathom.engine.sampler import SamplingParams
 from fathom.errors import BackendError, FathomError
 
 if TYPE_CHECKING:
+    from fathom.engine.engine import Engine
     from fathom.engine.llm import LLM
 
 
 class LocalBackend:
-    """Generates with an `LLM`. Completions wait for each other: the model has one cache at a time.
-
-    Closing a generator stops its completion at the next token.
-    """
+    """Generates with the engine of an `LLM`. Closing a generator cancels its completion."""
 
     def __init__(self, llm: LLM, *, name: str | None = None) -> None:
         self._llm = llm
@@ -38,7 +42,10 @@ class LocalBackend:
             name=name or llm.name, context_tokens=llm.config.max_position_embeddings
         )
         self._tokenizer = llm.tokenizer
-        self._turn = threading.Lock()  # an LLM is not safe for threads
+        self._orders: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
+        self._active: dict[str, _Completion] = {}
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
 
     @property
     def info(self) -> BackendInfo:
@@ -51,16 +58,13 @@ class LocalBackend:
         return self._tokenizer
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Output, None]:
-        """Generate in a worker thread. Raises GenerationError, and BackendError for a bug."""
-        loop = asyncio.get_running_loop()
-        mailbox = _Mailbox(loop)
-        worker = threading.Thread(
-            target=self._work, args=(request, mailbox), name="fathom-generate", daemon=True
-        )
-        worker.start()
+        """Generate on the engine's thread. Raises GenerationError, and BackendError for a bug."""
+        completion = _Completion(request, self._tokenizer, asyncio.get_running_loop())
+        self._start()
+        self._orders.put(lambda engine: self._submit(engine, completion))
         try:
             while True:
-                for item in await mailbox.take():
+                for item in await completion.mailbox.take():
                     if isinstance(item, FathomError):
                         raise item
                     if isinstance(item, BaseException):
@@ -69,63 +73,141 @@ class LocalBackend:
                     if isinstance(item, GenerationEnd):
                         return
         finally:
-            mailbox.closed.set()
+            completion.mailbox.closed.set()
+            self._orders.put(lambda engine: self._cancel(engine, completion))
+
+    async def metrics_text(self) -> str:
+        """The engine's counters in Prometheus' text format."""
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[str] = loop.create_future()
+
+        def tell(engine: Engine) -> None:
+            loop.call_soon_threadsafe(found.set_result, engine.metrics_text())
+
+        self._start()
+        self._orders.put(tell)
+        return await found
 
     async def aclose(self) -> None:
-        """Nothing to release: worker threads end with their completion."""
+        """Let running completions go and the engine's thread end."""
+        if self._thread is not None:
+            self._orders.put(None)
 
-    def _work(self, request: GenerationRequest, mailbox: _Mailbox) -> None:
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(
+                    target=self._work, name="fathom-engine", daemon=True
+                )
+                self._thread.start()
+
+    def _work(self) -> None:
         try:
-            # Waiting in slices, so that a completion whose client left never gets its turn.
-            while not self._turn.acquire(timeout=0.05):
-                if mailbox.closed.is_set():
-                    return
-            try:
-                self._generate(request, mailbox)
-            finally:
-                self._turn.release()
+            engine = self._llm.engine
+            while self._take_orders(engine):
+                engine.step()
+                self._hand_out(engine)
         except BaseException as error:
-            mailbox.put(error)
+            for completion in self._active.values():
+                completion.mailbox.put(error)
+            self._active.clear()
 
-    def _generate(self, request: GenerationRequest, mailbox: _Mailbox) -> None:
-        if mailbox.closed.is_set():
+    def _take_orders(self, engine: Engine) -> bool:
+        """Carry out what has been asked for, waiting when there is nothing else to do."""
+        while True:
+            try:
+                order = self._orders.get(block=not self._active)
+            except queue.Empty:
+                return True
+            if order is None:
+                for completion in self._active.values():
+                    if completion.running is not None:
+                        engine.cancel(completion.running)
+                return False
+            order(engine)
+            if self._orders.empty() and self._active:
+                return True
+
+    def _submit(self, engine: Engine, completion: _Completion) -> None:
+        if completion.mailbox.closed.is_set():
             return
-        run = self._llm.stream(
-            list(request.prompt),
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=request.seed,
-            stop_token_ids=request.stop_token_ids,
-            top_k=request.top_k,
-            top_logprobs=request.top_logprobs,
-            mask=request.mask,
-        )
-        count = 0
-        for piece in run:
-            if not count:
-                mailbox.put(
-                    Prefilled(prompt_tokens=run.prompt_tokens, cached_tokens=run.cached_tokens)
-                )
-            count += 1
-            mailbox.put(
-                TokenOutput(
-                    token_id=piece.token_id,
-                    text=piece.text,
-                    logprob=piece.logprob,
-                    top=piece.top_logprobs,
+        asked = completion.request
+        try:
+            completion.running = engine.submit(
+                list(asked.prompt),
+                SamplingParams(
+                    max_tokens=asked.max_tokens,
+                    temperature=asked.temperature,
+                    top_p=asked.top_p,
+                    top_k=asked.top_k,
+                    seed=asked.seed,
+                    top_logprobs=asked.top_logprobs,
+                    stop_token_ids=(self._llm.config.eos_token_id, *asked.stop_token_ids),
+                ),
+                mask=asked.mask,
+            )
+        except FathomError as error:
+            completion.mailbox.put(error)
+            return
+        self._active[completion.running.id] = completion
+        if completion.running.finished:  # no tokens were asked for
+            self._hand_out(engine)
+
+    def _cancel(self, engine: Engine, completion: _Completion) -> None:
+        if completion.running is not None:
+            engine.cancel(completion.running)
+            self._active.pop(completion.running.id, None)
+
+    def _hand_out(self, engine: Engine) -> None:
+        for name, completion in list(self._active.items()):
+            if completion.mailbox.closed.is_set():
+                self._cancel(engine, completion)
+            elif completion.hand_out():
+                del self._active[name]
+                if engine.wal is not None:
+                    engine.wal.forget(name)
+
+
+class _Completion:
+    """One request on its way through the engine, and where its tokens go."""
+
+    def __init__(
+        self, request: GenerationRequest, tokenizer: Tokenizer, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.request, self.mailbox = request, _Mailbox(loop)
+        self.running: Request | None = None
+        self._decoder: IncrementalDecoder = tokenizer.incremental_decoder()
+        self._shown = 0
+
+    def hand_out(self) -> bool:
+        """Send what is new; True when that was the end."""
+        running = self.running
+        assert running is not None
+        if (running.output or running.finished) and not self._shown:
+            self.mailbox.put(
+                Prefilled(prompt_tokens=len(running.prompt), cached_tokens=running.cached_tokens)
+            )
+        for drawn in running.output[self._shown :]:
+            stops = drawn.token in running.params.stop_token_ids
+            text = self._decoder.flush() if stops else self._decoder.push(drawn.token)
+            self.mailbox.put(
+                TokenOutput(token_id=drawn.token, text=text, logprob=drawn.logprob, top=drawn.top)
+            )
+        self._shown = len(running.output)
+        if not running.finished:
+            return False
+        if running.error is not None:
+            self.mailbox.put(running.error)
+        else:
+            self.mailbox.put(
+                GenerationEnd(
+                    finish_reason=running.finish_reason or "stop",
+                    prompt_tokens=len(running.prompt),
+                    cached_tokens=running.cached_tokens,
+                    completion_tokens=len(running.output),
                 )
             )
-            if mailbox.closed.is_set():
-                return
-        mailbox.put(
-            GenerationEnd(
-                finish_reason=run.finish_reason,
-                prompt_tokens=run.prompt_tokens,
-                cached_tokens=run.cached_tokens,
-                completion_tokens=count,
-            )
-        )
+        return True
 
 
 class _Mailbox:

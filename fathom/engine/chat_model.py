@@ -133,7 +133,9 @@ class LocalModel:
             top_p=_first(sampling.top_p, self._defaults.top_p, 1.0),
             seed=_first(sampling.seed, self._defaults.seed, None),
         )
-        parser = StreamParser(thinking, tools=bool(tools), stream_arguments=True)
+        # The answer to a quick instruction carries no thoughts in any mode.
+        start = "content" if messages and messages[-1].get("task") else None
+        parser = StreamParser(thinking, start=start, tools=bool(tools), stream_arguments=True)
         generated = 0
         first_piece: float | None = None
         for token in generation:

@@ -1,35 +1,38 @@
-"""Load a model and generate text with it: the simple engine, one request at a time.
+"""Load a model and generate text with it; everything runs on the engine.
 
     llm = fathom.load("nano")
     print(llm.generate("Once", max_tokens=20).text)
 
-Reading order: load -> LLM.stream -> _pieces -> _prefill -> _decode.
+Reading order: load -> LLM.stream -> _pieces -> Engine.step.
 
 Paper: none (inference interface).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
+import anyio
+import anyio.to_thread
 import torch
 
 from fathom.chat import Tokenizer
 from fathom.chat.generation import TokenMask
 from fathom.checkpoint import load_model
-from fathom.engine.prefixes import PrefixStore
-from fathom.engine.sampler import Sampler, SamplingParams
+from fathom.engine.engine import Engine, EngineConfig, check_tokens
+from fathom.engine.request import Request
+from fathom.engine.sampler import SamplingParams
 from fathom.errors import ConfigError, GenerationError, TokenizerError
-from fathom.model.cache import Cache
 from fathom.model.config import PRESETS
-from fathom.model.decode import decode_step
 from fathom.model.transformer import Transformer
 
+if TYPE_CHECKING:
+    from fathom.chat.reply import Reply
+
 SHIPPED = Path(__file__).resolve().parent.parent / "assets"  # models that come with the package
-PREFILL_CHUNK = 1024  # tokens per forward pass, which bounds the memory of a long prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +66,15 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     quantized: bool | None = None,
+    engine: EngineConfig | None = None,
 ) -> LLM:
     """Load a checkpoint folder, or a shipped model by name ("nano").
 
     dtype: arithmetic of activations, torch.float32 or torch.bfloat16 (default: float32 on the CPU,
     bfloat16 elsewhere). quantized: True performs every quantisation step of the official path,
     False none, None does what the checkpoint was made for. A folder without tokenizer.json loads
-    too; only text needs one. Raises CheckpointError, ConfigError or UnsupportedModelError.
+    too; only text needs one. engine: memory, cache folders, drafting. Raises CheckpointError,
+    ConfigError or UnsupportedModelError.
     """
     folder = _folder(path_or_preset)
     device = torch.device(device)
@@ -77,7 +82,8 @@ def load(
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = load_model(folder, dtype=dtype, quantized=quantized, device=device)
     has_tokenizer = (folder / "tokenizer.json").is_file()
-    return LLM(model, Tokenizer.load(folder) if has_tokenizer else None, name=folder.name)
+    tokenizer = Tokenizer.load(folder) if has_tokenizer else None
+    return LLM(model, tokenizer, name=folder.name, engine=engine)
 
 
 def _folder(path_or_preset: str | Path) -> Path:
@@ -96,16 +102,32 @@ def _folder(path_or_preset: str | Path) -> Path:
 
 
 class LLM:
-    """A model, its tokenizer (or None) and the caches of recent prompts. Not safe for threads."""
+    """A model, its tokenizer (or None) and an engine. Not safe for threads.
+
+    The engine, with memory of its own, is made when it is first needed.
+    """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer | None, name: str = "model"
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        name: str = "model",
+        engine: EngineConfig | None = None,
     ) -> None:
         self.model = model.eval()
         self.config = model.config
         self.name = name
         self._tokenizer = tokenizer
-        self._prefixes = PrefixStore()
+        self._engine_config = engine
+        self._engine: Engine | None = None
+        self._turn = anyio.Lock()
+
+    @property
+    def engine(self) -> Engine:
+        """What `generate`, `stream` and `chat` run on; see fathom.engine.Engine."""
+        if self._engine is None:
+            self._engine = Engine(self.model, self._engine_config)
+        return self._engine
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -135,31 +157,41 @@ class LLM:
             raise GenerationError("mtp_logits needs at least two tokens")
         return self.model.mtp_logits(self._tensor(ids))[0].cpu()
 
+    @overload
+    def generate(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompt: list[str] | Sequence[Sequence[int]], *args: Any, **kwargs: Any
+    ) -> list[Completion]: ...
+
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | list[str] | Sequence[Sequence[int]],
         max_tokens: int = 512,
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int | None = None,
         stop_token_ids: Sequence[int] = (),
-    ) -> Completion:
+        **settings: Any,
+    ) -> Completion | list[Completion]:
         """Complete a prompt: text (special tokens in it are recognised) or token ids.
 
-        Stops at the end-of-sentence token or one of stop_token_ids. Raises GenerationError for
-        impossible values or a prompt longer than the context, TokenizerError for text without
-        tokenizer.
+        A list of prompts is computed together and gives a list; each result is what it would be
+        alone. Stops at the end-of-sentence token or one of stop_token_ids. `settings`: everything
+        else of SamplingParams. Raises GenerationError for impossible values or a prompt longer than
+        the context, TokenizerError for text without tokenizer.
         """
-        run = self._start(prompt, max_tokens, temperature, top_p, seed, stop_token_ids)
-        pieces = list(run)
-        return Completion(
-            text="".join(p.text for p in pieces),
-            token_ids=[p.token_id for p in pieces],
-            finish_reason=run.finish_reason,
-            logprobs=[p.logprob for p in pieces],
-            prompt_tokens=run.prompt_tokens,
-            cached_tokens=run.cached_tokens,
-        )
+        several = not isinstance(prompt, str) and any(isinstance(p, Sequence) for p in prompt)
+        prompts: Sequence[Any] = prompt if several else [prompt]
+        runs = [
+            self.stream(p, max_tokens, temperature, top_p, seed, stop_token_ids, **settings)
+            for p in prompts
+        ]
+        for run in runs:
+            run.begin()
+        done = [run.complete() for run in runs]
+        return done if several else done[0]
 
     def stream(
         self,
@@ -170,72 +202,77 @@ class LLM:
         seed: int | None = None,
         stop_token_ids: Sequence[int] = (),
         *,
-        top_k: int = 0,
-        top_logprobs: int = 0,
         mask: TokenMask | None = None,
+        priority: int = 0,
+        pin: bool = False,
+        **settings: Any,
     ) -> Generation:
         """As `generate`, as an iterator of TokenPiece; its attributes say how it ended.
 
-        `top_k` keeps only that many tokens (0: all), `top_logprobs` adds the most probable ones to
-        every piece, and `mask` says before each token which ones are allowed.
+        mask says before each token which ones are allowed; priority: lower goes first; pin keeps
+        the cache of its end. Several may be iterated in turns; they are computed together.
         """
-        run = self._start(
-            prompt, max_tokens, temperature, top_p, seed, stop_token_ids, top_k, top_logprobs
-        )
-        run.use_mask(mask)
-        return run
-
-    def _start(
-        self,
-        prompt: str | Sequence[int],
-        max_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int | None,
-        stop_token_ids: Sequence[int],
-        top_k: int = 0,
-        top_logprobs: int = 0,
-    ) -> Generation:
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, special=True)
         ids = self._check(prompt)
-        params = SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
+        try:
+            params = SamplingParams(
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                max_tokens=max_tokens,
+                stop_token_ids=(self.config.eos_token_id, *stop_token_ids),
+                **settings,
+            )
+        except TypeError as error:
+            raise GenerationError(f"no such setting: {error}") from error
+        return Generation(self, ids, params, {"mask": mask, "priority": priority, "pin": pin})
+
+    async def astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[TokenPiece]:
+        """`stream` for an event loop: tokens are computed in a worker thread."""
+        run = self.stream(*args, **kwargs)
+        try:
+            while True:
+                async with self._turn:
+                    piece = await anyio.to_thread.run_sync(next, run, None)
+                if piece is None:
+                    return
+                yield piece
+        finally:
+            run.close()
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: str = "high",
+        max_tokens: int | None = None,
+        **sampling: Any,
+    ) -> Reply:
+        """Answer a conversation: messages and tools in the OpenAI shape, the parsed reply back.
+
+        sampling: temperature, top_p, seed. Raises ChatError for messages that cannot be rendered,
+        TokenizerError without tokenizer, GenerationError for impossible values.
+        """
+        from fathom.chat.reply import Sampling
+        from fathom.engine.chat_model import LocalModel
+
+        return LocalModel(self).reply(
+            messages,
+            tools=tools,
+            thinking=thinking,
             max_tokens=max_tokens,
-            top_logprobs=top_logprobs,
-            stop_token_ids=(self.config.eos_token_id, *stop_token_ids),
+            sampling=Sampling(**sampling),
         )
-        room = self.config.max_position_embeddings - len(ids)
-        return Generation(self, ids, replace(params, max_tokens=min(params.max_tokens, room)))
 
     def _check(self, token_ids: Sequence[int]) -> list[int]:
         ids = list(token_ids)
-        if not ids:
-            raise GenerationError("the prompt is empty: give at least one token")
-        if len(ids) > self.config.max_position_embeddings:
-            raise GenerationError(
-                f"the prompt has {len(ids)} tokens, the model's context "
-                f"{self.config.max_position_embeddings}: shorten it"
-            )
-        for i in ids:
-            if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self.config.vocab_size:
-                raise GenerationError(
-                    f"{i!r} is not a token id of this model (0 .. {self.config.vocab_size - 1})"
-                )
+        check_tokens(ids, self.config)
         return ids
 
     def _tensor(self, ids: list[int]) -> torch.Tensor:
         return torch.tensor([ids], dtype=torch.int64, device=self.model.embed.weight.device)
-
-
-@dataclass(slots=True)
-class _Progress:
-    cached_tokens: int = 0
-    finish_reason: str = "length"
-    mask: TokenMask | None = None
 
 
 class Generation:
@@ -244,25 +281,46 @@ class Generation:
     Dropping it early stops it; what it computed stays available to later prompts.
     """
 
-    def __init__(self, llm: LLM, prompt: list[int], params: SamplingParams) -> None:
+    def __init__(
+        self, llm: LLM, prompt: list[int], params: SamplingParams, options: dict[str, Any]
+    ) -> None:
         self.prompt_tokens = len(prompt)
-        self._progress = _Progress()
+        self._started = _Started(llm, prompt, params, options)
         # Not a method: it would refer back to this object, and end only at the next collection.
-        self._pieces = _pieces(llm, prompt, params, self._progress)
+        self._pieces = _pieces(self._started)
 
     @property
     def cached_tokens(self) -> int:
         """How many tokens of the prompt were not computed again; known once it has begun."""
-        return self._progress.cached_tokens
-
-    def use_mask(self, mask: TokenMask | None) -> None:
-        """Ask `mask` before every token; to be said before the first one is drawn."""
-        self._progress.mask = mask
+        request = self._started.request
+        return request.cached_tokens if request is not None else 0
 
     @property
     def finish_reason(self) -> str:
         """Why it ended: "stop" or "length"."""
-        return self._progress.finish_reason
+        request = self._started.request
+        return (request.finish_reason if request is not None else None) or "length"
+
+    def begin(self) -> None:
+        """Let the engine work on it from now on, together with others; iterating does so too."""
+        self._started.begin()
+
+    def complete(self) -> Completion:
+        """The rest of it at once, as a Completion."""
+        pieces = list(self)
+        return Completion(
+            text="".join(p.text for p in pieces),
+            token_ids=[p.token_id for p in pieces],
+            finish_reason=self.finish_reason,
+            logprobs=[p.logprob for p in pieces],
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+        )
+
+    def close(self) -> None:
+        """Stop it now."""
+        self._pieces.close()
+        self._started.end()
 
     def __iter__(self) -> Iterator[TokenPiece]:
         return self._pieces
@@ -271,62 +329,53 @@ class Generation:
         return next(self._pieces)
 
 
-def _pieces(
-    llm: LLM, prompt: list[int], params: SamplingParams, progress: _Progress
-) -> Iterator[TokenPiece]:
-    if params.max_tokens == 0:
-        return
-    sampler, tokenizer = Sampler(params), llm._tokenizer
+class _Started:
+    """A request that is submitted when it is first needed."""
+
+    def __init__(
+        self, llm: LLM, prompt: list[int], params: SamplingParams, options: dict[str, Any]
+    ) -> None:
+        self.llm, self.prompt, self.params, self.options = llm, prompt, params, options
+        self.request: Request | None = None
+
+    def begin(self) -> Request:
+        if self.request is None:
+            self.request = self.llm.engine.submit(self.prompt, self.params, **self.options)
+        return self.request
+
+    def end(self) -> None:
+        if self.request is None:
+            return
+        engine = self.llm.engine
+        engine.cancel(self.request)
+        if engine.wal is not None:
+            engine.wal.forget(self.request.id)
+
+    def __del__(self) -> None:
+        if self.request is not None and not self.request.finished:
+            self.end()
+
+
+def _pieces(started: _Started) -> Generator[TokenPiece, None, None]:
+    request, engine = started.begin(), started.llm.engine
+    tokenizer, stops = started.llm._tokenizer, started.params.stop_token_ids
     decoder = tokenizer.incremental_decoder() if tokenizer is not None else None
-    progress.cached_tokens, cache, logits = _prefill(llm, prompt)
-    done = list(prompt)  # what the cache holds
-    whole = True  # False while a step is under way: some layers have a token that others lack
+    shown = 0
     try:
-        for _ in range(params.max_tokens):
-            token, logprob, top = sampler.pick(logits, progress.mask)
-            if token in params.stop_token_ids:
-                progress.finish_reason = "stop"
-                text = decoder.flush() if decoder is not None else ""
-                yield TokenPiece(text=text, token_id=token, logprob=logprob, top_logprobs=top)
-                return
-            text = decoder.push(token) if decoder is not None else ""
-            yield TokenPiece(text=text, token_id=token, logprob=logprob, top_logprobs=top)
-            whole = False
-            logits = _decode(llm, token, cache)
-            done.append(token)
-            whole = True
+        while True:
+            while shown == len(request.output) and not request.finished:
+                engine.run_once(request)
+            if shown == len(request.output):
+                break
+            drawn = request.output[shown]
+            shown += 1
+            text = ""
+            if decoder is not None:
+                text = decoder.flush() if drawn.token in stops else decoder.push(drawn.token)
+            yield TokenPiece(
+                text=text, token_id=drawn.token, logprob=drawn.logprob, top_logprobs=drawn.top
+            )
+        if request.error is not None:
+            raise request.error
     finally:  # also when the consumer stops early
-        if whole:
-            llm._prefixes.add(done, cache)
-
-
-@torch.inference_mode()
-def _prefill(llm: LLM, prompt: list[int]) -> tuple[int, Cache, torch.Tensor]:
-    """How much of the prompt was known, the cache after it, the logits [vocab] of what follows."""
-    start, cache = llm._prefixes.longest(prompt)
-    if cache is None:
-        cache = llm.model.new_cache()
-    shared = llm._prefixes.shared(prompt)
-    stops = sorted({*range(start, len(prompt), PREFILL_CHUNK), shared, len(prompt)})
-    streams = None
-    for begin, end in pairwise(stops):
-        if end <= start:
-            continue
-        streams = llm.model.streams(llm._tensor(prompt[max(begin, start) : end]), cache)
-        if end == shared:
-            llm._prefixes.add(prompt[:end], cache)
-    assert streams is not None
-    if len(prompt) - start > 1:
-        llm._prefixes.add(prompt, cache)
-    return start, cache, _last_logits(llm, streams)
-
-
-@torch.inference_mode()
-def _decode(llm: LLM, token: int, cache: Cache) -> torch.Tensor:
-    """Feed one token; the logits [vocab] of the next."""
-    return decode_step(llm._tensor([token]), llm.model, cache)
-
-
-def _last_logits(llm: LLM, streams: torch.Tensor) -> torch.Tensor:
-    """streams: [batch, seq, streams, hidden]. Returns the last position's logits [vocab]."""
-    return llm.model.head(llm.model.hidden(streams[:, -1:]))[0, -1]
+        started.end()

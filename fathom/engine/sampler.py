@@ -1,11 +1,19 @@
 """Choosing the next token from logits.
 
+Order: what a mask forbids, biases, penalties, temperature, top_k, min_p, top_p, one draw. The draw
+of token n needs nothing but (seed, n): a request that is interrupted and continued, on this machine
+or after a restart, draws the same tokens.
+
 Paper: §5.3.1 (evaluation samples at temperature 1.0).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import secrets
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,107 +21,198 @@ import torch
 from fathom.chat.generation import TokenMask
 from fathom.errors import GenerationError
 
+MOST_TOP_LOGPROBS = 1000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are drawn. temperature 0 is greedy; top_p keeps the smallest set of that mass.
 
-    top_k keeps that many of the most probable tokens, 0 all. top_logprobs: how many alternatives
-    are told with every token.
-
-    Raises GenerationError for values outside their range.
+    top_k keeps that many of the most probable tokens (0: all), min_p those at least that fraction
+    as probable as the best one. repetition_penalty divides the logits of tokens that occurred,
+    prompt included; frequency_penalty (per occurrence) and presence_penalty (once) are subtracted
+    for those in the output. logit_bias is added per token id. top_logprobs: how many alternatives
+    are told with every token. Raises GenerationError for values outside their range.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     seed: int | None = None
     max_tokens: int = 512
     top_logprobs: int = 0
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature <= 100.0:
-            raise GenerationError(f"temperature must lie in 0 .. 100, not {self.temperature}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise GenerationError(f"top_p must lie in (0, 1], not {self.top_p}")
+        _within("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "0 .. 100")
+        _within("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "(0, 1]")
+        _within("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "0 .. 1")
+        repeats = self.repetition_penalty
+        _within("repetition_penalty", repeats, 0.0 < repeats <= 100.0, "(0, 100]")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            _within(name, value, -100.0 <= value <= 100.0, "-100 .. 100")
         if self.top_k < 0 or self.top_logprobs < 0:
             raise GenerationError(
                 f"top_k and top_logprobs must not be negative: {self.top_k}, {self.top_logprobs}"
             )
+        _within(
+            "top_logprobs", self.top_logprobs, self.top_logprobs <= MOST_TOP_LOGPROBS,
+            f"0 .. {MOST_TOP_LOGPROBS}",
+        )  # fmt: skip
         if self.max_tokens < 0:
             raise GenerationError(f"max_tokens must not be negative, but is {self.max_tokens}")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise GenerationError(f"seed must lie in 0 .. 2**64 - 1, not {self.seed}")
+        for token, bias in self.logit_bias.items():
+            if token < 0 or not -1000.0 <= bias <= 1000.0:
+                raise GenerationError(
+                    f"logit_bias must give token ids a number in -1000 .. 1000, not {token}: {bias}"
+                )
+
+
+def _within(name: str, value: float, holds: bool, bounds: str) -> None:
+    if not holds:  # also for NaN
+        raise GenerationError(f"{name} must lie in {bounds}, not {value}")
+
+
+class Drawn(NamedTuple):
+    """A token, its log-probability by the model alone, and the most probable (id, logprob)."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Sampler:
-    """Draws tokens for one request from its own random generator."""
+    """Draws tokens for one request; `seed` is the one that was given or chosen."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, prompt: Sequence[int] = ()) -> None:
         self.params = params
-        self.generator = torch.Generator()
-        if params.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(params.seed)
+        self.seed = secrets.randbits(64) if params.seed is None else params.seed
+        self._prompt = frozenset(prompt) if params.repetition_penalty != 1.0 else frozenset()
+        self._counts: Counter[int] = Counter()
+        self._drawn = 0
 
     def draw(self, logits: torch.Tensor) -> tuple[int, float]:
         """logits: [vocab] float32 of one position. Returns (token id, its log-probability).
 
-        The log-probability is the model's own: before temperature and top_p. Raises GenerationError
-        when the logits are not finite.
+        The log-probability is the model's own: before everything else. Raises GenerationError when
+        the logits are not finite.
         """
-        token, logprob, _ = self.pick(logits)
-        return token, logprob
+        drawn = self.pick(logits)
+        return drawn.token, drawn.logprob
 
-    def pick(
-        self, logits: torch.Tensor, mask: TokenMask | None = None
-    ) -> tuple[int, float, tuple[tuple[int, float], ...]]:
-        """As `draw`, among the tokens that `mask` allows; third the most probable ones.
+    def pick(self, logits: np.ndarray | torch.Tensor, mask: TokenMask | None = None) -> Drawn:
+        """Draw the next token and take note of it; logits: [vocab] float32.
 
-        logits: [vocab] float32. The log-probabilities are the model's own, from before the mask.
-        Raises GenerationError as `draw` does, and when the mask allows nothing.
+        Raises GenerationError when the logits are not finite or the mask allows nothing.
         """
-        logits = logits.detach().to("cpu", torch.float32)
-        normal = logits.logsumexp(-1)
-        bits = mask.allowed() if mask is not None else None
-        choice = self._choose(logits if bits is None else _masked(logits, bits))
+        if isinstance(logits, torch.Tensor):
+            logits = logits.detach().to("cpu", torch.float32).numpy()
+        drawn = self.propose(logits, mask)
         if mask is not None:
-            mask.accept(choice)
-        logprob = float(logits[choice] - normal)
-        if logprob != logprob:
-            raise GenerationError("the model's logits are not finite: the weights are damaged")
-        if not self.params.top_logprobs:
-            return choice, logprob, ()
-        best = logits.topk(min(self.params.top_logprobs, len(logits)))
-        values = (best.values - normal).tolist()
-        return choice, logprob, tuple(zip(best.indices.tolist(), values, strict=True))
+            mask.accept(drawn.token)
+        self.accept(drawn.token)
+        return drawn
 
-    def _choose(self, logits: torch.Tensor) -> int:
-        if self.params.temperature == 0:
+    def accept(self, token: int) -> None:
+        """Take note of a token without drawing it, as when a request continues after a restart."""
+        self._drawn += 1
+        if self._penalised:
+            self._counts[token] += 1
+
+    def propose(self, logits: np.ndarray, mask: TokenMask | None = None) -> Drawn:
+        """As `pick`, but nothing takes note of the token."""
+        params = self.params
+        high = float(logits.max())
+        if not np.isfinite(high):  # a NaN anywhere makes the maximum one
+            raise GenerationError("the model's logits are not finite: the weights are damaged")
+        normal = high + float(np.log(np.exp(logits - np.float32(high)).sum(dtype=np.float64)))
+        token = self._choose(self._shaped(logits, mask))
+        top: tuple[tuple[int, float], ...] = ()
+        if params.top_logprobs:
+            best = np.argsort(-logits, kind="stable")[: params.top_logprobs]
+            top = tuple((int(i), float(logits[i]) - normal) for i in best)
+        return Drawn(token=token, logprob=float(logits[token]) - normal, top=top)
+
+    def guess(self, logits: np.ndarray, ahead: int) -> int:
+        """The token that these logits [vocab] would give `ahead` draws after the next one."""
+        return self._choose(self._shaped(logits, None), ahead)
+
+    @property
+    def _penalised(self) -> bool:
+        p = self.params
+        return bool(p.repetition_penalty != 1.0 or p.frequency_penalty or p.presence_penalty)
+
+    def _shaped(self, logits: np.ndarray, mask: TokenMask | None) -> np.ndarray:
+        """Mask, biases and penalties; a copy where any of them applies."""
+        params = self.params
+        bits = mask.allowed() if mask is not None else None
+        if bits is not None:
+            logits = _masked(logits, bits)
+        if params.logit_bias or self._penalised:
+            logits = logits.copy()
+            for token, bias in params.logit_bias.items():
+                if token < len(logits):
+                    logits[token] += np.float32(bias)
+            if params.repetition_penalty != 1.0:
+                seen = np.fromiter(self._prompt | self._counts.keys(), np.int64)
+                seen = seen[seen < len(logits)]
+                value, penalty = logits[seen], np.float32(params.repetition_penalty)
+                logits[seen] = np.where(value > 0, value / penalty, value * penalty)
+            for token, count in self._counts.items():
+                logits[token] -= np.float32(
+                    params.frequency_penalty * count + params.presence_penalty
+                )
+        return logits
+
+    def _choose(self, logits: np.ndarray, ahead: int = 0) -> int:
+        params = self.params
+        if params.temperature == 0:
             return int(logits.argmax())
-        if 0 < self.params.top_k < len(logits):
-            kept = logits.topk(self.params.top_k)
-            logits = torch.full_like(logits, -torch.inf).scatter_(0, kept.indices, kept.values)
         # From the maximum, so that a tiny temperature overflows to -inf, whose share is 0.
-        p = ((logits - logits.max()) / self.params.temperature).softmax(-1)
-        if self.params.top_p < 1.0:
-            p = nucleus(p, self.params.top_p)
-        if not bool(torch.isfinite(p).all()):
-            raise GenerationError("the model's logits are not finite: the weights are damaged")
-        return int(torch.multinomial(p, 1, generator=self.generator))
+        with np.errstate(over="ignore"):
+            p = np.exp((logits - logits.max()).astype(np.float64) / params.temperature)
+        if (params.top_k and params.top_k < len(p)) or params.min_p or params.top_p < 1.0:
+            order = np.argsort(-p, kind="stable")
+            p = p[order]
+            keep = params.top_k or len(p)
+            if params.min_p:
+                keep = min(keep, int(np.searchsorted(-p, -params.min_p * p[0], side="right")))
+            p = p[:keep]
+            if params.top_p < 1.0:
+                p = p[: int(np.searchsorted(p.cumsum(), params.top_p * p.sum())) + 1]
+        else:
+            order = None
+        mass = p.cumsum()
+        target = uniform(self.seed, self._drawn + ahead) * mass[-1]
+        place = int(np.searchsorted(mass, target, side="right"))
+        place = min(place, len(p) - 1)
+        return int(place if order is None else order[place])
 
 
-def _masked(logits: torch.Tensor, bits: bytes) -> torch.Tensor:
+def uniform(seed: int, number: int) -> float:
+    """The `number`-th random float in [0, 1) of a seed (SplitMix64, which jumps to any place)."""
+    z = (seed + 0x9E3779B97F4A7C15 * (number + 1)) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return ((z ^ (z >> 31)) >> 11) * 2.0**-53
+
+
+def _masked(logits: np.ndarray, bits: bytes) -> np.ndarray:
     """logits: [vocab]. Returns [vocab], -inf where the bit of a token is not set."""
     packed = np.frombuffer(bits, dtype=np.uint8)
     allowed = np.unpackbits(packed, count=min(len(logits), 8 * len(packed)), bitorder="little")
     if not allowed.any():
         raise GenerationError("the mask of this request allows no token at all")
-    out = torch.full_like(logits, -torch.inf)
-    chosen = torch.from_numpy(allowed.astype(bool))
-    out[: len(chosen)][chosen] = logits[: len(chosen)][chosen]
+    out: Any = np.full_like(logits, -np.inf)
+    out[: len(allowed)] = np.where(allowed != 0, logits[: len(allowed)], np.float32(-np.inf))
     return out
 
 

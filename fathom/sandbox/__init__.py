@@ -1,6 +1,6 @@
 """Sandboxes: own root filesystem, no network, limits, and nothing left behind.
 
-Names are loaded on first use, so that the keeper process, which needs none of them, starts quickly.
+Names are loaded on first use, so that the node process, which needs none of them, starts quickly.
 
 Paper: §5.2.5.
 """
@@ -11,20 +11,51 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fathom.sandbox.files import SandboxFileIsFolder, SandboxFileMissing
-    from fathom.sandbox.sandbox import Client, Sandbox
-    from fathom.sandbox.sync import SyncClient, SyncSandbox
-    from fathom.sandbox.types import Caps, Container, ExecResult
+    from fathom.sandbox.client import Client, Group
+    from fathom.sandbox.files import FileInfo, SandboxFileIsFolder, SandboxFileMissing
+    from fathom.sandbox.fn import FnResult, Functions
+    from fathom.sandbox.net import Net
+    from fathom.sandbox.process import Ended, Process
+    from fathom.sandbox.sandbox import Receipt, Sandbox
+    from fathom.sandbox.sync import SyncClient, SyncFunctions, SyncGroup, SyncProcess, SyncSandbox
+    from fathom.sandbox.types import (
+        Caps,
+        Container,
+        ExecResult,
+        Fn,
+        FullVM,
+        MicroVM,
+        Snapshot,
+        Spilled,
+        Stats,
+    )
 
 _HOMES = {
     "Caps": "types",
-    "Client": "sandbox",
+    "Client": "client",
     "Container": "types",
+    "Ended": "process",
     "ExecResult": "types",
+    "FileInfo": "files",
+    "Fn": "types",
+    "FnResult": "fn",
+    "FullVM": "types",
+    "Functions": "fn",
+    "Group": "client",
+    "MicroVM": "types",
+    "Net": "net",
+    "Process": "process",
+    "Receipt": "sandbox",
     "Sandbox": "sandbox",
     "SandboxFileIsFolder": "files",
     "SandboxFileMissing": "files",
+    "Snapshot": "types",
+    "Spilled": "types",
+    "Stats": "types",
     "SyncClient": "sync",
+    "SyncFunctions": "sync",
+    "SyncGroup": "sync",
+    "SyncProcess": "sync",
     "SyncSandbox": "sync",
 }
 
@@ -32,11 +63,28 @@ __all__ = [
     "Caps",
     "Client",
     "Container",
+    "Ended",
     "ExecResult",
+    "FileInfo",
+    "Fn",
+    "FnResult",
+    "FullVM",
+    "Functions",
+    "Group",
+    "MicroVM",
+    "Net",
+    "Process",
+    "Receipt",
     "Sandbox",
     "SandboxFileIsFolder",
     "SandboxFileMissing",
+    "Snapshot",
+    "Spilled",
+    "Stats",
     "SyncClient",
+    "SyncFunctions",
+    "SyncGroup",
+    "SyncProcess",
     "SyncSandbox",
 ]
 

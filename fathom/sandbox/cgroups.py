@@ -1,7 +1,7 @@
 """Control groups of a sandbox, in the v1 layout (one tree per controller) and in the v2 layout.
 
-Each sandbox has one group per controller, and each command a group below it, so that a timeout can
-end everything that a command started, however it detached itself.
+Each sandbox has one group per controller. The freezer is taken where it is mounted (v1) or part of
+every group (v2); what it is for, pausing, is not promised without it.
 
 Paper: none (operating system plumbing).
 """
@@ -16,12 +16,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fathom.errors import SandboxError
+from fathom.errors import SandboxError, Unsupported
 
 PARENT = "fathom"
 CONTROLLERS = ("memory", "pids", "cpu")
-# What a sandbox's own plumbing uses of the process limit: its first process, a command's monitor
-# and the monitor waiting for the next command.
+FREEZER = "freezer"
+# What a sandbox's own plumbing uses of the process limit: the agent and two commands' monitors.
 RESERVED_PIDS = 3
 _PERIOD = 100_000
 _MEMBERS = "cgroup.procs"
@@ -56,7 +56,8 @@ def read_layout(mounts: str) -> Layout | None:
             continue
         target = Path(re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), fields[4]))
         if kind[0] == "cgroup":
-            used = [option for option in kind[2].split(",") if option in CONTROLLERS]
+            wanted = (*CONTROLLERS, FREEZER)
+            used = [option for option in kind[2].split(",") if option in wanted]
             for option in used:
                 v1.setdefault(option, target)
             if not used:
@@ -123,7 +124,6 @@ class Group:
     def __init__(self, layout: Layout, name: str) -> None:
         self.layout = layout
         self.folders = group_folders(layout, name)
-        self._commands = 0
 
     def create(self) -> None:
         """Make the folders, still without limits: a runtime may need more than its sandbox."""
@@ -155,30 +155,59 @@ class Group:
                 if attempt == 99:
                     raise
 
-    def entry_files(self, command: str | None = None) -> list[Path]:
-        """Return the files to which a process writes "0" to enter the sandbox's groups.
-
-        With `command`, the group of that command replaces the one that tracks processes. Under v2
-        it is the only one: no controller is turned on below the sandbox's group, so processes may
-        be in it and below it.
-        """
-        tracking = self.folders["pids"] / command if command else self.folders["pids"]
-        if self.layout.version == 2:
-            return [tracking / _MEMBERS]
-        limiting = [folder for key, folder in self.folders.items() if key != "pids"]
-        return [folder / _MEMBERS for folder in (*limiting, tracking)]
+    def enter(self, pid: int) -> None:
+        """Put a process into the sandbox's groups. Raises OSError."""
+        for folder in sorted(set(self.folders.values())):
+            (folder / _MEMBERS).write_text(str(pid))
 
     @property
-    def leave_file(self) -> Path:
-        """The file by which a process leaves its command's group for the sandbox's."""
-        return self.folders["pids"] / _MEMBERS
+    def can_freeze(self) -> bool:
+        """Whether `freeze` works here."""
+        return self.layout.version == 2 or FREEZER in self.layout.roots
 
-    def new_command(self) -> Path:
-        """Make the group of the next command and return its folder."""
-        self._commands += 1
-        folder = self.folders["pids"] / f"command-{self._commands}"
-        folder.mkdir()
-        return folder
+    def freeze(self, patience: float = 10.0) -> None:
+        """Stop every process of the sandbox where it is. Raises SandboxError or OSError."""
+        if not self.can_freeze:
+            raise Unsupported("no freezer is mounted: mount the freezer controller, or use v2")
+        deadline = time.monotonic() + patience
+        v1 = self.layout.version == 1
+        folder = self.folders[FREEZER if v1 else "pids"]
+        (folder / ("freezer.state" if v1 else "cgroup.freeze")).write_text("FROZEN" if v1 else "1")
+        while not self.frozen:
+            if time.monotonic() > deadline:
+                self.thaw()
+                raise SandboxError(f"{folder.name} did not freeze within {patience:g} s")
+            time.sleep(0.0005)
+
+    def thaw(self) -> None:
+        """Let the processes go on. Raises OSError."""
+        if self.layout.version == 1:
+            (self.folders[FREEZER] / "freezer.state").write_text("THAWED")
+        else:
+            (self.folders["pids"] / "cgroup.freeze").write_text("0")
+
+    @property
+    def frozen(self) -> bool:
+        """Whether every process is stopped."""
+        if self.layout.version == 1:
+            return (self.folders[FREEZER] / "freezer.state").read_text().strip() == "FROZEN"
+        events = (self.folders["pids"] / "cgroup.events").read_text()
+        return "frozen 1" in events.splitlines()
+
+    def reclaim(self) -> None:
+        """Ask the kernel to take back what memory it can; does its best and never raises."""
+        with contextlib.suppress(OSError):
+            if self.layout.version == 1:
+                (self.folders["memory"] / "memory.force_empty").write_text("1")
+            else:
+                used = (self.folders["memory"] / "memory.current").read_text().strip()
+                (self.folders["memory"] / "memory.reclaim").write_text(used)
+
+    @property
+    def memory_used(self) -> int:
+        """Bytes charged to the sandbox now. Raises OSError."""
+        name = "memory.usage_in_bytes" if self.layout.version == 1 else "memory.current"
+        return int((self.folders["memory"] / name).read_text())
 
     @property
     def oom_file(self) -> Path:
@@ -239,6 +268,12 @@ def _members(folder: Path) -> list[int]:
 
 def destroy_folders(folders: list[Path]) -> bool:
     """Kill what is inside `folders` and remove them; True when nothing is left. Never raises."""
+    for folder in folders:
+        # A frozen process does not even die.
+        for name, text in (("freezer.state", "THAWED"), ("cgroup.freeze", "0")):
+            with contextlib.suppress(OSError):
+                if (folder / name).exists():
+                    (folder / name).write_text(text)
     for folder in folders:
         kill_group(folder)
     for _ in range(200):

@@ -34,6 +34,12 @@ def runtime_folder() -> Path:
     return Path(f"/tmp/fathom-{os.geteuid()}")
 
 
+def edge_folder() -> Path:
+    """Return the folder of this user's daemon, beside that of live sandboxes."""
+    folder = runtime_folder()
+    return folder.with_name(f"{folder.name}-edge")
+
+
 def make_runtime_folder(folder: Path) -> Path:
     """Create `folder` and prove that nobody else could have prepared it. Raises SandboxError."""
     folder = folder.absolute()

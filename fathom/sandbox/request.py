@@ -1,10 +1,11 @@
-"""What a caller asks to run, checked and put into the form that a keeper takes.
+"""What a caller asks to run, checked and put into the form that an agent takes.
 
 Paper: none (input checks).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,17 +16,46 @@ from fathom.sandbox.types import WORKDIR
 
 # The kernel takes no longer single argument (MAX_ARG_STRLEN), its final NUL included.
 LONGEST_ARGUMENT = 128 * 1024 - 1
-SHELL = "/usr/bin/bash"
+LONGEST_KEY = 256
+PATH = "/usr/local/bin:/usr/bin:/bin"
+# What every command finds in its environment, whatever the caller's own holds.
+FIXED_ENVIRONMENT = {
+    "PATH": PATH,
+    "HOME": "/work",
+    "USER": "user",
+    "LOGNAME": "user",
+    "SHELL": "/bin/bash",
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+    "TERM": "dumb",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One command: `argv` begins with an absolute path of the sandbox, `cwd` is absolute too."""
+    """One command: `argv` holds one line for the sandbox's shell, or a program with arguments.
 
-    argv: list[str]
+    `cwd` is absolute. `builtin` names an operation of the agent itself instead of a program.
+    """
+
+    argv: tuple[str, ...]
+    shell: bool
     timeout: float
     cwd: str
     env: dict[str, str]
+    builtin: str = ""
+    mode: int = 0
+
+    def digest(self, stdin: bytes | None = None) -> str:
+        """Return what tells this request from another one under the same operation key."""
+        found = hashlib.sha256()
+        parts = [self.builtin, str(self.shell), self.cwd, str(self.mode), *self.argv]
+        parts += [f"{name}={value}" for name, value in sorted(self.env.items())]
+        for part in parts:
+            data = os.fsencode(part)
+            found.update(len(data).to_bytes(8, "little") + data)
+        found.update(b"-" if stdin is None else b"+" + stdin)
+        return found.hexdigest()
 
 
 def form_request(
@@ -36,15 +66,10 @@ def form_request(
     env: Mapping[str, str] | None = None,
 ) -> Request:
     """Check the arguments of a command. Raises SandboxError."""
-    _check_seconds(timeout)
-    if isinstance(command, str):
-        argv = [SHELL, "-c", command]
-    elif not command:
+    check_seconds(timeout)
+    if not isinstance(command, str) and not command:
         raise SandboxError("the command is an empty list: name a program")
-    else:
-        # Through the shell, so that a program which is missing gives 127 as it does everywhere,
-        # and so that no path of the caller is ever executed by our own process.
-        argv = [SHELL, "-c", 'exec -- "$@"', "exec", *command]
+    argv = (command,) if isinstance(command, str) else tuple(command)
     variables = dict(env or {})
     for text in (*argv, cwd or "", *variables, *variables.values()):
         check_text(text)
@@ -52,7 +77,37 @@ def form_request(
         if not name or "=" in name:
             raise SandboxError(f"{name!r} cannot name a variable: it is empty or contains =")
     folder = os.path.join(WORKDIR, cwd or "")
-    return Request(argv=argv, timeout=float(timeout), cwd=folder, env=variables)
+    return Request(
+        argv=argv,
+        shell=isinstance(command, str),
+        timeout=float(timeout),
+        cwd=folder,
+        env=variables,
+    )
+
+
+def file_request(builtin: str, *paths: str, timeout: float, mode: int = 0) -> Request:
+    """Form an operation on files; paths start from /work. Raises SandboxError."""
+    for path in paths:
+        check_text(path)
+        if not path:
+            raise SandboxError("the path is empty: name a file")
+    return Request(
+        argv=tuple(os.path.join(WORKDIR, path) for path in paths),
+        shell=False,
+        timeout=timeout,
+        cwd="/",
+        env={},
+        builtin=builtin,
+        mode=mode,
+    )
+
+
+def check_key(op: str) -> None:
+    """Refuse an operation key that no journal could hold. Raises SandboxError."""
+    check_text(op)
+    if not 0 < len(os.fsencode(op)) <= LONGEST_KEY:
+        raise SandboxError(f"an operation key has 1 to {LONGEST_KEY} bytes: {op[:80]!r} does not")
 
 
 def check_text(text: object) -> None:
@@ -82,6 +137,7 @@ def to_bytes(data: bytes | str | None) -> bytes | None:
         raise SandboxError("the text is not valid Unicode: correct it, or give bytes") from None
 
 
-def _check_seconds(value: object) -> None:
+def check_seconds(value: object) -> None:
+    """Refuse what is no number of seconds above 0. Raises SandboxError."""
     if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
         raise SandboxError(f"timeout is {value!r}: give a number of seconds above 0")

@@ -1,62 +1,84 @@
-"""Sandboxes for programs: `Client` makes them, `Sandbox` runs commands and moves files.
-
-    async with Client("local") as client:
-        sandbox = await client.create(Container())
-        result = await sandbox.exec("echo hello", timeout=10)
+"""One running sandbox: commands, files, terminals, pauses, copies.
 
 A command that fails is a result; an exception means that the sandbox itself could not do its part.
 
-Paper: §5.2.5 (command execution and file transfer of the common surface; one node, one substrate).
+Paper: §5.2.5 (the common surface of every type of sandbox).
 """
 
 from __future__ import annotations
 
-import atexit
 import json
-import os
-import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import anyio
 
 from fathom.errors import SandboxError, SandboxLost, Unsupported
-from fathom.sandbox import paths, state
-from fathom.sandbox.connection import Connection, connect
+from fathom.sandbox import frames
 from fathom.sandbox.files import Files
-from fathom.sandbox.images import rootfs
-from fathom.sandbox.request import Request, form_request, to_bytes
-from fathom.sandbox.streams import Stream, memory_file
-from fathom.sandbox.substrates.choice import (
-    SUBSTRATES,
-    Name,
-    Wanted,
-    choose,
-    process_limit_is_per_namespace,
+from fathom.sandbox.frames import Flags, Frame, Tag
+from fathom.sandbox.host import Host
+from fathom.sandbox.line import Line, Refused, answer, refusal
+from fathom.sandbox.net import Net
+from fathom.sandbox.process import (
+    NAMES,
+    NUMBER,
+    Ended,
+    Feeder,
+    Kept,
+    Order,
+    Process,
+    StreamName,
+    read_end,
 )
-from fathom.sandbox.threads import in_thread
-from fathom.sandbox.types import DEFAULT_CAP, Caps, Container, ExecResult
+from fathom.sandbox.request import (
+    Request,
+    check_key,
+    check_seconds,
+    form_request,
+    to_bytes,
+)
+from fathom.sandbox.types import DEFAULT_CAP, Caps, ExecResult, Snapshot, Spilled, Stats
 
-# How long output is awaited after a command ended while something it left behind holds its pipes.
-_GRACE = 0.05
-# A monitor ends its command on time; beyond this it is taken for lost.
+# The agent ends its command on time; beyond this it is taken for lost.
 _PATIENCE = 20.0
-_STATUS_LIMIT = 1 << 16
-_FILE_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What the agent knows of an operation key, and in which of its lives it says so."""
+
+    state: str
+    epoch: str
+    digest: str
 
 
 class Sandbox:
     """One running sandbox. Made by `Client.create`; commands may run at the same time."""
 
-    def __init__(self, connection: Connection, caps: Caps) -> None:
-        self.id = connection.folder.name
+    def __init__(
+        self,
+        host: Host,
+        name: str,
+        caps: Caps,
+        *,
+        store: Path,
+        adopt: Callable[[dict[str, Any]], Sandbox] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.id = name
         self.caps = caps
-        self.files = Files(self._run_program)
-        self._connection = connection
+        self.files = Files(self._run_builtin)
+        self.environment = dict(environment or {})
+        self.phases: list[str] = []
+        self._host = host
+        self._store = store
+        self._adopt = adopt
         self._stopped = False
-        _live.add(self)
+        self._paused = False
+        self._running: set[anyio.CancelScope] = set()
 
     async def __aenter__(self) -> Sandbox:
         return self
@@ -69,6 +91,8 @@ class Sandbox:
         """Whether `stop` was called."""
         return self._stopped
 
+    # Commands ----------------------------------------------------------------------------------
+
     async def exec(
         self,
         command: str | Sequence[str],
@@ -79,239 +103,351 @@ class Sandbox:
         env: Mapping[str, str] | None = None,
         merge: bool = False,
         cap: int = DEFAULT_CAP,
+        spill: int = 0,
+        op: str | None = None,
     ) -> ExecResult:
-        """Run `command` (text for bash, a list for a program with arguments) and wait for its end.
+        """Run `command` (text for the shell, a list for a program with arguments) to its end.
 
         `timeout` in seconds ends the command and everything it started (see `caps.timeout_kills`).
         `cwd`: folder, /work when not given. `stdin`: what it reads, nothing when not given. `env`:
         variables besides the fixed ones. `merge`: one stream in order of arrival. `cap`: bytes kept
-        of each stream. Processes left in the background live on until the sandbox stops.
+        of each stream; with `spill`, so many go to the content store where there are more than
+        that. `op`: a key under which the command runs at most once: asked for again, its result
+        comes back. Processes left in the background live on until the sandbox stops.
         Raises SandboxError for unusable arguments and SandboxLost after the sandbox ended.
         """
         request = form_request(command, timeout=timeout, cwd=cwd, env=env)
-        if cap < 0:
-            raise SandboxError(f"cap is {cap}: give the number of bytes to keep")
-        result, _ = await self._run(request, to_bytes(stdin), merge, cap)
-        return result
+        if cap < 0 or spill < 0:
+            raise SandboxError(f"cap is {cap}, spill is {spill}: give the number of bytes to keep")
+        data = to_bytes(stdin)
+        flags = (Flags.MERGE if merge else Flags(0)) | (
+            Flags.STDIN if data is not None else Flags(0)
+        )
+        order = self._order(request, flags, max(cap, spill), op, data)
+        kept: dict[StreamName, Kept] = {
+            name: Kept(cap, spill, self._store / "output") for name in ("stdout", "stderr")
+        }
+        ooms = self._host.oom_count(self.id)
+        try:
+            ended = await self._run(order, data, kept)
+            spilled: list[tuple[StreamName, tuple[str, int] | None]] = [
+                (name, stream.finish()) for name, stream in kept.items()
+            ]
+        finally:
+            for stream in kept.values():
+                stream.close()
+        oom = ended.oom_killed or self._host.oom_count(self.id) > ooms
+        texts = [kept["stdout"].data.decode(errors="replace")]
+        texts.append(kept["stderr"].data.decode(errors="replace"))
+        return ExecResult(
+            exit_code=ended.exit_code,
+            stdout=texts[0],
+            stderr=texts[1],
+            output="".join(texts),
+            timed_out=ended.timed_out,
+            oom_killed=oom,
+            truncated=max(ended.stdout_total, ended.stderr_total) > cap,
+            replayed=ended.replayed,
+            duration=ended.duration,
+            cpu=ended.cpu,
+            spilled=tuple(
+                Spilled(stream=name, digest=stored[0], size=stored[1])
+                for name, stored in spilled
+                if stored is not None
+            ),
+        )
+
+    async def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout: float,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        merge: bool = False,
+    ) -> Process:
+        """Start `command` and return it while it runs: output as it comes, input, signals.
+
+        Arguments as for `exec`. Leaving its `async with`, or closing it, ends the command.
+        Raises SandboxError for unusable arguments and SandboxLost after the sandbox ended.
+        """
+        request = form_request(command, timeout=timeout, cwd=cwd, env=env)
+        flags = Flags.STDIN | (Flags.MERGE if merge else Flags(0))
+        return await self._start(self._order(request, flags, 1 << 62, None, None))
+
+    async def pty(
+        self,
+        command: str | Sequence[str] = ("/bin/sh", "-i"),
+        *,
+        timeout: float,
+        rows: int = 24,
+        columns: int = 80,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> Process:
+        """Start `command` on a terminal of its own; see `run`.
+
+        Raises SandboxError for unusable arguments and SandboxLost after the sandbox ended.
+        """
+        if not (0 < rows < 1 << 16 and 0 < columns < 1 << 16):
+            raise SandboxError(f"a terminal of {rows} rows and {columns} columns: give 1 to 65535")
+        variables = {"TERM": "xterm-256color", **(env or {})}
+        request = form_request(command, timeout=timeout, cwd=cwd, env=variables)
+        order = Order(
+            request=request,
+            cap=1 << 62,
+            flags=Flags.PTY | Flags.STDIN,
+            rows=rows,
+            columns=columns,
+            env=self.environment,
+        )
+        return await self._start(order)
+
+    def _order(
+        self, request: Request, flags: Flags, cap: int, op: str | None, stdin: bytes | None
+    ) -> Order:
+        if op is not None:
+            check_key(op)
+        return Order(
+            request=request,
+            cap=cap,
+            flags=flags,
+            op=op,
+            digest=request.digest(stdin) if op is not None else "",
+            env=self.environment,
+        )
+
+    async def _start(self, order: Order) -> Process:
+        line = await self._line()
+        try:
+            await line.send(order.frame())
+        except BaseException:
+            line.close()
+            raise
+        return Process(line, self.id)
+
+    async def _line(self) -> Line:
+        """Open a line to the agent, ending a pause. Raises SandboxError, SandboxLost."""
+        if self._stopped:
+            raise SandboxLost(f"sandbox {self.id} was stopped: create another one")
+        if not self._host.is_ours:
+            raise SandboxError(
+                f"sandbox {self.id} was made before a fork, by another process: create one here"
+            )
+        if self._paused:
+            await self.resume()
+        return await self._host.open(self.id)
+
+    async def _run(
+        self,
+        order: Order,
+        stdin: bytes | None,
+        kept: Mapping[StreamName, Kept],
+        enough: int | None = None,
+    ) -> Ended:
+        line = await self._line()
+        scope = anyio.move_on_after(order.request.timeout + _PATIENCE)
+        self._running.add(scope)
+        try:
+            with scope:
+                feeder = Feeder(stdin) if stdin is not None else None
+                await line.send(order.frame() + (feeder.next() if feeder else b""))
+                while found := await line.receive():
+                    for frame in found:
+                        if frame.kind in NAMES:
+                            kept[NAMES[frame.kind]].add(frame.payload)
+                        elif frame.kind == Frame.EXIT:
+                            return self._end(read_end(frame), order)
+                        elif frame.kind == Frame.CREDIT and feeder is not None:
+                            taken = frames.number_of(frame.fields().get(Tag.CAP))
+                            if more := feeder.next(taken):
+                                await line.send(more)
+                        elif frame.kind == Frame.ERROR:
+                            raise _explain(refusal(frame))
+                    if enough is not None and len(kept["stdout"].data) >= enough:
+                        return _ENOUGH
+            raise SandboxLost(f"sandbox {self.id} was lost while a command ran: create another one")
+        finally:
+            self._running.discard(scope)
+            # The agent sees it, so a caller who gave up ends the command.
+            line.close()
+
+    def _end(self, ended: Ended, order: Order) -> Ended:
+        if ended.problem and not order.request.builtin:
+            raise SandboxError(f"the command did not run: {ended.problem}")
+        return ended
+
+    async def _run_builtin(
+        self, request: Request, stdin: bytes | None, cap: int, op: str | None
+    ) -> tuple[Ended, bytes]:
+        check_seconds(request.timeout)
+        flags = Flags.STDIN if stdin is not None else Flags(0)
+        kept: dict[StreamName, Kept] = {
+            name: Kept(cap, 0, self._store) for name in ("stdout", "stderr")
+        }
+        order = self._order(request, flags, cap, op, stdin)
+        enough = cap if request.builtin == "read" else None
+        ended = await self._run(order, stdin, kept, enough)
+        return ended, bytes(kept["stdout"].data)
+
+    # Operation keys ----------------------------------------------------------------------------
+
+    async def receipt(self, op: str) -> Receipt:
+        """Ask what became of an operation: "never", "running", "finished", "acked" or "lost".
+
+        Raises SandboxLost.
+        """
+        return await self._receipt(Frame.QUERY, op)
+
+    async def acknowledge(self, op: str) -> Receipt:
+        """Say that an operation's result is safe elsewhere: its output need not be kept.
+
+        Raises SandboxLost.
+        """
+        return await self._receipt(Frame.ACK, op)
+
+    async def _receipt(self, kind: Frame, op: str) -> Receipt:
+        check_key(op)
+        fields = (await self._ask(kind, frames.join_fields([(Tag.OP, op)]))).fields()
+        return Receipt(
+            frames.text_of(fields.get(Tag.STATE)),
+            fields.get(Tag.EPOCH, b"").hex(),
+            frames.text_of(fields.get(Tag.DIGEST)),
+        )
+
+    async def ping(self, *, timeout: float = 10.0) -> float:
+        """Return how many seconds the agent took to answer. Raises SandboxLost."""
+        began = anyio.current_time()
+        with anyio.move_on_after(timeout):
+            await self._ask(Frame.PING, b"")
+            return anyio.current_time() - began
+        raise SandboxLost(f"sandbox {self.id} did not answer within {timeout:g} s")
+
+    async def _ask(self, kind: Frame, payload: bytes) -> frames.Received:
+        line = await self._line()
+        try:
+            await line.send(frames.pack(NUMBER, kind, payload))
+            return await answer(line, NUMBER)
+        finally:
+            line.close()
+
+    # The sandbox as a whole --------------------------------------------------------------------
+
+    async def pause(self, *, reclaim: bool = False) -> None:
+        """Stop every process where it is; any later request lets them go on first.
+
+        `reclaim`: give back what memory the kernel can. Raises Unsupported, SandboxLost.
+        """
+        self._need("pause", self.caps.pause)
+        await self._call("freeze", ids=[self.id], reclaim=reclaim)
+        self._paused = True
+
+    async def resume(self) -> None:
+        """Let the processes of a paused sandbox go on. Raises Unsupported, SandboxLost."""
+        self._need("resume", self.caps.pause)
+        answer = await self._call("thaw", ids=[self.id])
+        self.resumed(answer["paused"].get(self.id, 0.0))
+
+    def resumed(self, seconds: float) -> None:
+        """Take note that a pause of so many seconds is over: it counts for no timeout."""
+        self._paused = False
+        for scope in self._running:
+            scope.deadline += seconds
+
+    def paused(self) -> None:
+        """Take note that somebody paused this sandbox."""
+        self._paused = True
+
+    async def stats(self) -> Stats:
+        """Return what the sandbox uses now. Raises SandboxLost."""
+        answer = await self._call("stats", id=self.id)
+        return Stats(memory=answer.get("memory"), paused=self._paused)
+
+    async def fork(self, count: int = 1, *, reseed: bool = True) -> list[Sandbox]:
+        """Make `count` sandboxes that begin with this one's files, as of one moment.
+
+        Each has its own secret, and with `reseed` its own hostname. Processes are not copied where
+        `caps.fork` says "disk". Raises Unsupported, SandboxLost, SandboxError.
+        """
+        self._need("fork", bool(self.caps.fork) and self._adopt is not None)
+        if count < 1:
+            raise SandboxError(f"count is {count}: ask for one sandbox or more")
+        assert self._adopt is not None
+        made: list[Sandbox] = []
+        with anyio.CancelScope(shield=True):
+            answer = await self._call("fork", id=self.id, count=count, reseed=reseed)
+            made += [self._adopt(one) for one in answer["made"]]
+        return made
+
+    async def snapshot(self) -> Snapshot:
+        """Keep what the sandbox has written, as of this moment; `Client.restore` starts from it.
+
+        Raises Unsupported, SandboxLost, SandboxError.
+        """
+        self._need("snapshot", bool(self.caps.snapshot))
+        answer = await self._call("snapshot", id=self.id)
+        return Snapshot(id=answer["snapshot"], size=answer["size"])
+
+    async def pack_diff(self, *, name: str | None = None) -> str:
+        """Make a layer of what the sandbox has written and return its digest.
+
+        `name`: also keep an image of this sandbox's layers with that one on top, so that
+        `Container(image=name)` goes on from here.
+        Raises Unsupported, SandboxLost, SandboxError.
+        """
+        self._need("pack_diff", bool(self.caps.snapshot))
+        return str((await self._call("pack", id=self.id, name=name))["layer"])
+
+    async def phase(self, name: str, *, net: Net | None = None) -> int:
+        """Begin a stage of the task under a network policy of its own; return its version.
+
+        The policy replaces the former one as a whole; without `net` nothing is allowed.
+        Raises Unsupported for what this sandbox's network cannot do, SandboxLost.
+        """
+        answer = await self._call("phase", id=self.id, phase=name, net=net)
+        self.phases.append(name)
+        self.environment = dict(answer.get("environment", {}))
+        return int(answer["version"])
+
+    async def network_log(self) -> list[dict[str, Any]]:
+        """Return what was judged on this sandbox's network so far, in order. Raises SandboxLost."""
+        text = str((await self._call("netlog", id=self.id))["text"])
+        return [json.loads(line) for line in text.splitlines()]
 
     async def stop(self) -> None:
         """End every process and remove every trace. Does nothing the second time."""
         if self._stopped:
             return
         self._stopped = True
-        _live.discard(self)
-        await in_thread(self._connection.close)
+        with anyio.CancelScope(shield=True):
+            await self._host.call("destroy", id=self.id)
 
-    def stop_at_exit(self) -> None:
-        """Stop without an event loop, at the end of the process that made this sandbox."""
-        if not self._stopped and self._connection.is_ours:
-            self._stopped = True
-            self._connection.close()
-
-    async def _run_program(
-        self, argv: Sequence[str], stdin: bytes | None, cap: int
-    ) -> tuple[ExecResult, bytes]:
-        return await self._run(form_request(argv, timeout=_FILE_TIMEOUT), stdin, False, cap)
-
-    async def _run(
-        self, request: Request, stdin: bytes | None, merge: bool, cap: int
-    ) -> tuple[ExecResult, bytes]:
+    async def _call(self, op: str, **values: Any) -> dict[str, Any]:
         if self._stopped:
             raise SandboxLost(f"sandbox {self.id} was stopped: create another one")
-        if not self._connection.is_ours:
-            raise SandboxError(f"sandbox {self.id} belongs to another process: create one here")
-        if not self._connection.alive:
-            raise SandboxLost(f"sandbox {self.id} ended on its own: create another one")
-        streams = [Stream(cap)] if merge else [Stream(cap), Stream(cap)]
-        status = Stream(_STATUS_LIMIT)
-        try:
-            self._send(request, stdin, streams, status)
-            with anyio.move_on_after(request.timeout + _PATIENCE):
-                async with anyio.create_task_group() as group:
-                    for stream in streams:
-                        group.start_soon(stream.pump)
-                    await status.pump()
-                    group.cancel_scope.deadline = anyio.current_time() + _GRACE
-            for stream in streams:
-                stream.take_rest()
-            # Background processes still write to these; the keeper empties them from now on.
-            if left := tuple(stream.fd for stream in streams if stream.fd >= 0):
-                self._connection.send("drain", left)
-        finally:
-            # The monitor sees the status pipe close, so a caller who gave up ends the command.
-            for stream in (*streams, status):
-                stream.close()
-        return self._result(status.data, streams, merge), streams[0].data
+        return await self._host.call(op, **values)
 
-    def _send(
-        self, request: Request, stdin: bytes | None, streams: list[Stream], status: Stream
-    ) -> None:
-        sent = [memory_file(json.dumps(asdict(request)).encode())]
-        try:
-            sent.append(_stdin_file(stdin))
-            ends = [stream.take_write_end() for stream in (*streams, status)]
-            sent += ends
-            payload, source = sent[:2]
-            self._connection.send("exec", (payload, source, ends[0], ends[-2], ends[-1]))
-        finally:
-            for fd in sent:
-                os.close(fd)
-
-    def _result(self, status: bytes, streams: list[Stream], merge: bool) -> ExecResult:
-        if not status:
-            raise SandboxLost(f"sandbox {self.id} was lost while a command ran: create another one")
-        answer: dict[str, Any] = json.loads(status)
-        if answer["problem"]:
-            raise SandboxError(f"the command did not run: {answer['problem']}")
-        texts = [stream.data.decode(errors="replace") for stream in streams]
-        return ExecResult(
-            exit_code=answer["exit_code"],
-            stdout=texts[0],
-            stderr="" if merge else texts[1],
-            output="".join(texts),
-            timed_out=answer["timed_out"],
-            oom_killed=answer["oom_killed"],
-            truncated=any(stream.truncated for stream in streams),
-            duration=answer["duration"],
-        )
+    def _need(self, what: str, has: bool) -> None:
+        if not has:
+            raise Unsupported(f"a sandbox by {self.caps.substrate} has no {what}: see its caps")
 
 
-_live: set[Sandbox] = set()
+_ENOUGH = Ended(
+    exit_code=0,
+    timed_out=False,
+    cancelled=True,
+    killed_all=False,
+    oom_killed=False,
+    replayed=False,
+    duration=0.0,
+    cpu=0.0,
+    peak_memory=0,
+    stdout_total=0,
+    stderr_total=0,
+)
 
 
-@atexit.register
-def _stop_all() -> None:
-    for sandbox in list(_live):
-        sandbox.stop_at_exit()
-
-
-def _stdin_file(data: bytes | None) -> int:
-    if data is None:
-        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    return memory_file(data)
-
-
-class Client:
-    """Makes sandboxes on this machine. `async with` stops those that are still running.
-
-    `substrate`: "auto", or one of "crun" and "runc" for root and "bubblewrap" for other users.
-    `cache_dir`: where images are kept; `runtime_dir`: where live sandboxes have their folders.
-    """
-
-    def __init__(
-        self,
-        where: str = "local",
-        *,
-        substrate: Wanted = "auto",
-        cache_dir: str | Path | None = None,
-        runtime_dir: str | Path | None = None,
-    ) -> None:
-        if where != "local":
-            raise Unsupported(f'sandboxes run on this machine only: say "local", not {where!r}')
-        if substrate not in ("auto", *SUBSTRATES):
-            raise SandboxError(f"substrate is {substrate!r}: choose auto, {', '.join(SUBSTRATES)}")
-        self._wanted: Wanted = substrate
-        self._cache = Path(cache_dir) if cache_dir is not None else paths.cache_folder()
-        self._runtime = Path(runtime_dir) if runtime_dir is not None else paths.runtime_folder()
-        self._sandboxes: set[Sandbox] = set()
-        self._reaped = False
-
-    async def __aenter__(self) -> Client:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Stop every sandbox of this client."""
-        with anyio.CancelScope(shield=True):
-            async with anyio.create_task_group() as group:
-                for sandbox in list(self._sandboxes):
-                    group.start_soon(sandbox.stop)
-
-    async def create(self, spec: Container | None = None) -> Sandbox:
-        """Start a sandbox and return once it answers.
-
-        Raises SandboxError for unusable values, Unsupported for limits that cannot hold here or
-        when nothing on this machine can run a sandbox.
-        """
-        spec = spec or Container()
-        spec.check()
-        self._sandboxes.difference_update([old for old in self._sandboxes if old.stopped])
-        # A caller who gives up is cancelled once this is done; `close` then finds the sandbox.
-        return await in_thread(self._create, spec)
-
-    def _create(self, spec: Container) -> Sandbox:
-        sandbox = self._create_by_first_that_works(spec)
-        self._sandboxes.add(sandbox)
-        return sandbox
-
-    def _create_by_first_that_works(self, spec: Container) -> Sandbox:
-        offers: list[tuple[Name, str, Caps]] = []
-        for name, program in choose(self._wanted):
-            offers.append((name, program, _caps(name, spec)))
-        image = rootfs.build(spec.image, self._cache)
-        paths.make_runtime_folder(self._runtime)
-        if not self._reaped:
-            state.reap(self._runtime)
-            self._reaped = True
-        problems: list[SandboxError] = []
-        for name, program, caps in offers:
-            try:
-                return Sandbox(self._start(name, program, spec, image), caps)
-            except SandboxError as error:
-                problems.append(error)
-        if len(problems) == 1:
-            raise problems[0]
-        kind = type(problems[0])
-        raise kind("; ".join(str(problem) for problem in problems)) from problems[0]
-
-    def _start(self, name: Name, program: str, spec: Container, image: Path) -> Connection:
-        folder = self._runtime / f"sb-{os.getpid()}-{secrets.token_hex(5)}"
-        folder.mkdir(mode=0o711)
-        launch = {
-            "substrate": name,
-            "program": program,
-            "rootfs": str(image),
-            "workdir": str(Path(spec.workdir).resolve()) if spec.workdir is not None else None,
-            "memory": spec.memory_bytes,
-            "pids": spec.pids_limit,
-            "cpu": spec.cpu,
-            "disk": spec.disk_bytes,
-            "hostname": spec.hostname,
-        }
-        try:
-            return connect(folder, launch)
-        except BaseException:
-            if not state.reap_one(folder):
-                state.remove(folder)
-            raise
-
-
-def _caps(substrate: Name, spec: Container) -> Caps:
-    """Say what a substrate will do for `spec`. Raises Unsupported for a limit that cannot hold."""
-    limits = frozenset({"memory", "pids", "cpu", "disk"})
-    missing: set[str] = set()
-    if substrate == "bubblewrap":
-        missing |= {"memory", "cpu"}
-        if not process_limit_is_per_namespace():
-            missing |= {"pids"}
-    asked = sorted(name for name in missing if getattr(spec, name) is not None)
-    if asked:
-        raise Unsupported(
-            f"{substrate} cannot hold the limit {' and '.join(asked)} for a whole sandbox: leave "
-            "it out, or run as root with crun or runc"
-        )
-    if spec.workdir is not None and spec.disk is None:
-        # A folder of the host has whatever room its file system has; /tmp is still bounded.
-        missing |= {"disk"}
-    privileged = substrate != "bubblewrap"
-    return Caps(
-        substrate=substrate,
-        enforced=limits - missing,
-        not_enforced=frozenset(missing),
-        reports_oom=privileged,
-        timeout_kills="command" if privileged else "sandbox",
-        separate_user=privileged,
-        workdir="memory" if spec.workdir is None else "host",
-    )
+def _explain(problem: Refused) -> SandboxError:
+    if problem.reason == "no_process":
+        return SandboxError(f"the command did not run: {problem}")
+    return problem

@@ -1,7 +1,7 @@
 """The runtime folder: one locked folder per live sandbox, and the removal of those left behind.
 
-A keeper holds a lock on its folder's lock file for as long as it lives; the kernel releases it when
-the keeper dies in any way. A folder whose lock can be taken therefore has no owner, without any
+A node holds a lock on each sandbox's lock file for as long as it lives; the kernel releases it when
+the node dies in any way. A folder whose lock can be taken therefore has no owner, without any
 guess about process ids that might have been given out again.
 
 Paper: none (shared infrastructure).
@@ -25,9 +25,15 @@ from fathom.sandbox import cgroups
 _LOCK = "lock"
 _GROUPS = "groups.json"
 _FIRST = "first"
-# Where a keeper mounts an image and a user's folder, in a mount namespace of its own.
+# Where a node mounts an image and a user's folder, in a mount namespace of its own.
 ROOTFS = "rootfs"
 WORK = "work"
+DISK = "disk"
+LAYERS = "layers"
+# The agent's socket, its journal, and what a later owner must know to take the sandbox over.
+SOCKET = "agent.sock"
+JOURNAL = "journal"
+SESSION = "session.json"
 # The container runtime's own records.
 RUNTIME = "runtime"
 _STARTING = 300.0
@@ -54,13 +60,21 @@ def note_first(folder: Path, pid: int) -> None:
     (folder / _FIRST).write_text(f"{pid} {_start_time(pid)}")
 
 
+def is_first(folder: Path, pid: int) -> bool:
+    """Whether `pid` is still the process that was written down as a sandbox's first."""
+    with contextlib.suppress(OSError, ValueError):
+        noted, started = (folder / _FIRST).read_text().split()
+        return int(noted) == pid and _start_time(pid) == started
+    return False
+
+
 def _start_time(pid: int) -> str:
     # After the name, which may contain anything, the start time is the 20th field.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def _end_first(folder: Path) -> None:
-    """Kill the first process of a sandbox whose keeper is dead, and wait until it is gone."""
+    """Kill the first process of a sandbox whose node is dead, and wait until it is gone."""
     with contextlib.suppress(OSError, ValueError):
         pid, started = (folder / _FIRST).read_text().split()
         pidfd = os.pidfd_open(int(pid))
@@ -78,8 +92,8 @@ def _end_first(folder: Path) -> None:
 def remove(folder: Path) -> bool:
     """Remove a sandbox's folder; True when it is gone. Never raises, never enters a mount.
 
-    Inside a keeper `rootfs` and `work` show an image and a user's files. They are removed by rmdir
-    alone, which fails on whatever is not an empty folder: no recursion may ever start above them.
+    Inside a node `rootfs`, `disk` and `work` show an image and a user's files. They are removed by
+    rmdir alone, which fails on whatever is not an empty folder: no recursion may ever start above.
     """
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(folder)):
@@ -89,6 +103,10 @@ def remove(folder: Path) -> bool:
                     path.unlink()
                 elif entry.name == RUNTIME:
                     shutil.rmtree(path, ignore_errors=True)
+                elif entry.name == LAYERS:
+                    # Mount points: folders alone, and rmdir takes nothing that holds anything.
+                    for at, _, _ in os.walk(path, topdown=False):
+                        os.rmdir(at)
                 else:
                     path.rmdir()
         folder.rmdir()
@@ -96,7 +114,7 @@ def remove(folder: Path) -> bool:
 
 
 def reap(runtime: Path) -> list[str]:
-    """Remove what dead keepers left in `runtime`; return the names of those sandboxes."""
+    """Remove what dead nodes left in `runtime`; return the names of those sandboxes."""
     removed: list[str] = []
     with contextlib.suppress(OSError):
         for folder in sorted(runtime.iterdir()):
@@ -106,11 +124,11 @@ def reap(runtime: Path) -> list[str]:
 
 
 def reap_one(folder: Path) -> bool:
-    """Remove what a dead keeper left of one sandbox; True when it is gone. Never raises."""
+    """Remove what a dead node left of one sandbox; True when it is gone. Never raises."""
     try:
         fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        # A keeper that is just starting has not locked it yet; one that died there never will.
+        # A node that is just starting has not locked it yet; one that died there never will.
         with contextlib.suppress(OSError):
             if time.time() - folder.lstat().st_mtime > _STARTING:
                 return remove(folder)

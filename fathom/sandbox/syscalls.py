@@ -1,6 +1,6 @@
 """The few Linux calls that Python's standard library lacks, as checked functions.
 
-Everything here raises OSError with the name of the call that failed. Used by the keeper process
+Everything here raises OSError with the name of the call that failed. Used by the node process
 only, never by the client, so that a program importing fathom never changes its own namespaces.
 
 Paper: none (operating system plumbing).
@@ -181,3 +181,9 @@ def default_signals() -> None:
     for signal in range(1, 65):
         if signal not in (9, 19):  # SIGKILL and SIGSTOP cannot be changed
             _check(_libc.syscall(number, signal, action, None, 8), f"rt_sigaction {signal}")
+
+
+def landlock_version() -> int:
+    """Return the version of Landlock that this kernel offers, 0 where it has none."""
+    # struct, its size, LANDLOCK_CREATE_RULESET_VERSION
+    return max(0, _libc.syscall(ctypes.c_long(444), None, ctypes.c_size_t(0), ctypes.c_uint(1)))

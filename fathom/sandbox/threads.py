@@ -2,7 +2,7 @@
 
 The interpreter waits for ordinary threads before it runs exit handlers. A program that forgot to
 close its client would wait forever, so both kinds here are daemon threads; what they leave undone,
-the keepers do when they see the process end.
+the nodes do when they see the process end.
 
 Paper: none (shared infrastructure).
 """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fathom.errors import SandboxError
+from fathom.errors import SandboxError, SandboxOutOfMemory, SandboxTimeout
 
 DEFAULT_MEMORY = "512MiB"
 DEFAULT_PIDS = 128
@@ -45,9 +45,11 @@ class Container:
     `workdir`: host folder bound read-write at /work; without it /work is empty and kept in memory.
     `memory`, `pids`: limits of the whole sandbox; None asks for the defaults (512MiB, 128), which
     are enforced where the substrate can; a limit that is given must be enforced or creation raises
-    Unsupported. `disk` bounds /tmp and, without a `workdir`, /work (each); both are kept in memory
-    and count towards it, so the default is a quarter of the memory. `cpu`: cores as a number, None
-    for no limit. `image`: "base", or "python" for base and python3.
+    Unsupported. `disk` bounds all that the sandbox writes outside of a `workdir` (under bubblewrap
+    /work and /tmp each); it is kept in memory and counts towards it, so the default is a quarter of
+    the memory. `cpu`: cores as a number, None for no limit. `image`: "base", or "python" for base
+    and python3, or the name or digest of an image in the store. `ttl`, `idle_ttl`: seconds after
+    which a daemon ends the sandbox, in any case and when nothing was asked of it; None for never.
     """
 
     workdir: str | Path | None = None
@@ -55,9 +57,10 @@ class Container:
     pids: int | None = None
     cpu: float | None = None
     disk: str | int | None = None
-    network: Literal["none"] = "none"
-    image: Literal["base", "python"] = "base"
+    image: str = "base"
     hostname: str = "sandbox"
+    ttl: float | None = None
+    idle_ttl: float | None = None
 
     def check(self) -> None:
         """Refuse values that no substrate could serve. Raises SandboxError."""
@@ -72,10 +75,12 @@ class Container:
                 f"disk is {self.disk!r}, which is kept in memory: it may be a third of memory at "
                 "most; ask for more memory"
             )
-        if self.network != "none":
-            raise SandboxError(f'network is {self.network!r}: this sandbox offers only "none"')
-        if self.image not in ("base", "python"):
-            raise SandboxError(f'image is {self.image!r}: choose "base" or "python"')
+        for name in ("ttl", "idle_ttl"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise SandboxError(f"{name} is {value!r}: give a number of seconds above 0")
+        if not self.image:
+            raise SandboxError('image is empty: choose "base", "python" or one of the store')
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}", self.hostname):
             raise SandboxError(f"hostname is {self.hostname!r}: use letters, digits and hyphens")
         if self.workdir is not None and not Path(self.workdir).is_dir():
@@ -98,14 +103,75 @@ class Container:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fn:
+    """A pool of interpreters that answer stateless calls; see `fathom.sandbox.fn`.
+
+    `workers`: how many are made ready; `maximum`: how many there may be while calls wait. The
+    limits are those of each one's `Container`.
+    """
+
+    workers: int = 2
+    maximum: int = 4
+    memory: str | int | None = None
+    pids: int | None = None
+    cpu: float | None = None
+
+    def missing(self) -> str:
+        """Say why `Client.create` makes no sandbox of it."""
+        return "Fn answers calls, not commands: use Client.functions(Fn())"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroVM:
+    """A virtual machine with a kernel of its own and no more devices than it needs."""
+
+    memory: str | int | None = None
+    cpu: float | None = None
+    disk: str | int | None = None
+    hostname: str = "sandbox"
+
+    def missing(self) -> str:
+        """Say why this machine cannot run one."""
+        return "MicroVM is not part of this version of fathom: use Container"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullVM:
+    """A virtual machine that boots a whole system."""
+
+    memory: str | int | None = None
+    cpu: float | None = None
+    disk: str | int | None = None
+    hostname: str = "sandbox"
+
+    def missing(self) -> str:
+        """Say why this machine cannot run one."""
+        return "FullVM is not part of this version of fathom: use Container"
+
+
+Spec = Container | Fn | MicroVM | FullVM
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spilled:
+    """Output that went beyond the cap: all of it is kept in the content store by its digest."""
+
+    stream: Literal["stdout", "stderr"]
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExecResult:
     """How a command ended.
 
     A command ended by signal n has `exit_code` 128 + n, as in a shell. `output` holds both streams
     in order of arrival when `merge=True` was asked (then `stderr` is empty and `stdout` is the same
     text), else stdout followed by stderr. Bytes that are not UTF-8 are replaced. `truncated` says
-    that more than the cap was written. `oom_killed`: a process of this sandbox was killed for
-    memory while the command ran. `duration`: seconds inside the sandbox.
+    that more than the cap was written; `spilled` where all of it is, if that was asked.
+    `oom_killed`: a process of this sandbox was killed for memory while the command ran.
+    `duration`: seconds inside the sandbox; `cpu`: processor seconds of the command and what it
+    waited for. `replayed`: the command had run before under the same operation key.
     """
 
     exit_code: int
@@ -115,18 +181,53 @@ class ExecResult:
     timed_out: bool = False
     oom_killed: bool = False
     truncated: bool = False
+    replayed: bool = False
     duration: float = 0.0
+    cpu: float = 0.0
+    spilled: tuple[Spilled, ...] = ()
+
+    def check(self) -> ExecResult:
+        """Return this result where the command succeeded.
+
+        Raises SandboxOutOfMemory, SandboxTimeout or SandboxError for another end.
+        """
+        said = (self.stderr or self.stdout).strip()[-500:]
+        if self.oom_killed:
+            raise SandboxOutOfMemory(f"the command ran out of memory: raise memory= ({said})")
+        if self.timed_out:
+            raise SandboxTimeout(f"the command took too long: raise timeout= ({said})")
+        if self.exit_code:
+            raise SandboxError(f"the command failed with exit code {self.exit_code}: {said}")
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What a sandbox had written at one moment, kept on this machine by its name."""
+
+    id: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """What a sandbox uses now: bytes of memory (None where it is not counted)."""
+
+    memory: int | None
+    paused: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caps:
     """What this sandbox really does.
 
-    `substrate`: "crun", "runc" or "bubblewrap". `enforced`: limits that hold for the whole sandbox;
-    `not_enforced`: limits in the request's defaults that do not hold here. `reports_oom`: whether
-    `oom_killed` can be told. `timeout_kills`: what a timeout ends, the "command" with everything
-    that it started or every process of the "sandbox". `separate_user`: the tenant is another user
-    than the owner of this process for the kernel too.
+    `substrate`: "crun", "runc", "bubblewrap", or how a virtual machine is run. `enforced`: limits
+    that hold for the whole sandbox; `not_enforced`: limits in the request's defaults that do not
+    hold here. `reports_oom`: whether `oom_killed` can be told. `timeout_kills`: what a timeout
+    ends, the "command" with everything that it started or every process of the "sandbox".
+    `separate_user`: the tenant is another user than the owner of this process for the kernel too.
+    `networks`: what a policy may allow ("none", "address", "domain", "mirror"). `snapshot`, `fork`:
+    "disk" for files, "memory" for running processes too, "" where there is none.
     """
 
     substrate: str
@@ -135,10 +236,14 @@ class Caps:
     reports_oom: bool
     timeout_kills: Literal["command", "sandbox"]
     separate_user: bool
-    network: Literal["none"] = "none"
+    networks: frozenset[str] = frozenset({"none"})
     workdir: Literal["memory", "host"] = "memory"
     seccomp: bool = True
+    landlock: bool = False
     hardware_isolation: bool = False
-    snapshot: bool = False
-    fork: bool = False
+    snapshot: Literal["", "disk", "memory"] = ""
+    fork: Literal["", "disk", "memory"] = ""
     pause: bool = False
+    pty: bool = True
+    screenshot: bool = False
+    accelerator: str = ""

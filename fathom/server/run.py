@@ -9,31 +9,41 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from fathom.errors import ServerError
 from fathom.server.app import create_app
 from fathom.server.backend import Backend
 from fathom.server.guard import guarded_protocol
+from fathom.server.record import Record
 from fathom.server.settings import Settings, check_settings
 
 
 def serve(
-    backend: Backend, settings: Settings, on_start: Callable[[str], None] | None = None
+    backend: Backend,
+    settings: Settings,
+    on_start: Callable[[str], None] | None = None,
+    record: Path | None = None,
 ) -> None:
     """Serve until interrupted; `on_start` is told the address.
 
-    Raises ServerError for unsafe settings or a port in use.
+    Requests, prompts and replies are written to `record`. Raises ServerError for unsafe settings,
+    a port in use or a record that cannot be written.
     """
+    notes = Record(record) if record is not None else None
     listener = open_listener(settings)
     if on_start is not None:
         on_start(address_of(listener))
+    app: ASGIApp = create_app(notes.engine(backend) if notes else backend, settings)
     try:
-        make_server(create_app(backend, settings), settings).run(sockets=[listener])
+        make_server(notes.around(app) if notes else app, settings).run(sockets=[listener])
     finally:
         listener.close()
+        if notes is not None:
+            notes.close()
 
 
 @contextmanager
@@ -78,7 +88,7 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def make_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
+def make_server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
     """uvicorn, set up with the bounds of `settings`."""
     config = uvicorn.Config(
         app,

@@ -5,6 +5,7 @@
     [[empty]]  a call without arguments         [[slow]]   a long answer, to be cancelled
 
 Everything else gets a short answer. The last mark in a user's text counts, and the rounds since.
+A harness whose prompt asks for a command that ends its task gets that command with the answer.
 
 Paper: none (testing).
 """
@@ -29,6 +30,7 @@ _FIRST = ("Bash", "bash", "shell_command", "exec_command", "shell", "run_shell_c
           "list_directory", "ls", "glob")  # fmt: skip
 _SECOND = ("Read", "read", "read_file", *_FIRST)
 _RESULT = "<tool_result>"
+_SUBMIT = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
 
 
 class Session:
@@ -64,7 +66,14 @@ class Session:
         if mark == "slow":
             text = _thought(thinks, "word " * 200) + "slow " * 400
             return Reply(text=text, delay=self._delay)
-        return Reply(text=self._answer(prompt, mark, thinks))
+        text = self._answer(prompt, mark, thinks)
+        if mark and _SUBMIT in prompt and tools:
+            text += f"\n\n{self._submit(tools)}"
+        return Reply(text=text)
+
+    def _submit(self, tools: dict[str, Any]) -> str:
+        call = ToolCall(name=self._choose(tools, False), arguments=json.dumps({"command": _SUBMIT}))
+        return join_text(render_calls([call], REVISIONS["0424"]))
 
     def _answer(self, prompt: str, mark: str | None, thinks: bool) -> str:
         schema = _response_schema(prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from typer.testing import CliRunner
 
 from fathom.cli import sandboxes
 from fathom.cli.main import app
+from fathom.cli.serve import shipped_tokenizer
 from fathom.errors import Unsupported
 from fathom.sandbox import Client, Container
+from fathom.server.run import running
+from fathom.server.scripted import ScriptedBackend
+from fathom.server.sessions import Session
 from tests.agent.chat_server import Respond, answer, serving, status, tool_call
 
 
@@ -65,6 +70,28 @@ def test_the_answer_alone_goes_to_standard_output(tmp_path: Path) -> None:
     assert "\x1b" not in found.stderr
     assert (tmp_path / "b.txt").read_text() == "y\n"
     assert server.bodies[1]["messages"][-1]["content"] == "x"
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_a_task_with_the_model_behind_the_own_server(tmp_path: Path) -> None:
+    """The real server with scripted replies: two rounds of calls, thoughts returned, an answer."""
+    (tmp_path / "notes.txt").write_text("the colour is blue\n")
+    backend = ScriptedBackend(Session(), shipped_tokenizer())
+    with running(backend) as url:
+        arguments = ["agent", "[[two]] What colour?", "--url", f"{url}/v1", "--json"]
+        found = CliRunner().invoke(app, [*arguments, "--workdir", str(tmp_path)])
+    assert found.exit_code == 0, found.stderr
+    told = json.loads(found.stdout)
+    assert told["answer"].startswith("Done. The folder holds notes.txt")
+    first, second = told["tool_calls"]
+    assert "notes.txt" in first["result"]
+    assert second["result"] == "the colour is blue"
+    prompts = [request.prompt for request in backend.requests]
+    assert len(prompts) == 3
+    for shorter, longer in pairwise(prompts):
+        assert list(longer[: len(shorter)]) == list(shorter)
+    assert "Round 1: I should look" in backend.requests[2].text
+    assert told["usage"]["cached_tokens"] > 0
 
 
 @pytest.mark.usefixtures("sandbox")

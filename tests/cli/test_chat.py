@@ -11,8 +11,12 @@ from typer.testing import CliRunner
 import fathom
 from fathom.chat import Message, Tokenizer
 from fathom.chat.encode import render
+from fathom.chat.quick import TASKS
 from fathom.cli.main import app
-from tests.agent.chat_server import answer, serving, status, stream
+from fathom.cli.serve import shipped_tokenizer
+from fathom.server.run import running
+from fathom.server.scripted import ScriptedBackend
+from tests.agent.chat_server import answer, serving, status, stream, tool_call
 from tests.engine.test_chat_model import ScriptedLLM
 
 
@@ -55,6 +59,49 @@ def test_a_full_context_is_said_and_the_message_forgotten() -> None:
     assert "does not fit" in found.stderr
     assert found.stdout.strip() == "fine"
     assert [m["content"] for m in server.bodies[1]["messages"]] == ["short"]
+
+
+def test_quick_instructions_leave_the_conversation_alone() -> None:
+    lines = "/task title\nhi\n/task title\n/task query where is it?\n/task nonsense\nbye\n"
+    script = (answer("Hello."), answer("A greeting"), answer("location"), answer("Bye."))
+    with serving(*script) as server:
+        found = CliRunner().invoke(app, ["chat", "--url", server.url], input=lines)
+    assert found.stdout == "Hello.\nA greeting\nlocation\nBye.\n"
+    assert "needs a message of role assistant" in found.stderr
+    assert "unknown task 'nonsense'" in found.stderr
+    title, query, last = (body["messages"] for body in server.bodies[1:])
+    assert [(m["role"], m.get("task")) for m in title] == [("user", None), ("assistant", "title")]
+    assert query[-1] == {"role": "user", "content": "where is it?", "task": "query"}
+    assert [m["content"] for m in last] == ["hi", "Hello.", "bye"]
+    assert all("task" not in message for message in last)
+
+
+def test_quick_instructions_of_the_server() -> None:
+    """Against the real server: the prompt ends with the task's token; no thought comes."""
+    tokenizer = shipped_tokenizer()
+    prompts: list[str] = []
+
+    def script(prompt: str) -> str:
+        prompts.append(prompt)
+        return "Short title" if prompt.endswith(TASKS["title"].token) else "So.</think>Hello."
+
+    lines = "hi\n/task title\n/task action look it up\n"
+    with running(ScriptedBackend(script, tokenizer)) as url:
+        found = CliRunner().invoke(app, ["chat", "--url", url], input=lines)
+    assert found.stdout.splitlines()[:2] == ["Hello.", "Short title"]
+    assert prompts[1].startswith(prompts[0].removesuffix("<think>"))
+    assert prompts[2].endswith("<think>" + TASKS["action"].token)
+
+
+def test_calls_are_shown_like_the_agents_and_not_run() -> None:
+    script = (tool_call("bash", command="rm -r /"), answer("As you like."))
+    with serving(*script) as server:
+        found = CliRunner().invoke(app, ["chat", "--url", server.url], input="go\nwell?\n")
+    assert found.exit_code == 0
+    assert "$ rm -r /" in found.stderr
+    assert "not run" in found.stderr
+    roles = [message["role"] for message in server.bodies[1]["messages"]]
+    assert roles == ["user", "assistant", "tool", "user"]
 
 
 def test_a_reply_cut_off_is_marked() -> None:
@@ -118,6 +165,21 @@ def test_generate_answers_a_message(llm: ScriptedLLM) -> None:
     assert asked == llm.tokenizer.encode_prompt([{"role": "user", "content": "2+3?"}])
     told = json.loads(CliRunner().invoke(app, ["generate", "--chat", "2+3?", "--json"]).stdout)
     assert (told["content"], told["reasoning"], told["finish_reason"]) == ("5", "so", "stop")
+
+
+def test_generate_answers_a_quick_instruction(llm: ScriptedLLM) -> None:
+    llm.texts = ["Yes", render(Message(content="5", reasoning="so")), "Sums"]
+    found = CliRunner().invoke(app, ["generate", "--task", "query", "2+3?"])
+    assert found.stdout == "Yes\n"
+    user = {"role": "user", "content": "2+3?"}
+    asked = [{**user, "task": "query"}]
+    assert llm.asked[0]["prompt"] == llm.tokenizer.encode_prompt(asked)
+    found = CliRunner().invoke(app, ["generate", "--task", "title", "2+3?", "--json"])
+    told = json.loads(found.stdout)
+    assert (told["task"], told["content"]) == ("title", "Sums")
+    answered = {"role": "assistant", "content": "5", "reasoning_content": "so", "task": "title"}
+    assert llm.asked[2]["prompt"] == llm.tokenizer.encode_prompt([user, answered])
+    assert CliRunner().invoke(app, ["generate", "--task", "no", "x"]).exit_code == 2
 
 
 def test_generate_checks_its_mode() -> None:

@@ -24,6 +24,7 @@ COMMANDS = [
     "inspect",
     "convert",
     "efficiency",
+    "serve",
     "train",
     "eval",
     "bench",

@@ -16,7 +16,7 @@ from fathom.sandbox.cgroups import PARENT
 from fathom.sandbox.paths import cache_folder
 from fathom.sandbox.substrates.choice import program_of, suited
 
-Traces = Callable[[], set[str]]
+Traces = Callable[..., set[str]]
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +78,7 @@ def need_root() -> None:
 def traces(runtime_dir: Path, cache_dir: Path) -> Traces:
     """What sandboxes of these tests have on this machine right now."""
 
-    def find() -> set[str]:
+    def find(nodes: bool = False) -> set[str]:
         found = {f"folder {path}" for path in _children(runtime_dir)}
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
         found |= {f"mount {line}" for line in mounts if str(runtime_dir) in line}
@@ -88,7 +88,8 @@ def traces(runtime_dir: Path, cache_dir: Path) -> Traces:
             found |= {f"group {path}" for path in Path("/sys/fs/cgroup").glob(pattern)}
         for process in Path("/proc").iterdir():
             if process.name.isdigit() and (owner := _owner(process, runtime_dir, cache_dir)):
-                found.add(f"process of {owner}")
+                if nodes or not owner.startswith("node"):
+                    found.add(f"process of {owner}")
         return found
 
     return find
@@ -111,9 +112,9 @@ def _owner(process: Path, runtime_dir: Path, cache_dir: Path) -> str | None:
         return found[0]
     if found := re.search(rf"{runtime_dir}/(sb-\w+-\w+)", mounts):
         return found[1]
-    # A keeper has the process id of its client as an argument; its monitors are in its session.
-    if any("fathom.sandbox.keeper" in text for text in arguments) and str(os.getpid()) in arguments:
-        return f"keeper {session}"
+    if any("fathom.sandbox.node" in text for text in arguments):
+        # It has the process id of its owner as an argument, and lives as long as its client.
+        return f"node {session}" if str(os.getpid()) in arguments else None
     # Without root the folder of images is one that these tests alone use.
     return "a tenant" if os.geteuid() and f"{cache_dir}/images" in mounts else None
 
@@ -122,12 +123,12 @@ def _owner(process: Path, runtime_dir: Path, cache_dir: Path) -> str | None:
 def nothing_left(traces: Traces) -> Iterator[None]:
     """After every test: no process, mount, control group, folder or descriptor is left."""
     descriptors = len(os.listdir("/proc/self/fd"))
-    before = traces()
+    before = traces(nodes=True)
     yield
     # What another test's subprocess started may need a moment to see that its client is gone.
     for _ in range(100):
-        if not traces() - before:
+        if not traces(nodes=True) - before:
             break
         time.sleep(0.05)
-    assert traces() - before == set()
+    assert traces(nodes=True) - before == set()
     assert len(os.listdir("/proc/self/fd")) <= descriptors

@@ -17,7 +17,7 @@ from fathom.sandbox import (
     SyncClient,
     SyncSandbox,
 )
-from fathom.sandbox.enter import FIXED_ENVIRONMENT
+from fathom.sandbox.request import FIXED_ENVIRONMENT
 
 
 @pytest.mark.parametrize("size", [0, 1, 65536, 5 << 20])

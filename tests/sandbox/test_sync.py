@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 import threading
 
 import pytest
 
-from fathom.sandbox import Client, Container, Sandbox, SyncClient, SyncSandbox
+from fathom.sandbox import (
+    Client,
+    Container,
+    Functions,
+    Group,
+    Process,
+    Sandbox,
+    SyncClient,
+    SyncFunctions,
+    SyncGroup,
+    SyncProcess,
+    SyncSandbox,
+)
 from fathom.sandbox.files import Files
 from fathom.sandbox.sync import SyncFiles
 
 # What a context manager calls and what runs at exit without any loop belongs to one side only.
-ONE_SIDED = {"stop_at_exit", "stopped"}
+ONE_SIDED = {"resumed", "paused", "members", "pause_all", "resume_all"}
+# Plain on both sides: they wait for nothing.
+PLAIN = {"output", "group", "members"}
 
 
 def surface(kind: type) -> dict[str, inspect.Signature]:
@@ -27,21 +42,26 @@ def surface(kind: type) -> dict[str, inspect.Signature]:
 
 @pytest.mark.parametrize(
     ("asynchronous", "synchronous"),
-    [(Client, SyncClient), (Sandbox, SyncSandbox), (Files, SyncFiles)],
+    [
+        (Client, SyncClient),
+        (Sandbox, SyncSandbox),
+        (Files, SyncFiles),
+        (Process, SyncProcess),
+        (Group, SyncGroup),
+        (Functions, SyncFunctions),
+    ],
 )
 def test_same_methods_with_the_same_arguments(asynchronous: type, synchronous: type):
     theirs, ours = surface(asynchronous), surface(synchronous)
     assert theirs.keys() - ours.keys() <= ONE_SIDED
     assert ours.keys() <= theirs.keys()
     for name in ours.keys() - {"__init__"}:
-        assert inspect.iscoroutinefunction(getattr(asynchronous, name)), name
+        assert inspect.iscoroutinefunction(getattr(asynchronous, name)) == (name not in PLAIN), name
         assert not inspect.iscoroutinefunction(getattr(synchronous, name)), name
         assert list(ours[name].parameters.values()) == list(theirs[name].parameters.values()), name
         wanted = str(theirs[name].return_annotation)
-        assert str(ours[name].return_annotation) in (
-            wanted,
-            wanted.replace("Sandbox", "SyncSandbox"),
-        )
+        renamed = re.sub(r"\b(Sandbox|Process|Group|Functions)\b", r"Sync\1", wanted)
+        assert str(ours[name].return_annotation) in (wanted, renamed)
     if asynchronous is Client:
         assert ours["__init__"].parameters == theirs["__init__"].parameters
 

@@ -26,6 +26,7 @@ V1 = """\
 32 30 0:28 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
 33 30 0:29 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids
 34 30 0:30 / /sys/fs/cgroup/free\\040zer rw - cgroup cgroup rw,freezer
+36 30 0:32 / /sys/fs/cgroup/net_cls rw - cgroup cgroup rw,net_cls
 35 30 0:31 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
 """
 V2 = """\
@@ -87,8 +88,11 @@ def test_defaults():
 @given(st.text(alphabet=st.characters(exclude_characters="\0", exclude_categories=("Cs",))))
 def test_any_text_is_a_command(text: str):
     request = form_request(text, timeout=1)
-    assert request.argv == ["/usr/bin/bash", "-c", text]
-    assert form_request(["x", text], timeout=1).argv[-1] == text
+    assert (request.argv, request.shell) == ((text,), True)
+    other = form_request(["x", text], timeout=1)
+    assert (other.argv, other.shell) == (("x", text), False)
+    assert request.digest() != other.digest()
+    assert request.digest() != request.digest(b"")
 
 
 @pytest.mark.parametrize(
@@ -107,24 +111,22 @@ def test_layout_of_v1_with_v2_beside_it():
     assert layout.version == 1
     assert layout.roots == {
         "cpu": Path("/sys/fs/cgroup/cpu,cpuacct"),
+        "freezer": Path("/sys/fs/cgroup/free zer"),
         "memory": Path("/sys/fs/cgroup/memory"),
         "pids": Path("/sys/fs/cgroup/pids"),
     }
     assert layout.beside == Path("/sys/fs/cgroup/unified")
-    assert layout.others == (Path("/sys/fs/cgroup/free zer"),)
+    assert layout.others == (Path("/sys/fs/cgroup/net_cls"),)
     group = cgroups.Group(layout, "sb-1")
     assert [str(path) for path in group.all_folders()] == [
         "/sys/fs/cgroup/cpu,cpuacct/fathom/sb-1",
         "/sys/fs/cgroup/free zer/fathom/sb-1",
         "/sys/fs/cgroup/memory/fathom/sb-1",
+        "/sys/fs/cgroup/net_cls/fathom/sb-1",
         "/sys/fs/cgroup/pids/fathom/sb-1",
         "/sys/fs/cgroup/unified/fathom/sb-1",
     ]
-    assert {str(path) for path in group.entry_files("command-1")} == {
-        "/sys/fs/cgroup/cpu,cpuacct/fathom/sb-1/cgroup.procs",
-        "/sys/fs/cgroup/memory/fathom/sb-1/cgroup.procs",
-        "/sys/fs/cgroup/pids/fathom/sb-1/command-1/cgroup.procs",
-    }
+    assert group.can_freeze
     assert str(group.oom_file).endswith("memory/fathom/sb-1/memory.oom_control")
 
 
@@ -135,10 +137,7 @@ def test_layout_of_v2():
     group = cgroups.Group(layout, "sb-1")
     home = "/sys/fs/cgroup/fathom/sb-1"
     assert [str(path) for path in group.all_folders()] == [home]
-    assert [str(path) for path in group.entry_files()] == [f"{home}/cgroup.procs"]
-    assert [str(path) for path in group.entry_files("command-1")] == [
-        f"{home}/command-1/cgroup.procs"
-    ]
+    assert group.can_freeze
     assert str(group.oom_file) == f"{home}/memory.events"
 
 
@@ -176,8 +175,13 @@ def test_v2_groups_are_made_with_controllers_for_their_children(tmp_path: Path):
         "fathom/sb-1/pids.max": "10",
         "fathom/sb-1/cpu.max": "200000 100000",
     }
-    assert group.new_command() == tmp_path / "fathom/sb-1/command-1"
-    assert group.new_command() == tmp_path / "fathom/sb-1/command-2"
+    (tmp_path / "fathom/sb-1/cgroup.events").write_text("populated 1\nfrozen 1\n")
+    group.freeze()
+    assert (tmp_path / "fathom/sb-1/cgroup.freeze").read_text() == "1"
+    group.thaw()
+    assert (tmp_path / "fathom/sb-1/cgroup.freeze").read_text() == "0"
+    group.enter(77)
+    assert (tmp_path / "fathom/sb-1/cgroup.procs").read_text() == "77"
 
 
 def test_controllers_that_cannot_be_turned_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -241,6 +245,9 @@ def launch(substrate: str, workdir: str | None = None) -> Launch:
         folder=Path("/run/fathom/sb-1"),
         substrate=substrate,
         program=f"/usr/bin/{substrate}",
+        agent="/opt/agent",
+        ids=container.first_id("sb-1"),
+        netns="/proc/7/fd/8",
         rootfs="/image",
         workdir=workdir,
         memory=1 << 28,
@@ -255,11 +262,17 @@ def test_container_configuration():
     config = container.configuration(launch("crun"), Path("/r"), Path("/w"))
     assert config["root"] == {"path": "/r", "readonly": True}
     assert config["process"]["noNewPrivileges"]
-    assert not any(config["process"]["capabilities"].values())
+    assert set(config["process"]["capabilities"]["bounding"]) == {
+        "CAP_SETUID",
+        "CAP_SETGID",
+        "CAP_SETPCAP",
+        "CAP_KILL",
+    }
     kinds = {entry["type"] for entry in config["linux"]["namespaces"]}
     assert kinds == {"pid", "network", "ipc", "uts", "mount", "user", "cgroup"}
     mapping = config["linux"]["uidMappings"][0]
     assert mapping["hostID"] >= 1 << 20
+    assert {"type": "network", "path": "/proc/7/fd/8"} in config["linux"]["namespaces"]
     assert set(MASKED_PATHS) == set(config["linux"]["maskedPaths"])
     for mount in config["mounts"]:
         assert "nosuid" in mount["options"], mount
@@ -278,6 +291,7 @@ def test_bubblewrap_command_line():
     line = bubblewrap.command_line(launch("bubblewrap", "/home/me/work"), 7, 8)
     text = " ".join(line)
     for wanted in (
+        "--ro-bind /opt/agent /dev/fathom-agent",
         "--unshare-user",
         "--unshare-net",
         "--unshare-pid",

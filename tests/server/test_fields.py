@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fathom.chat.quick import TASKS
 from fathom.server.settings import MAX_THINKING_FLOOR
 from tests.server.conftest import BASH, Open, Server, block, call, events
 
@@ -251,3 +252,21 @@ def test_metrics_count_what_happened(open_server: Open):
     assert 'fathom_calls_total{fate="delivered"} 1.0' in text
     assert 'fathom_completions_total{reason="tool_calls"} 1.0' in text
     assert "fathom_running 0.0" in text
+
+
+def test_quick_instructions(server: Server):
+    """`task` ends the prompt with its token, and the reply has no thoughts in any mode."""
+    server.say("Short title")
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello."}]
+    titled = [talk[0], {**talk[1], "task": "title"}]
+    for body in ({}, {"thinking": {"type": "disabled"}}, {"reasoning_effort": "max"}):
+        message = server.chat(titled, **body).json()["choices"][0]["message"]
+        assert message["content"] == "Short title"
+        assert "reasoning" not in message
+        assert server.prompt.endswith(TASKS["title"].token)
+    assert server.chat([{**talk[0], "task": "query"}]).status_code == 200
+    assert server.prompt.endswith("hi" + TASKS["query"].token)
+    for wrong in ([{**talk[0], "task": "title"}], [{**talk[0], "task": "poem"}]):
+        answer = server.chat(wrong)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "messages[0].task"

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, Literal, cast
 
 from fathom.chat.messages import Message, ToolCall, as_mapping
+from fathom.chat.quick import TASKS
 from fathom.chat.requests.common import (
     read_format,
     read_sampling,
@@ -124,6 +125,7 @@ def _read_message(fields: Fields, warnings: list[str]) -> Entry:
         role="system" if role == "developer" else role,
         content=content,
         tool_call_id=fields.required_text("tool_call_id") if role == "tool" else None,
+        task=_read_task(fields, role or "") if role == "user" else None,
     )
     return Entry(message, path)
 
@@ -144,8 +146,15 @@ def _read_assistant(fields: Fields, path: str, warnings: list[str]) -> Entry:
         reasoning=reasoning or "",
         tool_calls=calls,
         prefix=fields.boolean("prefix") or False,
+        task=_read_task(fields, "assistant"),
     )
     return Entry(message, path, reasoning is not None)
+
+
+def _read_task(fields: Fields, role: str) -> str | None:
+    """A quick instruction, which the model answers at once: an addition of this project."""
+    names = tuple(name for name, task in TASKS.items() if task.role == role)
+    return fields.choice("task", names)
 
 
 def _read_call(call: Fields) -> ToolCall:

@@ -156,14 +156,20 @@ class PromptRequest:
     @property
     def opens_calls(self) -> bool:
         """Whether the prompt itself opens the block of calls: a call is required, no thought."""
-        return self.tool_choice.mode == "required" and self.thinking == "off" and not self.prefix
+        free = not self.prefix and self.task is None
+        return self.tool_choice.mode == "required" and self.thinking == "off" and free
+
+    @property
+    def task(self) -> str | None:
+        """The quick instruction that is answered, None without one."""
+        return self.messages[-1].task if self.messages else None
 
     @property
     def start(self) -> Literal["reasoning", "content", "tool_calls"]:
         """The stage in which the completion begins."""
         if self.opens_calls:
             return "tool_calls"
-        if self.thinking == "off":
+        if self.thinking == "off" or self.task is not None:
             return "content"
         if self.prefix and self.messages[-1].content:
             return "content"

@@ -1,8 +1,8 @@
-"""Compiled CPU kernels for decoding one token at a time.
+"""Compiled CPU kernels: one token through the blocks, and batches of rows for the engine.
 
 Paper: none (infrastructure).
 """
 
-from fathom.kernels.numba import step
+from fathom.kernels.numba import runner, step
 
-__all__ = ["step"]
+__all__ = ["runner", "step"]

@@ -14,6 +14,7 @@ from fathom.kernels.reference import (
     norm,
     rope,
     route,
+    stored,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "norm",
     "rope",
     "route",
+    "stored",
 ]

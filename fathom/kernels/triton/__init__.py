@@ -3,6 +3,24 @@
 Paper: §3.1 (fused kernels).
 """
 
-from fathom.kernels.triton import experts, sinkhorn
+from fathom.kernels.triton import (
+    attention,
+    entries,
+    experts,
+    index,
+    linear,
+    mhc,
+    sinkhorn,
+    stored_experts,
+)
 
-__all__ = ["experts", "sinkhorn"]
+__all__ = [
+    "attention",
+    "entries",
+    "experts",
+    "index",
+    "linear",
+    "mhc",
+    "sinkhorn",
+    "stored_experts",
+]

@@ -3,37 +3,50 @@
 The tenant is a user that no file of the host belongs to: root of the sandbox is mapped to a range
 of its own far above real users, and the owner of a bound work folder is translated by the mount.
 
+Everything that the tenant writes goes to one file system in memory of a fixed size, the upper
+folder of an overlay on the image; a copy of that folder is a fork.
+
 Paper: none (a thin form of the report's container substrate).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fathom.errors import SandboxError, Unsupported
-from fathom.sandbox import cgroups, enter, seccomp, state, syscalls
+from fathom.sandbox import cgroups, state, syscalls
+from fathom.sandbox.request import PATH
 from fathom.sandbox.substrates.launch import (
+    AGENT,
     INIT,
     MASKED_PATHS,
     READ_ONLY_PATHS,
+    TENANT,
+    Ends,
     Launch,
     Started,
-    alive_pipe,
 )
+
+if TYPE_CHECKING:
+    from fathom.sandbox.images.stack import Composed
 
 ID_COUNT = 65536
 _FIRST_ID = 0x60000000
 _SLOTS = 4096
-_NAMESPACES = ("pid", "network", "ipc", "uts", "mount", "user", "cgroup")
+_NAMESPACES = ("pid", "ipc", "uts", "mount", "user", "cgroup")
 _START_TIMEOUT = 30.0
-# Enters the control groups named by the first arguments, then becomes the runtime.
-_ENTER = 'for f in "${@:2:$1}"; do echo 0 > "$f" || exit 125; done; shift $(($1 + 1)); exec "$@"'
+# What the agent needs to become the tenant and to end what the tenant started. A command has none.
+_CAPABILITIES = ["CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_KILL"]
+# Within the file system for writes: the overlay's upper folder, and what the kernel needs with it.
+UPPER = "upper"
+UPPER_WORK = "upper.work"
 
 
 def first_id(name: str) -> int:
@@ -48,10 +61,8 @@ def first_id(name: str) -> int:
 
 def configuration(launch: Launch, rootfs: Path, work: Path | None) -> dict[str, Any]:
     """Return the OCI runtime configuration."""
-    base = first_id(launch.folder.name)
+    base = launch.ids
     ids = [{"containerID": 0, "hostID": base, "size": ID_COUNT}]
-    size = f"size={launch.disk}"
-    tenant = f"uid={enter.TENANT},gid={enter.TENANT}"
     quiet = ["nosuid", "nodev"]
 
     def memory_folder(target: str, options: list[str]) -> dict[str, Any]:
@@ -72,29 +83,35 @@ def configuration(launch: Launch, rootfs: Path, work: Path | None) -> dict[str, 
             "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"],
         },
         memory_folder("/dev/shm", [*quiet, "noexec", "mode=1777", f"size={launch.disk // 4}"]),
-        memory_folder("/tmp", [*quiet, "mode=1777", size]),
+        {
+            "destination": AGENT,
+            "type": "bind",
+            "source": launch.agent,
+            "options": ["bind", "ro", *quiet],
+        },
     ]
-    if work is None:
-        mounts.append(memory_folder("/work", [*quiet, "mode=755", size, tenant]))
-    else:
+    # The root is mounted read-only; these two lead to the same overlay, mounted for writing.
+    for target, source in (("/tmp", rootfs / "tmp"), ("/work", work or rootfs / "work")):
         mounts.append(
             {
-                "destination": "/work",
+                "destination": target,
                 "type": "bind",
-                "source": str(work),
+                "source": str(source),
                 "options": ["bind", "rw", *quiet],
             }
         )
+    network = {"type": "network"} | ({"path": launch.netns} if launch.netns else {})
     return {
         "ociVersion": "1.0.2",
         "process": {
             "terminal": False,
             "user": {"uid": 0, "gid": 0},
             "args": INIT,
-            "env": [f"PATH={enter.PATH}"],
+            "env": [f"PATH={PATH}"],
             "cwd": "/",
             "capabilities": {
-                kind: [] for kind in ("bounding", "effective", "permitted", "inheritable")
+                **{kind: _CAPABILITIES for kind in ("bounding", "effective", "permitted")},
+                "inheritable": [],
             },
             "noNewPrivileges": True,
         },
@@ -104,52 +121,129 @@ def configuration(launch: Launch, rootfs: Path, work: Path | None) -> dict[str, 
         "linux": {
             "uidMappings": ids,
             "gidMappings": ids,
-            "namespaces": [{"type": kind} for kind in _NAMESPACES],
+            "namespaces": [*({"type": kind} for kind in _NAMESPACES), network],
             "maskedPaths": list(MASKED_PATHS),
             "readonlyPaths": list(READ_ONLY_PATHS),
-            "seccomp": seccomp.oci_form(),
         },
     }
 
 
-def start(launch: Launch, group: cgroups.Group) -> Started:
-    """Start the first process. Raises SandboxError, Unsupported or OSError."""
-    # Mounts made from here on live and die with this process and the sandbox.
-    syscalls.unshare(syscalls.CLONE_NEWNS)
-    syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
-    rootfs = launch.folder / state.ROOTFS
-    rootfs.mkdir(mode=0o755)
-    # The image may lie in a folder that only root can pass; the tenant's root cannot.
-    syscalls.mount(launch.rootfs, str(rootfs), None, syscalls.MS_BIND)
+def mount_root(
+    launch: Launch, copy_from: Path | None, group: cgroups.Group
+) -> tuple[Path, Composed | None]:
+    """Mount the image with room for writes on top, filled from another sandbox's where given.
+
+    Returns the root and, for a layered image, what closes its mounts.
+    Raises SandboxError or OSError.
+    """
+    disk, rootfs = launch.folder / state.DISK, launch.folder / state.ROOTFS
+    for folder in (disk, rootfs):
+        folder.mkdir(mode=0o755)
+    quiet = syscalls.MS_NOSUID | syscalls.MS_NODEV
+    # Empty files take no room but the kernel's memory: their number is bounded as well.
+    inodes = launch.disk // 4096 + 1024
+    options = f"size={launch.disk},nr_inodes={inodes},mode=711"
+    syscalls.mount("tmpfs", str(disk), "tmpfs", quiet, options)
+    upper, beside = disk / UPPER, disk / UPPER_WORK
+    beside.mkdir(mode=0o700)
+    if copy_from is not None:
+        copy_tree(copy_from, upper, group)
+    else:
+        upper.mkdir(mode=0o755)
+    composed: Composed | None = None
+    if launch.layers:
+        composed = _compose(launch, upper)
+        rootfs = composed.root
+    else:
+        options = f"lowerdir={launch.rootfs},upperdir={upper},workdir={beside}"
+        syscalls.mount("overlay", str(rootfs), "overlay", quiet, options)
+    try:
+        if copy_from is None:
+            _make_folders(rootfs, launch.ids + TENANT)
+    except BaseException:
+        if composed is not None:
+            composed.close()
+        raise
+    return rootfs, composed
+
+
+def _make_folders(rootfs: Path, tenant: int) -> None:
+    """Give the tenant the two folders that can be written to."""
+    for name, mode in (("work", 0o755), ("tmp", 0o1777)):
+        path = rootfs / name
+        # In an image that somebody made these may be anything, a link to elsewhere included.
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise SandboxError(f"the image's /{name} is not a folder")
+        path.mkdir(exist_ok=True)
+        os.chown(path, tenant, tenant, follow_symlinks=False)
+        path.chmod(mode)
+
+
+def _compose(launch: Launch, upper: Path) -> Composed:
+    from fathom.sandbox.images.stack import compose
+    from fathom.sandbox.images.store import Store
+
+    ids = f"0 {launch.ids} {ID_COUNT}"
+    userns = _mapping(ids, ids)
+    folder = launch.folder / state.LAYERS
+    folder.mkdir(mode=0o755)
+    try:
+        store = Store(launch.store, durable=False)
+        return compose(store, launch.layers, folder, upper=upper, userns=userns)
+    finally:
+        os.close(userns)
+
+
+def copy_tree(source: Path, target: Path, group: cgroups.Group) -> None:
+    """Copy an upper folder, owners, links and marks of deletion included.
+
+    The copy is made by a process in the groups of the new sandbox, whose memory it will be.
+    Raises SandboxError.
+    """
+    members = str(group.folders["memory"] / "cgroup.procs")
+    # The root is read-only inside: everything that was written is below these two.
+    script = (
+        'echo 0 > "$1" && mkdir -m 755 "$3" && '
+        'cp -a --reflink=auto -- "$2/work" "$2/tmp" "$3/" && touch -r "$2" -- "$3"'
+    )
+    done = subprocess.run(
+        ["/bin/sh", "-c", script, "copy", members, str(source), str(target)],
+        capture_output=True,
+        timeout=600,
+        env={"PATH": "/usr/bin:/bin"},
+        check=False,
+    )
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()[-500:]
+        raise SandboxError(f"the sandbox's writes cannot be copied: {said}")
+
+
+def start(launch: Launch, ends: Ends, group: cgroups.Group, rootfs: Path) -> Started:
+    """Start the agent on a mounted root. Raises SandboxError, Unsupported or OSError."""
     work: Path | None = None
     if launch.workdir is not None:
         work = launch.folder / state.WORK
         work.mkdir(mode=0o755)
-        _bind_work(launch.workdir, work, first_id(launch.folder.name))
+        _bind_work(launch.workdir, work, launch.ids)
     config = configuration(launch, rootfs, work)
     if launch.substrate == "runc":
         config["linux"]["cgroupsPath"] = f"/{cgroups.PARENT}/{launch.folder.name}"
     (launch.folder / "config.json").write_text(json.dumps(config))
-    if group.layout.version == 1 and group.layout.beside is not None:
-        # crun 1.8 refuses v1 with a v2 tree beside it; here, only this process and the runtime
-        # stop seeing that tree.
-        syscalls.unmount(str(group.layout.beside))
-    group.create()
-    read_end, alive = alive_pipe()
-    try:
-        pid = _run(launch, group, read_end)
-        group.limit(memory=launch.memory, pids=launch.pids, cpu=launch.cpu)
-    except BaseException:
-        os.close(alive)
-        raise
-    finally:
-        os.close(read_end)
-    return Started(pid=pid, alive_fd=alive, tenant_id=first_id(launch.folder.name) + enter.TENANT)
+    pid = _run(launch, ends)
+    # When memory is short a command shall go, not what answers for the sandbox. Where root itself
+    # is confined this is refused, and the commands' own higher scores have to do.
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("-500")
+    group.enter(pid)
+    group.limit(memory=launch.memory, pids=launch.pids, cpu=launch.cpu)
+    return Started(pid=pid, tenant=TENANT)
 
 
 def command_line(launch: Launch) -> list[str]:
     """Return the runtime's command line. It keeps its own state inside our folder."""
     head = [launch.program, "--root", str(launch.folder / state.RUNTIME)]
+    # Standard error would be the tenant's first process's as well.
+    head += ["--log", str(launch.folder / "runtime.log")]
     if launch.substrate == "crun":
         # The groups are ours.
         head += ["--cgroup-manager", "disabled"]
@@ -157,25 +251,26 @@ def command_line(launch: Launch) -> list[str]:
     return [*head, "--pid-file", str(launch.folder / "pid"), launch.folder.name]
 
 
-def _run(launch: Launch, group: cgroups.Group, stdin: int) -> int:
+def _run(launch: Launch, ends: Ends) -> int:
     log = launch.folder / "runtime.log"
-    entries = [str(path) for path in group.entry_files()]
-    argv = ["/bin/bash", "-c", _ENTER, "enter", str(len(entries)), *entries, *command_line(launch)]
-    with log.open("wb") as output:
+    with (launch.folder / "runtime.err").open("w+b") as errors:
         done = subprocess.run(
-            argv,
-            stdin=stdin,
-            stdout=output,
-            stderr=output,
+            command_line(launch),
+            stdin=ends.listener,
+            stdout=ends.journal,
+            stderr=errors,
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
             timeout=_START_TIMEOUT,
             check=False,
         )
+        errors.seek(0)
+        said = errors.read().decode(errors="replace")
     if done.returncode:
-        said = log.read_text(errors="replace").strip()[-1500:]
+        if log.exists():
+            said += log.read_text(errors="replace")
         raise SandboxError(
-            f"{launch.substrate} could not start the sandbox (exit {done.returncode}): {said}; "
-            "run `fathom doctor` to see what this machine can do"
+            f"{launch.substrate} could not start the sandbox (exit {done.returncode}): "
+            f"{said.strip()[-1500:]}; run `fathom doctor` to see what this machine can do"
         )
     return int((launch.folder / "pid").read_text())
 
@@ -183,7 +278,7 @@ def _run(launch: Launch, group: cgroups.Group, stdin: int) -> int:
 def _bind_work(source: str, target: Path, base: int) -> None:
     """Bind the work folder so that its owner is the tenant inside. Raises Unsupported."""
     owner = os.stat(source)
-    ids = base + enter.TENANT
+    ids = base + TENANT
     try:
         userns = _mapping(f"{owner.st_uid} {ids} 1", f"{owner.st_gid} {ids} 1")
         try:

@@ -5,13 +5,17 @@ Paper: none (shared infrastructure).
 
 from __future__ import annotations
 
-import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-# The first process: ignores its children's ends (so the kernel reaps every orphan at once), reads a
-# pipe that never brings anything, and ends with its keeper.
-INIT = ["/usr/bin/env", "--ignore-signal=CHLD,TERM,INT,HUP,QUIT,PIPE,USR1,USR2", "/usr/bin/cat"]
+# Where the agent's program shows up inside: the one folder that no image brings along.
+AGENT = "/dev/fathom-agent"
+# The listening socket is its standard input and the journal its standard output: both were opened
+# outside, and no path inside leads to either.
+INIT = [AGENT, "--listen-fd", "0", "--journal-fd", "1"]
+TENANT = 1000
+OOM_SCORE = 500
 
 MASKED_PATHS = (
     "/proc/acpi",
@@ -41,11 +45,17 @@ READ_ONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """A sandbox to start: limits in bytes and counts, `program` the substrate's executable."""
+    """A sandbox to start: limits in bytes and counts, `program` the substrate's executable.
+
+    `agent`: the compiled agent. `ids`: host's id of root inside. `netns`: path of its network
+    namespace, None for a new one without any device. `outlive`: whether it lives on without us.
+    `layers`: of the image store `store`, the lowest first; then `rootfs` is of no meaning.
+    """
 
     folder: Path
     substrate: str
     program: str
+    agent: str
     rootfs: str
     workdir: str | None
     memory: int
@@ -53,23 +63,33 @@ class Launch:
     cpu: float | None
     disk: int
     hostname: str
+    ids: int = 0
+    netns: str | None = None
+    outlive: bool = False
+    store: str = ""
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """A running first process: `pid` as the host sees it, `alive_fd` the pipe that keeps it.
+    """A running agent: `pid` as the host sees it, and what it is to be told.
 
-    `tenant_id`: the host's id of the tenant where it is another user. `address_space`, `processes`:
-    limits that each command sets on itself where no control group holds them.
+    `tenant`: the user inside that commands run as, None where there is only one. `address_space`,
+    `processes`: limits that each command sets on itself where no control group holds them.
+    `filtered`: whether the substrate has installed the system call filter already.
     """
 
     pid: int
-    alive_fd: int
-    address_space: int | None = None
-    processes: int | None = None
-    tenant_id: int | None = None
+    tenant: int | None = None
+    address_space: int = 0
+    processes: int = 0
+    filtered: bool = False
+    process: subprocess.Popen[bytes] | None = None
 
 
-def alive_pipe() -> tuple[int, int]:
-    """Make the pipe whose read end becomes the first process's standard input."""
-    return os.pipe()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ends:
+    """The agent's standard input and output: the listening socket and the journal."""
+
+    listener: int
+    journal: int

@@ -1,0 +1,56 @@
+"""Exact-shape synthetic layers: official names, shapes and formats, seeded, made on any device.
+
+For measuring at sizes whose weights cannot be had or do not fit. Nothing in them was learned: every
+figure from them is about bytes and operations, never about quality.
+
+Paper: none (measurement material).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+
+from fathom.checkpoint.manifest import TensorSpec, manifest
+from fathom.checkpoint.tiny import random_scale, random_values
+from fathom.model.config import ModelConfig
+
+_EXPERT = re.compile(r"ffn\.experts\.(\d+)\.(w[123])\.(weight|scale)")
+
+
+def synthetic_layer(
+    config: ModelConfig, index: int, *, seed: int, device: torch.device | str
+) -> dict[str, torch.Tensor]:
+    """The tensors of block `index` by their names behind `layers.N.`.
+
+    Routed experts come stacked, [experts, rows, cols], as `ffn.experts.w1.weight` and so on; all
+    others have the official names, shapes and dtypes. Equal arguments give equal bits on one kind
+    of device.
+    """
+    generator = torch.Generator(device).manual_seed(seed * 1000 + index)
+    tensors: dict[str, torch.Tensor] = {}
+    weight = TensorSpec("", (), "")
+    for spec in _layer_specs(config, index):
+        if spec.name.endswith(".scale"):
+            tensors[spec.name] = random_scale(spec, weight, generator)
+        else:
+            tensors[spec.name] = random_values(spec, config, generator)
+            weight = spec
+    return tensors
+
+
+def _layer_specs(config: ModelConfig, index: int) -> Iterator[TensorSpec]:
+    """The layer's part of the manifest, with one stacked tensor in place of each expert's own."""
+    start = f"layers.{index}."
+    for spec in manifest(config):
+        if not spec.name.startswith(start):
+            continue
+        name = spec.name.removeprefix(start)
+        expert = _EXPERT.fullmatch(name)
+        if expert is None:
+            yield TensorSpec(name, spec.shape, spec.dtype)
+        elif expert[1] == "0":
+            shape = (config.n_routed_experts, *spec.shape)
+            yield TensorSpec(f"ffn.experts.{expert[2]}.{expert[3]}", shape, spec.dtype)

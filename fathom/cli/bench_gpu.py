@@ -1,0 +1,98 @@
+"""`fathom bench gpu`: decode of V4-Flash layers on one GPU, against what its memory allows.
+
+Paper: none (measurement).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fathom.cli.output import print_json, print_table
+
+CASES = ((1, 4096), (1, 65_536), (1, 900_000), (1, 1_048_576), (16, 4096), (64, 4096))
+KERNELS_SHOWN = 20
+
+
+def gpu(
+    repeat: Annotated[int, typer.Option(min=3, help="Replays of each step.")] = 50,
+    kernels: Annotated[bool, typer.Option(help="Also list the time of each kernel.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure decode steps of one SWA, CSA and HCA layer at V4-Flash's sizes, weights synthetic.
+
+    Each step is one CUDA graph. The floor is the bytes that a step must read over the copy rate of
+    the same run; nothing about quality can be read off these weights.
+    """
+    import torch
+
+    from fathom.errors import MissingDependency
+
+    if not torch.cuda.is_available():
+        raise MissingDependency("bench gpu needs a CUDA device, and torch sees none here")
+    report = _measure(torch, repeat, kernels)
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1))
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def _measure(torch: Any, repeat: int, kernels: bool) -> dict[str, Any]:
+    from fathom.eval import gpu_speed
+    from fathom.model import ModelConfig
+
+    config = gpu_speed.three_layers(ModelConfig.preset("flash"))
+    rate = gpu_speed.copy_rate()
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "copy_bytes_per_s": rate,
+        "matmul_flops": gpu_speed.matmul_rate(),
+        "rows": [],
+    }
+    layers = gpu_speed.stored_layers(config)
+    with torch.inference_mode():
+        for tokens, context in CASES:
+            for row in gpu_speed.layer_times(config, layers, tokens, context, rate, repeat):
+                report["rows"].append(asdict(row) | {"fraction_of_floor": row.fraction})
+        if kernels:
+            report["kernels"] = {
+                str(context): gpu_speed.profile_kernels(config, layers, 1, context)[:KERNELS_SHOWN]
+                for context in (4096, 1_048_576)
+            }
+    return report
+
+
+def _print(report: dict[str, Any]) -> None:
+    copy, matmul = report["copy_bytes_per_s"] / 1e12, report["matmul_flops"] / 1e12
+    rates = f"copy {copy:.2f} TB/s, BF16 {matmul:.0f} TFLOP/s"
+    print(f"{report['device']}, torch {report['torch']}: {rates}")
+    print("three V4-Flash layers, synthetic weights; milliseconds of one decode step\n")
+    rows = [
+        [
+            r["kind"],
+            str(r["tokens"]),
+            f"{r['context']:,}",
+            f"{r['median']:.3f}",
+            f"{r['least']:.3f}",
+            f"{r['floor']:.3f}",
+            f"{r['fraction_of_floor']:.0%}",
+            str(r["launches"]),
+        ]
+        for r in report["rows"]
+    ]
+    print_table(
+        ["layer", "tokens", "context", "median", "least", "floor", "of floor", "launches"], rows
+    )
+    for context, kernels in report.get("kernels", {}).items():
+        print(f"\none token at {int(context):,}: microseconds by kernel")
+        print_table(
+            ["us", "calls", "kernel"], [[f"{us:.1f}", str(n), name[:70]] for name, n, us in kernels]
+        )

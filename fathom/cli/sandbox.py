@@ -1,0 +1,276 @@
+"""`fathom sandbox`: run programs in sandboxes, keep them with a daemon, copy and pause them.
+
+Paper: §5.2.5 (command line of the sandbox node).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fathom.cli.output import print_json, print_table
+from fathom.cli.terminal import TASK_FAILED, visible
+from fathom.errors import SandboxError
+
+if TYPE_CHECKING:
+    from fathom.sandbox import Container, ExecResult, Net, SyncClient, SyncSandbox
+
+app = typer.Typer(
+    no_args_is_help=True, help="Run programs in sandboxes; a daemon keeps them (see `edge`)."
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Name = Annotated[str, typer.Argument(help="The sandbox's name, as `ls` shows it.")]
+Command = Annotated[list[str], typer.Argument(help="Program and arguments, after --.")]
+Timeout = Annotated[float, typer.Option(min=0.001, help="Seconds the command may take.")]
+Folder = Annotated[
+    Path | None, typer.Option("--folder", help="The daemon's folder, /run/fathom-edge by default.")
+]
+PassThrough = {"allow_interspersed_args": False}
+
+
+def _daemon(folder: Path | None) -> SyncClient:
+    from fathom.sandbox import SyncClient
+
+    return SyncClient("edge", runtime_dir=folder)
+
+
+def _net(allow: list[str], domain: list[str]) -> Net | None:
+    from fathom.sandbox import Net
+
+    if not allow and not domain:
+        return None
+    net = Net.deny()
+    for entry in allow:
+        host, _, port = entry.rpartition(":")
+        if not port.isdigit():
+            raise typer.BadParameter(f"--allow is {entry!r}; give an address and port, A.B.C.D:80")
+        net = net.address(host, int(port))
+    for name in domain:
+        net = net.domain(name)
+    return net
+
+
+def _finish(result: ExecResult, as_json: bool) -> None:
+    """Show how a command ended, and end with 1 where it failed."""
+    if as_json:
+        print_json(
+            {
+                "exit_code": result.exit_code,
+                "stdout": result.stdout,
+                "stderr": result.stderr,
+                "timed_out": result.timed_out,
+                "oom_killed": result.oom_killed,
+                "truncated": result.truncated,
+                "seconds": round(result.duration, 6),
+            }
+        )
+    else:
+        sys.stdout.write(visible(result.stdout))
+        sys.stderr.write(visible(result.stderr))
+        if result.oom_killed:
+            sys.stderr.write("fathom: the command ran out of memory: raise --memory\n")
+        elif result.timed_out:
+            sys.stderr.write("fathom: the command took too long: raise --timeout\n")
+        elif result.exit_code:
+            sys.stderr.write(f"fathom: the command ended with exit code {result.exit_code}\n")
+    if result.exit_code:
+        raise typer.Exit(TASK_FAILED)
+
+
+@app.command(context_settings=PassThrough)
+def run(
+    command: Command,
+    image: Annotated[
+        str, typer.Option(help="base, python (base and python3), or a name in the store.")
+    ] = "base",
+    workdir: Annotated[
+        Path | None, typer.Option(help="A folder of yours as /work, read and write.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Such as 512MiB.")] = None,
+    cpu: Annotated[float | None, typer.Option(help="Cores, such as 0.5.")] = None,
+    pids: Annotated[int | None, typer.Option(help="Processes at the same time.")] = None,
+    disk: Annotated[str | None, typer.Option(help="What may be written, such as 64MiB.")] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="An address and port that may be reached; repeatable.")
+    ] = None,
+    domain: Annotated[
+        list[str] | None, typer.Option(help="A domain for the proxy; repeatable.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the sandbox with the daemon.")] = False,
+    group: Annotated[str | None, typer.Option(help="A group to keep it in.")] = None,
+    idle_ttl: Annotated[
+        float | None, typer.Option(help="With --keep: end it after so many idle seconds.")
+    ] = None,
+    timeout: Timeout = 600.0,
+    folder: Folder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a command in a new sandbox, which ends with it unless --keep is given."""
+    from fathom.sandbox import Container, SyncClient
+
+    spec: Container = Container(
+        image=image,
+        workdir=workdir,
+        memory=memory,
+        cpu=cpu,
+        pids=pids,
+        disk=disk,
+        idle_ttl=idle_ttl,
+    )
+    net = _net(allow or [], domain or [])
+    with _daemon(folder) if keep else SyncClient("local") as client:
+        sandbox = client.create(spec, net=net, group=group)
+        if keep:
+            sys.stderr.write(f"{sandbox.id}\n")
+        _finish(_run(sandbox, command, timeout), as_json)
+
+
+def _run(sandbox: SyncSandbox, command: list[str], timeout: float) -> ExecResult:
+    data = None if sys.stdin.isatty() else sys.stdin.buffer.read()
+    return sandbox.exec(command, timeout=timeout, stdin=data, cap=16 << 20)
+
+
+@app.command(name="exec", context_settings=PassThrough)
+def exec_(
+    name: Name,
+    command: Command,
+    op: Annotated[str | None, typer.Option(help="A key: run it at most once under it.")] = None,
+    timeout: Timeout = 600.0,
+    folder: Folder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a command in a sandbox of the daemon."""
+    data = None if sys.stdin.isatty() else sys.stdin.buffer.read()
+    with _daemon(folder) as client:
+        sandbox = client.attach(name)
+        result = sandbox.exec(command, timeout=timeout, stdin=data, cap=16 << 20, op=op)
+    _finish(result, as_json)
+
+
+@app.command(name="ls")
+def list_(folder: Folder = None, as_json: AsJson = False) -> None:
+    """List the daemon's sandboxes."""
+    with _daemon(folder) as client:
+        found = client.list()
+    if as_json:
+        print_json({"sandboxes": [_shown(entry) for entry in found]})
+        return
+    rows = [_shown(entry) for entry in found]
+    columns = ("id", "substrate", "state", "group", "parent", "phase")
+    print_table(columns, [[str(row[name]) for name in columns] for row in rows])
+
+
+def _shown(entry: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": entry["id"],
+        "substrate": entry["caps"].substrate,
+        "state": "paused" if entry["paused"] else "running",
+        "group": entry["group"],
+        "parent": entry["parent"],
+        "phase": entry["phase"],
+    }
+
+
+@app.command()
+def network(name: Name, folder: Folder = None, as_json: AsJson = False) -> None:
+    """Show what was judged on a sandbox's network, in order."""
+    with _daemon(folder) as client:
+        entries = client.attach(name).network_log()
+    if as_json:
+        print_json({"network": entries})
+        return
+    for entry in entries:
+        verdict = "allowed" if entry.get("allowed") else "refused"
+        rest = " ".join(
+            f"{key}={value}" for key, value in entry.items() if key not in ("time", "allowed")
+        )
+        print(visible(f"{entry['time']:.3f} {verdict} {rest}"))
+
+
+@app.command()
+def fork(
+    name: Name,
+    count: Annotated[int, typer.Option(min=1, help="How many copies.")] = 1,
+    folder: Folder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a sandbox's files into new ones and print their names."""
+    with _daemon(folder) as client:
+        made = [sandbox.id for sandbox in client.attach(name).fork(count)]
+    if as_json:
+        print_json({"made": made})
+    else:
+        print("\n".join(made))
+
+
+def _several(client: SyncClient, names: list[str], group: str | None) -> list[SyncSandbox]:
+    known = {entry["id"]: entry for entry in client.list()}
+    if group is not None:
+        names = [*names, *(name for name, entry in known.items() if entry["group"] == group)]
+    if not names:
+        raise SandboxError("name a sandbox, or a group that has some")
+    return [client.attach(name) for name in names]
+
+
+Names = Annotated[list[str] | None, typer.Argument(help="Names of sandboxes.")]
+InGroup = Annotated[str | None, typer.Option("--group", help="All sandboxes of this group.")]
+
+
+@app.command()
+def pause(
+    names: Names = None,
+    group: InGroup = None,
+    reclaim: Annotated[bool, typer.Option("--reclaim", help="Give back memory.")] = False,
+    folder: Folder = None,
+) -> None:
+    """Stop every process of sandboxes where it is."""
+    with _daemon(folder) as client:
+        for sandbox in _several(client, names or [], group):
+            sandbox.pause(reclaim=reclaim)
+
+
+@app.command()
+def resume(names: Names = None, group: InGroup = None, folder: Folder = None) -> None:
+    """Let paused sandboxes go on."""
+    with _daemon(folder) as client:
+        for sandbox in _several(client, names or [], group):
+            sandbox.resume()
+
+
+@app.command()
+def stop(names: Names = None, group: InGroup = None, folder: Folder = None) -> None:
+    """End sandboxes and remove all that is left of them."""
+    with _daemon(folder) as client:
+        for sandbox in _several(client, names or [], group):
+            sandbox.stop()
+
+
+@app.command()
+def edge(
+    most: Annotated[int, typer.Option(min=1, help="Sandboxes to admit.")] = 3200,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Print the running daemon's metrics and end.")
+    ] = False,
+    folder: Folder = None,
+) -> None:
+    """Run the daemon of this machine, in the foreground; its sandboxes outlive it."""
+    import anyio
+
+    from fathom.sandbox import paths
+    from fathom.sandbox.edge import Edge
+    from fathom.sandbox.edge_client import EdgeHost
+    from fathom.sandbox.host import LocalHost
+
+    where = folder or paths.edge_folder()
+    if metrics:
+        answer = anyio.run(EdgeHost(where).call, "metrics")
+        sys.stdout.write(answer["text"])
+        return
+    logging.getLogger("fathom.sandbox").setLevel(logging.INFO)
+    logging.getLogger().handlers[0].setLevel(logging.INFO)
+    anyio.run(Edge(LocalHost("auto", paths.cache_folder(), where), most=most).serve_until_told)

@@ -1,0 +1,90 @@
+"""What an engine counts, and its text for Prometheus.
+
+Paper: none (infrastructure).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Counts of seconds below fixed bounds."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(_SECONDS) + 1))
+    total: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one duration."""
+        self.counts[bisect_left(_SECONDS, seconds)] += 1
+        self.total += seconds
+
+    def lines(self, name: str) -> list[str]:
+        """The Prometheus lines of this histogram."""
+        out, running = [f"# TYPE {name} histogram"], 0
+        for bound, count in zip([*map(str, _SECONDS), "+Inf"], self.counts, strict=True):
+            running += count
+            out.append(f'{name}_bucket{{le="{bound}"}} {running}')
+        return [*out, f"{name}_sum {self.total:.6f}", f"{name}_count {running}"]
+
+
+@dataclass(slots=True)
+class Metrics:
+    """Counters since the engine started. `prompt_tokens` and `cached_tokens` are of admitted
+    requests: their ratio is the hit rate weighted by tokens.
+    """
+
+    requests: int = 0
+    finished: dict[str, int] = field(default_factory=dict[str, int])
+    steps: int = 0
+    computed_tokens: int = 0
+    sampled_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    drafting: bool = False
+    last_batch: int = 0
+    time_to_first_token: Histogram = field(default_factory=Histogram)
+    inter_token: Histogram = field(default_factory=Histogram)
+
+    @property
+    def hit_rate(self) -> float:
+        """Of all prompt tokens, the part that was not computed."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def text(self, gauges: Mapping[str, float]) -> str:
+        """Everything in Prometheus' text format; `gauges` are the values of this moment."""
+        counters = {
+            "requests_total": self.requests,
+            "steps_total": self.steps,
+            "computed_tokens_total": self.computed_tokens,
+            "sampled_tokens_total": self.sampled_tokens,
+            "prompt_tokens_total": self.prompt_tokens,
+            "cached_tokens_total": self.cached_tokens,
+            "preemptions_total": self.preemptions,
+            "drafted_tokens_total": self.drafted_tokens,
+            "accepted_tokens_total": self.accepted_tokens,
+        }
+        lines = []
+        for name, value in counters.items():
+            lines += [f"# TYPE fathom_engine_{name} counter", f"fathom_engine_{name} {value}"]
+        lines.append("# TYPE fathom_engine_finished_total counter")
+        for reason, count in sorted(self.finished.items()):
+            lines.append(f'fathom_engine_finished_total{{reason="{reason}"}} {count}')
+        seen = set()
+        for name, value in gauges.items():
+            plain = name.partition("{")[0]
+            if plain not in seen:
+                lines.append(f"# TYPE fathom_engine_{plain} gauge")
+                seen.add(plain)
+            lines.append(f"fathom_engine_{name} {value:g}")
+        lines += self.time_to_first_token.lines("fathom_engine_time_to_first_token_seconds")
+        lines += self.inter_token.lines("fathom_engine_inter_token_seconds")
+        return "\n".join(lines) + "\n"

@@ -1,0 +1,68 @@
+"""The two ways to compute a step: compiled rows on the CPU, and the torch model on any device.
+
+`runner` is an operation like any other: the registry chooses by device, a GPU adds its own.
+
+Paper: none (engine).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fathom.engine.batch import Batch, Memory
+from fathom.kernels import operation
+from fathom.model.transformer import Transformer
+
+_runner = operation("runner")
+
+
+class Runner(Protocol):
+    """Computes batches over an engine's memory; a row's result depends on its sequence alone."""
+
+    export: bool
+
+    def reload(self) -> None:
+        """Read the model's weights again."""
+        ...
+
+    def forward(self, batch: Batch) -> None:
+        """All main layers for a batch; state and entries move on."""
+        ...
+
+    def logits(self, which: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Final hidden states [rows, hidden] and logits [rows, vocab] of rows of the last batch."""
+        ...
+
+    def head(self, hidden: np.ndarray) -> np.ndarray:
+        """The same logits [rows, vocab] from remembered hidden states [rows, hidden]."""
+        ...
+
+    def streams(self, row: int) -> np.ndarray:
+        """A row's residual streams after the last layer: [streams, hidden]."""
+        ...
+
+    def draft(self, batch: Batch, streams: np.ndarray) -> np.ndarray:
+        """The MTP block over streams [rows, streams, hidden]: logits [rows, vocab]."""
+        ...
+
+    def routing(self, count: int) -> np.ndarray:
+        """With `export`: experts chosen, [layers, rows, topk] int16."""
+        ...
+
+    def selection(self, count: int) -> np.ndarray:
+        """With `export`: entries picked, [layers, rows, index_topk] int32, -1 = none."""
+        ...
+
+
+def make_runner(model: Transformer, memory: Memory, max_rows: int) -> Runner:
+    """The best runner for a model where it lies."""
+    from fathom.engine import torch_runner  # noqa: F401  (registers the reference)
+
+    return _runner(_weight(model), model, memory, max_rows)
+
+
+def _weight(model: Transformer) -> torch.Tensor:
+    return model.embed.weight

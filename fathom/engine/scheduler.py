@@ -1,0 +1,106 @@
+"""Which tokens of which requests the next step computes.
+
+Streams that are decoding come first, one token each; what is left of the step's budget goes to
+prompts, in equal parts, so that a long prompt delays neither running streams nor a short prompt by
+more than a step. Requests are admitted when there is memory for all of their tokens; when memory
+runs out later, the least important request is set back and takes up its work again afterwards.
+
+Paper: none (engine).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fathom.engine.request import Request, Status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """The tokens of one request in a step: `count` from its `computed`, then its drafts."""
+
+    request: Request
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Tokens of a step: with prompts alone, and of prompts when streams are decoding."""
+
+    tokens: int = 1024
+    beside_streams: int = 128
+
+
+class Scheduler:
+    """Keeps requests in order. `admit` and `grow` take memory and say whether there was enough."""
+
+    def __init__(
+        self,
+        budget: Budget,
+        admit: Callable[[Request], bool],
+        grow: Callable[[Request, int], bool],
+        preempt: Callable[[Request], None],
+    ) -> None:
+        self.budget, self._admit, self._grow, self._preempt = budget, admit, grow, preempt
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+
+    def add(self, request: Request) -> None:
+        """Put a request in line: by priority, then by age."""
+        request.status = Status.WAITING
+        self.waiting.append(request)
+        self.waiting.sort(key=_rank)
+
+    def remove(self, request: Request) -> None:
+        """Take a request out, wherever it is."""
+        for line in (self.waiting, self.running):
+            if request in line:
+                line.remove(request)
+
+    def schedule(self) -> list[Share]:
+        """The next step's shares. Admits, and preempts where memory has run out."""
+        while self.waiting:
+            request = self.waiting[0]
+            if not self._admit(request):
+                break
+            if not request.finished:  # it may be one that can never be served
+                request.status = Status.RUNNING
+                self.running.append(self.waiting.pop(0))
+        shares = []
+        for request in sorted(self.running, key=_rank):
+            if request.pending <= 1 and self._fits(request, request.pending + len(request.draft)):
+                shares.append(Share(request=request, count=request.pending))
+        prompts = [r for r in sorted(self.running, key=_rank) if r.pending > 1]
+        left = self.budget.beside_streams if shares else self.budget.tokens
+        for i, request in enumerate(prompts):
+            if left <= 0 or request.status is not Status.RUNNING:
+                continue
+            part = max(1, left // (len(prompts) - i))
+            count = self._cut(request, min(part, request.pending))
+            if self._fits(request, count):
+                shares.append(Share(request=request, count=count))
+                left -= count
+        return [s for s in shares if s.request.status is Status.RUNNING]
+
+    def _fits(self, request: Request, count: int) -> bool:
+        """Memory for `count` more tokens, by setting back less important requests if need be."""
+        while request.status is Status.RUNNING:
+            if self._grow(request, request.computed + count):
+                return True
+            victim = max(self.running, key=_rank)
+            self.running.remove(victim)
+            self._preempt(victim)
+            self.add(victim)
+        return False
+
+    @staticmethod
+    def _cut(request: Request, count: int) -> int:
+        """End a share where a checkpoint is wanted."""
+        end = request.computed + count
+        ahead = [p for p in request.checkpoints if request.computed < p < end]
+        return min(ahead) - request.computed if ahead else count
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.priority, request.number

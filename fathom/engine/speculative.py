@@ -1,0 +1,146 @@
+"""Drafting with the MTP block: guesses for the next tokens, checked by the model in one step.
+
+Lossless by construction: the engine draws every token from the model's own logits, with the same
+random number as without drafts, and a draft only decides whether the next row is already there.
+Rejected tokens leave nothing behind, since all state is addressed by position.
+
+Drafting costs time even when it fails. Unless told otherwise, it measures tokens per second with
+and without drafts now and then, and keeps to what is faster.
+
+Paper: §2.1 (Multi-Token Prediction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fathom.engine.batch import Batch, Memory, Piece
+from fathom.engine.metrics import Metrics
+from fathom.engine.request import Request, Status
+from fathom.engine.runner import Runner
+
+PROBE = 48  # steps that a trial of either kind lasts
+KEEP = 2000  # steps until the next trial
+WORTH = 1.03  # drafts must be this much faster to be used
+
+
+@dataclass(slots=True)
+class _Kept:
+    """Streams [rows, streams, hidden] of a request's rows in the last step, from `first` on."""
+
+    first: int
+    streams: np.ndarray
+
+
+class Trial:
+    """Whether drafts pay: steps with drafts, steps without, then the better of both for a while."""
+
+    def __init__(self, adaptive: bool) -> None:
+        self.on = True
+        self._adaptive = adaptive
+        self._phase, self._left = "with", PROBE
+        self._seconds = {"with": 0.0, "without": 0.0}
+        self._tokens = {"with": 0, "without": 0}
+
+    def count(self, seconds: float, tokens: int) -> None:
+        """Take note of a step that only decoded."""
+        if not self._adaptive:
+            return
+        if self._phase in self._seconds:
+            self._seconds[self._phase] += seconds
+            self._tokens[self._phase] += tokens
+        self._left -= 1
+        if self._left:
+            return
+        if self._phase == "with":
+            self._phase, self._left, self.on = "without", PROBE, False
+        elif self._phase == "without":
+            rate = {p: self._tokens[p] / max(self._seconds[p], 1e-9) for p in self._seconds}
+            self.on = rate["with"] > WORTH * rate["without"]
+            self._phase, self._left = "keep", KEEP
+        else:
+            self._phase, self._left, self.on = "with", PROBE, True
+            self._seconds = {"with": 0.0, "without": 0.0}
+            self._tokens = {"with": 0, "without": 0}
+
+
+class Drafter:
+    """Writes `request.draft`: at most `count` tokens after the last one drawn."""
+
+    def __init__(
+        self, runner: Runner, memory: Memory, count: int, metrics: Metrics, adaptive: bool = True
+    ) -> None:
+        self._runner, self._memory, self._count, self._metrics = runner, memory, count, metrics
+        self._window = memory.slots.layout.slabs.config.sliding_window
+        self._kept: dict[str, _Kept] = {}
+        self.trial = Trial(adaptive)
+        metrics.drafting = count > 0
+
+    @property
+    def active(self) -> bool:
+        """Whether rows should be kept for drafting."""
+        return self._count > 0 and self.trial.on
+
+    def keep(self, request: Request, row: int, count: int) -> None:
+        """Keep the streams of a request's rows row .. row + count - 1 that drafts need."""
+        start = request.computed
+        near = len(request.tokens) + len(request.draft) - self._window
+        skip = min(count, max(0, near - start))
+        if skip < count:
+            streams = [self._runner.streams(row + i) for i in range(skip, count)]
+            self._kept[request.id] = _Kept(start + skip, np.stack(streams))
+
+    def judge(self, proposed: int, accepted: int) -> None:
+        """Take note of how many drafts were what the model drew."""
+        self._metrics.drafted_tokens += proposed
+        self._metrics.accepted_tokens += accepted
+
+    def step_done(self, seconds: float, tokens: int, decoding: bool) -> None:
+        """Take note of a step; `decoding`: it had no prompts."""
+        if self._count and decoding and tokens:
+            self.trial.count(seconds, tokens)
+            self._metrics.drafting = self.trial.on
+
+    def propose(self, requests: Sequence[Request]) -> None:
+        """Bring the MTP block's window up to date, and draft for requests that are decoding."""
+        kept, self._kept = self._kept, {}
+        alive = [r for r in requests if r.status is Status.RUNNING and r.id in kept]
+        pieces, streams, owners = [], [], []
+        for request in alive:
+            own = kept[request.id]
+            count = min(len(own.streams), request.computed - own.first)
+            if count <= 0 or request.slot is None:
+                continue
+            following = request.tokens[own.first + 1 : own.first + 1 + count]
+            pieces.append(Piece(slot=request.slot, start=own.first, tokens=following))
+            streams.append(own.streams[:count])
+            owners.append(request)
+        room = {r.id: self._room(r) for r in owners}
+        for ahead in range(self._count):
+            if not pieces:
+                return
+            device = self._memory.slabs.data.device
+            logits = self._runner.draft(Batch.of(pieces, device), np.concatenate(streams))
+            ends = np.cumsum([len(p.tokens) for p in pieces]) - 1
+            following_pieces, following_streams, following_owners = [], [], []
+            for request, end in zip(owners, ends.tolist(), strict=True):
+                if ahead >= room[request.id] or request.slot is None:
+                    continue
+                token = request.sampler.guess(logits[end], ahead)
+                request.draft.append(token)
+                start = request.computed + ahead
+                following_pieces.append(Piece(slot=request.slot, start=start, tokens=[token]))
+                following_streams.append(self._runner.streams(end)[None].copy())
+                following_owners.append(request)
+            pieces, streams, owners = following_pieces, following_streams, following_owners
+
+    def _room(self, request: Request) -> int:
+        """How many drafts the request can use."""
+        if request.pending != 1:
+            return 0
+        end = self._memory.slots.layout.slabs.config.max_position_embeddings
+        left = request.params.max_tokens - len(request.output) - 1
+        return max(0, min(self._count, left, end - len(request.tokens) - 1))

@@ -1,0 +1,346 @@
+"""Steps of an engine through the torch model: any device, any arithmetic, one piece at a time.
+
+The readable counterpart of the compiled runner: a sequence's slabs and slot are unpacked into the
+model's own cache, the model runs, and what is new is packed again.
+
+Paper: §3.5.1 (KV cache layout).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from fathom.engine.batch import Batch, Memory, Piece
+from fathom.engine.kv_cache import SLAB_TOKENS
+from fathom.engine.state_cache import DRAFT_ROOM, StatePlaces
+from fathom.kernels import register
+from fathom.model.cache import Cache, CompressorState, EntryBuffer, LayerCache
+from fathom.model.config import CSA_RATIO, HCA_RATIO
+from fathom.model.transformer import Transformer
+from fathom.quant import kv_pack
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@register("runner", "reference")
+class TorchRunner:
+    """Runs batches with `Transformer.streams`; deterministic, but its bits may depend on cuts."""
+
+    def __init__(
+        self, device: torch.Tensor, model: Transformer, memory: Memory, max_rows: int
+    ) -> None:
+        self.model, self.memory, self.export = model, memory, False
+        self._config, self._layout = model.config, memory.slabs.layout
+        self._slots = memory.slots.layout
+        self._streams = torch.empty(0)
+
+    def reload(self) -> None:
+        """The model is read at every step."""
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> None:
+        """All main layers, piece after piece."""
+        rows = []
+        for piece in batch.pieces:
+            # Few rows may be taken back: go one by one, so that every state on the way is kept.
+            step = 1 if len(piece.tokens) <= DRAFT_ROOM else len(piece.tokens)
+            for at in range(0, len(piece.tokens), step):
+                rows.append(self._piece(piece, at, step))
+        self._streams = torch.cat(rows)
+
+    @torch.inference_mode()
+    def logits(self, which: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """As Runner.logits."""
+        hidden = torch.cat([self.model.hidden(self._streams[None, r : r + 1])[0] for r in which])
+        return hidden.float().cpu().numpy(), self.head(hidden.float().cpu().numpy())
+
+    @torch.inference_mode()
+    def head(self, hidden: np.ndarray) -> np.ndarray:
+        """As Runner.head; one row at a time, so that the rows beside it do not matter."""
+        like = self.model.embed.weight
+        rows = torch.tensor(np.asarray(hidden)).to(like.device, like.dtype)
+        return torch.cat([self.model.head(row[None]) for row in rows]).float().cpu().numpy()
+
+    def streams(self, row: int) -> np.ndarray:
+        """As Runner.streams."""
+        return self._streams[row].float().cpu().numpy()
+
+    @torch.inference_mode()
+    def draft(self, batch: Batch, streams: np.ndarray) -> np.ndarray:
+        """As Runner.draft."""
+        given = torch.tensor(streams).to(self._weight.device, self.model.dtype)
+        block: Any = self.model.mtp[0]
+        layer = self._config.num_hidden_layers
+        hidden, out, at = [], [], 0
+        for piece in batch.pieces:
+            for i in range(len(piece.tokens)):
+                cache = Cache([], piece.start + i, [])
+                window = LayerCache(self._read_window(piece.slot, layer, piece.start + i))
+                token = torch.tensor([[piece.tokens[i]]], device=self._weight.device)
+                context = self.model.context(token, cache)
+                found, own = block.predict(
+                    given[None, at : at + 1], self.model.embed(token), token, context, window
+                )
+                self._write_window(piece.slot, layer, piece.start + i, window.window[0, -1:])
+                hidden.append(found[0])
+                out.append(own[0])
+                at += 1
+        self._streams = torch.cat(out)
+        return self.head(torch.cat(hidden).float().cpu().numpy())
+
+    def routing(self, count: int) -> np.ndarray:
+        """Not recorded here: nothing but -1."""
+        c = self._config
+        return np.full((c.num_hidden_layers, count, c.num_experts_per_tok), -1, np.int16)
+
+    def selection(self, count: int) -> np.ndarray:
+        """Not recorded here: nothing but -1."""
+        c = self._config
+        return np.full((c.num_hidden_layers, count, c.index_topk), -1, np.int32)
+
+    @property
+    def _weight(self) -> torch.Tensor:
+        return self.model.embed.weight
+
+    def _piece(self, piece: Piece, at: int, count: int) -> torch.Tensor:
+        start = piece.start + at
+        tokens = list(piece.tokens[at : at + count])
+        cache = Cache([self._read_layer(piece, i, start) for i in range(len(self._ratios))], start)
+        device = self._weight.device
+        streams = self.model.streams(torch.tensor([tokens], device=device), cache)
+        for i in range(len(self._ratios)):
+            self._write_layer(piece, i, start, start + len(tokens), cache.layers[i])
+        return streams[0]
+
+    @property
+    def _ratios(self) -> tuple[int, ...]:
+        return self._config.compress_ratios
+
+    def _read_layer(self, piece: Piece, layer: int, start: int) -> LayerCache:
+        ratio = self._ratios[layer]
+        cache = LayerCache(self._read_window(piece.slot, layer, start))
+        if not ratio:
+            return cache
+        cache.entries = self._entries(piece, layer, start // ratio, False)
+        if ratio == CSA_RATIO:
+            p = self._slots.layers[layer]
+            cache.index_keys = self._entries(piece, layer, start // ratio, True)
+            cache.compressor = self._read_tail(piece.slot, p.tail_kv, p.tail_gate, start, False)
+            cache.index_compressor = self._read_tail(
+                piece.slot, p.key_tail_kv, p.key_tail_gate, start, True
+            )
+        else:
+            cache.compressor = self._read_online(piece.slot, layer, start)
+        return cache
+
+    def _write_layer(
+        self, piece: Piece, layer: int, start: int, end: int, cache: LayerCache
+    ) -> None:
+        ratio = self._ratios[layer]
+        near = min(end - start, self._config.sliding_window - 1)
+        self._write_window(piece.slot, layer, end - near, cache.window[0, -near:])
+        if not ratio:
+            return
+        assert cache.entries is not None
+        assert cache.compressor is not None
+        first, last = max(start, piece.known) // ratio, end // ratio
+        if max(start, piece.known) % ratio and first * ratio < piece.known:
+            first += 1
+        self._store(piece, layer, first, cache.entries.reserve(last)[0, first:last], False)
+        p = self._slots.layers[layer]
+        if ratio == CSA_RATIO:
+            assert cache.index_keys is not None
+            assert cache.index_compressor is not None
+            keys = cache.index_keys.reserve(last)[0, first:last]
+            self._store(piece, layer, first, keys, True)
+            self._write_tail(piece.slot, p.tail_kv, p.tail_gate, end, cache.compressor)
+            self._write_tail(
+                piece.slot, p.key_tail_kv, p.key_tail_gate, end, cache.index_compressor
+            )
+        else:
+            self._write_online(piece.slot, p, end, cache.compressor)
+
+    # Windows.
+
+    def _read_window(self, slot: int, layer: int, start: int) -> torch.Tensor:
+        """The raw entries before `start`: [1, window - 1, head_dim], zeros before the first."""
+        size = self._config.sliding_window - 1
+        places = torch.arange(start - size, start) % self._slots.ring
+        rows = self._unpack(*self._window(slot, layer), places)
+        rows[: max(0, size - start)] = 0
+        return rows[None]
+
+    def _write_window(self, slot: int, layer: int, first: int, rows: torch.Tensor) -> None:
+        places = torch.arange(first, first + len(rows)) % self._slots.ring
+        data, scales = self._window(slot, layer)
+        self._pack(rows, data, scales, places)
+
+    def _window(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        p, ring = self._slots.layers[layer], self._slots.ring
+        row, sizes = self.memory.slots.data[slot], self._layout.kv_sizes
+        data = row[p.window_data : p.window_data + ring * sizes[0]].view(ring, sizes[0])
+        return data, row[p.window_scales : p.window_scales + ring * sizes[1]].view(ring, sizes[1])
+
+    # Entries and keys.
+
+    def _places(
+        self, slot: int, layer: int, key: bool, first: int, last: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor, int, int]]:
+        """(data, scales, from, to) in every slab that holds entries first .. last - 1."""
+        p = self._layout.layers[layer]
+        at = (p.key_data, p.key_scales) if key else (p.kv_data, p.kv_scales)
+        sizes = self._layout.key_sizes if key else self._layout.kv_sizes
+        found = []
+        for number in range(first // p.entries, -(-last // p.entries)):
+            row = self.memory.slabs.data[int(self.memory.tables[slot, number])]
+            data, scales = (
+                row[a : a + p.entries * size].view(p.entries, size)
+                for a, size in zip(at, sizes, strict=True)
+            )
+            low = max(0, first - number * p.entries)
+            found.append((data, scales, low, min(p.entries, last - number * p.entries)))
+        return found
+
+    def _entries(self, piece: Piece, layer: int, count: int, key: bool) -> EntryBuffer:
+        c = self._config
+        dim = c.index_head_dim if key else c.head_dim
+        buffer = EntryBuffer(1, dim, self.model.dtype, self._weight.device)
+        for data, scales, low, high in self._places(piece.slot, layer, key, 0, count):
+            places = torch.arange(low, high)
+            rows = (self._unpack_keys if key else self._unpack)(data, scales, places)
+            buffer.append(rows[None])
+        return buffer
+
+    def _store(self, piece: Piece, layer: int, first: int, rows: torch.Tensor, key: bool) -> None:
+        done = 0
+        if not len(rows):
+            return
+        for data, scales, low, high in self._places(
+            piece.slot, layer, key, first, first + len(rows)
+        ):
+            part = rows[done : done + high - low]
+            (self._pack_keys if key else self._pack)(part, data, scales, torch.arange(low, high))
+            done += high - low
+
+    def _unpack(
+        self, data: torch.Tensor, scales: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
+        places = places.to(data.device)
+        if self._layout.kv_format == "fp8":
+            rope = self._config.qk_rope_head_dim
+            return kv_pack.unpack_kv_entries(
+                data[places], scales[places], rope, self.model.dtype, check=False
+            )
+        kind = _DTYPES[self._layout.kv_format]
+        return data[places].view(kind).to(self.model.dtype)
+
+    def _pack(
+        self, rows: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        places = places.to(data.device)
+        if self._layout.kv_format == "fp8":
+            data[places], scales[places] = kv_pack.pack_kv_entries(
+                rows.contiguous(), self._config.qk_rope_head_dim
+            )
+        else:
+            kind = _DTYPES[self._layout.kv_format]
+            data[places] = rows.to(kind).contiguous().view(torch.uint8)
+
+    def _unpack_keys(
+        self, data: torch.Tensor, scales: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
+        places = places.to(data.device)
+        form = self._layout.key_format
+        if form in _DTYPES:
+            return data[places].view(_DTYPES[form]).to(self.model.dtype)
+        return kv_pack.unpack_indexer_entries(
+            data[places],
+            scales[places],
+            cast(kv_pack.IndexerFormat, form),
+            self.model.dtype,
+            check=False,
+        )
+
+    def _pack_keys(
+        self, rows: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        places = places.to(data.device)
+        form = self._layout.key_format
+        if form in _DTYPES:
+            data[places] = rows.to(_DTYPES[form]).contiguous().view(torch.uint8)
+        else:
+            data[places], scales[places] = kv_pack.pack_indexer_entries(
+                rows.contiguous(), cast(kv_pack.IndexerFormat, form)
+            )
+
+    # Tails of the compressors.
+
+    def _numbers(self, slot: int, at: int, rows: int, cols: int) -> torch.Tensor:
+        raw = self.memory.slots.data[slot, at : at + 4 * rows * cols]
+        return raw.view(torch.float32).view(rows, cols)
+
+    def _tails(self, slot: int, kv: int, gate: int, key: bool) -> tuple[torch.Tensor, ...]:
+        width = 2 * (self._config.index_head_dim if key else self._config.head_dim)
+        return tuple(self._numbers(slot, at, self._slots.tail, width) for at in (kv, gate))
+
+    def _read_tail(self, slot: int, kv: int, gate: int, start: int, key: bool) -> CompressorState:
+        rings = self._tails(slot, kv, gate, key)
+        cols = rings[0].shape[1] // 2
+        state = CompressorState.empty(1, CSA_RATIO, cols, rings[0].device)
+        begun = start - start % CSA_RATIO
+        for p in range(begun, start):
+            state.kv[0, p - begun] = rings[0][p % self._slots.tail]
+            state.gate[0, p - begun] = rings[1][p % self._slots.tail]
+        assert state.previous_kv is not None
+        assert state.previous_gate is not None
+        for p in range(max(0, begun - CSA_RATIO), begun):
+            state.previous_kv[0, p % CSA_RATIO] = rings[0][p % self._slots.tail, :cols]
+            state.previous_gate[0, p % CSA_RATIO] = rings[1][p % self._slots.tail, :cols]
+        return state
+
+    def _write_tail(self, slot: int, kv: int, gate: int, end: int, state: CompressorState) -> None:
+        assert state.previous_kv is not None
+        assert state.previous_gate is not None
+        cols = state.previous_kv.shape[-1]
+        rings = self._tails(slot, kv, gate, cols == self._config.index_head_dim)
+        if cols == self._config.head_dim:
+            rings = self._tails(slot, kv, gate, False)
+        begun = end - end % CSA_RATIO
+        for p in range(begun, end):
+            rings[0][p % self._slots.tail] = state.kv[0, p - begun]
+            rings[1][p % self._slots.tail] = state.gate[0, p - begun]
+        for p in range(max(0, begun - CSA_RATIO), begun):
+            rings[0][p % self._slots.tail, :cols] = state.previous_kv[0, p % CSA_RATIO]
+            rings[1][p % self._slots.tail, :cols] = state.previous_gate[0, p % CSA_RATIO]
+
+    def _read_online(self, slot: int, layer: int, start: int) -> CompressorState:
+        """The running softmax as one token: the average so far, with the logarithm of its mass."""
+        cols = self._config.head_dim
+        state = CompressorState.empty(1, HCA_RATIO, cols, self._weight.device)
+        pending = start % HCA_RATIO
+        if pending:
+            ring = self._numbers(
+                slot, self._slots.layers[layer].online, self._slots.online, 3 * cols
+            )
+            high, total, value = ring[(start - 1) % self._slots.online].split(cols)
+            state.gate[0, :pending] = -torch.inf
+            state.gate[0, 0] = high + total.log()
+            state.kv[0, 0] = value / total
+        return state
+
+    def _write_online(self, slot: int, p: StatePlaces, end: int, state: CompressorState) -> None:
+        cols, pending = self._config.head_dim, end % HCA_RATIO
+        if not pending:
+            return
+        gate, kv = state.gate[0, :pending], state.kv[0, :pending]
+        high = gate.amax(0)
+        weights = (gate - high).exp()
+        row = torch.cat((high, weights.sum(0), (weights * kv).sum(0)))
+        ring = self._numbers(slot, p.online, self._slots.online, 3 * cols)
+        ring[(end - 1) % self._slots.online] = row
+
+
+assert SLAB_TOKENS % HCA_RATIO == 0

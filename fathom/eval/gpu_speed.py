@@ -1,0 +1,240 @@
+"""How fast one GPU decodes V4-Flash layers, against what its memory allows.
+
+Everything runs on exact-shape synthetic layers (fathom/checkpoint/synthetic.py) and caches filled
+with random valid entries; a decode step is replayed as one CUDA graph. The floor of a layer is the
+bytes that a step must read, divided by the copy rate measured in the same run.
+
+Paper: §3.1 (fused kernels); §2.3.4 (efficiency).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fathom.checkpoint.synthetic import synthetic_layer
+from fathom.model.config import ModelConfig
+from fathom.model.stored import (
+    SLAB_TOKENS,
+    SlabLayout,
+    Step,
+    StoredCache,
+    StoredLayer,
+    decode_layers,
+)
+from fathom.quant import fp4, kv_pack
+
+NAMES = {0: "SWA", 4: "CSA", 128: "HCA"}
+DISTINCT_SLABS = 16  # random slabs that a long cache repeats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTime:
+    """One decode step of one layer. Times in milliseconds; floor from bytes alone."""
+
+    kind: str
+    tokens: int
+    context: int
+    median: float
+    least: float
+    floor: float
+    launches: int
+
+    @property
+    def fraction(self) -> float:
+        """The floor's share of the time: 1 would be the copy rate."""
+        return self.floor / self.median
+
+
+def copy_rate(device: str = "cuda") -> float:
+    """Bytes per second, read and written, of a device copy of 2 GiB."""
+    source = torch.empty(1 << 30, dtype=torch.int16, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (median_ms(lambda: target.copy_(source), 20) / 1e3)
+
+
+def matmul_rate(device: str = "cuda", size: int = 8192) -> float:
+    """FLOP per second of a BF16 matrix product of random data."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    b = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    return 2 * size**3 / (median_ms(lambda: a @ b, 20) / 1e3)
+
+
+def median_ms(call: Callable[[], object], repeat: int = 50) -> float:
+    """Median time of a call on the device, after three to warm up."""
+    return statistics.median(times_ms(call, repeat))
+
+
+def times_ms(call: Callable[[], object], repeat: int = 50) -> list[float]:
+    """Times of single calls by device events."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeat):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return times
+
+
+def captured(call: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """The call as a graph, and how many kernels one replay launches."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    launches = sum(
+        event.count for event in profile.key_averages() if event.device_type.name == "CUDA"
+    )
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph, launches
+
+
+def three_layers(config: ModelConfig) -> ModelConfig:
+    """The first SWA, CSA and HCA layers of a configuration, none of them hashed."""
+    ratios = (0, 4, 128)
+    return replace(config, num_hidden_layers=3, compress_ratios=ratios, num_hash_layers=0)
+
+
+def filled_cache(
+    config: ModelConfig, ratios: Sequence[int], tokens: int, context: int, seed: int = 0
+) -> StoredCache:
+    """A cache of `tokens` sequences of `context` tokens with random valid entries everywhere."""
+    cache = StoredCache.empty(config, ratios, tokens, -(-context // SLAB_TOKENS), "cuda")
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    def entries(*shape: int) -> torch.Tensor:
+        kv = normal(*shape, config.head_dim)
+        data, scales = kv_pack.pack_kv_entries(kv, config.qk_rope_head_dim)
+        return torch.cat((data.flatten(1), scales.flatten(1)), dim=1)
+
+    parts = []
+    for ratio in ratios:
+        if ratio:
+            parts.append(entries(DISTINCT_SLABS, SLAB_TOKENS // ratio))
+        if ratio == 4:
+            keys, scale = fp4.quantize(
+                normal(DISTINCT_SLABS, SLAB_TOKENS // ratio, config.index_head_dim)
+            )
+            parts += [keys.view(torch.uint8).flatten(1), scale.view(torch.uint8).flatten(1)]
+    if parts:
+        slabs = torch.cat(parts, dim=1)
+        assert slabs.shape[1] == SlabLayout.of(config, ratios).num_bytes
+        rows = torch.arange(cache.pool.shape[0], device="cuda") % DISTINCT_SLABS
+        cache.pool.copy_(slabs[rows])
+    for layer in cache.layers:
+        layer.ring.copy_(entries(tokens, config.sliding_window))
+        if layer.state is not None:
+            layer.state.copy_(torch.randn_like(layer.state).abs() + 1)
+    return cache
+
+
+def step_bytes(config: ModelConfig, layer: StoredLayer, tokens: int, context: int) -> int:
+    """Bytes that one step of one layer must read: weights once, entries of every sequence.
+
+    Of the routed experts as many as distinct choices can be at most, at uniform routing on average.
+    """
+    c, ratio = config, layer.ratio
+    routed = sum(t.numel() for t in layer.routed)
+    share = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** tokens
+    total = layer.num_bytes() - routed + int(routed * share)
+    entry = kv_pack.kv_entry_bytes(c.head_dim, c.qk_rope_head_dim)
+    each = min(context, c.sliding_window) * entry
+    if ratio == 4:
+        each += min(c.index_topk, context // 4) * entry
+        each += context // 4 * kv_pack.indexer_entry_bytes("fp4", c.index_head_dim)
+    elif ratio == 128:
+        each += context // 128 * entry
+    return total + tokens * each
+
+
+def layer_times(
+    config: ModelConfig,
+    layers: Sequence[StoredLayer],
+    tokens: int,
+    context: int,
+    rate: float,
+    repeat: int = 50,
+) -> list[LayerTime]:
+    """Each layer alone, then all of them as one step (kind "all")."""
+    found = []
+    groups = [[layer] for layer in layers] + [list(layers)]
+    for group in groups:
+        ratios = [layer.ratio for layer in group]
+        cache = filled_cache(config, ratios, tokens, context)
+        step = decode_step(config, tokens, context)
+        streams = torch.randn(tokens, config.hc_mult, config.hidden_size, device="cuda")
+        streams = streams.bfloat16()
+
+        def call(group=group, cache=cache, step=step, streams=streams) -> object:
+            return decode_layers(config, group, cache, step, streams)
+
+        graph, launches = captured(call)
+        times = times_ms(graph.replay, repeat)
+        floor = sum(step_bytes(config, layer, tokens, context) for layer in group) / rate * 1e3
+        found.append(
+            LayerTime(
+                kind=NAMES[ratios[0]] if len(group) == 1 else "all",
+                tokens=tokens,
+                context=context,
+                median=statistics.median(times),
+                least=min(times),
+                floor=floor,
+                launches=launches,
+            )
+        )
+        del graph, cache
+    return found
+
+
+def decode_step(config: ModelConfig, tokens: int, context: int) -> Step:
+    """A step at the last position of `context`."""
+    positions = torch.full((tokens,), context - 1, dtype=torch.int32, device="cuda")
+    ids = torch.arange(tokens, device="cuda") * 997 % config.vocab_size
+    return Step.create(config, positions, ids, context)
+
+
+def stored_layers(config: ModelConfig, seed: int = 1) -> list[StoredLayer]:
+    """Synthetic layers of every kind that the configuration has."""
+    layers = []
+    for index, ratio in enumerate(config.compress_ratios):
+        tensors = synthetic_layer(config, index, seed=seed, device="cuda")
+        layers.append(StoredLayer.from_tensors(tensors, ratio))
+        del tensors
+        torch.cuda.empty_cache()
+    return layers
+
+
+def profile_kernels(
+    config: ModelConfig, layers: Sequence[StoredLayer], tokens: int, context: int
+) -> list[tuple[str, int, float]]:
+    """(kernel, calls, microseconds) of one step of all layers, longest first."""
+    cache = filled_cache(config, [layer.ratio for layer in layers], tokens, context)
+    step = decode_step(config, tokens, context)
+    streams = torch.randn(tokens, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
+    for _ in range(3):
+        decode_layers(config, layers, cache, step, streams)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(5):
+            decode_layers(config, layers, cache, step, streams)
+        torch.cuda.synchronize()
+    rows = [
+        (event.key, event.count // 5, event.self_device_time_total / 5)
+        for event in profile.key_averages()
+        if event.device_type.name == "CUDA"
+    ]
+    return sorted(rows, key=lambda row: -row[2])

@@ -1,0 +1,235 @@
+"""Cache entries as bytes in compiled code: the same bytes as fathom.quant.kv_pack.
+
+`data` and `scales` are byte offsets into a flat uint8 array. Formats of main entries: FP8 (codes,
+then the rotated part as bfloat16, scales apart) or RAW float32; of indexer keys also FP4.
+
+Paper: §2.3.4 (mixed precision of KV entries, FP4 indexer).
+"""
+
+# numba itself passes an intrinsic its typing context:
+# pyright: reportCallIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fathom.kernels.numba.primitives import (
+    E4M3_RECIPROCAL,
+    FP4_RECIPROCAL,
+    ceil_power_of_two,
+    power_of_two,
+)
+from fathom.kernels.numba.vector import (
+    bits_of_float,
+    float_of_bits,
+    inner,
+    peek_byte,
+    peek_float,
+    peek_half,
+    poke_byte,
+    poke_float,
+    poke_half,
+)
+
+RAW, FP8, FP4 = 0, 1, 2
+KV_GROUP, FP4_GROUP = 64, 32
+UP, DOWN = np.float32(2.0**120), np.float32(2.0**-120)
+
+
+@inner
+def decode_e4m3(code: Any) -> Any:
+    """The value of one e4m3 code; its exponent moves into a float32, which 2^120 puts right."""
+    bits = ((np.uint32(code) & np.uint32(0x7F)) << np.uint32(20)) | (
+        (np.uint32(code) & np.uint32(0x80)) << np.uint32(24)
+    )
+    return float_of_bits(bits) * UP
+
+
+@inner
+def round_half(value: Any) -> Any:
+    """A float32 rounded to bfloat16, ties to even, as float32."""
+    bits = bits_of_float(value)
+    bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return float_of_bits(bits & np.uint32(0xFFFF0000))
+
+
+@inner
+def _e4m3_step(value: Any) -> Any:
+    """The exponent of the spacing of e4m3 numbers around a value."""
+    e = np.int32((bits_of_float(value) >> np.uint32(23)) & np.uint32(255)) - np.int32(127)
+    return max(e, np.int32(-6)) - np.int32(3)
+
+
+@inner
+def round_group(x: Any, first: int, last: int) -> int:
+    """Round x[first:last] in place to FP8 with one power-of-two scale; returns its exponent.
+
+    The same as primitives.round_e4m3; written so that it runs in vectors.
+    """
+    top = np.uint32(0)
+    for j in range(first, last):
+        top = max(top, bits_of_float(x[j]) & np.uint32(0x7FFFFFFF))
+    amax = max(float_of_bits(top), np.float32(1e-4))
+    exponent = ceil_power_of_two(amax * E4M3_RECIPROCAL)
+    scale, inverse = power_of_two(exponent), power_of_two(-exponent)
+    for j in range(first, last):
+        v = x[j] * inverse
+        e = _e4m3_step(v)
+        x[j] = np.float32(np.rint(v * power_of_two(-e))) * power_of_two(e) * scale
+    return exponent
+
+
+@inner
+def round_fp8(x: Any, group: int) -> None:
+    """Round x in place to FP8 with one scale per `group` values."""
+    for first in range(0, x.shape[0], group):
+        round_group(x, first, min(first + group, x.shape[0]))
+
+
+@inner
+def _store_e4m3(x: Any, first: int, last: int, at: int, memory: Any, data: int) -> int:
+    """Round x[first:last] in place with one scale and write its codes; returns the exponent.
+
+    With at < 0 nothing is written.
+    """
+    exponent = round_group(x, first, last)
+    if at >= 0:
+        factor = power_of_two(-exponent)
+        for j in range(first, last):
+            bits = bits_of_float(x[j] * factor * DOWN)
+            code = ((bits >> np.uint32(20)) & np.uint32(0x7F)) | (
+                (bits >> np.uint32(24)) & np.uint32(0x80)
+            )
+            poke_byte(memory, data + at + j - first, np.uint8(code))
+    return exponent
+
+
+@inner
+def store_kv(x: Any, rope_dim: int, form: int, write: int, memory: Any, data: int, scales: int):
+    """Round a main entry x [c] in place to its stored value, and write its bytes if `write`."""
+    c = x.shape[0]
+    if form == RAW:
+        if write:
+            for j in range(c):
+                poke_float(memory, data + 4 * j, x[j])
+        return
+    nope = c - rope_dim
+    for first in range(0, nope, KV_GROUP):
+        last = min(first + KV_GROUP, nope)
+        exponent = _store_e4m3(x, first, last, first if write else -1, memory, data)
+        if write:
+            poke_byte(memory, scales + first // KV_GROUP, np.uint8(exponent + 127))
+    for j in range(nope, c):
+        x[j] = round_half(x[j])
+        if write:
+            half = np.uint16(bits_of_float(x[j]) >> np.uint32(16))
+            poke_half(memory, data + nope + 2 * (j - nope), half)
+
+
+@inner
+def load_kv(
+    memory: Any, data: int, scales: int, rope_dim: int, c: int, form: int, out: Any, at: int
+):
+    """out[at : at + c] = a stored main entry as float32."""
+    if form == RAW:
+        for j in range(c):
+            out[at + j] = peek_float(memory, data + 4 * j)
+        return
+    nope = c - rope_dim
+    for first in range(0, nope, KV_GROUP):
+        scale = power_of_two(np.int32(peek_byte(memory, scales + first // KV_GROUP)) - 127)
+        for j in range(first, min(first + KV_GROUP, nope)):
+            out[at + j] = decode_e4m3(peek_byte(memory, data + j)) * scale
+    for j in range(rope_dim):
+        half = np.uint32(peek_half(memory, data + nope + 2 * j))
+        out[at + nope + j] = float_of_bits(half << np.uint32(16))
+
+
+@inner
+def fp4_codes(x: Any, first: int, codes: Any, to: int) -> int:
+    """Twice the FP4 values of x[first : first + 32], as int8; returns their scale's exponent."""
+    amax = np.float32(6 * 2.0**-126)
+    for j in range(first, first + FP4_GROUP):
+        amax = max(amax, abs(x[j]))
+    exponent = max(ceil_power_of_two(amax * FP4_RECIPROCAL), np.int32(-126))
+    inverse = power_of_two(-exponent)
+    for j in range(FP4_GROUP):
+        v = x[first + j] * inverse
+        e = np.int32((bits_of_float(v) >> np.uint32(23)) & np.uint32(255)) - np.int32(127)
+        e = max(e, np.int32(0)) - np.int32(1)
+        v = np.float32(np.rint(v * power_of_two(-e))) * power_of_two(e)
+        codes[to + j] = np.int8(np.int32(v * np.float32(2)))
+    return exponent
+
+
+@inner
+def _fp4_nibble(twice: Any, negative: bool) -> Any:
+    magnitude = abs(np.int32(twice))
+    if magnitude == 6:
+        magnitude = np.int32(5)
+    elif magnitude == 8:
+        magnitude = np.int32(6)
+    elif magnitude == 12:
+        magnitude = np.int32(7)
+    return magnitude | (np.int32(8) if negative else np.int32(0))
+
+
+@inner
+def _negative(value: Any) -> bool:
+    return (bits_of_float(value) >> np.uint32(31)) != 0
+
+
+@inner
+def store_key(x: Any, form: int, memory: Any, data: int, scales: int):
+    """Write an indexer key x [index_dim]; afterwards x holds what it is stored as."""
+    dim = x.shape[0]
+    if form == RAW:
+        for j in range(dim):
+            poke_float(memory, data + 4 * j, x[j])
+        return
+    if form == FP8:
+        exponent = _store_e4m3(x, 0, dim, 0, memory, data)
+        poke_float(memory, scales, power_of_two(exponent))
+        return
+    codes = np.empty(FP4_GROUP, np.int8)
+    for first in range(0, dim, FP4_GROUP):
+        exponent = fp4_codes(x, first, codes, 0)
+        poke_byte(memory, scales + first // FP4_GROUP, np.uint8(exponent + 127))
+        half = power_of_two(exponent) * np.float32(0.5)
+        for j in range(0, FP4_GROUP, 2):
+            low = _fp4_nibble(codes[j], _negative(x[first + j]))
+            high = _fp4_nibble(codes[j + 1], _negative(x[first + j + 1]))
+            poke_byte(memory, data + (first + j) // 2, np.uint8(low | (high << np.int32(4))))
+        for j in range(FP4_GROUP):
+            x[first + j] = np.float32(codes[j]) * half
+
+
+@inner
+def load_key(memory: Any, data: int, scales: int, dim: int, form: int, out: Any, at: int):
+    """out[at : at + dim] = a stored indexer key as float32."""
+    if form == RAW:
+        for j in range(dim):
+            out[at + j] = peek_float(memory, data + 4 * j)
+        return
+    if form == FP8:
+        scale = peek_float(memory, scales)
+        for j in range(dim):
+            out[at + j] = decode_e4m3(peek_byte(memory, data + j)) * scale
+        return
+    for first in range(0, dim, FP4_GROUP):
+        exponent = np.int32(peek_byte(memory, scales + first // FP4_GROUP)) - np.int32(127)
+        half = power_of_two(exponent) * np.float32(0.5)
+        for j in range(0, FP4_GROUP, 2):
+            byte = np.int32(peek_byte(memory, data + (first + j) // 2))
+            out[at + first + j] = _fp4_twice(byte & np.int32(15)) * half
+            out[at + first + j + 1] = _fp4_twice(byte >> np.int32(4)) * half
+
+
+@inner
+def _fp4_twice(nibble: Any) -> Any:
+    """Twice the value of an FP4 code: 0, 1, 2, 3, 4, 6, 8, 12, and the same below zero."""
+    m = nibble & np.int32(7)
+    twice = m + max(m - np.int32(4), np.int32(0)) + (np.int32(2) if m == 7 else np.int32(0))
+    return np.float32(-twice if nibble & np.int32(8) else twice)

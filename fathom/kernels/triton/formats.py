@@ -1,0 +1,103 @@
+"""Device functions that read and round the stored formats, on bits, as fathom/quant does it.
+
+Decoding shifts a code's exponent and mantissa into place in a wider type, whose exponent bias
+differs: the result is off by a constant power of two, which the caller multiplies back (E4M3_UNIT,
+E2M1_UNIT). This is exact for every code, subnormal ones included. NaN codes are refused when a
+checkpoint is read and never written to a cache.
+
+Paper: §2.3.4 (mixed precision of KV entries, FP4 indexer); §3.4 (FP8 and FP4).
+"""
+
+# triton is not installed where the types are checked:
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+E4M3_UNIT = tl.constexpr(256.0)  # what decode_e4m3 leaves out: 2 ** (15 - 7)
+E2M1_UNIT = tl.constexpr(16384.0)  # what decode_e2m1 leaves out: 2 ** (15 - 1)
+E4M3_MAX = tl.constexpr(448.0)
+E4M3_RECIPROCAL = tl.constexpr(1 / 448)
+E2M1_RECIPROCAL = tl.constexpr(1 / 6)
+FP8_FLOOR = tl.constexpr(1e-4)  # smallest amax of an activation group
+FP4_FLOOR = tl.constexpr(6 * 2.0**-126)
+
+
+@triton.jit
+def decode_e4m3(byte):
+    """uint8 codes to float16, to be multiplied by E4M3_UNIT."""
+    b = byte.to(tl.uint16)
+    return (((b & 0x7F) << 7) | ((b & 0x80) << 8)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def decode_e2m1(code):
+    """Four-bit codes in the low bits of an unsigned integer to float16, times E2M1_UNIT."""
+    c = code.to(tl.uint16)
+    return (((c & 7) << 9) | ((c & 8) << 12)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def decode_e8m0(byte):
+    """uint8 exponents to float32; byte 0 is 2**-127, a subnormal."""
+    b = byte.to(tl.int32)
+    return tl.where(b == 0, 0x00400000, b << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def power_of_two_scale(amax, reciprocal):
+    """The smallest power of two not below amax * reciprocal, as float32, and its inverse."""
+    bits = (amax * reciprocal).to(tl.int32, bitcast=True)
+    bits = (bits + 0x007FFFFF) & 0x7F800000
+    return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponent_byte(scale):
+    """A power of two as its ue8m0 byte."""
+    return (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8)
+
+
+@triton.jit
+def round_e4m3(v):
+    """float32 to the nearest e4m3 value (ties to even), still float32; clamps to 448."""
+    v = tl.minimum(tl.maximum(v, -E4M3_MAX), E4M3_MAX)
+    exponent = (v.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    shift = tl.maximum(exponent, 0.015625) * 1572864.0  # 2 ** -6; 1.5 * 2 ** 20
+    return (v + shift) - shift
+
+
+@triton.jit
+def round_e2m1(v):
+    """float32 of at most 6 in magnitude to the nearest e2m1 value (ties to even), still float32."""
+    exponent = (v.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    shift = tl.maximum(exponent, 1.0) * 6291456.0  # 1.5 * 2 ** 22
+    return (v + shift) - shift
+
+
+@triton.jit
+def encode_e4m3(rounded, original):
+    """The uint8 code of a value that round_e4m3 returned; `original` gives zeros their sign."""
+    bits = rounded.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    small = (tl.abs(rounded) * 512.0).to(tl.int32)
+    code = tl.where(tl.abs(rounded) < 0.015625, small, (magnitude >> 20) - 960)
+    return (code | ((original.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def encode_e2m1(rounded, original):
+    """The four-bit code of a value that round_e2m1 returned, in the low bits of an int32."""
+    magnitude = rounded.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    small = (tl.abs(rounded) * 2.0).to(tl.int32)
+    code = tl.where(tl.abs(rounded) < 1.0, small, (magnitude >> 22) - 252)
+    return code | ((original.to(tl.int32, bitcast=True) >> 28) & 8)
+
+
+@triton.jit
+def bfloat16_bits(v):
+    """float32 rounded to bfloat16 (ties to even), as its uint16 bits."""
+    bits = v.to(tl.uint32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)

@@ -1,0 +1,211 @@
+"""The lightning indexer over paged FP4 keys, and the choice of the best entries without full sorts.
+
+Four launches. `_scores` also keeps the largest score of every small group of entries. There are at
+least k scores not below the k-th largest of those maxima, so `_threshold`, which sorts the maxima
+alone, bounds the answer from below; about k entries pass it, and `_collect` gathers them. `_choose`
+sorts what was gathered as 64-bit numbers, score first and then the lower position: exact, also for
+ties, whatever order they were gathered in. Where very many pass (they sit in few groups),
+`_choose` first raises the bound bit by bit.
+
+Bytes for one token at 1M tokens: 262,144 keys of 68 bytes, 17.8 MB; scores 1 MB written and read.
+
+Paper: §2.3.1, eq. 13-17; §3.4 (FP4 indexer).
+"""
+
+# triton is not installed where the types are checked:
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fathom.kernels.registry import register
+from fathom.kernels.triton import formats as f
+
+BLOCK = 128  # entries of one program of _scores
+COLLECT = 1024  # of one program of _collect
+SORTED = 2048  # candidates that _choose sorts at once
+MOST_GROUPS = 2048  # maxima that _threshold sorts
+
+
+@triton.jit
+def _sortable(score):
+    """float32 as an int32 of the same order (as signed integers)."""
+    bits = score.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _scores(
+    query, weights, weights_stride, weights_first, positions, pool, page_stride, index_offset,
+    table, pages, scores, maxima, most, factor,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, RATIO: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    block, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    visible = (tl.load(positions + token) + 1) // RATIO
+    entry = block * BLOCK + tl.arange(0, BLOCK)
+    live = entry < visible
+    value = tl.full([BLOCK], -float("inf"), tl.float32)
+    if block * BLOCK < visible:
+        page = tl.load(table + token * pages + entry // PAGE, mask=live, other=0)
+        keys = pool + page.to(tl.int64) * page_stride + index_offset
+        byte = tl.arange(0, DIM // 2)
+        packed = tl.load(
+            keys[:, None] + (entry % PAGE * (DIM // 2))[:, None] + byte[None, :],
+            mask=live[:, None], other=0,
+        )  # fmt: skip
+        unit = tl.load(
+            keys[:, None] + PAGE * (DIM // 2) + (entry % PAGE * (DIM // 32))[:, None]
+            + byte[None, :] // 16, mask=live[:, None], other=0,
+        )  # fmt: skip
+        unit = f.decode_e8m0(unit) * f.E2M1_UNIT
+        low = (f.decode_e2m1(packed & 15).to(tl.float32) * unit).to(DOT)
+        high = (f.decode_e2m1(packed >> 4).to(tl.float32) * unit).to(DOT)
+        head = tl.arange(0, HEADS)
+        at = query + (token * HEADS + head[:, None]) * DIM + 2 * byte[None, :]
+        products = tl.dot(tl.load(at).to(DOT), tl.trans(low), input_precision="ieee")
+        products = tl.dot(tl.load(at + 1).to(DOT), tl.trans(high), products, input_precision="ieee")
+        w = tl.load(weights + token * weights_stride + weights_first + head)
+        w = w.to(query.dtype.element_ty).to(tl.float32) * factor
+        value = tl.sum(tl.maximum(products, 0.0) * w[:, None], axis=0)
+        value = tl.where(live, value, -float("inf"))
+    tl.store(scores + token * most + entry, value)
+    group = tl.max(tl.reshape(value, [BLOCK // GROUP, GROUP]), axis=1)
+    at = token * (most // GROUP) + block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+    tl.store(maxima + at, group)
+
+
+@triton.jit
+def _threshold(maxima, bound, found, groups, k, GROUPS: tl.constexpr):
+    """The k-th largest group maximum, as a sortable integer; the smallest where there are fewer."""
+    token = tl.program_id(0)
+    i = tl.arange(0, GROUPS)
+    value = tl.load(maxima + token.to(tl.int64) * groups + i, mask=i < groups, other=-float("inf"))
+    ordered = tl.sort(_sortable(value), descending=True)
+    kth = tl.max(tl.where(i == k - 1, ordered, -0x7FFFFFFF - 1), axis=0)
+    tl.store(bound + token, tl.where(groups < k, -0x7FFFFFFF - 1, kth))
+    tl.store(found + token, 0)
+
+
+@triton.jit
+def _collect(
+    scores, bound, found, candidates, positions, most, room, RATIO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    block, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    visible = (tl.load(positions + token) + 1) // RATIO
+    entry = block * BLOCK + tl.arange(0, BLOCK)
+    score = tl.load(scores + token * most + entry, mask=entry < visible, other=-float("inf"))
+    key = _sortable(score)
+    passed = (key >= tl.load(bound + token)) & (entry < visible)
+    count = passed.to(tl.int32)
+    place = tl.cumsum(count, axis=0) - count
+    amount = tl.sum(count, axis=0)
+    if amount > 0:
+        first = tl.atomic_add(found + token, amount)
+        # Of equal scores the lower position is the larger number.
+        packed = (key.to(tl.int64) << 32) | (0x7FFFFFFF - entry).to(tl.int64)
+        tl.store(candidates + token * room + first + place, packed, mask=passed)
+
+
+@triton.jit
+def _choose(
+    candidates, found, picks, room, k, SORTED: tl.constexpr, K: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    count = tl.load(found + token)
+    own = candidates + token * room
+    i = tl.arange(0, SORTED)
+    smallest = tl.full([SORTED], -0x7FFFFFFFFFFFFFFF - 1, tl.int64)
+    if count <= SORTED:
+        best = tl.load(own + i, mask=i < count, other=-0x7FFFFFFFFFFFFFFF - 1)
+    else:
+        # The k-th largest number, bit by bit from the top; all numbers differ. The first step, the
+        # sign's, wraps from the smallest number to zero.
+        low = tl.full([], -0x7FFFFFFFFFFFFFFF - 1, tl.int64)
+        for step in range(64):
+            middle = low + (tl.full([], 1, tl.int64) << (63 - step))
+            above = tl.zeros([SORTED], tl.int32)
+            for first in range(0, count, SORTED):
+                value = tl.load(own + first + i, mask=first + i < count, other=0)
+                above += ((value >= middle) & (first + i < count)).to(tl.int32)
+            low = tl.where(tl.sum(above, axis=0) >= k, middle, low)
+        kept = tl.full([], 0, tl.int32)
+        for first in range(0, count, SORTED):
+            value = tl.load(own + first + i, mask=first + i < count, other=0)
+            chosen = (value >= low) & (first + i < count)
+            tl.debug_barrier()  # all of this piece is read before its front part is overwritten
+            place = kept + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+            tl.store(own + place, value, mask=chosen)
+            kept += tl.sum(chosen.to(tl.int32), axis=0)
+        tl.debug_barrier()
+        best = tl.load(own + i, mask=i < kept, other=-0x7FFFFFFFFFFFFFFF - 1)
+    best = tl.sort(best, descending=True)
+    position = (0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
+    position = tl.where(best == smallest, -1, position)
+    tl.store(picks + token * K + i, position, mask=i < K)
+
+
+def _group_size(most: int) -> int:
+    """Entries of one maximum: as few as keep the number of maxima sortable at once."""
+    return triton.next_power_of_2(triton.cdiv(most, MOST_GROUPS))
+
+
+@register("index_scores_paged", "triton")
+def index_scores_paged(
+    query: torch.Tensor,
+    weights: torch.Tensor,
+    positions: torch.Tensor,
+    pool: torch.Tensor,
+    table: torch.Tensor,
+    *,
+    index_offset: int,
+    page_entries: int,
+    ratio: int,
+    most_entries: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the reference. query: [tokens, index_heads, index_dim]; weights: [tokens, cols] float32,
+    the index_heads last; positions: [tokens] int32; pool: [pages, bytes] uint8; table: [tokens,
+    pages] int32. Returns (scores [tokens, entries] float32, the maxima of groups of them).
+    """
+    tokens, heads, dim = query.shape
+    most = triton.cdiv(most_entries, COLLECT) * COLLECT
+    group = _group_size(most)
+    scores = torch.empty(tokens, most, dtype=torch.float32, device=query.device)
+    maxima = torch.empty(tokens, most // group, dtype=torch.float32, device=query.device)
+    _scores[(most // BLOCK, tokens)](
+        query, weights, weights.stride(0), weights.shape[1] - heads, positions, pool,
+        pool.stride(0), index_offset, table, table.shape[1], scores, maxima, most,
+        dim**-0.5 * heads**-0.5,
+        HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=BLOCK, GROUP=group,
+        DOT=tl.float32 if query.dtype == torch.float32 else tl.bfloat16, num_warps=4,
+    )  # fmt: skip
+    return scores, maxima
+
+
+@register("topk_positions", "triton")
+def topk_positions(
+    scores: torch.Tensor, maxima: torch.Tensor, positions: torch.Tensor, *, k: int, ratio: int
+) -> torch.Tensor:
+    """As the reference. scores: [tokens, entries] float32; maxima: [tokens, groups]; positions:
+    [tokens] int32. Returns [tokens, topk] int32.
+    """
+    tokens, most = scores.shape
+    groups = maxima.shape[1]
+    assert k <= SORTED and groups <= MOST_GROUPS  # noqa: PT018
+    bound = torch.empty(tokens, dtype=torch.int32, device=scores.device)
+    found = torch.empty(tokens, dtype=torch.int32, device=scores.device)
+    candidates = torch.empty(tokens, most, dtype=torch.int64, device=scores.device)
+    picks = torch.empty(tokens, k, dtype=torch.int32, device=scores.device)
+    _threshold[(tokens,)](
+        maxima, bound, found, groups, k, GROUPS=max(16, triton.next_power_of_2(groups)), num_warps=8
+    )
+    _collect[(triton.cdiv(most, COLLECT), tokens)](
+        scores, bound, found, candidates, positions, most, most, RATIO=ratio, BLOCK=COLLECT,
+        num_warps=4,
+    )  # fmt: skip
+    _choose[(tokens,)](candidates, found, picks, most, k, SORTED=SORTED, K=k, num_warps=8)
+    return picks

@@ -1,0 +1,336 @@
+"""One sandbox as its node sees it: made, watched, stopped for a while, copied, ended.
+
+Paper: none (a thin form of the report's edge).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import signal
+import socket
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fathom.errors import SandboxError, Unsupported
+from fathom.sandbox import cgroups, frames, messages, netns, seccomp, state, syscalls
+from fathom.sandbox.frames import Frame, Tag
+from fathom.sandbox.images import rootfs
+from fathom.sandbox.substrates import bubblewrap, container
+from fathom.sandbox.substrates.launch import OOM_SCORE, TENANT, Ends, Launch, Started
+
+if TYPE_CHECKING:
+    from fathom.sandbox.images.stack import Composed
+
+WRITABLE = (
+    "/work",
+    "/tmp",
+    "/dev/shm",
+    "/dev/pts",
+    "/dev/null",
+    "/dev/zero",
+    "/dev/full",
+    "/dev/tty",
+    "/dev/ptmx",
+    "/dev/random",
+    "/dev/urandom",
+    "/proc",  # a process's own files; the rest of it is read-only or not the tenant's
+    "/var/tmp",
+    "/home",
+    "/root",
+    "/run",
+    "/var",
+    "/opt",
+    "/srv",
+    "/mnt",
+    "/media",
+)
+_HELLO_TIMEOUT = 30.0
+_GONE_TIMEOUT = 10.0
+
+
+@dataclass(slots=True)
+class Box:
+    """A sandbox that runs. `frozen`: when it was paused, by the monotonic clock."""
+
+    folder: Path
+    launch: Launch
+    lock: int
+    secret: bytes
+    group: cgroups.Group | None = None
+    started: Started | None = None
+    pidfd: int = -1
+    image_lock: int = -1
+    net: int = -1
+    frozen: float | None = None
+    ended: bool = False
+    composed: Composed | None = None
+    busy: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def id(self) -> str:
+        """The sandbox's name, which is its folder's."""
+        return self.folder.name
+
+    def facts(self) -> dict[str, Any]:
+        """What its client needs to reach it."""
+        assert self.started is not None
+        oom = str(self.group.oom_file) if self.group is not None else ""
+        return {"pid": self.started.pid, "secret": self.secret.hex(), "oom_file": oom}
+
+
+def make(launch: Launch, nets: netns.Pool | None, copy_from: Path | None = None) -> Box:
+    """Start a sandbox and return once its agent has answered.
+
+    Raises FathomError or OSError; then nothing of it is left.
+    """
+    box = Box(launch.folder, launch, state.claim(launch.folder), secrets.token_bytes(32))
+    try:
+        if not launch.layers:
+            box.image_lock = rootfs.hold(Path(launch.rootfs))
+        if launch.substrate == "bubblewrap":
+            _start(box, copy_from)
+        else:
+            layout = cgroups.current_layout()
+            if layout is None:
+                raise SandboxError("no control groups are mounted: mount them at /sys/fs/cgroup")
+            box.group = cgroups.Group(layout, launch.folder.name)
+            state.note_groups(launch.folder, box.group.all_folders())
+            box.net = nets.take() if nets is not None else netns.make()
+            box.launch = replace(launch, netns=f"/proc/{os.getpid()}/fd/{box.net}")
+            box.group.create()
+            _start(box, copy_from)
+        return box
+    except BaseException:
+        destroy(box)
+        raise
+
+
+def _start(box: Box, copy_from: Path | None) -> None:
+    launch = box.launch
+    listener = messages.listen(launch.folder, state.SOCKET)
+    journal = os.open(launch.folder / state.JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    ends = Ends(listener=listener.fileno(), journal=journal)
+    try:
+        if box.group is None:
+            box.started = bubblewrap.start(launch, ends, seccomp.compile_filter())
+        else:
+            root, box.composed = container.mount_root(launch, copy_from, box.group)
+            box.started = container.start(launch, ends, box.group, root)
+    finally:
+        # From here on only the agent listens: its end is the end of every line to it.
+        listener.close()
+        os.close(journal)
+    box.pidfd = os.pidfd_open(box.started.pid)
+    state.note_first(launch.folder, box.started.pid)
+    try:
+        introduce(box)
+    except OSError as error:
+        if launch.substrate == "bubblewrap":
+            raise SandboxError(bubblewrap.failure(launch)) from error
+        raise SandboxError(f"the sandbox's agent did not answer: {error}") from error
+    note = {"secret": box.secret.hex(), "pid": box.started.pid, "launch": as_json(launch)}
+    session = launch.folder / state.SESSION
+    session.touch(mode=0o600)
+    session.write_text(json.dumps(note))
+
+
+def as_json(launch: Launch) -> dict[str, Any]:
+    """Return a launch in the form that `Launch(**...)` takes after JSON."""
+    values = {name: getattr(launch, name) for name in launch.__dataclass_fields__}
+    return {**values, "folder": str(launch.folder)}
+
+
+def launch_in(folder: Path, values: dict[str, Any]) -> Launch:
+    """Read a launch from JSON. Raises TypeError for values that it has not."""
+    given: dict[str, Any] = {**values, "folder": folder, "layers": tuple(values["layers"])}
+    return Launch(**given)
+
+
+def introduce(box: Box) -> None:
+    """Set the session's secret and configure the agent. Raises OSError, SandboxError."""
+    assert box.started is not None
+    started = box.started
+    settings: list[tuple[int, bytes | str | int]] = [
+        (Tag.MORTAL, 0 if box.launch.outlive else 1),
+        (Tag.OOM_SCORE, OOM_SCORE),
+        (Tag.ADDRESS_SPACE, started.address_space),
+        (Tag.PROCESSES, started.processes),
+    ]
+    if started.tenant is not None:
+        settings += [(Tag.UID, started.tenant), (Tag.GID, started.tenant)]
+    if not started.filtered:
+        settings.append((Tag.FILTER, seccomp.compile_filter()))
+    if syscalls.landlock_version() > 0:
+        settings.append((Tag.LANDLOCK, 1))
+        settings += [(Tag.WRITABLE, path) for path in WRITABLE]
+    if box.launch.cpu is not None:
+        # So that programs start as many threads as they get processors.
+        settings.append((Tag.CPUS, max(1, round(box.launch.cpu + 0.49))))
+    with messages.connect(box.folder, state.SOCKET) as line:
+        line.settimeout(_HELLO_TIMEOUT)
+        ask(line, box.secret, Frame.CONFIGURE, frames.join_fields(settings))
+
+
+def greeting(secret: bytes) -> bytes:
+    """Return the frame that begins every line."""
+    return frames.pack(
+        0, Frame.HELLO, frames.join_fields([(Tag.VERSION, frames.PROTOCOL), (Tag.SECRET, secret)])
+    )
+
+
+def ask(line: socket.socket, secret: bytes, kind: Frame, payload: bytes) -> frames.Received:
+    """Begin a line, ask for one thing and return the answer. Raises OSError, SandboxError."""
+    line.sendall(greeting(secret) + frames.pack(1, kind, payload))
+    splitter = frames.Splitter()
+    while True:
+        data = line.recv(1 << 16)
+        if not data:
+            raise ConnectionResetError("the agent ended")
+        for frame in splitter.feed(data):
+            if frame.kind == Frame.ERROR:
+                fields = frame.fields()
+                raise SandboxError(
+                    f"the sandbox's agent refused: {frames.text_of(fields.get(Tag.MESSAGE))} "
+                    f"({os.strerror(frames.number_of(fields.get(Tag.ERRNO)))})"
+                )
+            if frame.number == 1:
+                return frame
+
+
+def freeze(box: Box) -> None:
+    """Stop every process of the sandbox. Does nothing the second time. Raises SandboxError."""
+    if box.group is None:
+        raise Unsupported("bubblewrap cannot pause a sandbox: run as root with crun or runc")
+    with box.busy:
+        if box.frozen is None:
+            box.group.freeze()
+            box.frozen = time.monotonic()
+
+
+def thaw(box: Box) -> float:
+    """Let the sandbox go on; return for how many seconds it was paused. Raises SandboxError."""
+    with box.busy:
+        if box.frozen is None or box.group is None:
+            return 0.0
+        paused = time.monotonic() - box.frozen
+        # Written before the agent runs again: its clock must not end commands for the pause.
+        with messages.connect(box.folder, state.SOCKET) as line:
+            shift = frames.join_fields([(Tag.MICROS, int(paused * 1e6))])
+            line.sendall(greeting(box.secret) + frames.pack(1, Frame.SHIFT, shift))
+            box.group.thaw()
+            line.settimeout(_HELLO_TIMEOUT)
+            splitter = frames.Splitter()
+            while not any(f.number == 1 for f in splitter.feed(line.recv(1 << 16) or b"\0" * 12)):
+                pass
+        box.frozen = None
+        return paused
+
+
+def adopt(folder: Path) -> Box:
+    """Take over a sandbox whose node is gone. Raises SandboxError, OSError, ValueError."""
+    session = json.loads((folder / state.SESSION).read_text())
+    launch = launch_in(folder, session["launch"])
+    box = Box(folder, launch, state.claim(folder), bytes.fromhex(session["secret"]))
+    try:
+        pid = int(session["pid"])
+        box.pidfd = os.pidfd_open(pid)
+        if not state.is_first(folder, pid):
+            raise SandboxError(f"the agent of {folder.name} is gone")
+        tenant = TENANT if launch.substrate != "bubblewrap" else None
+        box.started = Started(pid=pid, tenant=tenant)
+        layout = cgroups.current_layout()
+        if tenant is not None and layout is not None:
+            box.group = cgroups.Group(layout, folder.name)
+            box.net = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            if box.group.can_freeze and box.group.frozen:
+                box.frozen = time.monotonic()
+        if box.frozen is None:
+            with messages.connect(folder, state.SOCKET) as line:
+                line.settimeout(_HELLO_TIMEOUT)
+                ask(line, box.secret, Frame.PING, b"")
+        return box
+    except BaseException:
+        for fd in (box.pidfd, box.net, box.lock):
+            if fd >= 0:
+                os.close(fd)
+        raise
+
+
+def writes_of(box: Box) -> Path:
+    """Return the folder with what the sandbox wrote.
+
+    One that was adopted has its mounts in namespaces that are gone; its own shows the same files.
+    """
+    upper = box.folder / state.DISK / container.UPPER
+    if upper.exists() or box.started is None:
+        return upper
+    return Path(f"/proc/{box.started.pid}/root")
+
+
+def copy_writes(box: Box, target: Path) -> None:
+    """Copy what the sandbox wrote, at one moment, into the folder `target`. Raises SandboxError."""
+    if box.group is None:
+        raise Unsupported("bubblewrap keeps no writes that could be copied: run as root")
+    paused = box.frozen is not None
+    freeze(box)
+    try:
+        container.copy_tree(writes_of(box), target, box.group)
+    finally:
+        if not paused:
+            thaw(box)
+
+
+def destroy(box: Box) -> None:
+    """End every process of the sandbox and remove every trace. Never raises."""
+    box.ended = True
+    if box.pidfd >= 0:
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(box.pidfd, signal.SIGKILL)
+    if box.started is not None and box.started.process is not None:
+        with contextlib.suppress(Exception):
+            box.started.process.wait(_GONE_TIMEOUT)
+    if box.pidfd >= 0:
+        # Not a child of ours where it was adopted.
+        poller = select.poll()
+        poller.register(box.pidfd, select.POLLIN)
+        with contextlib.suppress(OSError, SandboxError):
+            if box.group is not None and box.group.can_freeze:
+                box.group.thaw()
+        poller.poll(_GONE_TIMEOUT * 1000)
+    if box.group is not None:
+        # Also ends what is frozen, and waits for every process to be gone.
+        if box.started is not None:
+            _await_child(box.started.pid, box.group)
+        box.group.destroy()
+    if box.composed is not None:
+        with contextlib.suppress(OSError, SandboxError):
+            box.composed.close()
+    for name in (state.ROOTFS, state.DISK, state.WORK):
+        with contextlib.suppress(OSError):
+            syscalls.unmount(str(box.folder / name))
+    state.remove(box.folder)
+    for fd in (box.pidfd, box.image_lock, box.net, box.lock):
+        if fd >= 0:
+            os.close(fd)
+    box.pidfd = box.image_lock = box.net = box.lock = -1
+
+
+def _await_child(pid: int, group: cgroups.Group) -> None:
+    """Take note of the agent's end: a process that nobody waited for keeps its groups."""
+    deadline = time.monotonic() + _GONE_TIMEOUT
+    with contextlib.suppress(OSError, SandboxError):
+        if group.can_freeze:
+            group.thaw()
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+
+__all__ = ["TENANT", "Box", "ask", "copy_writes", "destroy", "freeze", "greeting", "make", "thaw"]

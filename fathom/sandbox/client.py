@@ -1,0 +1,284 @@
+"""Makes sandboxes: `Client` for programs with an event loop, and groups of sandboxes.
+
+    async with Client("local") as client:
+        sandbox = await client.create(Container())
+        result = await sandbox.exec("echo hello", timeout=10)
+
+Paper: §5.2.5 (sandbox types with one surface; one node).
+"""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from fathom.errors import SandboxError, SandboxLost, Unsupported
+from fathom.sandbox import fn, paths
+from fathom.sandbox.edge_client import EdgeHost
+from fathom.sandbox.fn import Functions
+from fathom.sandbox.host import Host, LocalHost
+from fathom.sandbox.net import Net
+from fathom.sandbox.sandbox import Sandbox
+from fathom.sandbox.substrates.choice import SUBSTRATES, Wanted
+from fathom.sandbox.types import Container, Fn, FullVM, MicroVM, Snapshot, Spec
+
+_hosts: weakref.WeakSet[LocalHost] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for host in list(_hosts):
+        host.close_at_exit()
+
+
+class Group:
+    """The sandboxes of a client that were made under one name."""
+
+    def __init__(self, client: Client, name: str) -> None:
+        self._client = client
+        self.name = name
+
+    def members(self) -> list[Sandbox]:
+        """Return those that were not stopped."""
+        return self._client.members(self.name)
+
+    async def pause(self, *, reclaim: bool = False) -> None:
+        """Pause all of them; see `Sandbox.pause`. Raises Unsupported, SandboxLost."""
+        await self._client.pause_all(self.members(), reclaim)
+
+    async def resume(self) -> None:
+        """Let all of them go on. Raises Unsupported, SandboxLost."""
+        await self._client.resume_all(self.members())
+
+    async def stop(self) -> None:
+        """Stop all of them."""
+        async with anyio.create_task_group() as group:
+            for sandbox in self.members():
+                group.start_soon(sandbox.stop)
+
+
+class Client:
+    """Makes sandboxes on this machine. `async with` stops those that are still running.
+
+    `where`: "local" for sandboxes of this program, which end with it, or "edge" for those of this
+    machine's daemon, which do not. `substrate`: "auto", or one of "crun" and "runc" for root and
+    "bubblewrap" for other users.
+    `cache_dir`: where images are kept; `runtime_dir`: where live sandboxes have their folders.
+    `mirrors`: name -> address of the package mirrors that policies may name.
+    """
+
+    def __init__(
+        self,
+        where: str = "local",
+        *,
+        substrate: Wanted = "auto",
+        cache_dir: str | Path | None = None,
+        runtime_dir: str | Path | None = None,
+        mirrors: Mapping[str, str] | None = None,
+    ) -> None:
+        if where not in ("local", "edge"):
+            raise Unsupported(
+                f'sandboxes run on this machine only: say "local" or "edge", not {where!r}'
+            )
+        if substrate not in ("auto", *SUBSTRATES):
+            raise SandboxError(f"substrate is {substrate!r}: choose auto, {', '.join(SUBSTRATES)}")
+        cache = Path(cache_dir) if cache_dir is not None else paths.cache_folder()
+        self._host: Host
+        if where == "edge":
+            folder = Path(runtime_dir) if runtime_dir is not None else paths.edge_folder()
+            self._host = EdgeHost(folder)
+        else:
+            folder = Path(runtime_dir) if runtime_dir is not None else paths.runtime_folder()
+            local = LocalHost(substrate, cache, folder, mirrors)
+            _hosts.add(local)
+            self._host = local
+        self._remote = where == "edge"
+        self._cache = cache
+        self._sandboxes: dict[str, Sandbox] = {}
+        self._groups: dict[str, str] = {}
+        self._keys: dict[str, tuple[Spec, str]] = {}
+        self._making = anyio.Lock()
+        self._closed = False
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Stop every sandbox of this client. Does nothing the second time."""
+        if self._closed:
+            return
+        self._closed = True
+        with anyio.CancelScope(shield=True):
+            if not self._remote:
+                async with anyio.create_task_group() as group:
+                    for sandbox in list(self._sandboxes.values()):
+                        group.start_soon(sandbox.stop)
+            await self._host.close()
+
+    async def create(
+        self,
+        spec: Spec | None = None,
+        *,
+        net: Net | None = None,
+        key: str | None = None,
+        group: str | None = None,
+    ) -> Sandbox:
+        """Start a sandbox and return once it answers.
+
+        `net`: what it may reach, nothing when not given. `key`: asked for again under the same key,
+        the sandbox that was made comes back. `group`: a name under which sandboxes are paused and
+        stopped together.
+        Raises SandboxError for unusable values, Unsupported for limits that cannot hold here or
+        when nothing on this machine can run a sandbox.
+        """
+        wanted = Container() if spec is None else spec
+        if isinstance(wanted, Fn | MicroVM | FullVM):
+            raise Unsupported(wanted.missing())
+        if self._remote:
+            values = {"spec": wanted, "net": net, "key": key or "", "group": group or ""}
+            return await self._make("create", group, **values)
+        if key is None:
+            return await self._connected(wanted, net, group)
+        async with self._making:
+            if found := self._keyed(key, wanted):
+                return found
+            made = await self._connected(wanted, net, group)
+            self._keys[key] = (wanted, made.id)
+            return made
+
+    async def _connected(self, spec: Spec, net: Net | None, group: str | None) -> Sandbox:
+        made = await self._make("create", group, spec=spec)
+        if net is not None:
+            try:
+                await made.phase("begin", net=net)
+            except BaseException:
+                await made.stop()
+                raise
+        return made
+
+    def _keyed(self, key: str, spec: Spec) -> Sandbox | None:
+        known = self._keys.get(key)
+        sandbox = self._sandboxes.get(known[1]) if known is not None else None
+        if known is None or sandbox is None or sandbox.stopped:
+            return None
+        if known[0] != spec:
+            raise SandboxError(f"the key {key!r} belongs to a sandbox of another kind")
+        return sandbox
+
+    async def prewarm(self, spec: Container, count: int) -> None:
+        """Have `count` sandboxes of this kind wait: `create` then hands one out at once.
+
+        Each one taken is replaced in the background. Raises SandboxError, Unsupported.
+        """
+        await self._host.call("prewarm", spec=spec, count=count)
+
+    async def restore(
+        self, snapshot: Snapshot | str, spec: Container | None = None, *, group: str | None = None
+    ) -> Sandbox:
+        """Start a sandbox with the files of a snapshot; `spec` must have the same image.
+
+        Raises SandboxError, Unsupported.
+        """
+        name = snapshot.id if isinstance(snapshot, Snapshot) else snapshot
+        values: dict[str, Any] = {"snapshot": name, "spec": spec or Container()}
+        if self._remote:
+            values["group"] = group or ""
+        return await self._make("restore", group, **values)
+
+    async def _make(self, op: str, among: str | None, **values: Any) -> Sandbox:
+        if self._closed:
+            raise SandboxLost("this client was closed: make another one")
+        # A caller who gives up is cancelled once this is done; `close` then finds the sandbox.
+        made: list[Sandbox] = []
+        with anyio.CancelScope(shield=True):
+            made.append(self._adopt(await self._host.call(op, **values)))
+        if among is not None:
+            self._groups[made[0].id] = among
+        return made[0]
+
+    def _adopt(self, made: dict[str, Any]) -> Sandbox:
+        for name in [name for name, old in self._sandboxes.items() if old.stopped]:
+            del self._sandboxes[name]
+            self._groups.pop(name, None)
+        sandbox = Sandbox(
+            self._host,
+            made["id"],
+            made["caps"],
+            store=self._cache,
+            adopt=self._adopt,
+            environment=made.get("environment"),
+        )
+        self._sandboxes[sandbox.id] = sandbox
+        return sandbox
+
+    async def attach(self, name: str) -> Sandbox:
+        """Return a sandbox of the daemon by its name, whoever made it.
+
+        Raises SandboxLost where there is none, Unsupported without a daemon.
+        """
+        if not self._remote:
+            raise Unsupported('only a daemon keeps sandboxes of others: use Client("edge")')
+        found = await self._host.call("attach", id=name)
+        sandbox = self._adopt(found)
+        if found["group"]:
+            self._groups[sandbox.id] = found["group"]
+        if found["paused"]:
+            sandbox.paused()
+        return sandbox
+
+    async def list(self) -> list[dict[str, Any]]:
+        """Return what a daemon knows of its sandboxes. Raises Unsupported, DaemonLost."""
+        if not self._remote:
+            raise Unsupported('only a daemon keeps sandboxes of others: use Client("edge")')
+        return list((await self._host.call("list"))["sandboxes"])
+
+    async def functions(self, spec: Fn | None = None) -> Functions:
+        """Start a pool of interpreters for stateless calls. Raises SandboxError, Unsupported."""
+        wanted = spec or Fn()
+        fn.check(wanted)
+        pool = Functions(wanted, self.create)
+        await pool.open()
+        return pool
+
+    def output(self, digest: str) -> bytes:
+        """Return what `exec` put into the content store. Raises SandboxError."""
+        path = self._cache / "output" / digest
+        if len(digest) != 64 or not digest.isalnum() or not path.is_file():
+            raise SandboxError(f"there is no output {digest[:80]!r} in {path.parent}")
+        return path.read_bytes()
+
+    def group(self, name: str) -> Group:
+        """Return the group `name`, which needs no members yet."""
+        return Group(self, name)
+
+    def members(self, group: str) -> list[Sandbox]:
+        """Return the sandboxes of a group that were not stopped."""
+        return [
+            sandbox
+            for name, sandbox in self._sandboxes.items()
+            if self._groups.get(name) == group and not sandbox.stopped
+        ]
+
+    async def pause_all(self, sandboxes: list[Sandbox], reclaim: bool = False) -> None:
+        """Pause sandboxes of this client together. Raises Unsupported, SandboxLost."""
+        for sandbox in sandboxes:
+            if not sandbox.caps.pause:
+                raise Unsupported(f"a sandbox by {sandbox.caps.substrate} has no pause")
+        ids = [sandbox.id for sandbox in sandboxes]
+        await self._host.call("freeze", ids=ids, reclaim=reclaim)
+        for sandbox in sandboxes:
+            sandbox.paused()
+
+    async def resume_all(self, sandboxes: list[Sandbox]) -> None:
+        """Let sandboxes of this client go on together. Raises SandboxLost."""
+        answer = await self._host.call("thaw", ids=[sandbox.id for sandbox in sandboxes])
+        for sandbox in sandboxes:
+            sandbox.resumed(answer["paused"].get(sandbox.id, 0.0))

@@ -1,0 +1,270 @@
+"""Function calls: interpreters that wait in containers, one call at a time in each, no state kept.
+
+    async with await client.functions(Fn(workers=2)) as functions:
+        result = await functions.call("def main(x): return x + 1", 41, timeout=1)
+
+A call that takes too long, or leaves what cannot be cleaned, costs its container; the pool starts
+another one when a call needs it. Calls beyond the workers wait, or have one more started up to
+`Fn.maximum`.
+
+Paper: §5.2.5 (function calls in pre-created containers).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import anyio
+
+from fathom.errors import SandboxError, SandboxLost
+from fathom.sandbox.process import Process
+from fathom.sandbox.request import check_seconds
+from fathom.sandbox.sandbox import Sandbox
+from fathom.sandbox.types import Container, Fn
+
+_HEAD = struct.Struct("<I")
+_ANSWER_LIMIT = 64 << 20
+_LIFETIME = 1e8
+_READY_TIMEOUT = 30.0
+OUTPUT_CAP = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FnResult:
+    """How a call ended: a `value`, or an `error` (its traceback), or `timed_out`."""
+
+    value: Any = None
+    error: str = ""
+    output: str = ""
+    truncated: bool = False
+    timed_out: bool = False
+    duration: float = 0.0
+
+
+class _Worker:
+    """One interpreter in a container of its own."""
+
+    def __init__(self, sandbox: Sandbox, process: Process) -> None:
+        self.sandbox = sandbox
+        self._process = process
+        self._held = b""
+        self._ready = False
+
+    async def hear(self) -> dict[str, Any]:
+        """Return the worker's next message. Raises SandboxLost."""
+        while True:
+            if len(self._held) >= _HEAD.size:
+                (size,) = _HEAD.unpack_from(self._held)
+                if size > _ANSWER_LIMIT:
+                    raise SandboxLost("a function sandbox sent something that is no answer")
+                if len(self._held) >= _HEAD.size + size:
+                    data = self._held[_HEAD.size : _HEAD.size + size]
+                    self._held = self._held[_HEAD.size + size :]
+                    try:
+                        return json.loads(data)
+                    except ValueError as error:
+                        raise SandboxLost("a function sandbox sent no answer") from error
+            piece = await self._process.read()
+            if piece is None:
+                raise SandboxLost("a function sandbox ended")
+            if piece[0] == "stdout":
+                self._held += piece[1]
+
+    async def ready(self) -> None:
+        """Wait until the process of the next call is there. Raises SandboxLost."""
+        if not self._ready:
+            if not (await self.hear()).get("ready"):
+                raise SandboxLost("a function sandbox is not in step")
+            self._ready = True
+
+    async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Have one call done. Raises SandboxLost."""
+        await self.ready()
+        self._ready = False
+        data = json.dumps(request).encode()
+        await self._process.write(_HEAD.pack(len(data)) + data)
+        return await self.hear()
+
+    async def close(self) -> None:
+        """End the container."""
+        await self._process.close()
+        await self.sandbox.stop()
+
+
+class Functions:
+    """A pool of interpreters. Made by `Client.functions`."""
+
+    def __init__(self, spec: Fn, make: Callable[[Container], Awaitable[Sandbox]]) -> None:
+        self._spec = spec
+        self._make = make
+        self._idle: list[_Worker] = []
+        self._count = 0
+        self._changed = anyio.Condition()
+        self._closed = False
+
+    async def __aenter__(self) -> Functions:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @property
+    def idle(self) -> int:
+        """How many interpreters wait for a call."""
+        return len(self._idle)
+
+    @property
+    def size(self) -> int:
+        """How many interpreters there are."""
+        return self._count
+
+    async def open(self) -> None:
+        """Start the interpreters. Raises SandboxError, Unsupported."""
+        try:
+            async with anyio.create_task_group() as group:
+                for _ in range(self._spec.workers):
+                    group.start_soon(self._add)
+        except BaseExceptionGroup as errors:
+            with anyio.CancelScope(shield=True):
+                await self.close()
+            raise errors.exceptions[0] from None
+
+    async def _add(self) -> None:
+        self._count += 1
+        try:
+            worker = await self._start()
+        except BaseException:
+            self._count -= 1
+            raise
+        await self._give_back(worker)
+
+    async def _start(self) -> _Worker:
+        spec = self._spec
+        sandbox = await self._make(
+            Container(image="python", memory=spec.memory, pids=spec.pids, cpu=spec.cpu)
+        )
+        try:
+            code = Path(__file__).with_name("fn_worker.py").read_text()
+            argv = ["python3", "-I", "-c", code]
+            worker = _Worker(sandbox, await sandbox.run(argv, timeout=_LIFETIME, cwd="/"))
+            with anyio.move_on_after(_READY_TIMEOUT):
+                await worker.ready()
+                return worker
+            raise SandboxError("the interpreter of a function sandbox did not start")
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await sandbox.stop()
+            raise
+
+    async def _take(self) -> _Worker:
+        async with self._changed:
+            while True:
+                if self._closed:
+                    raise SandboxLost("these functions were closed")
+                if self._idle:
+                    # The one that waits longest has certainly been cleaned.
+                    return self._idle.pop(0)
+                if self._count < self._spec.maximum:
+                    self._count += 1
+                    break
+                await self._changed.wait()
+        try:
+            return await self._start()
+        except BaseException:
+            await self._forget()
+            raise
+
+    async def _give_back(self, worker: _Worker) -> None:
+        async with self._changed:
+            if not self._closed:
+                self._idle.append(worker)
+                self._changed.notify()
+                return
+        await worker.close()
+
+    async def _forget(self) -> None:
+        with anyio.CancelScope(shield=True):
+            async with self._changed:
+                self._count -= 1
+                self._changed.notify()
+
+    async def call(
+        self,
+        code: str,
+        argument: Any = None,
+        *,
+        timeout: float,
+        function: str = "main",
+        cap: int = OUTPUT_CAP,
+    ) -> FnResult:
+        """Run `code`, call its `function` with `argument`, and return what it returns.
+
+        Argument and value are what JSON can say. `timeout` in seconds does not count the wait for
+        an interpreter. `cap`: bytes kept of what the call prints.
+        Raises SandboxError for what is no JSON, SandboxLost when the interpreter ended.
+        """
+        check_seconds(timeout)
+        request = {"code": code, "argument": argument, "function": function, "cap": cap}
+        try:
+            json.dumps(request)
+        except (TypeError, ValueError) as error:
+            raise SandboxError(f"the argument cannot be sent as JSON: {error}") from error
+        worker = await self._take()
+        began = time.perf_counter()
+        whole = False
+        try:
+            with anyio.move_on_after(timeout):
+                answer = await worker.ask(request)
+                whole = True
+                return _result(answer, time.perf_counter() - began)
+            return FnResult(timed_out=True, duration=time.perf_counter() - began)
+        finally:
+            if whole:
+                await self._give_back(worker)
+            else:
+                with anyio.CancelScope(shield=True):
+                    await worker.close()
+                await self._forget()
+
+    async def close(self) -> None:
+        """End every interpreter. Does nothing the second time."""
+        async with self._changed:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            self._changed.notify_all()
+        async with anyio.create_task_group() as group:
+            for worker in idle:
+                group.start_soon(worker.close)
+
+
+def _result(answer: dict[str, Any], seconds: float) -> FnResult:
+    output, error = answer.get("output", ""), answer.get("error", "")
+    return FnResult(
+        value=answer.get("value"),
+        error=error if isinstance(error, str) else "",
+        output=output if isinstance(output, str) else "",
+        truncated=bool(answer.get("truncated")),
+        duration=seconds,
+    )
+
+
+def check(spec: Fn) -> None:
+    """Refuse values that no pool could have. Raises SandboxError."""
+    if not 1 <= spec.workers <= spec.maximum or not math.isfinite(spec.maximum):
+        raise SandboxError(
+            f"workers is {spec.workers}, maximum is {spec.maximum}: give at least 1, and a maximum "
+            "that is not below"
+        )

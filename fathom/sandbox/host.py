@@ -1,0 +1,408 @@
+"""Where sandboxes live: what a client needs of a node, near or far.
+
+`Host` is what every kind of node offers; `LocalHost` is the node that a program starts for itself,
+whose sandboxes end with the program. Requests and answers are plain values, so that a daemon can
+take the same ones over a socket.
+
+Paper: §5.2.5 (one surface; what differs between sandbox types is a parameter).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fathom.errors import SandboxError, SandboxLost, Unsupported
+from fathom.sandbox import agent, line, paths, state, syscalls
+from fathom.sandbox.egress import LOG, nft_program
+from fathom.sandbox.images import (
+    Image,
+    Owners,
+    Store,
+    builtin_image,
+    pack_diff,
+    rootfs,
+    snapshot,
+)
+from fathom.sandbox.net import Net
+from fathom.sandbox.nodelink import NodeLink
+from fathom.sandbox.substrates import container
+from fathom.sandbox.substrates.choice import (
+    Name,
+    Wanted,
+    choose,
+    process_limit_is_per_namespace,
+)
+from fathom.sandbox.threads import in_thread
+from fathom.sandbox.types import Caps, Container
+
+
+class Host(Protocol):
+    """A node that makes sandboxes and leads to them."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process may use it: a fork of the one that opened it may not."""
+        ...
+
+    async def call(self, op: str, **values: Any) -> dict[str, Any]:
+        """Have one operation done. Raises SandboxError, also where nobody answers."""
+        ...
+
+    async def open(self, name: str) -> line.Line:
+        """Open a line to the agent of the sandbox `name`, past its HELLO. Raises SandboxLost."""
+        ...
+
+    def oom_count(self, name: str) -> int:
+        """Return how many processes of the sandbox were killed for memory so far."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the node. Does nothing the second time."""
+        ...
+
+    def close_at_exit(self) -> None:
+        """Let go of the node where no event loop runs any more."""
+        ...
+
+
+@dataclass(slots=True)
+class Known:
+    """A sandbox of this host: what it was made from, for its copies."""
+
+    spec: Container
+    name: Name
+    program: str
+    image: Path | Image
+    ids: int
+    caps: Caps
+    phases: int = 0
+
+
+class LocalHost:
+    """Sandboxes of this program. `substrate` and the folders are those of `Client`."""
+
+    def __init__(
+        self,
+        substrate: Wanted,
+        cache: Path,
+        runtime: Path,
+        mirrors: Mapping[str, str] | None = None,
+    ) -> None:
+        self.wanted: Wanted = substrate
+        self.cache = cache
+        self.runtime = runtime
+        self.mirrors = dict(mirrors or {})
+        self.outlive = False
+        self.link = NodeLink(runtime)
+        self._known: dict[str, Known] = {}
+        self._ready: dict[Container, list[dict[str, Any]]] = {}
+        self._ready_size: dict[Container, int] = {}
+        self._ready_lock = threading.Lock()
+        self._operations: dict[str, Callable[..., dict[str, Any]]] = {
+            "create": self._claim,
+            "prewarm": self._prewarm,
+            "restore": self._restore,
+            "fork": self._fork,
+            "destroy": self._destroy,
+            "freeze": self._freeze,
+            "thaw": self._thaw,
+            "stats": self._stats,
+            "snapshot": self._snapshot,
+            "pack": self._pack,
+            "phase": self._phase,
+            "netlog": self._netlog,
+        }
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process opened it, rather than being a fork of the one that did."""
+        return self.link.is_ours
+
+    async def call(self, op: str, **values: Any) -> dict[str, Any]:
+        """Have one operation done. Raises SandboxError."""
+        if op not in self._operations:
+            raise Unsupported(f"this kind of sandbox has no {op}: see its caps")
+        return await in_thread(self._operations[op], **values)
+
+    async def open(self, name: str) -> line.Line:
+        """Open a line to an agent. Raises SandboxLost."""
+        return await self.link.open(name)
+
+    def oom_count(self, name: str) -> int:
+        """Return how many processes of the sandbox were killed for memory so far."""
+        return self.link.oom_count(name)
+
+    async def close(self) -> None:
+        """End the node and with it every sandbox. Does nothing the second time."""
+        await in_thread(self.link.close)
+
+    def close_at_exit(self) -> None:
+        """End the node and with it every sandbox, without an event loop."""
+        self.link.close()
+
+    # Making ------------------------------------------------------------------------------------
+
+    def _claim(self, spec: Container) -> dict[str, Any]:
+        """Hand out a sandbox that waits, where there is one, else start one."""
+        with self._ready_lock:
+            waiting = self._ready.get(spec)
+            found = waiting.pop() if waiting else None
+        if found is None:
+            return self._create(spec)
+        threading.Thread(target=self._refill, args=(spec,), daemon=True).start()
+        return found
+
+    def _prewarm(self, spec: Container, count: int) -> dict[str, Any]:
+        """Have `count` sandboxes of this kind wait from now on."""
+        with self._ready_lock:
+            self._ready_size[spec] = count
+        self._refill(spec)
+        return {}
+
+    def _refill(self, spec: Container) -> None:
+        while True:
+            with self._ready_lock:
+                waiting = self._ready.setdefault(spec, [])
+                if len(waiting) >= self._ready_size.get(spec, 0):
+                    return
+            made = self._create(spec)
+            with self._ready_lock:
+                waiting.append(made)
+
+    def _create(self, spec: Container) -> dict[str, Any]:
+        """Start a sandbox by the first substrate that can."""
+        spec.check()
+        offers: list[tuple[Name, str, Caps]] = [
+            (name, program, caps_of(name, spec)) for name, program in choose(self.wanted)
+        ]
+        image = self._image(spec.image)
+        problems: list[SandboxError] = []
+        for name, program, caps in offers:
+            known = Known(spec, name, program, image, 0, caps)
+            try:
+                return self._start(known)
+            except SandboxError as error:
+                problems.append(error)
+        if len(problems) == 1:
+            raise problems[0]
+        kind = type(problems[0])
+        raise kind("; ".join(str(problem) for problem in problems)) from problems[0]
+
+    def _start(self, known: Known, hostname: str | None = None, **source: str) -> dict[str, Any]:
+        spec = known.spec
+        paths.make_runtime_folder(self.runtime)
+        folder = self.runtime / f"sb-{os.getpid()}-{secrets.token_hex(5)}"
+        layered = known.image if isinstance(known.image, Image) else None
+        if layered is not None and known.name == "bubblewrap":
+            raise Unsupported(f"the image {spec.image!r} has layers, which only root can mount")
+        # A copy has its origin's range of users: the files in it belong to them.
+        ids = known.ids or container.first_id(folder.name)
+        launch = {
+            "substrate": known.name,
+            "program": known.program,
+            "agent": str(agent.binary(self.cache)),
+            "rootfs": "" if layered is not None else str(known.image),
+            "store": str(self.cache / "store") if layered is not None else "",
+            "layers": layered.layers if layered is not None else (),
+            "workdir": str(Path(spec.workdir).resolve()) if spec.workdir is not None else None,
+            "memory": spec.memory_bytes,
+            "pids": spec.pids_limit,
+            "cpu": spec.cpu,
+            "disk": spec.disk_bytes,
+            "hostname": hostname or spec.hostname,
+            "ids": ids,
+            "outlive": self.outlive,
+        }
+        folder.mkdir(mode=0o711)
+        try:
+            self.link.create(folder, launch, **source)
+        except BaseException:
+            if not state.reap_one(folder):
+                state.remove(folder)
+            raise
+        self._known[folder.name] = Known(
+            spec, known.name, known.program, known.image, ids, known.caps
+        )
+        variables = dict(layered.run.env) if layered is not None else {}
+        return {"id": folder.name, "caps": known.caps, "environment": variables}
+
+    def image_of(self, name: str, folder: str) -> Path | Image:
+        """Return the image that a sandbox of an earlier node runs on. Raises SandboxError."""
+        return Path(folder) if folder else self._image(name)
+
+    def _image(self, name: str) -> Path | Image:
+        """Return a built-in image's folder, or a layered image of the store."""
+        if name in ("base", "python"):
+            return rootfs.build(name, self.cache)
+        with Store(self.cache / "store") as store:
+            return store.resolve(name)
+
+    def _phase(self, id: str, phase: str, net: Net | None) -> dict[str, Any]:
+        """Set a whole policy; nothing is allowed by one that is not given."""
+        known = self._find(id)
+        policy = net or Net.deny()
+        if missing := sorted(policy.kinds - known.caps.networks):
+            raise Unsupported(
+                f"a sandbox by {known.caps.substrate} cannot have a network by "
+                f"{' and '.join(missing)}: see its caps"
+            )
+        values = policy.as_json(self.mirrors)
+        known.phases += 1
+        if known.caps.networks == frozenset({"none"}):
+            return {"version": known.phases, "environment": {}}
+        answer = self.link.request("net", id=id, policy=values)
+        return {"version": answer["version"], "environment": policy.environment()}
+
+    def _netlog(self, id: str) -> dict[str, Any]:
+        self._find(id)
+        path = self.runtime / id / LOG
+        return {"text": path.read_text() if path.exists() else ""}
+
+    def adopt(self, folder: Path, known: Known) -> None:
+        """Take over a sandbox that outlived its node. Raises SandboxError."""
+        self.link.adopt(folder)
+        self._known[folder.name] = known
+
+    def _find(self, name: str) -> Known:
+        known = self._known.get(name)
+        if known is None:
+            raise SandboxLost(f"sandbox {name} was stopped: create another one")
+        return known
+
+    def _fork(self, id: str, count: int, reseed: bool) -> dict[str, Any]:
+        known = self._find(id)
+        made: list[dict[str, Any]] = []
+        try:
+            for number in range(count):
+                name = f"{known.spec.hostname[:50]}-{number + 1}" if reseed else None
+                made.append(self._start(known, name, fork=id))
+        except BaseException:
+            for one in made:
+                self._destroy(one["id"])
+            raise
+        return {"made": made}
+
+    # What was written --------------------------------------------------------------------------
+
+    def _snapshot(self, id: str) -> dict[str, Any]:
+        known = self._find(id)
+        folder = self.cache / "snapshots"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        name = f"snap-{secrets.token_hex(8)}"
+        work = folder / f".{name}"
+        work.mkdir(mode=0o700)
+        try:
+            self.link.request("save", id=id, target=str(work / "upper"))
+            facts = {"image": known.spec.image, "ids": known.ids, "substrate": known.name}
+            (work / "facts.json").write_text(json.dumps(facts))
+            size = sum(path.lstat().st_size for path in (work / "upper").rglob("*"))
+            work.rename(folder / name)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        return {"snapshot": name, "size": size}
+
+    def _restore(self, snapshot: str, spec: Container) -> dict[str, Any]:
+        spec.check()
+        folder = self.cache / "snapshots" / snapshot
+        if "/" in snapshot or not (folder / "facts.json").is_file():
+            raise SandboxError(f"there is no snapshot {snapshot!r} in {self.cache}")
+        facts = json.loads((folder / "facts.json").read_text())
+        if facts["image"] != spec.image:
+            raise SandboxError(
+                f"snapshot {snapshot} was made on image {facts['image']!r}: ask for that one"
+            )
+        for name, program in choose(self.wanted):
+            caps = caps_of(name, spec)
+            image = self._image(spec.image)
+            known = Known(spec, name, program, image, int(facts["ids"]), caps)
+            return self._start(known, saved=str(folder / "upper"))
+        raise AssertionError("choose returns at least one substrate")
+
+    def _pack(self, id: str, name: str | None = None) -> dict[str, Any]:
+        """Make a layer of what the sandbox wrote, and with `name` an image with it on top."""
+        known = self._find(id)
+        with Store(self.cache / "store") as store:
+            base = known.image
+            if not isinstance(base, Image):
+                if known.spec.image not in ("base", "python"):
+                    raise Unsupported(f"the image of {id} is not in the store")
+                base = builtin_image(store, "python" if known.spec.image == "python" else "base")
+            work = Path(tempfile.mkdtemp(prefix=".pack-", dir=self.cache))
+            try:
+                self.link.request("save", id=id, target=str(work / "upper"))
+                owners = Owners(base=known.ids, count=container.ID_COUNT)
+                if name is None:
+                    layer = pack_diff(store, work / "upper", owners=owners).digest
+                else:
+                    image = snapshot(store, base, work / "upper", name=name, owners=owners)
+                    layer = image.layers[-1]
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+        return {"layer": layer}
+
+    # Living ------------------------------------------------------------------------------------
+
+    def _destroy(self, id: str) -> dict[str, Any]:
+        self._known.pop(id, None)
+        self.link.destroy(id)
+        return {}
+
+    def _freeze(self, ids: list[str], reclaim: bool = False) -> dict[str, Any]:
+        return self.link.request("freeze", ids=ids, reclaim=reclaim)
+
+    def _thaw(self, ids: list[str]) -> dict[str, Any]:
+        return self.link.request("thaw", ids=ids)
+
+    def _stats(self, id: str) -> dict[str, Any]:
+        return self.link.request("stats", id=id)
+
+
+def caps_of(substrate: Name, spec: Container) -> Caps:
+    """Say what a substrate will do for `spec`. Raises Unsupported for a limit that cannot hold."""
+    limits = frozenset({"memory", "pids", "cpu", "disk"})
+    missing: set[str] = set()
+    if substrate == "bubblewrap":
+        missing |= {"memory", "cpu"}
+        if not process_limit_is_per_namespace():
+            missing |= {"pids"}
+    asked = sorted(name for name in missing if getattr(spec, name) is not None)
+    if asked:
+        raise Unsupported(
+            f"{substrate} cannot hold the limit {' and '.join(asked)} for a whole sandbox: leave "
+            "it out, or run as root with crun or runc"
+        )
+    if spec.workdir is not None and spec.disk is None:
+        # A folder of the host has whatever room its file system has; /tmp is still bounded.
+        missing |= {"disk"}
+    privileged = substrate != "bubblewrap"
+    networks = {"none"}
+    if privileged:
+        networks |= {"domain", "mirror"} | ({"address"} if nft_program() else set[str]())
+    copies = privileged and spec.workdir is None
+    return Caps(
+        substrate=substrate,
+        enforced=limits - missing,
+        not_enforced=frozenset(missing),
+        reports_oom=privileged,
+        timeout_kills="command",
+        separate_user=privileged,
+        workdir="memory" if spec.workdir is None else "host",
+        landlock=syscalls.landlock_version() > 0,
+        snapshot="disk" if copies else "",
+        fork="disk" if copies else "",
+        pause=privileged,
+        networks=frozenset(networks),
+    )
+
+
+__all__ = ["Host", "LocalHost", "caps_of"]

@@ -1,0 +1,251 @@
+"""The node: the one process with privileges, which makes sandboxes and ends them.
+
+It works for one owner (a program with a client, or the daemon), does nothing but a few operations
+on request, and keeps every mount in a namespace of its own. When its owner stops, crashes or is
+killed, it ends every sandbox and removes every group and folder. Were the node itself killed, its
+sandboxes die with it; what then remains (empty groups, a folder) is found by its unlocked lock file
+and removed by the next node. Sandboxes made to outlive it are left alone and can be adopted.
+
+Paper: none (a thin form of the report's edge).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fathom.errors import FathomError, SandboxError, SandboxLost
+from fathom.sandbox import box as boxes
+from fathom.sandbox import cgroups, egress, messages, netns, syscalls
+
+_THREADS = 32
+
+
+class Node:
+    """All sandboxes of one owner."""
+
+    def __init__(self, owner: socket.socket, owner_pid: int) -> None:
+        self.owner = owner
+        self.owner_fd = os.pidfd_open(owner_pid)
+        self.boxes: dict[str, boxes.Box] = {}
+        self.nets = netns.Pool(2) if os.geteuid() == 0 else None
+        self.egress = egress.Egress()
+        self.stopping = False
+        self._lock = threading.Lock()
+        self._slots = threading.Semaphore(_THREADS)
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        self._watched: dict[int, str] = {}
+        self._operations: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "create": self._create,
+            "destroy": self._destroy,
+            "freeze": self._freeze,
+            "thaw": self._thaw,
+            "save": self._save,
+            "stats": self._stats,
+            "net": self._net,
+            "adopt": self._adopt,
+        }
+
+    # Serving -----------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Carry out requests until the owner is gone."""
+        poller = select.poll()
+        for fd in (self.owner.fileno(), self.owner_fd, self._wake_read):
+            poller.register(fd, select.POLLIN)
+        while True:
+            for fd, _ in poller.poll():
+                if fd == self._wake_read:
+                    os.read(fd, 4096)
+                    self._watch(poller)
+                elif fd == self.owner.fileno():
+                    message, fds = messages.receive(self.owner)
+                    if message is None:
+                        return
+                    reply = socket.socket(fileno=fds[0])
+                    self._slots.acquire()
+                    threading.Thread(target=self._answer, args=(message, reply)).start()
+                elif fd == self.owner_fd:
+                    return
+                elif name := self._watched.pop(fd, None):
+                    poller.unregister(fd)
+                    self._died(name)
+
+    def _watch(self, poller: select.poll) -> None:
+        with self._lock:
+            fresh = [b for b in self.boxes.values() if b.pidfd >= 0]
+        for box in fresh:
+            if box.pidfd not in self._watched:
+                self._watched[box.pidfd] = box.id
+                poller.register(box.pidfd, select.POLLIN)
+        known = {box.pidfd for box in fresh}
+        for fd in [fd for fd in self._watched if fd not in known]:
+            del self._watched[fd]
+            with contextlib.suppress(KeyError):
+                poller.unregister(fd)
+
+    def _died(self, name: str) -> None:
+        with self._lock:
+            box = self.boxes.pop(name, None)
+        if box is not None:
+            threading.Thread(target=self._end, args=(box,)).start()
+
+    def _answer(self, message: dict[str, Any], reply: socket.socket) -> None:
+        try:
+            try:
+                answer = self._operations[message["op"]](message)
+            except FathomError as error:
+                answer = {"error": error.code, "message": str(error)[:4000]}
+            except (OSError, subprocess.SubprocessError) as error:
+                text = f"{error}; run `fathom doctor` to see what this machine can do"
+                answer = {"error": SandboxError.code, "message": text[:4000]}
+            with contextlib.suppress(OSError):
+                messages.send(reply, answer)
+        finally:
+            reply.close()
+            self._slots.release()
+
+    def _box(self, name: str) -> boxes.Box:
+        with self._lock:
+            box = self.boxes.get(name)
+        if box is None or box.ended:
+            raise SandboxLost(f"sandbox {name} ended: create another one")
+        return box
+
+    # Operations --------------------------------------------------------------------------------
+
+    def _create(self, message: dict[str, Any]) -> dict[str, Any]:
+        folder = Path(message["folder"])
+        launch = boxes.launch_in(folder, message["launch"])
+        source: Path | None = None
+        copied: boxes.Box | None = None
+        if message.get("fork"):
+            copied = self._box(message["fork"])
+            source = boxes.writes_of(copied)
+        elif message.get("saved"):
+            source = Path(message["saved"])
+        paused = copied is not None and copied.frozen is not None
+        if copied is not None:
+            boxes.freeze(copied)
+        try:
+            box = boxes.make(launch, self.nets, source)
+        finally:
+            if copied is not None and not paused:
+                boxes.thaw(copied)
+        with self._lock:
+            stopping = self.stopping
+            if not stopping:
+                self.boxes[box.id] = box
+        if stopping:
+            boxes.destroy(box)
+            raise SandboxLost("the node is stopping")
+        os.write(self._wake_write, b"1")
+        return box.facts()
+
+    def _adopt(self, message: dict[str, Any]) -> dict[str, Any]:
+        box = boxes.adopt(Path(message["folder"]))
+        with self._lock:
+            self.boxes[box.id] = box
+        os.write(self._wake_write, b"1")
+        return box.facts()
+
+    def _destroy(self, message: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            box = self.boxes.pop(message["id"], None)
+        if box is not None:
+            self._end(box)
+        return {}
+
+    def _end(self, box: boxes.Box) -> None:
+        self.egress.forget(box.id)
+        boxes.destroy(box)
+
+    def _freeze(self, message: dict[str, Any]) -> dict[str, Any]:
+        for name in message["ids"]:
+            box = self._box(name)
+            boxes.freeze(box)
+            if message.get("reclaim") and box.group is not None:
+                box.group.reclaim()
+        return {}
+
+    def _thaw(self, message: dict[str, Any]) -> dict[str, Any]:
+        return {"paused": {name: boxes.thaw(self._box(name)) for name in message["ids"]}}
+
+    def _save(self, message: dict[str, Any]) -> dict[str, Any]:
+        box = self._box(message["id"])
+        boxes.copy_writes(box, Path(message["target"]))
+        return {"ids": box.launch.ids}
+
+    def _stats(self, message: dict[str, Any]) -> dict[str, Any]:
+        group = self._box(message["id"]).group
+        return {} if group is None else {"memory": group.memory_used}
+
+    def _net(self, message: dict[str, Any]) -> dict[str, Any]:
+        box = self._box(message["id"])
+        return {"version": self.egress.apply(box.id, box.folder, box.net, message["policy"])}
+
+    # The end -----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End every sandbox that is not to outlive this process. Never raises."""
+        with self._lock:
+            self.stopping = True
+            every = list(self.boxes.values())
+            ending = [box for box in every if not box.launch.outlive]
+            self.boxes.clear()
+        self.egress.close()
+        threads = [threading.Thread(target=boxes.destroy, args=(box,)) for box in ending]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        # Whatever is being made right now sees that the node is stopping.
+        for _ in range(_THREADS):
+            self._slots.acquire(timeout=15)
+
+
+def prepare() -> None:
+    """Leave the host's mounts alone from here on: they live and die with this process."""
+    syscalls.unshare(syscalls.CLONE_NEWNS)
+    syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+    layout = cgroups.current_layout()
+    if layout is not None and layout.version == 1 and layout.beside is not None:
+        # crun 1.8 refuses v1 with a v2 tree beside it; only this process and what it starts stop
+        # seeing that tree.
+        syscalls.unmount(str(layout.beside))
+
+
+def _stop(*_: object) -> None:
+    raise SystemExit(0)
+
+
+def main(argv: list[str]) -> None:
+    """Run the node: its socket and its owner's process id come as arguments."""
+    owner = socket.socket(fileno=int(argv[0]))
+    os.set_inheritable(owner.fileno(), False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stop)
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+    syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
+    node = Node(owner, int(argv[1]))
+    if os.geteuid() == 0:
+        prepare()
+    try:
+        node.serve()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        node.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

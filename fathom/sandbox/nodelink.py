@@ -1,0 +1,223 @@
+"""The owner's end of a node: starting it, asking it, reaching its sandboxes, awaiting its end.
+
+Paper: none (operating system plumbing).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fathom.errors import (
+    DaemonLost,
+    PolicyDenied,
+    SandboxError,
+    SandboxLost,
+    SandboxTimeout,
+    Unsupported,
+)
+from fathom.sandbox import box, cgroups, line, messages, paths, state
+
+_CALL_TIMEOUT = 120.0
+_STOP_TIMEOUT = 30.0
+# Appended, not put first: nothing beside the package may take the place of a standard module.
+_CODE = (
+    f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); "
+    "from fathom.sandbox.node import main; main(sys.argv[1:])"
+)
+_ERRORS: dict[str, type[SandboxError]] = {
+    kind.code: kind for kind in (DaemonLost, PolicyDenied, SandboxLost, SandboxTimeout, Unsupported)
+}
+
+
+def raise_error(answer: dict[str, Any]) -> None:
+    """Raise the error that an answer carries, if it carries one."""
+    if "error" in answer:
+        raise _ERRORS.get(answer["error"], SandboxError)(answer["message"])
+
+
+@dataclass(slots=True)
+class _Reach:
+    """How to get to one agent."""
+
+    folder: Path
+    greeting: bytes
+    oom_file: str
+
+
+class NodeLink:
+    """A node of this process's own, started at the first call."""
+
+    def __init__(self, runtime: Path) -> None:
+        self.runtime = runtime
+        # Whether what dead nodes left is removed before the first sandbox, rather than adopted.
+        self.reaps = True
+        self._owner = os.getpid()
+        self._lock = threading.Lock()
+        self._sock: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._reach: dict[str, _Reach] = {}
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process started the node, rather than being a fork of the one that did."""
+        return os.getpid() == self._owner
+
+    def create(self, folder: Path, launch: dict[str, Any], **source: str) -> None:
+        """Start a sandbox in `folder` and return once its agent answered. Raises SandboxError."""
+        answer = self.request("create", folder=str(folder), launch=launch, **source)
+        secret = bytes.fromhex(answer["secret"])
+        self._reach[folder.name] = _Reach(folder, box.greeting(secret), answer["oom_file"])
+
+    def adopt(self, folder: Path) -> None:
+        """Take over a sandbox that outlived its node. Raises SandboxError."""
+        answer = self.request("adopt", folder=str(folder))
+        secret = bytes.fromhex(answer["secret"])
+        self._reach[folder.name] = _Reach(folder, box.greeting(secret), answer["oom_file"])
+
+    def destroy(self, name: str) -> None:
+        """End a sandbox and wait until nothing of it is left. Never raises for one that ended."""
+        reach = self._reach.pop(name, None)
+        with contextlib.suppress(SandboxError):
+            if self._alive():
+                self.request("destroy", id=name)
+        if reach is not None and reach.folder.exists():
+            # The node was killed before it could finish; its lock is free now.
+            state.reap_one(reach.folder)
+
+    def _alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def request(self, op: str, **values: Any) -> dict[str, Any]:
+        """Have one operation done by the node, in this thread. Raises SandboxError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            try:
+                with theirs:
+                    messages.send(self._node(), {"op": op, **values}, (theirs.fileno(),))
+                ours.settimeout(_CALL_TIMEOUT)
+                answer, _ = messages.receive(ours)
+            except TimeoutError as error:
+                raise SandboxTimeout(f"the node did not {op} within {_CALL_TIMEOUT:g} s") from error
+            except OSError as error:
+                raise DaemonLost(f"the node of this process ended ({error.strerror})") from error
+        if answer is None:
+            raise DaemonLost(f"the node of this process ended while it was to {op}{self._said()}")
+        raise_error(answer)
+        return answer
+
+    def _said(self) -> str:
+        process = self._process
+        if process is None or process.stderr is None or process.poll() is None:
+            return ""
+        with contextlib.suppress(OSError, ValueError):
+            os.set_blocking(process.stderr.fileno(), False)
+            return f": {(process.stderr.read() or b'').decode(errors='replace').strip()[-1500:]}"
+        return ""
+
+    def _node(self) -> socket.socket:
+        with self._lock:
+            if self._sock is not None and self._alive():
+                return self._sock
+            self._forget_node()
+            paths.make_runtime_folder(self.runtime)
+            if self.reaps:
+                state.reap(self.runtime)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                self._process = _spawn(theirs)
+            self._sock = ours
+            return ours
+
+    def _forget_node(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        if self._process is not None:
+            _await_end(self._process)
+            if self._process.stderr is not None:
+                self._process.stderr.close()
+            self._process = None
+
+    async def open(self, name: str) -> line.Line:
+        """Open a line to an agent. Raises SandboxLost."""
+        reach = self._reach.get(name)
+        if reach is None:
+            raise SandboxLost(f"sandbox {name} was stopped: create another one")
+        try:
+            opened = await line.dial(reach.folder, state.SOCKET)
+        except SandboxLost as error:
+            raise SandboxLost(f"sandbox {name} ended on its own: {error}") from error
+        try:
+            await opened.send(reach.greeting)
+        except BaseException:
+            opened.close()
+            raise
+        return opened
+
+    def oom_count(self, name: str) -> int:
+        """Return how many processes of the sandbox were killed for memory so far."""
+        reach = self._reach.get(name)
+        if reach is None or not reach.oom_file:
+            return 0
+        try:
+            fd = os.open(reach.oom_file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return 0
+        try:
+            return cgroups.oom_count(os.read(fd, 4096).decode())
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """End the node and with it every sandbox, and wait until nothing of them is left."""
+        if not self.is_ours:
+            return
+        with self._lock:
+            self._forget_node()
+        for name in list(self._reach):
+            reach = self._reach.pop(name)
+            if reach.folder.exists():
+                state.reap_one(reach.folder)
+
+
+def _await_end(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a node has ended, and kill it when that takes too long."""
+    # Popen.wait with a timeout sleeps up to 50 ms at a time; a pidfd answers at once.
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            poller = select.poll()
+            poller.register(pidfd, select.POLLIN)
+            if not poller.poll(_STOP_TIMEOUT * 1000):
+                process.kill()
+        finally:
+            os.close(pidfd)
+    process.wait()
+
+
+def _spawn(theirs: socket.socket) -> subprocess.Popen[bytes]:
+    # Isolated and without site packages it starts in a third of the time, and nothing of the
+    # caller's environment reaches a sandbox. A session of its own keeps Ctrl-C in a terminal away
+    # from it: the client decides.
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _CODE, str(theirs.fileno()), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(theirs.fileno(),),
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+            cwd="/",
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise SandboxError(f"the node did not start: {error}") from error

@@ -1,0 +1,103 @@
+"""LocalBackend: many completions of an event loop through one engine."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+
+from fathom.chat import Tokenizer
+from fathom.chat.generation import GenerationEnd, GenerationRequest, Prefilled, TokenOutput
+from fathom.engine import LLM
+from fathom.engine.backend import LocalBackend
+from fathom.errors import BackendError, GenerationError
+from tests.engine.helpers import model, prompt
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    tokenizer = Tokenizer.train(["some words to learn from, and a few more words"] * 3, 400)
+    return LLM(model(), tokenizer)
+
+
+def ask(seed: int, **changes: object) -> GenerationRequest:
+    settings: dict[str, object] = {
+        "prompt": prompt(40 + seed, seed),
+        "max_tokens": 12,
+        "seed": seed,
+    }
+    return GenerationRequest(**(settings | changes))  # type: ignore[arg-type]
+
+
+async def collect(backend: LocalBackend, request: GenerationRequest) -> list[object]:
+    return [item async for item in backend.generate(request)]
+
+
+def test_together_they_give_what_each_gives_alone(llm: LLM) -> None:
+    backend = LocalBackend(llm)
+    results: dict[int, list[object]] = {}
+
+    async def main() -> None:
+        async def one(seed: int) -> None:
+            results[seed] = await collect(backend, ask(seed, top_logprobs=2))
+
+        async with anyio.create_task_group() as group:
+            for seed in range(6):
+                group.start_soon(one, seed)
+        await backend.aclose()
+
+    anyio.run(main)
+    for seed, items in results.items():
+        alone = LLM(llm.model, llm.tokenizer).generate(prompt(40 + seed, seed), 12, seed=seed)
+        first, *tokens, end = items
+        assert isinstance(first, Prefilled)
+        assert first.prompt_tokens == 40 + seed
+        assert isinstance(end, GenerationEnd)
+        assert (end.finish_reason, end.completion_tokens) == (alone.finish_reason, len(tokens))
+        assert all(isinstance(t, TokenOutput) and len(t.top) == 2 for t in tokens)
+        assert [t.token_id for t in tokens] == alone.token_ids  # type: ignore[attr-defined]
+        assert "".join(t.text for t in tokens) == alone.text  # type: ignore[attr-defined]
+
+
+def test_closing_a_generator_frees_its_memory(llm: LLM) -> None:
+    backend = LocalBackend(llm)
+
+    async def main() -> None:
+        run = backend.generate(ask(1, max_tokens=1500))
+        await anext(run)
+        await run.aclose()
+        await collect(backend, ask(2, max_tokens=2))
+        assert "fathom_engine_running_requests 0" in await backend.metrics_text()
+        await backend.aclose()
+
+    anyio.run(main)
+    assert llm.engine.memory.slots.free == llm.engine.memory.slots.count
+
+
+def test_refusals_and_failures_reach_their_caller_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = LocalBackend(llm)
+
+    async def refused() -> None:
+        with pytest.raises(GenerationError, match="context"):
+            await collect(backend, ask(1, prompt=prompt(3000)))
+        with pytest.raises(GenerationError, match="temperature"):
+            await collect(backend, ask(1, temperature=-1.0))
+        assert len(await collect(backend, ask(1, max_tokens=3))) == 5
+
+    async def failed() -> None:
+        with pytest.raises(BackendError, match="the model failed"):
+            await collect(backend, ask(1))
+
+    async def again() -> None:
+        assert len(await collect(backend, ask(1, max_tokens=3))) == 5
+        await backend.aclose()
+
+    anyio.run(refused)
+    with monkeypatch.context() as m:
+        m.setattr(llm.engine.runner, "forward", lambda batch: 1 / 0)
+        llm.engine.cache.clear()
+        anyio.run(failed)
+    for request in list(llm.engine.requests):
+        llm.engine.cancel(request)
+    anyio.run(again)

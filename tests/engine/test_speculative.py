@@ -1,0 +1,158 @@
+"""Drafting: the same tokens with the same probabilities, whatever the drafts are."""
+
+from __future__ import annotations
+
+import pytest
+
+from fathom.engine.engine import Engine
+from fathom.engine.request import Request
+from fathom.engine.speculative import PROBE, Trial
+from fathom.errors import ConfigError
+from fathom.model import Transformer
+from tests.engine.helpers import bits, engine, finish, greedy, model, prompt, sampled
+
+
+@pytest.fixture(scope="module")
+def net() -> Transformer:
+    return model(num_nextn_predict_layers=1)
+
+
+def drafting(net: Transformer, count: int, **settings: object) -> Engine:
+    return engine(net, drafts=count, drafts_adaptive=False, **settings)
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 5])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_drafts_change_nothing(net: Transformer, drafts: int, temperature: float) -> None:
+    params = sampled(40) if temperature else greedy(40)
+    plain, quick = engine(net), drafting(net, drafts)
+    expected, found = [], []
+    for served, out in ((plain, expected), (quick, found)):
+        runs = [served.submit(prompt(100 + 31 * i, i), params) for i in range(3)]
+        finish(served, *runs)
+        out += [bits(run) for run in runs]
+    assert found == expected
+    assert quick.metrics.drafted_tokens > 0
+    assert quick.metrics.steps <= plain.metrics.steps
+
+
+class Oracle:
+    """In place of the MTP block's choice: right for `right` tokens after each step, then wrong."""
+
+    def __init__(self, expected: list[int], right: int) -> None:
+        self.expected, self.right = expected, right
+
+    def attach(self, request: Request) -> None:
+        def guess(logits: object, ahead: int) -> int:
+            at = len(request.output) + ahead
+            token = self.expected[at] if at < len(self.expected) else 5
+            return token if ahead < self.right else (token + 1) % 390
+
+        request.sampler.guess = guess  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize("right", [0, 1, 3])
+def test_rejected_drafts_leave_nothing_behind(net: Transformer, right: int) -> None:
+    """Rejections at every offset of windows of 4 and of 128, across slabs and the window."""
+    served = engine(net)
+    whole = served.submit(prompt(50), sampled(300))
+    finish(served, whole)
+    expected = [d.token for d in whole.output]
+    quick = drafting(net, 3)
+    for start in (50, 51, 52, 53):
+        known = prompt(50) + expected[: start - 50]
+        plain = engine(net)
+        alone, request = (made.submit(known, sampled(280, seed=start)) for made in (plain, quick))
+        finish(plain, alone)
+        Oracle([d.token for d in alone.output], right).attach(request)
+        finish(quick, request)
+        assert bits(request) == bits(alone)
+        # What stays in the cache is what a run without drafts would have left.
+        later = quick.submit([*request.tokens, 9], greedy(6))
+        finish(quick, later)
+        same = plain.submit([*alone.tokens, 9], greedy(6))
+        finish(plain, same)
+        assert later.cached_tokens == same.cached_tokens
+        assert bits(later) == bits(same)
+    accepted = quick.metrics.accepted_tokens / max(1, quick.metrics.drafted_tokens)
+    assert accepted == pytest.approx(right / 3, abs=0.12)
+
+
+def test_accepted_drafts_save_steps(net: Transformer) -> None:
+    plain = engine(net)
+    alone = plain.submit(prompt(60), greedy(100))
+    finish(plain, alone)
+    quick = drafting(net, 3)
+    request = quick.submit(prompt(60), greedy(100))
+    Oracle([d.token for d in alone.output], 3).attach(request)
+    finish(quick, request)
+    assert bits(request) == bits(alone)
+    assert quick.metrics.steps <= 1 + 100 // 4 + 2
+
+
+def test_stops_and_ends_within_drafts(net: Transformer) -> None:
+    plain = engine(net)
+    alone = plain.submit(prompt(60), greedy(30))
+    finish(plain, alone)
+    expected = [d.token for d in alone.output]
+    stop = expected[10]
+    first = expected.index(stop)
+    for settings, length in (({"stop_token_ids": (stop,)}, first + 1), ({}, 30)):
+        quick = drafting(net, 5)
+        request = quick.submit(prompt(60), greedy(30, **settings))
+        Oracle(expected, 5).attach(request)
+        finish(quick, request)
+        assert [d.token for d in request.output] == expected[:length]
+
+
+def test_the_mtp_block_sees_what_training_saw(net: Transformer) -> None:
+    """The drafts are those of `mtp_logits` over the whole sequence."""
+    from fathom.engine import LLM
+
+    quick = drafting(net, 1)
+    request = quick.submit(prompt(150), greedy(12))
+    agreed = 0
+    while not request.finished:
+        quick.step()
+        if request.draft:
+            best = LLM(net, None).mtp_logits(request.tokens)[-1].argmax()
+            agreed += int(best) == request.draft[0]
+    assert agreed >= 8  # of 10: values on the edge between two codes may fall to either side
+
+
+def test_trials() -> None:
+    trial = Trial(adaptive=True)
+    for _ in range(PROBE):
+        assert trial.on
+        trial.count(0.010, 1)
+    for _ in range(PROBE):
+        assert not trial.on
+        trial.count(0.009, 1)
+    assert not trial.on  # slower with drafts
+    trial = Trial(adaptive=True)
+    for tokens in (2, 1):
+        for _ in range(PROBE):
+            trial.count(0.010, tokens)
+    assert trial.on
+    always = Trial(adaptive=False)
+    for _ in range(5 * PROBE):
+        always.count(1.0, 1)
+    assert always.on
+
+
+def test_drafting_that_does_not_pay_turns_itself_off(
+    net: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fathom.engine.speculative.PROBE", 10)
+    quick = engine(net, drafts=3)
+    request = quick.submit(prompt(60), sampled(150))
+    Oracle([], 0).attach(request)
+    finish(quick, request)
+    assert not quick.metrics.drafting
+    assert "fathom_engine_drafting 0" in quick.metrics_text()
+    assert quick.metrics.drafted_tokens < 150
+
+
+def test_a_model_without_mtp_block() -> None:
+    with pytest.raises(ConfigError, match="no MTP block"):
+        engine(model(num_nextn_predict_layers=0), drafts=1)

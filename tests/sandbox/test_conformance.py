@@ -1,0 +1,80 @@
+"""Every substrate goes through the conformance suite, and the suite through sandboxes that lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anyio
+import anyio.from_thread
+import pytest
+
+from fathom.errors import SandboxLost, Unsupported
+from fathom.sandbox import Client, Container, Fn, FullVM, MicroVM, Sandbox, SyncClient, conformance
+from fathom.sandbox.substrates.choice import suited
+
+each_substrate = pytest.mark.parametrize("substrate", suited(), indirect=True)
+
+
+@each_substrate
+@pytest.mark.timeout(300)
+def test_conformance(substrate: str, options: dict[str, Path]):
+    async def run() -> conformance.Report:
+        async with Client(substrate=substrate, **options) as client:
+            return await conformance.run(lambda: client.create(Container()))
+
+    report = anyio.run(run)
+    assert report.passed, str(report)
+    assert {outcome.name for outcome in report.outcomes} == set(conformance.CHECKS)
+    assert len(conformance.CHECKS) >= 18
+
+
+LIES = {
+    "exec": "exec",
+    "input": "exec",
+    "timeout": "exec",
+    "streams": "run",
+    "files": "files",
+    "operation_keys": "receipt",
+    "pause": "pause",
+    "end": "stop",
+}
+
+
+@pytest.mark.parametrize(("check", "method"), LIES.items(), ids=list(LIES))
+def test_a_sandbox_that_lies_is_found(check: str, method: str, options: dict[str, Path]):
+    """A sandbox in which one method does something else fails the check of that method."""
+
+    async def run() -> conformance.Report:
+        async with Client(**options) as client:
+
+            async def make() -> Sandbox:
+                sandbox = await client.create(Container())
+                other = sandbox.exec
+
+                async def lie(*_: object, **values: object) -> object:
+                    if method == "stop":
+                        return None
+                    if method == "pause":
+                        return None
+                    return await other("echo lie", timeout=5)
+
+                if method == "files":
+                    sandbox.files.write = lie  # type: ignore[method-assign]
+                else:
+                    setattr(sandbox, method, lie)
+                return sandbox
+
+            return await conformance.run(make, only=check)
+
+    with anyio.from_thread.start_blocking_portal() as portal:
+        try:
+            passed = portal.call(run).passed
+        except (AttributeError, TypeError, SandboxLost):
+            passed = False
+    assert not passed
+
+
+@pytest.mark.parametrize("spec", [Fn(), MicroVM(), FullVM()])
+def test_types_that_are_no_container_say_why(client: SyncClient, spec: Fn | MicroVM | FullVM):
+    with pytest.raises(Unsupported, match=type(spec).__name__):
+        client.create(spec)

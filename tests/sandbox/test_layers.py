@@ -1,0 +1,72 @@
+"""Containers on layered images: what one wrote becomes a layer that the next one runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fathom.errors import SandboxError, Unsupported
+from fathom.sandbox import Container, SyncClient
+from fathom.sandbox.images import Image, Store, pack_folder
+
+
+@pytest.fixture
+def stored(runtime_dir: Path, tmp_path: Path, need_root: None) -> Iterator[SyncClient]:
+    with SyncClient(runtime_dir=runtime_dir, cache_dir=tmp_path) as client:
+        yield client
+
+
+def test_writes_become_a_layer_to_run_on(stored: SyncClient):
+    first = stored.create(Container())
+    first.exec("echo one > f; mkdir d; echo two > d/g; ln -s ../f d/l; chmod 700 d", timeout=20)
+    assert first.pack_diff() == first.pack_diff(name="job/1")
+    later = stored.create(Container(image="job/1"))
+    shown = later.exec("cat f d/g d/l; stat -c %U:%a d; id -u", timeout=20)
+    assert shown.stdout == "one\ntwo\none\nuser:700\n1000\n"
+    assert later.exec("touch /etc/x || touch /x || touch /usr/x", timeout=20).exit_code != 0
+    later.exec("rm -r d; echo three > f", timeout=20)
+    later.pack_diff(name="job/2")
+    (copy,) = later.fork()
+    for last in (stored.create(Container(image="job/2")), copy):
+        assert last.exec("cat f; ls", timeout=20).stdout == "three\nf\n"
+    # What came first is what it was.
+    again = stored.create(Container(image="job/1"))
+    assert again.exec("cat f d/g", timeout=20).stdout == "one\ntwo\n"
+
+
+def test_nothing_of_a_layered_sandbox_stays(stored: SyncClient, traces):
+    sandbox = stored.create(Container())
+    sandbox.pack_diff(name="x")
+    stored.create(Container(image="x"))
+    stored.close()
+    assert traces(nodes=True) == set()
+
+
+def test_an_image_that_is_not_there(stored: SyncClient):
+    with pytest.raises(SandboxError, match="no image is called 'debian'"):
+        stored.create(Container(image="debian"))
+
+
+def test_an_image_whose_work_folder_is_a_trap(stored: SyncClient, tmp_path: Path):
+    """Its /work leads to a folder of the host, where the tenant would be made the owner."""
+    victim = tmp_path / "victim"
+    victim.mkdir(mode=0o755)
+    tree = tmp_path / "tree"
+    for name in ("usr/bin", "dev", "proc", "tmp"):
+        (tree / name).mkdir(parents=True)
+    (tree / "work").symlink_to(victim)
+    with Store(tmp_path / "store") as store:
+        layer = pack_folder(store, tree)
+        store.put_image(Image(layers=(layer.digest,), architecture="amd64"), "trap")
+    with pytest.raises(SandboxError, match="/work is not a folder"):
+        stored.create(Container(image="trap"))
+    assert victim.stat().st_uid == 0
+
+
+def test_layers_need_root(client: SyncClient, tmp_path: Path):
+    if client.create().caps.substrate != "bubblewrap":
+        pytest.skip("root can mount layers")
+    with pytest.raises(Unsupported, match="pack_diff"):
+        client.create().pack_diff()

@@ -1,0 +1,261 @@
+"""Network policies: what is allowed works, all else does not, and a policy is replaced whole.
+
+Every server here listens on the loopback device of this machine; 127.0.0.2 and its like are not the
+sandbox's own loopback once a policy names them.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from fathom.errors import SandboxError, Unsupported
+from fathom.sandbox import Container, Net, SyncClient, SyncSandbox
+from fathom.sandbox.net import PROXY_PORT, RELAY_PORT
+
+FETCH = """
+import sys, urllib.request
+try:
+    print(urllib.request.urlopen(sys.argv[1], timeout=4).read().decode())
+except urllib.error.HTTPError as error:
+    print("HTTP", error.code)
+except OSError as error:
+    print("no", error)
+"""
+RAW = """
+import socket, sys
+host, port, text = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+try:
+    with socket.create_connection((host, port), timeout=2) as s:
+        s.settimeout(4)
+        s.sendall(text.encode().decode("unicode_escape").encode())
+        answer = b""
+        while piece := s.recv(4096):
+            answer += piece
+        print(answer.decode(errors="replace"))
+except OSError as error:
+    print("no", error)
+"""
+
+
+class Handler(BaseHTTPRequestHandler):
+    seen: ClassVar[list[str]] = []
+
+    def _answer(self) -> None:
+        Handler.seen.append(f"{self.command} {self.path}")
+        body = f"{self.command} {self.path}".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = _answer
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with ThreadingHTTPServer(("127.0.0.2", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _root(need_root: None) -> None:
+    Handler.seen.clear()
+
+
+@pytest.fixture(scope="module")
+def box(runtime_dir: Path, cache_dir: Path, port: int) -> Iterator[SyncSandbox]:
+    mirrors = {"pypi": f"http://127.0.0.2:{port}/index"}
+    with SyncClient(runtime_dir=runtime_dir, cache_dir=cache_dir, mirrors=mirrors) as client:
+        sandbox = client.create(Container(image="python"))
+        sandbox.phase("warm", net=Net.deny().mirror("pypi"))  # starts what a policy needs
+        yield sandbox
+
+
+def fetch(sandbox: SyncSandbox, url: str) -> str:
+    return sandbox.exec(["python3", "-c", FETCH, url], timeout=20).output.strip()
+
+
+def raw(
+    sandbox: SyncSandbox, host: str, port: int, text: str = "GET / HTTP/1.0\\r\\n\\r\\n"
+) -> str:
+    return sandbox.exec(["python3", "-c", RAW, host, str(port), text], timeout=20).output
+
+
+def test_an_address_is_reached_and_its_neighbours_are_not(box: SyncSandbox, port: int):
+    version = box.phase("a", net=Net.deny().address("127.0.0.2", port))
+    assert fetch(box, f"http://127.0.0.2:{port}/x") == "GET /x"
+    assert Handler.seen == ["GET /x"]
+    with socket.create_server(("127.0.0.3", port)), socket.create_server(("127.0.0.2", 0)) as near:
+        assert raw(box, "127.0.0.3", port).startswith("no")
+        assert raw(box, "127.0.0.2", near.getsockname()[1]).startswith("no")
+    for entry in box.network_log():
+        assert entry["allowed"] == (entry["port"] == port) if "port" in entry else True
+    assert box.phase("b", net=Net.deny()) == version + 1
+
+
+def test_a_policy_replaces_the_former_as_a_whole(box: SyncSandbox, port: int):
+    box.phase("a", net=Net.deny().address("127.0.0.2", port).mirror("pypi"))
+    assert fetch(box, f"http://127.0.0.2:{port}/1") == "GET /1"
+    box.phase("b", net=Net.deny().address("127.0.0.9", 9))
+    assert fetch(box, f"http://127.0.0.2:{port}/2").startswith("no")
+    assert fetch(box, f"http://127.0.0.1:{PROXY_PORT}/mirror/pypi/x") == "HTTP 403"
+    box.phase("c")
+    assert fetch(box, f"http://127.0.0.2:{port}/3").startswith("no")
+    assert Handler.seen == ["GET /1"]
+
+
+def test_open_connections_end_with_their_policy(box: SyncSandbox, port: int):
+    with socket.create_server(("127.0.0.4", 0)) as server:
+        where = server.getsockname()[1]
+        box.phase("a", net=Net.deny().address("127.0.0.4", where))
+        code = (
+            f"import socket; s = socket.create_connection(('127.0.0.4', {where})); "
+            "import os; os.write(1, b'up'); os.write(1, repr(s.recv(9)).encode())"
+        )
+        with box.run(["python3", "-u", "-c", code], timeout=20) as process:
+            assert process.read() == ("stdout", b"up")
+            far, _ = server.accept()
+            with far:
+                box.phase("b")
+                assert process.read() == ("stdout", b"b''")
+
+
+def test_mirrors_are_read_and_never_written(box: SyncSandbox, port: int):
+    box.phase("a", net=Net.deny().mirror("pypi"))
+    base = f"http://127.0.0.1:{PROXY_PORT}/mirror"
+    assert fetch(box, f"{base}/pypi/simple/numpy/") == "GET /index/simple/numpy/"
+    assert fetch(box, f"{base}/npm/x") == "HTTP 403"
+    for head in (
+        "POST /mirror/pypi/x HTTP/1.1\\r\\n\\r\\n",
+        "PUT /mirror/pypi/x HTTP/1.1\\r\\n\\r\\n",
+        "GET /mirror/pypi/../../secret HTTP/1.1\\r\\n\\r\\n",
+        f"GET http://127.0.0.2:{port}/x HTTP/1.1\\r\\n\\r\\n",
+        f"CONNECT 127.0.0.2:{port} HTTP/1.1\\r\\n\\r\\n",
+    ):
+        assert " 403 " in raw(box, "127.0.0.1", PROXY_PORT, head), head
+    assert Handler.seen == ["GET /index/simple/numpy/"]
+    shown = box.exec("echo $PIP_INDEX_URL", timeout=10).stdout
+    assert shown == f"{base}/pypi/simple/\n"
+
+
+def test_domains_by_the_proxy(box: SyncSandbox, port: int):
+    box.phase("a", net=Net.deny().domain("localhost", port, private=True))
+    head = f"GET http://localhost:{port}/d HTTP/1.1\\r\\nHost: other\\r\\n\\r\\n"
+    # The name leads to 127.0.0.1, where nothing of ours listens; that it was tried is enough here.
+    assert " 502 " in raw(box, "127.0.0.1", PROXY_PORT, head)
+    for name in ("example.org", "localhost.example.org", "xlocalhost", "127.0.0.2"):
+        head = f"CONNECT {name}:{port} HTTP/1.1\\r\\n\\r\\n"
+        assert " 403 " in raw(box, "127.0.0.1", PROXY_PORT, head), name
+    assert " 403 " in raw(box, "127.0.0.1", PROXY_PORT, "CONNECT localhost:1 HTTP/1.1\\r\\n\\r\\n")
+
+
+def test_a_name_that_leads_to_this_machine_is_no_way_in(box: SyncSandbox, port: int):
+    """Whoever owns an allowed name could let it point at this machine's own services."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        where = server.server_address[1]
+        box.phase("a", net=Net.deny().domain("localhost", where))
+        head = f"GET http://localhost:{where}/d HTTP/1.1\\r\\n\\r\\n"
+        assert " 502 " in raw(box, "127.0.0.1", PROXY_PORT, head)
+        box.phase("b", net=Net.deny().domain("localhost", where, private=True))
+        assert "GET /d" in raw(box, "127.0.0.1", PROXY_PORT, head)
+        server.shutdown()
+    assert Handler.seen == ["GET /d"]
+    kinds = [entry["kind"] for entry in box.network_log() if not entry["allowed"]]
+    assert "private" in kinds
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\r\\n\\r\\n",
+        "GET\\r\\n\\r\\n",
+        "CONNECT x HTTP/1.1\\r\\n\\r\\n",
+        "\\x16\\x03\\x01\\r\\n\\r\\n",
+    ],
+)
+def test_nonsense_to_the_proxy(box: SyncSandbox, port: int, text: str):
+    box.phase("a", net=Net.deny().mirror("pypi"))
+    answer = raw(box, "127.0.0.1", PROXY_PORT, text)
+    assert " 400 " in answer or " 403 " in answer
+    assert fetch(box, f"http://127.0.0.1:{PROXY_PORT}/mirror/pypi/ok") == "GET /index/ok"
+
+
+def test_the_relay_cannot_be_asked_for_more_than_the_rules_turn_to_it(box: SyncSandbox, port: int):
+    box.phase("a", net=Net.deny().address("127.0.0.2", port))
+    assert "GET" not in raw(box, "127.0.0.1", RELAY_PORT)
+    assert Handler.seen == []
+
+
+def test_other_ways_out_stay_closed_under_a_policy(box: SyncSandbox, port: int):
+    box.phase("a", net=Net.deny().address("127.0.0.2", port).mirror("pypi"))
+    code = """
+import socket, sys
+def tried(name, work):
+    try:
+        work()
+        print(name)
+    except OSError:
+        pass
+def udp(host, port, family=socket.AF_INET):
+    s = socket.socket(family, socket.SOCK_DGRAM)
+    s.settimeout(1)
+    s.connect((host, port))
+    s.send(b"x")
+    s.recv(10)
+tried("dns", lambda: udp("1.1.1.1", 53))
+tried("dns of the host", lambda: udp("127.0.0.53", 53))
+tried("udp to the allowed", lambda: udp("127.0.0.2", int(sys.argv[1])))
+tried("ipv6", lambda: udp("2606:4700:4700::1111", 53, socket.AF_INET6))
+tried("ipv6 tcp", lambda: socket.create_connection(("::ffff:1.1.1.1", 80), timeout=1))
+tried("raw", lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1))
+tried("packet", lambda: socket.socket(17, 3, 0))
+tried("metadata", lambda: socket.create_connection(("169.254.169.254", 80), timeout=1))
+tried("nft", lambda: socket.socket(16, 3, 12))
+"""
+    result = box.exec(["python3", "-c", code, str(port)], timeout=40)
+    assert (result.stdout, result.stderr) == ("", "")
+    assert box.exec("ip link add x type dummy; nft flush ruleset", timeout=10).exit_code != 0
+
+
+def test_what_cannot_be_a_policy():
+    for make in (
+        lambda: Net.deny().address("example.org", 80),
+        lambda: Net.deny().address("1.2.3.4", 0),
+        lambda: Net.deny().domain("1.2.3.4"),
+        lambda: Net.deny().domain("a b"),
+        lambda: Net.deny().domain("*"),
+        lambda: Net.deny().domain("x.org", 99999),
+        lambda: Net.deny().mirror("../x"),
+        lambda: Net.deny().mirror(""),
+    ):
+        with pytest.raises(SandboxError):
+            make()
+    with pytest.raises(Unsupported, match="IPv6"):
+        Net.deny().address("2001:db8::1", 80)
+
+
+def test_an_unknown_mirror(box: SyncSandbox):
+    with pytest.raises(SandboxError, match="knows no mirror 'go' \\(known: pypi\\)"):
+        box.phase("a", net=Net.deny().mirror("go"))
+
+
+def test_a_sandbox_can_begin_with_a_policy(client: SyncClient, port: int):
+    net = Net.deny().address("127.0.0.2", port)
+    sandbox = client.create(Container(image="python"), net=net)
+    assert fetch(sandbox, f"http://127.0.0.2:{port}/begin") == "GET /begin"
+    (copy,) = sandbox.fork()
+    assert fetch(copy, f"http://127.0.0.2:{port}/copy").startswith("no")

@@ -42,7 +42,7 @@ class Ranks:
         return shared.tolist()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes: [...] like `tensor`, which is [...] floating."""
+        """The sum over all processes. tensor: [...] floating. Returns the same shape."""
         if self.size == 1:
             return tensor
         total = tensor.detach().clone()

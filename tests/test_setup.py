@@ -62,7 +62,8 @@ def test_installs_once(machine):
     first = machine.setup()
     assert first.returncode == 0, first.stderr
     assert machine.calls("python") == [
-        "-m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[dev]"
+        "-m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[dev]",
+        "-m fathom generate a --max-tokens 2",
     ]
     second = machine.setup()
     assert (second.returncode, second.stdout, machine.calls("python")) == (0, "", [])
@@ -74,7 +75,7 @@ def test_installs_again_when_the_requirements_change(machine, file):
     with (machine.checkout / file).open("a") as f:
         f.write("\n# changed\n")
     machine.setup()
-    assert len(machine.calls("python")) == 1
+    assert len(machine.calls("python")) == 2
 
 
 def test_a_failed_installation_is_tried_again(machine):

@@ -9,6 +9,7 @@ Paper: none (inference interface).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections import deque
@@ -60,8 +61,7 @@ class LocalBackend:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Output, None]:
         """Generate on the engine's thread. Raises GenerationError, and BackendError for a bug."""
         completion = _Completion(request, self._tokenizer, asyncio.get_running_loop())
-        self._start()
-        self._orders.put(lambda engine: self._submit(engine, completion))
+        self._order(lambda engine: self._submit(engine, completion))
         try:
             while True:
                 for item in await completion.mailbox.take():
@@ -74,6 +74,7 @@ class LocalBackend:
                         return
         finally:
             completion.mailbox.closed.set()
+            # Without a thread nothing of it runs, and nothing is to be cancelled.
             self._orders.put(lambda engine: self._cancel(engine, completion))
 
     async def metrics_text(self) -> str:
@@ -84,8 +85,7 @@ class LocalBackend:
         def tell(engine: Engine) -> None:
             loop.call_soon_threadsafe(found.set_result, engine.metrics_text())
 
-        self._start()
-        self._orders.put(tell)
+        self._order(tell)
         return await found
 
     async def aclose(self) -> None:
@@ -93,24 +93,41 @@ class LocalBackend:
         if self._thread is not None:
             self._orders.put(None)
 
-    def _start(self) -> None:
+    def _order(self, order: Callable[[Engine], None]) -> None:
+        """Hand something to the engine's thread, and start it where there is none.
+
+        In this order: a thread that is ending looks at the orders once more before it goes.
+        """
+        engine = self._llm.engine  # what fails here fails for its caller
+        self._orders.put(order)
         with self._starting:
-            if self._thread is None or not self._thread.is_alive():
+            if self._thread is None:
                 self._thread = threading.Thread(
-                    target=self._work, name="fathom-engine", daemon=True
+                    target=self._work, args=(engine,), name="fathom-engine", daemon=True
                 )
                 self._thread.start()
 
-    def _work(self) -> None:
-        try:
-            engine = self._llm.engine
-            while self._take_orders(engine):
-                engine.step()
-                self._hand_out(engine)
-        except BaseException as error:
-            for completion in self._active.values():
-                completion.mailbox.put(error)
-            self._active.clear()
+    def _work(self, engine: Engine) -> None:
+        while True:
+            try:
+                if not self._take_orders(engine):
+                    with self._starting:
+                        if self._orders.empty():
+                            self._thread = None
+                            return
+                elif self._active:
+                    engine.step()
+                    self._hand_out(engine)
+            except Exception as error:  # a bug of the model: all hear of it, and the thread goes on
+                self._fail_all(engine, error)
+
+    def _fail_all(self, engine: Engine, error: Exception) -> None:
+        for completion in self._active.values():
+            completion.mailbox.put(error)
+            if completion.running is not None:
+                with contextlib.suppress(Exception):  # the engine may be as broken as the step
+                    engine.cancel(completion.running)
+        self._active.clear()
 
     def _take_orders(self, engine: Engine) -> bool:
         """Carry out what has been asked for, waiting when there is nothing else to do."""
@@ -123,6 +140,8 @@ class LocalBackend:
                 for completion in self._active.values():
                     if completion.running is not None:
                         engine.cancel(completion.running)
+                self._hand_out(engine)
+                self._active.clear()
                 return False
             order(engine)
             if self._orders.empty() and self._active:

@@ -35,6 +35,7 @@ from fathom.sandbox.types import Caps, Container
 SOCKET = "edge.sock"
 NOTE = "edge.json"
 _TICK = 0.5
+_REQUEST_TIMEOUT = 30.0  # for a client to say what it wants
 _LINE_LIMIT = 1 << 20
 _CHUNK = 1 << 18
 _log = logging.getLogger(__name__)
@@ -123,9 +124,15 @@ class Edge:
                     started.set()
                 while True:
                     await anyio.wait_readable(sock)
-                    with contextlib.suppress(BlockingIOError):
+                    try:
                         client, _ = sock.accept()
-                        group.start_soon(self._serve_one, client)
+                    except BlockingIOError:
+                        continue
+                    except OSError as error:  # too many open files, say: later there may be fewer
+                        _log.warning("event=accept error=%s", error)
+                        await anyio.sleep(0.05)
+                        continue
+                    group.start_soon(self._serve_one, client)
         finally:
             sock.close()
             with contextlib.suppress(OSError):
@@ -155,10 +162,11 @@ class Edge:
             raise SandboxError(f"a daemon answers in {self.host.runtime} already: stop it first")
 
     async def _serve_one(self, client: socket.socket) -> None:
-        stream = await UNIXSocketStream.from_socket(client)
-        async with stream:
-            try:
-                request = await _read_line(stream)
+        # Whatever goes wrong with one client must not end the daemon.
+        try:
+            async with await UNIXSocketStream.from_socket(client) as stream:
+                with anyio.fail_after(_REQUEST_TIMEOUT):
+                    request = await _read_line(stream)
                 if request is None:
                     return
                 if request.get("op") == "open":
@@ -166,8 +174,8 @@ class Edge:
                     return
                 answer = await self._answer(request)
                 await stream.send(json.dumps(answer).encode() + b"\n")
-            except (OSError, ValueError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
-                _log.debug("event=broken error=%s", error)
+        except Exception as error:
+            _log.debug("event=broken error=%r", error)
 
     async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         op = str(request.pop("op", ""))
@@ -178,7 +186,7 @@ class Edge:
                 if self._operations[op] == self._pass:
                     return await self._pass(op, **request)
                 return await self._operations[op](**request)
-            except TypeError as error:
+            except (TypeError, ValueError, KeyError, AttributeError) as error:
                 raise SandboxError(f"the request does not fit {op}: {error}") from error
         except FathomError as error:
             self.counts["failed"] += 1

@@ -25,13 +25,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from fathom.sandbox import messages
 
 _ORIGINAL_DST = 80
 _HEAD_LIMIT = 1 << 16
 _CONNECT_TIMEOUT = 20.0
+_LOG_LIMIT = 16 << 20  # bytes of a sandbox's network log
 _IDLE = 600.0
 _CHUNK = 1 << 16
 _NOBODY = 65534
@@ -47,16 +48,23 @@ class Place:
     policy: dict[str, Any]
     version: int
     log: int
+    noted: int = 0
     servers: list[asyncio.Server] = field(default_factory=list["asyncio.Server"])
     open: dict[asyncio.Task[None], Verdict] = field(
         default_factory=dict["asyncio.Task[None]", Verdict]
     )
 
     def note(self, **values: Any) -> None:
-        """Write one line to the sandbox's log."""
+        """Write one line to the sandbox's log, which a tenant must not make endless."""
         line = {"time": round(time.time(), 3), "policy": self.version, **values}
+        data = (json.dumps(line) + "\n").encode()
+        if self.noted > _LOG_LIMIT:
+            return
+        self.noted += len(data)
+        if self.noted > _LOG_LIMIT:
+            data = b'{"time": %d, "kind": "log_full", "allowed": false}\n' % time.time()
         with contextlib.suppress(OSError):
-            os.write(self.log, (json.dumps(line) + "\n").encode())
+            os.write(self.log, data)
 
 
 def allows_address(host: str, port: int) -> Verdict:
@@ -201,6 +209,9 @@ class Relay:
             first, *headers = head.rstrip("\r\n").split("\r\n")
             method, _, rest = first.partition(" ")
             target, _, version = rest.rpartition(" ")
+            # A line that hides a second one would be a second request to whoever reads it next.
+            if " " in target or any(c in line for line in (first, *headers) for c in "\r\n\0"):
+                raise Refused("400 Bad Request")
             if not version.startswith("HTTP/1."):
                 raise Refused("400 Bad Request")
             if method == "CONNECT":
@@ -229,7 +240,7 @@ class Relay:
         if not port.isdigit():
             raise Refused("400 Bad Request")
         judge = allows_domain(host, int(port))
-        self._admit(place, judge, kind="connect", host=host, port=int(port))
+        self._admit(place, judge, kind="connect", host=host[:255], port=int(port))
         far = await self._dial(place, host, int(port))
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
         await _join(reader, writer, *far)
@@ -265,7 +276,9 @@ class Relay:
         name, _, path = target.removeprefix("/mirror/").partition("/")
 
         def judge(policy: dict[str, Any]) -> bool:
-            return name in policy["mirrors"] and method in _READING and ".." not in path
+            plain = unquote(unquote(path))
+            inside = ".." not in plain and "\\" not in plain
+            return name in policy["mirrors"] and method in _READING and inside
 
         self._admit(place, judge, kind="mirror", method=method, url=target[:2000])
         parts = urlsplit(str(place.policy["mirrors"][name]))

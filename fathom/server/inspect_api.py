@@ -108,7 +108,10 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         text = fields.required_text("prompt")
         special = fields.boolean("special") or False
         ids = await anyio.to_thread.run_sync(tokenizer().encode, text, special)
-        pieces = [tokenizer().decode([token]) for token in ids]
+        if len(ids) > _MOST_TOKENS:
+            fields.fail("prompt", f"must be at most {_MOST_TOKENS} tokens")
+        decode = tokenizer().decode
+        pieces = await anyio.to_thread.run_sync(lambda: [decode([token]) for token in ids])
         context = service.backend.info.context_tokens
         return {"count": len(ids), "tokens": ids, "token_strs": pieces, "max_model_len": context}
 
@@ -120,7 +123,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         fits = len(ids) <= _MOST_TOKENS
         if not fits or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             fields.fail("tokens", f"must be at most {_MOST_TOKENS} token ids")
-        return {"prompt": tokenizer().decode(ids)}
+        return {"prompt": await anyio.to_thread.run_sync(tokenizer().decode, ids)}
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:
@@ -132,4 +135,8 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", **documents.METRICS)
     async def metrics() -> Response:
         """Counters for Prometheus."""
-        return PlainTextResponse(service.metrics.render(), media_type=CONTENT_TYPE)
+        counters = service.metrics.render()
+        engine = getattr(service.backend, "metrics_text", None)  # engines may have their own
+        if engine is not None:
+            counters += (await engine()).encode()
+        return PlainTextResponse(counters, media_type=CONTENT_TYPE)

@@ -42,7 +42,9 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._file = os.open(path, flags, 0o600)
+            os.fchmod(self._file, 0o600)  # also where the file was there before
         except OSError as error:
             raise ServerError(f"cannot record to {path}: {error.strerror}") from None
         self._count = 0
@@ -133,6 +135,9 @@ class _RecordedBackend:
     @property
     def tokenizer(self) -> Tokenizer | None:
         return self._backend.tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Output, None]:
         notes: dict[str, Any] = {

@@ -72,8 +72,8 @@ class TurnStore:
     """Reasoning by call id and responses by their id, both by owner."""
 
     def __init__(self, entries: int, size: int) -> None:
-        self._reasoning: Bounded[str] = Bounded(16 * entries, size)
-        self._responses: Bounded[StoredResponse] = Bounded(entries, size)
+        self._reasoning: Bounded[str] = Bounded(16 * entries, size // 2)
+        self._responses: Bounded[StoredResponse] = Bounded(entries, size // 2)
 
     def keep_reasoning(self, owner: str, call_ids: list[str], reasoning: str) -> None:
         """Remember what was thought before these calls."""

@@ -42,7 +42,7 @@ class Ranks:
         return shared.tolist()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, of the same shape. tensor: [...] floating."""
+        """The sum over all processes. tensor: [...] floating. Returns the same shape."""
         if self.size == 1:
             return tensor
         total = tensor.detach().clone()

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from fathom.errors import DaemonLost, PolicyDenied, SandboxError, SandboxLost, Unsupported
-from fathom.sandbox import Container, SyncClient, state
+from fathom.sandbox import Container, SyncClient, messages, state
+from fathom.sandbox.edge import SOCKET
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SERVE = """
@@ -78,6 +79,21 @@ def daemon(cache_dir: Path) -> Iterator[Daemon]:
     for path in made.folder.iterdir():
         path.unlink()
     made.folder.rmdir()
+
+
+def test_no_client_ends_the_daemon(daemon: Daemon):
+    """One that hangs up at once, one that nests too deep, and ones that ask for nonsense."""
+    with daemon.client() as client:
+        name = client.create(Container()).id
+    opened = json.dumps({"op": "open", "id": name}).encode() + b"\n"
+    deep = b"[" * 200_000 + b"\n"
+    odd = json.dumps({"op": "create", "spec": 5, "net": "x"}).encode() + b"\n"
+    for data in (b"", opened, deep, odd, b"5\n", b"\xff\n") * 3:
+        with messages.connect(daemon.folder, SOCKET) as sock:
+            sock.sendall(data)
+    time.sleep(0.5)
+    with daemon.client() as client:
+        assert client.attach(name).exec("echo here", timeout=20).stdout == "here\n"
 
 
 def test_sandboxes_outlive_clients_and_the_daemon(daemon: Daemon):

@@ -146,6 +146,14 @@ def test_mirrors_are_read_and_never_written(box: SyncSandbox, port: int):
         f"CONNECT 127.0.0.2:{port} HTTP/1.1\\r\\n\\r\\n",
     ):
         assert " 403 " in raw(box, "127.0.0.1", PROXY_PORT, head), head
+    for head in (  # a second request hidden in the first, and a way out in other letters
+        "GET /mirror/pypi/x HTTP/1.1\\nFoo: b\\n\\nPOST /y HTTP/1.1\\r\\n\\r\\n",
+        "GET /mirror/pypi/x HTTP/1.1\\r\\nFoo: b\\n\\nPOST /y HTTP/1.1\\r\\n\\r\\n",
+        "GET /mirror/pypi/%2e%2e/secret HTTP/1.1\\r\\n\\r\\n",
+        "GET /mirror/pypi/%252e%252e/secret HTTP/1.1\\r\\n\\r\\n",
+    ):
+        answer = raw(box, "127.0.0.1", PROXY_PORT, head)
+        assert " 400 " in answer or " 403 " in answer, head
     assert Handler.seen == ["GET /index/simple/numpy/"]
     shown = box.exec("echo $PIP_INDEX_URL", timeout=10).stdout
     assert shown == f"{base}/pypi/simple/\n"

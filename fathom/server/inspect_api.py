@@ -82,6 +82,10 @@ def _add_prompts(app: FastAPI, service: Service) -> None:
         known = service.backend.tokenizer is not None
         return {
             "prompt": prepared.text,
+            # Text that merely spells a special token is not one: only this list can tell.
+            "segments": [
+                {"text": part.text, "special": part.special} for part in prepared.request.segments()
+            ],
             "token_ids": prepared.prompt if known else None,
             "tokens": len(prepared.prompt),
             "thinking": prepared.request.thinking,

@@ -104,11 +104,21 @@ class Egress:
             messages.send(self._control, message, fds)
             answer, _ = messages.receive(self._control)
         except OSError as error:
+            self._lose()
             raise SandboxError(f"the network relay does not answer: {error}") from error
         if answer is None:
-            self._control.close()
-            self._control = None
+            self._lose()
             raise SandboxError("the network relay ended: set the policy again")
+
+    def _lose(self) -> None:
+        """Forget a relay that is of no use, and end it: the next one is told everything anew."""
+        assert self._control is not None
+        self._control.close()
+        self._control = None
+        self._open.clear()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -22,7 +22,6 @@ FRAME_LIMIT = 1 << 20
 # Bytes of standard input that may be on the way before the agent grants more.
 WINDOW = 256 << 10
 PIECE = 64 << 10
-SECRET_SIZE = 32
 _HEADER = struct.Struct("<IIBBH")
 _FIELD = struct.Struct("<BI")
 _NUMBER = struct.Struct("<Q")

@@ -5,7 +5,6 @@ Paper: §5.2.5 (command execution and terminals of the common surface).
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import signal as signals
@@ -318,6 +317,3 @@ class Process:
 def file_problem(problem: str) -> int | None:
     """Return the errno that a file operation reported, or None."""
     return int(problem[1:]) if problem.startswith("E") and problem[1:].isdigit() else None
-
-
-NOT_PLAIN = errno.ENOTSUP

@@ -6,6 +6,9 @@ sandbox's own loopback once a policy names them.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -254,6 +257,27 @@ def test_what_cannot_be_a_policy():
             make()
     with pytest.raises(Unsupported, match="IPv6"):
         Net.deny().address("2001:db8::1", 80)
+
+
+def is_ours(pid: int) -> bool:
+    """Whether a process descends from this one: tests beside it have relays too."""
+    while pid > 1 and pid != os.getpid():
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        pid = int(stat.rpartition(")")[2].split()[1])
+    return pid == os.getpid()
+
+
+def test_a_policy_can_be_set_again_after_the_relay_was_killed(box: SyncSandbox, port: int):
+    box.phase("a", net=Net.deny().mirror("pypi"))
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if b"fathom.sandbox.relay" in path.read_bytes() and is_ours(int(path.parent.name)):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+    with pytest.raises(SandboxError, match="relay"):
+        box.phase("b", net=Net.deny().mirror("pypi"))
+    box.phase("b", net=Net.deny().mirror("pypi"))
+    base = f"http://127.0.0.1:{PROXY_PORT}/mirror"
+    assert fetch(box, f"{base}/pypi/again") == "GET /index/again"
 
 
 def test_an_unknown_mirror(box: SyncSandbox):

@@ -35,7 +35,6 @@ _MODES: dict[str, dict[str, str]] = {
         "max": "max",
     },
 }
-EFFORTS = tuple(_MODES["0731"])
 _SWITCHES = ("enabled", "disabled", "adaptive")
 
 

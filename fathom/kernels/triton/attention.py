@@ -38,8 +38,8 @@ class _Tiles:
     step: int
 
 
-# By the layer's compress ratio. Few entries: small programs keep the whole device busy with a single
-# token. HCA sees thousands in a long context: all heads share what was decoded.
+# By the layer's compress ratio. Few entries: small programs keep the whole device busy with a
+# single token. HCA sees thousands in a long context: all heads share what was decoded.
 TILES = {
     0: _Tiles(heads=16, near=32, far=32, step=32),
     4: _Tiles(heads=16, near=32, far=32, step=32),
@@ -60,8 +60,8 @@ def _attend(
     query, query_stride, rotation, positions, ring, ring_stride, pool, page_stride, entry_offset,
     table, pages, picks, picks_count, partial, sums, heads, scale, eps,
     KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
-    PAGE: tl.constexpr, CHUNK: tl.constexpr, NEAR: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr,
-    PICKED: tl.constexpr, DOT: tl.constexpr,
+    PAGE: tl.constexpr, CHUNK: tl.constexpr, NEAR: tl.constexpr, STEP: tl.constexpr,
+    HEADS: tl.constexpr, PICKED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     chunk, group, token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     dtype: tl.constexpr = query.dtype.element_ty

@@ -2,9 +2,9 @@
 
 Four launches. `_scores` also keeps the largest score of every small group of entries. There are at
 least k scores not below the k-th largest of those maxima, so `_threshold`, which looks at the
-maxima alone, bounds the answer from below; about k entries pass it, and `_collect` gathers them. `_choose`
-sorts what was gathered as 64-bit numbers, score first and then the lower position: exact, also for
-ties, whatever order they were gathered in. Where very many pass (they sit in few groups),
+maxima alone, bounds the answer from below; about k entries pass it, and `_collect` gathers them.
+`_choose` sorts what was gathered as 64-bit numbers, score first and then the lower position: exact,
+also for ties, whatever order they were gathered in. Where very many pass (they sit in few groups),
 `_choose` first raises the bound bit by bit.
 
 Bytes for one token at 1M tokens: 262,144 keys of 68 bytes, 17.8 MB; scores 1 MB written and read.

@@ -182,8 +182,8 @@ def _down(
                 for t in tl.static_range(TOKENS):
                     pair = tl.load(pairs + tl.minimum(begin + t, end - 1))
                     routed_sums = p.fp4_row_sums(
-                        routed_words, own, act + pair * INNER, unit + pair * (INNER // 128), INNER, col,
-                        BLOCK // 32, PACKED,
+                        routed_words, own, act + pair * INNER, unit + pair * (INNER // 128), INNER,
+                        col, BLOCK // 32, PACKED,
                     )  # fmt: skip
                     total = p.added(total, routed_sums, t)
             place = begin + tl.arange(0, TOKENS)
@@ -301,7 +301,8 @@ def stored_moe(
     rows = max(1, min(hidden, p.program_rows(block, 8) // DOWN_SHARE))
     _down[(hidden // rows, most + triton.cdiv(tokens, few))](
         rounded.for_fp4, rounded.unit, w2, s2, pairs, run_expert, run_start, runs, out,
-        rounded.for_fp8[count:], rounded.unit[count:], shared_down, shared_down_scale, shared_out, tokens, hidden, most,
-        INNER=inner, BLOCK=block, ROWS=rows, TOKENS=few, PACKED=packed, num_warps=WARPS,
+        rounded.for_fp8[count:], rounded.unit[count:], shared_down, shared_down_scale, shared_out,
+        tokens, hidden, most, INNER=inner, BLOCK=block, ROWS=rows, TOKENS=few, PACKED=packed,
+        num_warps=WARPS,
     )  # fmt: skip
     return out, shared_out, indices

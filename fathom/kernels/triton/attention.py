@@ -11,9 +11,6 @@ the partial results.
 Paper: §2.3.1 (core attention), §2.3.3 (attention sink, inverse rotation).
 """
 
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -8,9 +8,6 @@ checkpoint is read and never written to a cache.
 Paper: §2.3.4 (mixed precision of KV entries, FP4 indexer); §3.4 (FP8 and FP4).
 """
 
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 import triton

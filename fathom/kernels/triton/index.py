@@ -12,9 +12,6 @@ Bytes for one token at 1M tokens: 262,144 keys of 68 bytes, 17.8 MB; scores 1 MB
 Paper: §2.3.1, eq. 13-17; §3.4 (FP4 indexer).
 """
 
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 import torch

@@ -10,9 +10,6 @@ far as they fit).
 Paper: §3.4 (FP8 linear layers, 1x128 by 128x128).
 """
 
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 import torch

@@ -16,9 +16,6 @@ Instructions for one token: 2.9 a FP4 code, 1.8 a FP8 code; an H100 has about 29
 Paper: §3.4 (FP8 by 128 x 128, FP4 by 1 x 32, activations by 1 x 128).
 """
 
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -208,6 +208,8 @@ class Sandbox:
     ) -> Order:
         if op is not None:
             check_key(op)
+            # Whoever asked may die: the command goes on, and its receipt waits for the next one.
+            flags |= Flags.DETACH
         return Order(
             request=request,
             cap=cap,

@@ -150,6 +150,26 @@ def test_a_result_under_a_key_survives_the_daemon(daemon: Daemon):
         assert sandbox.receipt("o/1").state == "finished"
 
 
+def test_input_of_a_killed_client_is_not_read_twice(daemon: Daemon):
+    """Whoever asks again sends all of the input; the command gets what had not come yet."""
+    command = "head -c 1000000 > got; touch half; sleep 0.5; cat >> got; wc -c < got"
+    with daemon.client() as client:
+        sandbox = client.create(Container(disk="64MiB"))
+        code = (
+            "import sys; from fathom.sandbox import SyncClient; "
+            f"SyncClient('edge', runtime_dir={str(daemon.folder)!r}).attach({sandbox.id!r})"
+            f".exec({command!r}, timeout=30, op='o/1', stdin=b'x' * {3 << 20})"
+        )
+        program = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
+        while sandbox.exec("test -e half", timeout=20).exit_code:
+            time.sleep(0.02)
+        program.kill()
+        program.wait()
+        assert sandbox.receipt("o/1").state == "running"
+        result = sandbox.exec(command, timeout=30, op="o/1", stdin=b"x" * (3 << 20))
+        assert (result.exit_code, result.stdout) == (0, f"{3 << 20}\n")
+
+
 @pytest.mark.usefixtures("need_root")
 def test_a_paused_sandbox_is_adopted_paused(daemon: Daemon):
     with daemon.client() as client:

@@ -223,6 +223,7 @@ def prepare() -> None:
         # crun 1.8 refuses v1 with a v2 tree beside it; only this process and what it starts stop
         # seeing that tree.
         syscalls.unmount(str(layout.beside))
+        cgroups.current_layout.cache_clear()
 
 
 def _stop(*_: object) -> None:

@@ -14,7 +14,6 @@ import fcntl
 import json
 import os
 import select
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -102,7 +101,7 @@ def remove(folder: Path) -> bool:
                 if not entry.is_dir(follow_symlinks=False):
                     path.unlink()
                 elif entry.name == RUNTIME:
-                    shutil.rmtree(path, ignore_errors=True)
+                    _remove_tree(path)
                 elif entry.name == LAYERS:
                     # Mount points: folders alone, and rmdir takes nothing that holds anything.
                     for at, _, _ in os.walk(path, topdown=False):
@@ -111,6 +110,14 @@ def remove(folder: Path) -> bool:
                     path.rmdir()
         folder.rmdir()
     return not folder.exists()
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder that nobody else may write to, without a look at each name first."""
+    for at, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            os.unlink(os.path.join(at, name))
+        os.rmdir(at)
 
 
 def reap(runtime: Path) -> list[str]:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -239,11 +241,30 @@ def start(launch: Launch, ends: Ends, group: cgroups.Group, rootfs: Path) -> Sta
     return Started(pid=pid, tenant=TENANT)
 
 
+@functools.cache
+def sealed(program: str) -> str:
+    """Return a path of a copy of `program` in memory that nobody can write to any more.
+
+    Started from a file, crun and runc first make such a copy and start themselves once more from
+    it, lest a tenant changes the file through /proc. Here that is done once for all sandboxes. The
+    path leads through this process; where the kernel allows no such copy it is `program`.
+    """
+    try:
+        fd = os.memfd_create("runtime", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.fchmod(fd, 0o755)
+        with open(program, "rb") as source:
+            while os.sendfile(fd, source.fileno(), None, 1 << 20):  # type: ignore[arg-type]
+                pass
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except OSError:
+        return program
+    return f"/proc/{os.getpid()}/fd/{fd}"
+
+
 def command_line(launch: Launch) -> list[str]:
     """Return the runtime's command line. It keeps its own state inside our folder."""
     head = [launch.program, "--root", str(launch.folder / state.RUNTIME)]
-    # Standard error would be the tenant's first process's as well.
-    head += ["--log", str(launch.folder / "runtime.log")]
     if launch.substrate == "crun":
         # The groups are ours.
         head += ["--cgroup-manager", "disabled"]
@@ -252,10 +273,12 @@ def command_line(launch: Launch) -> list[str]:
 
 
 def _run(launch: Launch, ends: Ends) -> int:
-    log = launch.folder / "runtime.log"
-    with (launch.folder / "runtime.err").open("w+b") as errors:
+    # In memory: the agent inherits it as its standard error, and lets go of it.
+    errors = os.memfd_create("errors", os.MFD_CLOEXEC)
+    try:
         done = subprocess.run(
             command_line(launch),
+            executable=sealed(launch.program),
             stdin=ends.listener,
             stdout=ends.journal,
             stderr=errors,
@@ -263,11 +286,10 @@ def _run(launch: Launch, ends: Ends) -> int:
             timeout=_START_TIMEOUT,
             check=False,
         )
-        errors.seek(0)
-        said = errors.read().decode(errors="replace")
+        said = os.pread(errors, 1 << 16, 0).decode(errors="replace")
+    finally:
+        os.close(errors)
     if done.returncode:
-        if log.exists():
-            said += log.read_text(errors="replace")
         raise SandboxError(
             f"{launch.substrate} could not start the sandbox (exit {done.returncode}): "
             f"{said.strip()[-1500:]}; run `fathom doctor` to see what this machine can do"

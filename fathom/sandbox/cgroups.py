@@ -309,7 +309,7 @@ def _removed(folder: Path) -> bool:
 
 def _write(path: Path, text: str) -> None:
     """Write to a file of the kernel's in one call, without what a text file needs besides."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
         os.write(fd, text.encode())
     finally:

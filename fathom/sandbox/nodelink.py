@@ -86,9 +86,16 @@ class NodeLink:
     def destroy(self, name: str) -> None:
         """End a sandbox and wait until nothing of it is left. Never raises for one that ended."""
         reach = self._reach.pop(name, None)
-        with contextlib.suppress(SandboxError):
+        process = self._process
+        try:
             if self._alive():
                 self.request("destroy", id=name)
+        except DaemonLost:
+            # It lets go of its locks in its last moments only, after its end of the line.
+            if process is not None:
+                _await_end(process)
+        except SandboxError:
+            pass
         if reach is not None and reach.folder.exists():
             # The node was killed before it could finish; its lock is free now.
             state.reap_one(reach.folder)

@@ -14,6 +14,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,9 +86,12 @@ class Box:
         return {"pid": self.started.pid, "secret": self.secret.hex(), "oom_file": oom}
 
 
-def make(launch: Launch, nets: netns.Pool | None, copy_from: Path | None = None) -> Box:
+def make(
+    launch: Launch, nets: netns.Pool | None, copied: Box | None = None, saved: Path | None = None
+) -> Box:
     """Start a sandbox and return once its agent has answered.
 
+    `copied`: a sandbox whose files it begins with; `saved`: or a folder with those of one.
     Raises FathomError or OSError; then nothing of it is left.
     """
     box = Box(launch.folder, launch, state.claim(launch.folder), secrets.token_bytes(32))
@@ -95,7 +99,7 @@ def make(launch: Launch, nets: netns.Pool | None, copy_from: Path | None = None)
         if not launch.layers:
             box.image_lock = rootfs.hold(Path(launch.rootfs))
         if launch.substrate == "bubblewrap":
-            _start(box, copy_from)
+            _start(box)
         else:
             layout = cgroups.current_layout()
             if layout is None:
@@ -105,14 +109,14 @@ def make(launch: Launch, nets: netns.Pool | None, copy_from: Path | None = None)
             box.net = nets.take() if nets is not None else netns.make()
             box.launch = replace(launch, netns=f"/proc/{os.getpid()}/fd/{box.net}")
             box.group.create()
-            _start(box, copy_from)
+            _start(box, copied, saved)
         return box
     except BaseException:
         destroy(box)
         raise
 
 
-def _start(box: Box, copy_from: Path | None) -> None:
+def _start(box: Box, copied: Box | None = None, saved: Path | None = None) -> None:
     launch = box.launch
     listener = messages.listen(launch.folder, state.SOCKET)
     journal = os.open(launch.folder / state.JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -121,7 +125,10 @@ def _start(box: Box, copy_from: Path | None) -> None:
         if box.group is None:
             box.started = bubblewrap.start(launch, ends, seccomp.compile_filter())
         else:
-            root, box.composed = container.mount_root(launch, copy_from, box.group)
+            # It stands still for as long as its files are copied, not for all of the start.
+            with _still(copied) if copied is not None else contextlib.nullcontext():
+                source = writes_of(copied) if copied is not None else saved
+                root, box.composed = container.mount_root(launch, source, box.group)
             box.started = container.start(launch, ends, box.group, root)
     finally:
         # From here on only the agent listens: its end is the end of every line to it.
@@ -233,6 +240,18 @@ def thaw(box: Box) -> float:
         return paused
 
 
+@contextlib.contextmanager
+def _still(box: Box) -> Iterator[None]:
+    """Have a sandbox paused, and go on afterwards if it did before. Raises SandboxError."""
+    paused = box.frozen is not None
+    freeze(box)
+    try:
+        yield
+    finally:
+        if not paused:
+            thaw(box)
+
+
 def adopt(folder: Path) -> Box:
     """Take over a sandbox whose node is gone. Raises SandboxError, OSError, ValueError."""
     session = json.loads((folder / state.SESSION).read_text())
@@ -278,13 +297,8 @@ def copy_writes(box: Box, target: Path) -> None:
     """Copy what the sandbox wrote, at one moment, into the folder `target`. Raises SandboxError."""
     if box.group is None:
         raise Unsupported("bubblewrap keeps no writes that could be copied: run as root")
-    paused = box.frozen is not None
-    freeze(box)
-    try:
-        container.copy_tree(writes_of(box), target, box.group)
-    finally:
-        if not paused:
-            thaw(box)
+    with _still(box):
+        container.copy_tree(box.launch.agent, writes_of(box), target, box.group)
 
 
 def destroy(box: Box) -> None:

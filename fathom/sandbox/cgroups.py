@@ -157,6 +157,16 @@ class Group:
                 if attempt == 99:
                     raise
 
+    def doors(self, *controllers: str) -> list[str]:
+        """Return the files by which a process with one thread enters the groups by itself.
+
+        `controllers`: all of them when not given.
+        """
+        # In v1, `tasks` takes a single thread, for which the kernel need not stop any other.
+        name = "tasks" if self.layout.version == 1 else _MEMBERS
+        wanted = {self.folders[one] for one in controllers} or set(self.folders.values())
+        return [str(folder / name) for folder in sorted(wanted)]
+
     def enter(self, pid: int) -> None:
         """Put a process into the sandbox's groups. Raises OSError."""
         for folder in sorted(set(self.folders.values())):

@@ -149,7 +149,7 @@ def mount_root(
     upper, beside = disk / UPPER, disk / UPPER_WORK
     beside.mkdir(mode=0o700)
     if copy_from is not None:
-        copy_tree(copy_from, upper, group)
+        copy_tree(launch.agent, copy_from, upper, group)
     else:
         upper.mkdir(mode=0o755)
     composed: Composed | None = None
@@ -196,23 +196,21 @@ def _compose(launch: Launch, upper: Path) -> Composed:
         os.close(userns)
 
 
-def copy_tree(source: Path, target: Path, group: cgroups.Group) -> None:
+def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> None:
     """Copy an upper folder, owners, links and marks of deletion included.
 
     The copy is made by a process in the groups of the new sandbox, whose memory it will be.
     Raises SandboxError.
     """
-    members = str(group.folders["memory"] / "cgroup.procs")
+    (door,) = group.doors("memory")
     # The root is read-only inside: everything that was written is below these two.
-    script = (
-        'echo 0 > "$1" && mkdir -m 755 "$3" && '
-        'cp -a --reflink=auto -- "$2/work" "$2/tmp" "$3/" && touch -r "$2" -- "$3"'
-    )
     done = subprocess.run(
-        ["/bin/sh", "-c", script, "copy", members, str(source), str(target)],
-        capture_output=True,
+        [agent, "--copy", str(source), str(target), "--group", door, "work", "tmp"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         timeout=600,
-        env={"PATH": "/usr/bin:/bin"},
+        env={},
         check=False,
     )
     if done.returncode:
@@ -231,12 +229,13 @@ def start(launch: Launch, ends: Ends, group: cgroups.Group, rootfs: Path) -> Sta
     if launch.substrate == "runc":
         config["linux"]["cgroupsPath"] = f"/{cgroups.PARENT}/{launch.folder.name}"
     (launch.folder / "config.json").write_text(json.dumps(config))
-    pid = _run(launch, ends)
+    pid = _run(launch, ends, group)
     # When memory is short a command shall go, not what answers for the sandbox. Where root itself
     # is confined this is refused, and the commands' own higher scores have to do.
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/oom_score_adj").write_text("-500")
-    group.enter(pid)
+    if launch.substrate == "runc":
+        group.enter(pid)
     group.limit(memory=launch.memory, pids=launch.pids, cpu=launch.cpu)
     return Started(pid=pid, tenant=TENANT)
 
@@ -272,13 +271,18 @@ def command_line(launch: Launch) -> list[str]:
     return [*head, "--pid-file", str(launch.folder / "pid"), launch.folder.name]
 
 
-def _run(launch: Launch, ends: Ends) -> int:
+def _run(launch: Launch, ends: Ends, group: cgroups.Group) -> int:
+    program, command = sealed(launch.program), command_line(launch)
+    if launch.substrate == "crun":
+        # What it makes begins in the groups; runc puts it there itself.
+        command = [launch.agent, "--enter", *group.doors(), "--", program, *command]
+        program = launch.agent
     # In memory: the agent inherits it as its standard error, and lets go of it.
     errors = os.memfd_create("errors", os.MFD_CLOEXEC)
     try:
         done = subprocess.run(
-            command_line(launch),
-            executable=sealed(launch.program),
+            command,
+            executable=program,
             stdin=ends.listener,
             stdout=ends.journal,
             stderr=errors,

@@ -69,6 +69,7 @@ class Box:
     pidfd: int = -1
     image_lock: int = -1
     net: int = -1
+    upper: int = -1
     frozen: float | None = None
     ended: bool = False
     composed: Composed | None = None
@@ -135,6 +136,8 @@ def _start(box: Box, copied: Box | None = None, saved: Path | None = None) -> No
         listener.close()
         os.close(journal)
     box.pidfd = os.pidfd_open(box.started.pid)
+    if box.group is not None:
+        _let_go_of_mounts(box)
     state.note_first(launch.folder, box.started.pid)
     try:
         introduce(box)
@@ -146,6 +149,24 @@ def _start(box: Box, copied: Box | None = None, saved: Path | None = None) -> No
     session = launch.folder / state.SESSION
     session.touch(mode=0o600)
     session.write_text(json.dumps(note))
+
+
+def _let_go_of_mounts(box: Box) -> None:
+    """Leave the mounts to the sandbox alone, which has them in a namespace of its own.
+
+    Each sandbox that starts copies all mounts of this process first: there should be few.
+    """
+    disk = box.folder / state.DISK
+    box.upper = os.open(disk / container.UPPER, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if box.composed is not None:
+        box.composed.detach()
+    _unmount(box)
+
+
+def _unmount(box: Box) -> None:
+    for name in (state.ROOTFS, state.DISK, state.WORK):
+        with contextlib.suppress(OSError):
+            syscalls.unmount(str(box.folder / name))
 
 
 def as_json(launch: Launch) -> dict[str, Any]:
@@ -287,6 +308,8 @@ def writes_of(box: Box) -> Path:
 
     One that was adopted has its mounts in namespaces that are gone; its own shows the same files.
     """
+    if box.upper >= 0:
+        return Path(f"/proc/{os.getpid()}/fd/{box.upper}")
     upper = box.folder / state.DISK / container.UPPER
     if upper.exists() or box.started is None:
         return upper
@@ -326,14 +349,13 @@ def destroy(box: Box) -> None:
     if box.composed is not None:
         with contextlib.suppress(OSError, SandboxError):
             box.composed.close()
-    for name in (state.ROOTFS, state.DISK, state.WORK):
-        with contextlib.suppress(OSError):
-            syscalls.unmount(str(box.folder / name))
+    if box.upper < 0:
+        _unmount(box)
     state.remove(box.folder)
-    for fd in (box.pidfd, box.image_lock, box.net, box.lock):
+    for fd in (box.pidfd, box.image_lock, box.net, box.upper, box.lock):
         if fd >= 0:
             os.close(fd)
-    box.pidfd = box.image_lock = box.net = box.lock = -1
+    box.pidfd = box.image_lock = box.net = box.upper = box.lock = -1
 
 
 def _await_child(pid: int, group: cgroups.Group) -> None:

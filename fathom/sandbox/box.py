@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -262,7 +262,7 @@ def thaw(box: Box) -> float:
 
 
 @contextlib.contextmanager
-def _still(box: Box) -> Iterator[None]:
+def _still(box: Box) -> Generator[None]:
     """Have a sandbox paused, and go on afterwards if it did before. Raises SandboxError."""
     paused = box.frozen is not None
     freeze(box)

@@ -71,7 +71,6 @@ class Place:
         with contextlib.suppress(OSError):
             os.write(self.log, data)
 
-
     def take(self) -> bool:
         """Count one more connection, unless there are too many; that is noted once a time."""
         if self.connections >= MOST_CONNECTIONS:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fathom.errors import SandboxError, Unsupported
-from fathom.sandbox import cgroups, state, syscalls
+from fathom.sandbox import cgroups, state, syscalls, userns
 from fathom.sandbox.request import PATH
 from fathom.sandbox.substrates.launch import (
     AGENT,
@@ -186,14 +186,14 @@ def _compose(launch: Launch, upper: Path) -> Composed:
     from fathom.sandbox.images.store import Store
 
     ids = f"0 {launch.ids} {ID_COUNT}"
-    userns = _mapping(ids, ids)
+    namespace = userns.make(ids, ids)
     folder = launch.folder / state.LAYERS
     folder.mkdir(mode=0o755)
     try:
         store = Store(launch.store, durable=False)
-        return compose(store, launch.layers, folder, upper=upper, userns=userns)
+        return compose(store, launch.layers, folder, upper=upper, userns=namespace)
     finally:
-        os.close(userns)
+        os.close(namespace)
 
 
 def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> None:
@@ -306,11 +306,11 @@ def _bind_work(source: str, target: Path, base: int) -> None:
     owner = os.stat(source)
     ids = base + TENANT
     try:
-        userns = _mapping(f"{owner.st_uid} {ids} 1", f"{owner.st_gid} {ids} 1")
+        namespace = userns.make(f"{owner.st_uid} {ids} 1", f"{owner.st_gid} {ids} 1")
         try:
-            syscalls.bind_mapped(source, str(target), userns)
+            syscalls.bind_mapped(source, str(target), namespace)
         finally:
-            os.close(userns)
+            os.close(namespace)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM):
             raise
@@ -318,30 +318,3 @@ def _bind_work(source: str, target: Path, base: int) -> None:
             f"the folder {source} cannot be bound: its file system or this kernel (5.12 or newer "
             "is needed) cannot translate file owners; put the folder on ext4, xfs, btrfs or tmpfs"
         ) from error
-
-
-def _mapping(uid_map: str, gid_map: str) -> int:
-    """Return a descriptor of a new user namespace with these maps. Raises OSError."""
-    ready_read, ready_write = os.pipe()
-    hold_read, hold_write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(hold_write)
-            syscalls.unshare(syscalls.CLONE_NEWUSER)
-            os.write(ready_write, b"1")
-            os.read(hold_read, 1)
-        finally:
-            os._exit(0)
-    os.close(ready_write)
-    os.close(hold_read)
-    try:
-        if os.read(ready_read, 1) != b"1":
-            raise SandboxError("no user namespace can be made: raise user.max_user_namespaces")
-        Path(f"/proc/{child}/uid_map").write_text(uid_map)
-        Path(f"/proc/{child}/gid_map").write_text(gid_map)
-        return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(ready_read)
-        os.close(hold_write)
-        os.waitpid(child, 0)

@@ -106,20 +106,10 @@ class DirectExecutor:
 
     def __init__(self, sandbox: Any, *, epoch: str | None = None) -> None:
         self.sandbox = sandbox
-        self._epoch = epoch or secrets.token_hex(8)
+        self.epoch = epoch or secrets.token_hex(8)
+        self.generation = 0
         self._ended: dict[str, Outcome] = {}
         self._begun: dict[str, anyio.Event] = {}
-        self._count = 0
-
-    @property
-    def epoch(self) -> str:
-        """One value for the life of this object."""
-        return self._epoch
-
-    @property
-    def generation(self) -> int | None:
-        """How many operations have ended here."""
-        return self._count
 
     async def dispatch(
         self, key: str, digest: bytes, request: Request, on_started: OnStarted
@@ -132,8 +122,8 @@ class DirectExecutor:
         on_started()
         try:
             outcome = await perform(self.sandbox, request)
-            self._count += 1
-            outcome = self._ended[key] = replace(outcome, generation=self._count)
+            self.generation += 1
+            outcome = self._ended[key] = replace(outcome, generation=self.generation)
             return outcome
         finally:
             ended.set()
@@ -169,23 +159,14 @@ class AgentExecutor:
 
     def __init__(self, sandbox: Any, epoch: str) -> None:
         self.sandbox = sandbox
-        self._epoch = epoch
+        self.epoch = epoch
+        self.generation = None  # the agent does not count
 
     @classmethod
     async def open(cls, sandbox: Any) -> AgentExecutor:
         """An executor for a sandbox with `exec(op=...)`, `receipt` and `acknowledge`."""
         receipt = await sandbox.receipt("epoch")
         return cls(sandbox, f"{sandbox.id}/{receipt.epoch}")
-
-    @property
-    def epoch(self) -> str:
-        """One value for one life of the agent in one sandbox."""
-        return self._epoch
-
-    @property
-    def generation(self) -> int | None:
-        """None: the agent does not count."""
-        return None
 
     async def dispatch(
         self, key: str, digest: bytes, request: Request, on_started: OnStarted
@@ -200,7 +181,7 @@ class AgentExecutor:
             return NeverSeen()
         try:
             receipt = await self.sandbox.receipt(key)
-            if f"{self.sandbox.id}/{receipt.epoch}" != self._epoch:
+            if f"{self.sandbox.id}/{receipt.epoch}" != self.epoch:
                 return Lost(reason="the agent of the sandbox began anew")
             match receipt.state:
                 case "never":

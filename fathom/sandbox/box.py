@@ -277,7 +277,8 @@ def adopt(folder: Path) -> Box:
     """Take over a sandbox whose node is gone. Raises SandboxError, OSError, ValueError."""
     session = json.loads((folder / state.SESSION).read_text())
     launch = launch_in(folder, session["launch"])
-    box = Box(folder, launch, state.claim(folder), bytes.fromhex(session["secret"]))
+    lock = state.claim(folder, patience=_GONE_TIMEOUT)
+    box = Box(folder, launch, lock, bytes.fromhex(session["secret"]))
     try:
         pid = int(session["pid"])
         box.pidfd = os.pidfd_open(pid)

@@ -38,15 +38,22 @@ RUNTIME = "runtime"
 _STARTING = 300.0
 
 
-def claim(folder: Path) -> int:
-    """Take the lock of a sandbox's folder and return its descriptor. Raises SandboxError."""
+def claim(folder: Path, patience: float = 0.0) -> int:
+    """Take the lock of a sandbox's folder and return its descriptor. Raises SandboxError.
+
+    `patience`: seconds to wait for a former owner that is about to end.
+    """
     fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise SandboxError(f"{folder} belongs to another sandbox") from error
-    return fd
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                os.close(fd)
+                raise SandboxError(f"{folder} belongs to another sandbox") from error
+        time.sleep(0.005)
 
 
 def note_groups(folder: Path, groups: list[Path]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fathom.errors import DaemonLost, PolicyDenied, SandboxError, SandboxLost, Unsupported
-from fathom.sandbox import Container, SyncClient, messages, state
+from fathom.sandbox import Container, Net, SyncClient, messages, state
 from fathom.sandbox.edge import SOCKET
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -183,6 +183,31 @@ def test_a_paused_sandbox_is_adopted_paused(daemon: Daemon):
         assert entry["paused"]
         assert client.attach(entry["id"]).exec("echo back", timeout=20).stdout == "back\n"
         assert not client.list()[0]["paused"]
+
+
+@pytest.mark.usefixtures("need_root")
+def test_a_killed_node_is_replaced(daemon: Daemon):
+    """Its sandboxes go on; the next node knows them and their policies again."""
+    with socket.create_server(("127.0.0.6", 0)) as server, daemon.client() as client:
+        address = server.getsockname()
+        sandbox = client.create(Container(image="python"), net=Net.deny().address(*address))
+        assert daemon.process is not None
+        owner = str(daemon.process.pid).encode()
+        (node,) = (
+            int(path.name)
+            for path in Path("/proc").glob("[0-9]*")
+            if b"fathom.sandbox.node" in (line := (path / "cmdline").read_bytes())
+            and line.split(b"\0")[-2] == owner
+        )
+        os.kill(node, signal.SIGKILL)
+        assert sandbox.exec("echo there", timeout=20).stdout == "there\n"
+        reach = f"import socket; socket.create_connection({address!r}, 5)"
+        deadline = time.monotonic() + 20
+        while sandbox.exec(["python3", "-c", reach], timeout=20).exit_code:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        sandbox.pause()
+        assert sandbox.exec("echo again", timeout=20).stdout == "again\n"
 
 
 def test_time_to_live_and_idle_time(daemon: Daemon):

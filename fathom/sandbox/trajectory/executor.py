@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import anyio
 
-from fathom.errors import SandboxError, SandboxLost
+from fathom.errors import DaemonLost, SandboxError, SandboxLost
 from fathom.sandbox.trajectory.operation import Outcome, Request, perform
 
 
@@ -176,7 +176,10 @@ class AgentExecutor:
         return await perform(self.sandbox, request, key)
 
     async def query(self, key: str, request: Request) -> Answer:
-        """See `Executor.query`. A receipt is fetched by asking for the operation again."""
+        """See `Executor.query`. A receipt is fetched by asking for the operation again.
+
+        Raises DaemonLost where nobody leads to the sandbox: it may still be there.
+        """
         if request.verb == "read":
             return NeverSeen()
         try:
@@ -194,6 +197,8 @@ class AgentExecutor:
                     return Lost(reason="its receipt was given up, and is not in the log")
                 case _:
                     return Lost(reason="the agent ended while it ran")
+        except DaemonLost:
+            raise
         except SandboxError as error:
             return Lost(reason=str(error))
 

@@ -411,7 +411,7 @@ class Edge:
             if link.starts == self._starts:
                 return
             policies = [entry for entry in self.entries.values() if entry.net is not None]
-            for entry in policies if self._starts else []:
+            for entry in policies if link.starts > 1 else []:
                 _log.warning("event=node_died id=%s", entry.id)
                 await self._phase(entry.id, entry.phase, entry.net)
             self._starts = link.starts

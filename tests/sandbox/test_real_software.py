@@ -113,9 +113,10 @@ def test_a_c_project_is_built_and_tested_by_make(toolbox: SyncClient):
         assert "up to date" in works(sandbox, "make -C project words")
         # A copy goes on where this one is, and what is wrong there is found there alone.
         (copy,) = sandbox.fork()
-        broken = SOURCES["count.c"].replace("!isspace", "isspace")
-        copy.files.write("project/count.c", broken)
-        assert copy.exec("make -C project test", timeout=TIMEOUT).exit_code == 2
+        with copy:
+            broken = SOURCES["count.c"].replace("words = 0", "words = 1")
+            copy.files.write("project/count.c", broken)
+            assert copy.exec("make -C project test", timeout=TIMEOUT).exit_code == 2
         works(sandbox, "make -C project test")
 
 

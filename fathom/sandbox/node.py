@@ -127,21 +127,9 @@ class Node:
     def _create(self, message: dict[str, Any]) -> dict[str, Any]:
         folder = Path(message["folder"])
         launch = boxes.launch_in(folder, message["launch"])
-        source: Path | None = None
-        copied: boxes.Box | None = None
-        if message.get("fork"):
-            copied = self._box(message["fork"])
-            source = boxes.writes_of(copied)
-        elif message.get("saved"):
-            source = Path(message["saved"])
-        paused = copied is not None and copied.frozen is not None
-        if copied is not None:
-            boxes.freeze(copied)
-        try:
-            box = boxes.make(launch, self.nets, source)
-        finally:
-            if copied is not None and not paused:
-                boxes.thaw(copied)
+        copied = self._box(message["fork"]) if message.get("fork") else None
+        saved = Path(message["saved"]) if message.get("saved") else None
+        box = boxes.make(launch, self.nets, copied, saved)
         with self._lock:
             stopping = self.stopping
             if not stopping:
@@ -223,6 +211,7 @@ def prepare() -> None:
         # crun 1.8 refuses v1 with a v2 tree beside it; only this process and what it starts stop
         # seeing that tree.
         syscalls.unmount(str(layout.beside))
+        cgroups.current_layout.cache_clear()
 
 
 def _stop(*_: object) -> None:

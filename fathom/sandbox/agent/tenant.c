@@ -98,10 +98,16 @@ const char *configure(const uint8_t *data, size_t len, int *number) {
   settings.drops = settings.uid != getuid();
   settings.done = true;
   if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) return *number = errno, "no_new_privs";
-  /* Both hold for the agent as well: whoever took it over would gain nothing. */
+  /* Both hold for the agent as well: whoever took it over would gain nothing. In a guest the agent
+   * is root of a machine that is itself the boundary, and the filter is for commands alone. */
   if (settings.landlock && confine_paths()) return *number = errno, "landlock";
   if (filter.len) {
     struct sock_fprog program = {filter.len / 8, (struct sock_filter *)text_of(&filter)};
+    if (settings.guest) {
+      settings.filter = grow(NULL, sizeof program);
+      *settings.filter = program;
+      return NULL;
+    }
     if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program, 0, 0))
       return *number = errno, "the system call filter";
     free(program.filter);
@@ -174,6 +180,10 @@ void become_tenant(int error, const char *cwd) {
       say(error, "drop the capabilities", errno);
       _exit(126);
     }
+  }
+  if (settings.filter && prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, settings.filter, 0, 0)) {
+    say(error, "install the system call filter", errno);
+    _exit(126);
   }
   if (cwd && chdir(cwd)) {
     char step[400];

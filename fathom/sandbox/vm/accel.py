@@ -61,7 +61,7 @@ def _access() -> str:
     try:
         os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        return error.strerror
+        return error.strerror or str(error)
     return ""
 
 

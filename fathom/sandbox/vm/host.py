@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,13 @@ from fathom.sandbox.egress import nft_program
 from fathom.sandbox.nodelink import NodeLink
 from fathom.sandbox.substrates import container
 from fathom.sandbox.types import Caps, FullVM, MicroVM
-from fathom.sandbox.vm import accel, disks, emulator, kernel, machine, pack
-from fathom.sandbox.vm.launch import MachineLaunch
+from fathom.sandbox.vm import accel, disks, emulator, kernel, machine, pack, talk
+from fathom.sandbox.vm.launch import MachineLaunch, launch_in
 from fathom.sandbox.vm.saved import FACTS
 
 VM = MicroVM | FullVM
 _MOST_TEMPLATES = 6
+_SETTLE_TIMEOUT = 120.0
 
 
 @dataclass(slots=True)
@@ -95,7 +96,7 @@ class Machines:
             substrate="fullvm" if full else "microvm",
             accelerator=fast.name,
             tree=str(found.tree),
-            kernel=str(guest.image),
+            kernel=str(guest.packed if full else guest.image),
             initramfs=str(kernel.initramfs(guest, agent.binary(self.cache), self.cache)),
             base=str(base),
             memory=spec.memory_bytes,
@@ -146,9 +147,17 @@ class Machines:
         tsc = accel.tsc_khz() if launch.accelerator == "tcg" else 0
         made = self._start(spec, replace(launch, hostname="template", tsc_khz=tsc))
         try:
+            self._warm(made["id"], launch)
             self._save(made["id"], target, {"substrate": launch.substrate})
         finally:
             self.destroy(made["id"])
+
+    def _warm(self, id: str, launch: MachineLaunch) -> None:
+        """Let a fresh machine come to rest, and read what every command reads."""
+        words = "true" if launch.substrate == "microvm" else "systemctl is-system-running --wait"
+        # An image without a shell has nothing to warm, and a system that runs degraded still runs.
+        with contextlib.suppress(SandboxError):
+            talk.execute(self.runtime / id, self.link.secret_of(id), words, timeout=_SETTLE_TIMEOUT)
 
     def _save(self, id: str, target: Path, facts: dict[str, Any]) -> int:
         """Keep a machine as of now in the folder `target`, which appears whole or not at all."""
@@ -195,11 +204,11 @@ class Machines:
     def restore(self, folder: Path, facts: dict[str, Any], spec: object) -> dict[str, Any]:
         """Start a machine from a snapshot of one of its kind."""
         wanted = {"microvm": MicroVM, "fullvm": FullVM}[facts["substrate"]]
-        if not isinstance(spec, wanted) or not isinstance(spec, MicroVM | FullVM):
+        if not isinstance(spec, wanted):
             raise SandboxError(f"snapshot {folder.name} is of a {wanted.__name__}: ask for one")
         spec.check()
         plan = self._plan(spec)
-        then = MachineLaunch(**{**facts["launch"], "folder": folder})
+        then = launch_in(folder, facts["launch"])
         if _kind_of(plan) != _kind_of(then):
             raise SandboxError(
                 f"snapshot {folder.name} is of a {wanted.__name__} of other values, or of another "
@@ -273,20 +282,17 @@ def _kind_of(launch: MachineLaunch) -> str:
         del values[name]
     values["settings"] = hashlib.sha256(machine.settings(launch)).hexdigest()
     values["processor"] = _processor()
-    # The guest's clock goes on from the counter of this machine as it is since its start.
-    values["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return line
-    return ""
+    """Return what the guest's kernel has adapted itself to as it booted."""
+    lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    return "\n".join(line for line in lines if line.startswith(("flags", "model", "vendor")))
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Generator[None]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

@@ -30,7 +30,7 @@ PACKAGE = "linux-image-cloud-amd64"
 MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "virtio_console", "erofs", "overlay")
 # Loaded by the agent once a network policy allows something.
 LATER = ("virtio_net",)
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,11 @@ class Kernel:
     def image(self) -> Path:
         """The kernel's program, an ELF file."""
         return self.folder / "vmlinux"
+
+    @property
+    def packed(self) -> Path:
+        """The kernel as the package has it, whose own beginning also finds out about the screen."""
+        return self.folder / "vmlinuz"
 
     @property
     def modules(self) -> Path:
@@ -86,10 +91,15 @@ def _unpack(work: Path) -> None:
             "the guest's kernel comes as a Debian package and dpkg-deb is not installed: "
             "`apt-get install -y dpkg`"
         )
+    status = _everything_but_the_kernel()
     try:
-        files = debian.download([PACKAGE], work / "packages", _everything_but_the_kernel())
-    except BuildFailed as error:
-        raise SandboxError(f"{error}; try `apt-get update` first") from error
+        files = debian.download([PACKAGE], work / "packages", status)
+    except BuildFailed:
+        # A fresh machine has no lists of packages yet, or old ones.
+        try:
+            files = debian.download([PACKAGE], work / "packages", status, lists=work / "lists")
+        except BuildFailed as error:
+            raise SandboxError(f"the guest's kernel cannot be fetched: {error}") from error
     package = next(p for p in files if re.match(r"linux-image-\d.*-cloud-amd64_", p.name))
     tree = work / "tree"
     subprocess.run([program, "-x", str(package), str(tree)], check=True, timeout=300)
@@ -98,9 +108,12 @@ def _unpack(work: Path) -> None:
     modules = next(m for folder in folders if folder.is_dir() for m in folder.iterdir())
     (work / "vmlinux").write_bytes(extract(image.read_bytes()))
     (work / "vmlinux").chmod(0o444)
+    shutil.copyfile(image, work / "vmlinuz")
+    (work / "vmlinuz").chmod(0o444)
     modules.rename(work / "modules")
     shutil.rmtree(tree)
     shutil.rmtree(work / "packages")
+    shutil.rmtree(work / "lists", ignore_errors=True)
     (work / "release").write_text(image.name.removeprefix("vmlinuz-"))
 
 

@@ -6,20 +6,19 @@ Paper: §5.2.5 (`pack_diff`).
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from fathom.errors import SandboxError
-from fathom.sandbox import box, frames, messages, state
-from fathom.sandbox.frames import Flags, Frame, Tag
+from fathom.sandbox import frames
+from fathom.sandbox.frames import Tag
 from fathom.sandbox.images import Image, Store, tarball
 from fathom.sandbox.images import layers as layering
 from fathom.sandbox.images.blobs import BlobWriter
 from fathom.sandbox.images.tarball import Limits
 from fathom.sandbox.types import MicroVM
-from fathom.sandbox.vm import disks
+from fathom.sandbox.vm import disks, talk
 
 _TIMEOUT = 600.0
 
@@ -50,33 +49,18 @@ def pack(cache: Path, spec: MicroVM, folder: Path, secret: bytes, name: str | No
 
 
 def _fetch(folder: Path, secret: bytes, archive: BinaryIO, limit: int) -> None:
-    request = [
-        (Tag.BUILTIN, "archive"),
-        (Tag.ARG, "-"),
-        (Tag.TIMEOUT_US, int(_TIMEOUT * 1e6)),
-        (Tag.CAP, limit),
-        (Tag.FLAGS, int(Flags(0))),
-    ]
-    with messages.connect(folder, state.SOCKET) as line:
-        line.settimeout(_TIMEOUT)
-        line.sendall(box.greeting(secret) + frames.pack(1, Frame.EXEC, frames.join_fields(request)))
-        end = _receive(line, archive)
+    end = talk.execute(
+        folder,
+        secret,
+        "archive",
+        builtin=True,
+        timeout=_TIMEOUT,
+        cap=limit,
+        output=archive.write,
+    )
     problem = frames.text_of(end.get(Tag.PROBLEM))
     if problem or frames.number_of(end.get(Tag.EXIT)):
         number = int(problem[1:]) if problem[1:].isdigit() else 0
         raise SandboxError(f"the machine's writes cannot be read: {os.strerror(number)}")
     if frames.number_of(end.get(Tag.STDOUT_TOTAL)) > limit:
         raise SandboxError(f"the machine's writes are more than {limit >> 20} MiB as an archive")
-
-
-def _receive(line: socket.socket, archive: BinaryIO) -> dict[int, bytes]:
-    splitter = frames.Splitter()
-    while data := line.recv(1 << 18):
-        for frame in splitter.feed(data):
-            if frame.kind == Frame.STDOUT:
-                archive.write(frame.payload)
-            elif frame.kind == Frame.EXIT:
-                return frame.fields()
-            elif frame.kind == Frame.ERROR:
-                raise SandboxError(frames.text_of(frame.fields().get(Tag.MESSAGE)))
-    raise SandboxError("the machine ended while its writes were read")

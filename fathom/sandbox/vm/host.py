@@ -31,7 +31,7 @@ from fathom.sandbox.substrates import container
 from fathom.sandbox.types import Caps, FullVM, MicroVM
 from fathom.sandbox.vm import accel, disks, emulator, kernel, machine, pack, talk
 from fathom.sandbox.vm.launch import MachineLaunch, launch_in
-from fathom.sandbox.vm.saved import FACTS
+from fathom.sandbox.vm.saved import FACTS, FORMAT
 
 VM = MicroVM | FullVM
 _MOST_TEMPLATES = 6
@@ -281,6 +281,7 @@ def _kind_of(launch: MachineLaunch) -> str:
     for name in ("folder", "uid", "hostname", "template", "keep", "outlive", "tsc_khz", "scratch"):
         del values[name]
     values["settings"] = hashlib.sha256(machine.settings(launch)).hexdigest()
+    values["format"] = FORMAT
     values["processor"] = _processor()
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=12).hexdigest()
 

@@ -44,7 +44,11 @@ _STARTER = jail.Starter()
 
 @dataclass(slots=True)
 class Machine:
-    """A machine that runs. `frozen`: when it was paused, by the monotonic clock."""
+    """A machine that runs.
+
+    `frozen`: when it was paused, by the monotonic clock. `online`: whether the guest's network
+    device is on, None where that is not known.
+    """
 
     folder: Path
     launch: MachineLaunch
@@ -60,7 +64,7 @@ class Machine:
     monitor: Monitor | None = None
     mux: Mux | None = None
     frozen: float | None = None
-    online: bool = False
+    online: bool | None = False
     ended: bool = False
     busy: threading.RLock = field(default_factory=threading.RLock)
 
@@ -223,6 +227,10 @@ def _introduce(machine: Machine, source: Saved | None) -> None:
     if booting:
         machine.mux.ask(Frame.CONFIGURE, settings(launch), timeout=60)
     _rekey(machine)
+    if source is not None and source.online:
+        # A copy has no policy yet.
+        machine.online = None
+        set_online(machine, False)
 
 
 def settings(launch: MachineLaunch) -> bytes:
@@ -338,7 +346,13 @@ def _capture(machine: Machine) -> Saved:
         if machine.launch.substrate == "fullvm":
             video = screen.take_video(machine.pid, machine.ask)
         return Saved(
-            memory=held, size=size, state=data, secret=machine.secret, disk=disk, video=video
+            memory=held,
+            size=size,
+            state=data,
+            secret=machine.secret,
+            disk=disk,
+            video=video,
+            online=machine.online is not False,
         )
     except BaseException:
         for fd in (held, disk):
@@ -393,6 +407,7 @@ def adopt(folder: Path) -> Machine:
     session = json.loads((folder / state.SESSION).read_text())
     launch = launch_in(folder, session["launch"])
     machine = Machine(folder, launch, state.claim(folder), bytes.fromhex(session["secret"]))
+    machine.online = None
     try:
         pid = machine.pid = int(session["pid"])
         machine.pidfd = os.pidfd_open(pid)

@@ -17,6 +17,8 @@ from fathom.sandbox.vm import memory
 
 MEMORY, STATE, DISK, FACTS = "memory", "state", "disk.qcow2", "facts.json"
 STATE_LIMIT = 64 << 20
+# Of the folder and of what the emulator is told: a machine saved by another version is no template.
+FORMAT = 2
 _MOST_HELD = 4
 
 
@@ -25,6 +27,7 @@ class Saved:
     """A machine of one moment. `memory`, `disk`: descriptors, `disk` -1 where there is none.
 
     `state`: of its devices. `secret`: what its agent wants to hear. `video`: the screen's memory.
+    `online`: whether the guest's network device was on.
     """
 
     memory: int
@@ -33,6 +36,7 @@ class Saved:
     secret: bytes
     disk: int = -1
     video: bytes = b""
+    online: bool = False
 
     def close(self) -> None:
         """Close the files. Machines that began from it keep theirs."""
@@ -63,6 +67,7 @@ class Saved:
         if self.video:
             (folder / "video").write_bytes(self.video)
         facts = {**facts, "secret": self.secret.hex(), "memory": self.size}
+        facts["online"] = self.online
         (folder / FACTS).touch(mode=0o600)
         (folder / FACTS).write_text(json.dumps(facts))
         return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
@@ -72,9 +77,10 @@ def read(folder: Path) -> Saved:
     """Take a saved machine from its folder into memory. Raises SandboxError, OSError."""
     try:
         facts = json.loads((folder / FACTS).read_text())
-        size = int(facts["memory"])
+        size, secret = int(facts["memory"]), bytes.fromhex(facts["secret"])
+        online = bool(facts["online"])
         source = os.open(folder / MEMORY, os.O_RDONLY | os.O_CLOEXEC)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SandboxError(f"the saved machine {folder.name} is damaged: {error}") from error
     held, disk = -1, -1
     try:
@@ -90,9 +96,10 @@ def read(folder: Path) -> Saved:
             memory=held,
             size=size,
             state=(folder / STATE).read_bytes(),
-            secret=bytes.fromhex(facts["secret"]),
+            secret=secret,
             disk=disk,
             video=video,
+            online=online,
         )
     except BaseException:
         for fd in (held, disk):

@@ -108,6 +108,9 @@ static void hello(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
   } else if (given.len != secret_len || !same(given.data, secret, secret_len)) {
     return send_error(c, id, "auth", 0, "wrong secret");
   }
+  /* On a port that nobody closed: this machine is a copy, whose commands' owners are with its
+   * origin. The commands go on. */
+  if (c->serial && c->known) command_disown(c);
   c->known = true;
   Buffer b = {0};
   put_number(&b, T_VERSION, PROTOCOL);
@@ -198,6 +201,7 @@ static void request(Conn *c, uint32_t id, uint8_t type, const uint8_t *data, siz
     case M_CONFIGURE:
       problem = configure(data, len, &number);
       if (problem) return send_error(c, id, "configure", number, problem);
+      if (settings.guest) memory_watch();
       return send_frame(c, id, M_OK, NULL, 0);
     case M_SHIFT:
       while (next_field(&fields, &f)) {
@@ -305,6 +309,8 @@ static void serve(void) {
       Tag *tag = events[i].data.ptr;
       if (tag->kind == K_LISTEN) {
         welcome(*(int *)tag->owner);
+      } else if (tag->kind == K_MEMORY) {
+        memory_event();
       } else if (tag->kind == K_CONN) {
         Conn *c = tag->owner;
         if (c->closing) continue;

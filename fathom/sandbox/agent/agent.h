@@ -18,6 +18,7 @@ enum { FRAME_LIMIT = 1 << 20, STRANGER_LIMIT = 4096, OUT_HIGH = 1 << 19, STDIN_L
 enum { SECRET_LIMIT = 64, EPOCH_SIZE = 16 };
 /* In a virtual machine: where what is the agent's own lies, a folder of root alone. */
 #define GUEST_FOLDER "/run/fathom"
+#define GUEST_GROUP GUEST_FOLDER "/group/tenant"
 
 /* Frames from the host. */
 enum {
@@ -76,7 +77,7 @@ uint32_t crc32_of(const void *data, size_t len);
 int64_t now_us(void);
 
 /* What an open file belongs to; the owner lives until the end of a round of events. */
-enum { K_LISTEN, K_CONN, K_STATUS, K_STDIN, K_STDOUT, K_STDERR };
+enum { K_LISTEN, K_CONN, K_STATUS, K_STDIN, K_STDOUT, K_STDERR, K_MEMORY };
 typedef struct {
   int kind;
   void *owner;
@@ -135,6 +136,11 @@ void say(int fd, const char *step, int number);
 /* files.c: file operations, run by a process that already is the tenant. */
 int run_builtin(const char *name, char **args, int error, uint64_t mode);
 
+/* memory.c */
+void memory_watch(void);
+void memory_event(void);
+uint64_t memory_kills(void);
+
 /* archive.c */
 int write_archive(const char *path);
 
@@ -155,6 +161,7 @@ void command_cancel(Cmd *cmd);
 void command_hold(Cmd *cmd, bool on);
 void command_leave(Cmd *cmd);
 void command_orphan(Conn *c);
+void command_disown(Conn *c);
 void commands_shift(int64_t micros);
 int64_t commands_wait(int64_t now);
 void commands_tick(int64_t now);

@@ -275,7 +275,7 @@ static uint64_t guest_ooms(void) {
   close(fd);
   text[len > 0 ? len : 0] = 0;
   char *found = strstr(text, "oom_kill ");
-  return found ? strtoull(found + 9, NULL, 10) : 0;
+  return memory_kills() + (found ? strtoull(found + 9, NULL, 10) : 0);
 }
 
 static void free_list(char **list, size_t count) {
@@ -526,6 +526,12 @@ void command_orphan(Conn *c) {
     next = m->next;
     if (m->conn == c) command_leave(m);
   }
+}
+
+/* Nobody is told of them any more; they run on, with their timeouts. */
+void command_disown(Conn *c) {
+  for (Cmd *m = commands; m; m = m->next)
+    if (m->conn == c) m->conn = NULL, m->held = false;
 }
 
 static void finish(Cmd *m) {

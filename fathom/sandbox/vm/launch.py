@@ -116,7 +116,7 @@ def command_line(launch: MachineLaunch, files: Files) -> list[str]:
     if full:
         words += ["-vga", "none", "-device", "VGA,id=video,vgamem_mb=8"]
     if files.state >= 0:
-        words += ["-incoming", f"fd:{files.state}", "-S"]
+        words += ["-incoming", "defer", "-S"]
     else:
         words += ["-kernel", f"/proc/self/fd/{files.kernel}"]
         words += ["-initrd", f"/proc/self/fd/{files.initramfs}"]

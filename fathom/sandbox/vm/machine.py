@@ -25,6 +25,7 @@ from fathom.errors import SandboxError, SandboxLost
 from fathom.sandbox import cgroups, frames, messages, netns, seccomp, state, syscalls
 from fathom.sandbox.frames import Frame, Tag
 from fathom.sandbox.substrates.launch import OOM_SCORE, TENANT
+from fathom.sandbox.types import DEFAULT_PIDS
 from fathom.sandbox.vm import jail, memory, saved, screen
 from fathom.sandbox.vm.launch import Files, MachineLaunch, command_line, launch_in
 from fathom.sandbox.vm.mux import Mux
@@ -33,7 +34,7 @@ from fathom.sandbox.vm.saved import Saved
 
 MONITOR, PORT = "monitor.sock", "port.sock"
 # Processes that a tenant's commands may have at a time; the guest's own kernel counts them.
-PROCESSES = 512
+PROCESSES = {"microvm": DEFAULT_PIDS, "fullvm": 1024}
 WRITABLE = ("/work", "/tmp", "/dev", "/proc", "/run", "/var/tmp")
 _EMULATOR_PIDS = 64
 _BOOT_TIMEOUT = {"microvm": 60.0, "fullvm": 300.0}
@@ -128,7 +129,7 @@ def _start(machine: Machine, source: Saved | None) -> None:
         cpu = None if launch.cpu is None else launch.cpu
         machine.group.limit(memory=launch.group_memory, pids=_EMULATOR_PIDS, cpu=cpu)
         try:
-            _introduce(machine, source)
+            _introduce(machine, source, files.state)
         except (SandboxError, OSError) as error:
             raise SandboxError(_why(machine, root, error)) from error
     finally:
@@ -208,7 +209,7 @@ def _connect(machine: Machine, name: str, timeout: float) -> socket.socket:
     return sock
 
 
-def _introduce(machine: Machine, source: Saved | None) -> None:
+def _introduce(machine: Machine, source: Saved | None, state_file: int) -> None:
     """Reach the agent and make it this session's. Raises OSError, SandboxError."""
     launch = machine.launch
     booting = source is None
@@ -218,7 +219,7 @@ def _introduce(machine: Machine, source: Saved | None) -> None:
     listener = messages.listen(machine.folder, state.SOCKET)
     machine.mux = Mux(listener, port, machine.secret)
     if source is not None:
-        _await_restored(machine)
+        _restore(machine, state_file)
         if source.video:
             screen.put_video(machine.pid, machine.ask, source.video)
         machine.ask("cont")
@@ -243,7 +244,7 @@ def settings(launch: MachineLaunch) -> bytes:
         found += [
             (Tag.UID, TENANT),
             (Tag.GID, TENANT),
-            (Tag.PROCESSES, PROCESSES),
+            (Tag.PROCESSES, PROCESSES[launch.substrate]),
             (Tag.FILTER, seccomp.compile_filter()),
         ]
         if launch.substrate == "microvm":
@@ -264,8 +265,20 @@ def _rekey(machine: Machine) -> None:
     machine.mux.rekeyed(machine.secret, answer)
 
 
-def _await_restored(machine: Machine) -> None:
+def _restore(machine: Machine, file: int) -> None:
+    """Have the emulator take up a saved state, once it has the line to the agent.
+
+    Without one the guest would be told that its host hung up, and end what it runs for it.
+    """
     deadline = time.monotonic() + _RESTORE_TIMEOUT
+    while any(
+        one["label"] == "agent" and one["filename"].startswith("disconnected")
+        for one in machine.ask("query-chardev")
+    ):
+        if time.monotonic() > deadline:
+            raise SandboxError("the emulator did not take the line to the agent")
+        time.sleep(0.001)
+    machine.ask("migrate-incoming", uri=f"fd:{file}")
     while (status := machine.ask("query-status")["status"]) == "inmigrate":
         if time.monotonic() > deadline:
             raise SandboxError("the saved machine was not taken up in time")

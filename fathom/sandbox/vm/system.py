@@ -18,7 +18,9 @@ from fathom.sandbox.images.source import Taking
 
 NAME = "debian"
 _STORED = "builtin/full-debian"
-_VERSION = 1
+# To be raised with every change of what is added, and of the packages.
+_VERSION = 2
+_PACKAGES = 1
 PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "udev", "kmod", "login", "util-linux", "procps"),
     *("iproute2", "ca-certificates", "less", "psmisc", "sudo"),
@@ -36,6 +38,8 @@ OOMScoreAdjust=-900
 OOMPolicy=continue
 KillMode=process
 TasksMax=infinity
+# At this limit a command is ended at once, where a machine without memory would crawl first.
+MemoryMax=80%
 Delegate=yes
 
 [Install]
@@ -56,7 +60,11 @@ def image(store: Store) -> Image:
     name = f"{_STORED}-{_VERSION}"
     if name in store.names():
         return store.resolve(name)
-    base = debian.system(store, f"{name}-packages", packages=PACKAGES)
+    packages = f"{_STORED}-packages-{_PACKAGES}"
+    if packages in store.names():
+        base = store.resolve(packages)
+    else:
+        base = debian.system(store, packages, packages=PACKAGES)
     with store.making("the full system cannot be made") as work:
         tree = work / "tree"
         _fill(tree, store, base)

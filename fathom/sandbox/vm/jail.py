@@ -113,7 +113,8 @@ def start(
     less = ["--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
     if not launch.outlive:
         less.append("--pdeathsig=KILL")
-    command = ["nsenter", f"--net=/proc/self/fd/{netns}"]
+    # By a path through this process: the emulator shall not inherit the namespace as an open file.
+    command = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{netns}"]
     command += ["unshare", "--ipc", "--uts", "--"]
     command += ["chroot", str(root), "/usr/bin/setpriv", *who, *less, *words]
     log = os.open(root / OWN / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -123,7 +124,7 @@ def start(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            pass_fds=(*keep, netns),
+            pass_fds=keep,
             env={"PATH": _PATH, "LC_ALL": "C"},
             cwd="/",
             start_new_session=True,

@@ -212,9 +212,12 @@ def initramfs(kernel: Kernel, agent: Path, cache: Path) -> Path:
 
 
 def _cpio(parts: list[tuple[str, int, bytes]]) -> Iterator[bytes]:
-    """Write a cpio archive of the "newc" form. A console makes early errors visible."""
-    entries = [("dev/console", 0o020600, b"", (5, 1)), *((*part, (0, 0)) for part in parts)]
-    entries.sort(key=lambda entry: entry[0] != "dev" and entry[0] == "dev/console")
+    """Write a cpio archive of the "newc" form, its first part the folder "dev".
+
+    The console that is put in there makes early errors visible.
+    """
+    entries = [(*part, (0, 0)) for part in parts]
+    entries.insert(1, ("dev/console", 0o020600, b"", (5, 1)))
     for number, (name, mode, data, device) in enumerate([*entries, ("TRAILER!!!", 0, b"", (0, 0))]):
         raw = name.encode() + b"\0"
         fields = (number + 1, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(raw), 0)

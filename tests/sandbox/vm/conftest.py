@@ -1,4 +1,4 @@
-"""Virtual machines for the tests: one node and one machine per module, a reason where there are none."""
+"""Virtual machines for the tests, one node a module; and the reason where there are none."""
 
 from __future__ import annotations
 

@@ -52,7 +52,9 @@ def test_caps_say_how_it_is_run(shared_machine: SyncSandbox):
 
 
 def test_the_kernel_is_its_own(shared_machine: SyncSandbox):
-    result = shared_machine.exec("uname -r; nproc; free -m | awk '/Mem/ {print $2}'", timeout=TIMEOUT)
+    result = shared_machine.exec(
+        "uname -r; nproc; free -m | awk '/Mem/ {print $2}'", timeout=TIMEOUT
+    )
     release, processors, memory = result.stdout.split()
     assert release != os.uname().release
     assert "cloud" in release
@@ -176,7 +178,7 @@ def test_without_the_emulator_it_says_what_to_install(
 ):
     emulator.find.cache_clear()
     monkeypatch.setattr(emulator, "_PATH", "/nonexistent")
-    with pytest.raises(Unsupported, match="apt-get install .* qemu-system-x86"):
+    with pytest.raises(Unsupported, match=r"apt-get install .* qemu-system-x86"):
         machines.create(SPEC)
     monkeypatch.undo()
     emulator.find.cache_clear()

@@ -359,6 +359,7 @@ int main(int argc, char **argv) {
     else if (!strcmp(argv[i], "--journal")) journal = open(value, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     else if (!strcmp(argv[i], "--port")) {
       journal = open(GUEST_FOLDER "/journal", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+      guest_serve();
       if ((serial = guest_port()) < 0) return refuse("the port");
     }
     else if (!strcmp(argv[i], "--vsock")) listener = open_vsock(atoi(value));

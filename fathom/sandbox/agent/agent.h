@@ -18,7 +18,6 @@ enum { FRAME_LIMIT = 1 << 20, STRANGER_LIMIT = 4096, OUT_HIGH = 1 << 19, STDIN_L
 enum { SECRET_LIMIT = 64, EPOCH_SIZE = 16 };
 /* In a virtual machine: where what is the agent's own lies, a folder of root alone. */
 #define GUEST_FOLDER "/run/fathom"
-#define GUEST_GROUP GUEST_FOLDER "/group/tenant"
 
 /* Frames from the host. */
 enum {
@@ -147,6 +146,8 @@ int write_archive(const char *path);
 /* guest.c */
 int guest_start(int *journal);
 int guest_port(void);
+void guest_serve(void);
+const char *guest_group(const char *file);
 int guest_network(bool on);
 
 /* command.c */

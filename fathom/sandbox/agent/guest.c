@@ -205,15 +205,28 @@ static unsigned long long memory(const char *what) {
   return kib * 1024;
 }
 
+static const char *group_folder;
+
+/* The path of a file of the commands' group; valid until the next call. */
+const char *guest_group(const char *file) {
+  static char path[256];
+  snprintf(path, sizeof path, "%s/%s", group_folder ? group_folder : "/nonexistent", file);
+  return path;
+}
+
 /* Commands share a group that is smaller than what is free: a machine without any memory throws out
  * the programs that it runs, and reads them again, for minutes. */
-static void make_group(void) {
-  char limit[32];
-  must_mount("cgroup2", GUEST_FOLDER "/group", "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
-  spill(GUEST_FOLDER "/group/cgroup.subtree_control", "+memory +pids");
-  if (mkdir(GUEST_GROUP, 0700)) die("group");
-  snprintf(limit, sizeof limit, "%llu", memory("MemFree") - memory("MemTotal") / 16 - (4 << 20));
-  spill(GUEST_GROUP "/memory.max", limit);
+static void make_group(const char *folder, unsigned long long limit) {
+  char text[32];
+  if (mkdir(folder, 0700) && errno != EEXIST) return;
+  group_folder = folder;
+  snprintf(text, sizeof text, "%llu", limit);
+  spill(guest_group("memory.max"), text);
+}
+
+/* As a service of a full system, whose own groups are its first process's. */
+void guest_serve(void) {
+  make_group("/sys/fs/cgroup/fathom", memory("MemTotal") / 4 * 3);
 }
 
 static unsigned long long budget;
@@ -287,7 +300,10 @@ int guest_start(int *journal) {
   enter_small_root(writes);
   switch_root();
   read_programs();
-  make_group();
+  must_mount("cgroup2", GUEST_FOLDER "/group", "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
+  spill(GUEST_FOLDER "/group/cgroup.subtree_control", "+memory +pids");
+  make_group(GUEST_FOLDER "/group/tenant",
+             memory("MemFree") - memory("MemTotal") / 16 - (4 << 20));
   *journal = open(GUEST_FOLDER "/journal", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
   int port = guest_port();
   if (port < 0) errno = ENODEV, die(PORT);

@@ -34,9 +34,9 @@ static uint64_t number_in(const char *path, const char *name) {
 
 static bool is_full(void) {
   static const char *fixed[] = {"anon", "shmem", "kernel_stack", "pagetables", "slab_unreclaimable"};
-  uint64_t limit = number_in(GUEST_GROUP "/memory.max", ""), used = 0;
+  uint64_t limit = number_in(guest_group("memory.max"), ""), used = 0;
   for (size_t i = 0; i < sizeof fixed / sizeof *fixed; i++)
-    used += number_in(GUEST_GROUP "/memory.stat", fixed[i]);
+    used += number_in(guest_group("memory.stat"), fixed[i]);
   return limit && used / (limit / 100 + 1) >= FULL_PERCENT;
 }
 
@@ -44,7 +44,7 @@ static pid_t largest(void) {
   char line[32], path[64];
   pid_t found = 0;
   uint64_t most = 0;
-  FILE *f = fopen(GUEST_GROUP "/cgroup.procs", "re");
+  FILE *f = fopen(guest_group("cgroup.procs"), "re");
   while (f && fgets(line, sizeof line, f)) {
     snprintf(path, sizeof path, "/proc/%.20s", line);
     path[strcspn(path, "\n")] = 0;
@@ -70,7 +70,7 @@ void memory_event(void) {
 }
 
 void memory_watch(void) {
-  events = open(GUEST_GROUP "/memory.events.local", O_RDONLY | O_CLOEXEC);
+  events = open(guest_group("memory.events.local"), O_RDONLY | O_CLOEXEC);
   if (events < 0) return;
   rearm();
   watch(events, &tag, EPOLLPRI);

@@ -105,7 +105,7 @@ const char *configure(const uint8_t *data, size_t len, int *number) {
   if (settings.guest && settings.processes) {
     char text[32];
     snprintf(text, sizeof text, "%llu", (unsigned long long)settings.processes);
-    spill(GUEST_GROUP "/pids.max", text);
+    spill(guest_group("pids.max"), text);
   }
   settings.done = true;
   if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) return *number = errno, "no_new_privs";
@@ -153,7 +153,7 @@ void become_tenant(int error, const char *cwd) {
   restore_signals();
   umask(022);
   /* In a small guest; elsewhere the host has the groups, and there is no such file. */
-  if (settings.guest) spill(GUEST_GROUP "/cgroup.procs", "0");
+  if (settings.guest) spill(guest_group("cgroup.procs"), "0");
   bound(RLIMIT_NOFILE, settings.files);
   bound(RLIMIT_AS, settings.address_space);
   limit_processes();

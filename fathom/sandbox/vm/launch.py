@@ -52,8 +52,12 @@ class MachineLaunch:
 
     @property
     def group_memory(self) -> int:
-        """What the emulator's control group may use: the guest, and the emulator itself."""
-        return self.memory + _TRANSLATIONS + _OVERHEAD
+        """What the emulator's control group may use: the guest, and the emulator itself.
+
+        The guest counts twice. A page that it writes first and that its saved machine left empty
+        is given a page of zeros in the shared file by the kernel, before it gets one of its own.
+        """
+        return 2 * self.memory + _TRANSLATIONS + _OVERHEAD
 
     def as_json(self) -> dict[str, Any]:
         """Return the values in the form that `launch_in` takes after JSON."""

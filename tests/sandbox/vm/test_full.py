@@ -6,12 +6,13 @@ They boot a whole system under emulation where there is nothing faster: `pytest 
 from __future__ import annotations
 
 import struct
+import time
 from pathlib import Path
 
 import anyio
 import pytest
 
-from fathom.errors import SandboxError, Unsupported
+from fathom.errors import SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import Client, FullVM, Net, SyncClient, SyncSandbox, conformance
 
 pytestmark = [
@@ -39,7 +40,8 @@ def test_conformance(options: dict[str, Path]):
 
 def test_it_is_a_system(full: SyncSandbox):
     shown = full.exec(
-        "ps -p 1 -o comm=; systemctl is-system-running; . /etc/os-release; echo $ID", timeout=TIMEOUT
+        "ps -p 1 -o comm=; systemctl is-system-running; . /etc/os-release; echo $ID",
+        timeout=TIMEOUT,
     )
     assert shown.stdout.split() == ["systemd", "running", "debian"]
 
@@ -91,9 +93,10 @@ def test_packages_are_installed_as_the_policy_allows(machines: SyncClient):
         install = "DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends hello"
         system.exec(install, timeout=240).check()
         assert system.exec("hello", timeout=TIMEOUT).stdout == "Hello, world!\n"
-        refused = system.exec("apt-get -o Acquire::Retries=0 download x 2>&1; "
-            "bash -c 'exec 3<>/dev/tcp/10.0.2.2/3128; printf \"GET http://example.org/ HTTP/1.0\\r\\n"
-            "Host: example.org\\r\\n\\r\\n\" >&3; head -1 <&3'", timeout=TIMEOUT)
+        ask = "GET http://example.org/ HTTP/1.0\\r\\nHost: example.org\\r\\n\\r\\n"
+        refused = system.exec(
+            f"exec 3<>/dev/tcp/10.0.2.2/3128; printf '{ask}' >&3; head -1 <&3", timeout=TIMEOUT
+        )
         assert "403" in refused.stdout
         assert {entry["allowed"] for entry in system.network_log()} == {True, False}
         # Around the proxy nothing is reached, by whatever root of the guest does.
@@ -106,17 +109,19 @@ def test_packages_are_installed_as_the_policy_allows(machines: SyncClient):
         assert "Get:" not in closed.stdout
 
 
-def test_root_of_a_guest_that_attacks_its_port(machines: SyncClient):
-    """It is root there, so it can take the agent's place; all it gains is to lose its machine."""
+def test_root_of_a_guest_that_takes_the_agent_s_place(machines: SyncClient):
+    """It is root there, so it can speak on the port; all it gains is to lose its machine."""
+    flood = (
+        "head -c 3M /dev/urandom > /dev/ttyS0; for i in 1 2 3; do cat /dev/urandom > $port; done"
+    )
+    attack = (
+        "port=$(ls /dev/vport*p1); setsid bash -c \"sleep 1; pkill -KILL -f 'agent --port'; "
+        f'{flood}" > /dev/null 2>&1 &'
+    )
     with machines.create(FullVM(user="root")) as hostile, machines.create(FullVM()) as other:
-        hostile.exec(
-            "(sleep 1; kill -STOP $(pgrep -f 'agent --port'); "
-            "for i in $(seq 200); do head -c 100000 /dev/urandom; done > /dev/vport1p1 2>/dev/null; "
-            "for i in $(seq 200); do head -c 100000 /dev/urandom; done > /dev/ttyS0) "
-            "> /dev/null 2>&1 &",
-            timeout=TIMEOUT,
-        )
-        with pytest.raises(SandboxError):
-            for _ in range(20):
-                hostile.exec("sleep 1", timeout=3)
+        hostile.exec(f"export port; {attack}", timeout=TIMEOUT)
+        deadline = time.monotonic() + 60
+        with pytest.raises(SandboxLost):
+            while time.monotonic() < deadline:
+                hostile.exec("sleep 0.5", timeout=5)
         assert other.exec("echo fine", timeout=TIMEOUT).stdout == "fine\n"

@@ -5,7 +5,6 @@ Paper: none (a matter of the APIs).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, cast
 
@@ -95,7 +94,6 @@ class Fields:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
         if (
             not fits
-            or not math.isfinite(value)
             or not low <= value <= high
             or (above and value == low)
         ):

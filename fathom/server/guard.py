@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _OPEN_PATHS = ("/", "/health")  # no secret, no work; the page asks for the key itself
 _PAGE = "/page/"
+_SEND_BUFFER = 256 << 10  # in a larger one the kernel would hide how slowly a client reads
+_LOOKS = 8  # at what waits for a client that does not read, before it is dropped
 
 
 class Guard:
@@ -164,16 +166,21 @@ def guarded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
 
         _head_timer: TimerHandle | None = None
         _write_timer: TimerHandle | None = None
-        _unread = 0  # bytes that waited for the client when the timer was started
+        _unread = 0  # bytes that waited for the client when that was last looked at
+        _taken = 0  # bytes that it took since the count of looks began
+        _looks = 0
         _framing = 0  # bytes of this request that are not its body
         _deaf = False  # what comes in is thrown away: the connection ends with the present answer
 
         def connection_made(self, transport: Any) -> None:
+            self._stopping = asyncio.Event()
             super().connection_made(transport)
             if len(self.connections) > limits.connections:
                 transport.abort()
                 return
-            self._stopping = asyncio.Event()
+            connection = transport.get_extra_info("socket")
+            if connection is not None:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
             self.app_state = {**self.app_state, "abort": self._drop, "stopping": self._stopping}
             self._start_timer()
 
@@ -235,6 +242,10 @@ def guarded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
             super().pause_writing()
             self._watch_writing()
 
+        def resume_writing(self) -> None:
+            self._taken += limits.write_bytes  # the transport's buffer is nearly empty
+            super().resume_writing()
+
         def shutdown(self) -> None:
             super().shutdown()
             self._stopping.set()
@@ -263,15 +274,26 @@ def guarded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
         def _watch_writing(self) -> None:
             if self._write_timer is None:
                 self._unread = self.transport.get_write_buffer_size()
-                if self._unread:
-                    wait = limits.write_seconds
-                    self._write_timer = self.loop.call_later(wait, self._check_writing)
+                self._taken = self._looks = 0
+                self._look_later()
+
+        def _look_later(self) -> None:
+            wait = limits.write_seconds / _LOOKS
+            self._write_timer = self.loop.call_later(wait, self._check_writing)
 
         def _check_writing(self) -> None:
-            """Drop a client that took too little of its answer since the timer was started."""
+            """Drop a client that took too little of what waits for it, time after time."""
             self._write_timer = None
             left = self.transport.get_write_buffer_size()
-            if left and left > self._unread - limits.write_bytes:
+            answering = self.cycle is not None and not self.cycle.response_complete
+            if not left or (answering and not self.flow.write_paused):
+                return
+            self._looks += 1
+            self._taken += max(0, self._unread - left)
+            self._unread = left
+            if self._looks < _LOOKS:
+                self._look_later()
+            elif self._taken < limits.write_bytes:
                 self._drop()
             else:
                 self._watch_writing()

@@ -96,7 +96,8 @@ def stream_response(
         service.metrics.first_token.observe(time.perf_counter() - started)
 
     def failed(error: Exception) -> bytes:
-        log.error("api=%s stream failed", api, exc_info=error)
+        trace = None if isinstance(error, Problem) else error
+        log.error("api=%s stream failed: %s", api, type(error).__name__, exc_info=trace)
         return fail(error)
 
     return EventStream(
@@ -115,7 +116,7 @@ async def whole_response(
     service: Service, request: Request, api: str, work: Callable[[], Any], headers: dict[str, str]
 ) -> Response:
     """The JSON that `work` makes, unless the client leaves first."""
-    body = await until_disconnect(request.receive, work)
+    body = await until_disconnect(request, work)
     if body is None:
         service.metrics.requests.labels(api, "left").inc()
         return Response(status_code=499)  # nobody reads it

@@ -64,8 +64,8 @@ class Prepared:
         if self.request.restored:
             headers["x-fathom-restored-reasoning"] = str(self.request.restored)
         if self.notices:
-            joined = "; ".join(self.notices).encode("ascii", "replace").decode()
-            headers["x-fathom-notice"] = "".join(c for c in joined if c.isprintable())[:1000]
+            joined = "; ".join(self.notices)[:1000].encode("ascii", "replace").decode()
+            headers["x-fathom-notice"] = "".join(c for c in joined if c.isprintable())
         return headers
 
 

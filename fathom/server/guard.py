@@ -302,6 +302,8 @@ def guarded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
             self._head_timer = self.loop.call_later(limits.header_seconds, self._drop)
 
         def _drop(self) -> None:
+            if self.cycle is not None:
+                self.cycle.disconnected = True  # or its next write would fail with a trace
             # Without lingering, or the kernel would keep what the client does not read.
             connection = self.transport.get_extra_info("socket")
             if connection is not None:

@@ -56,7 +56,7 @@ class Constrainer:
                 return None
             # No call can come, so no text need be thrown away later.
             return _Constant(self._no_call)
-        matcher = _Grammar(self._compile(grammar, param))
+        matcher = _Grammar(self._compile(grammar, param), param)
         if not request.reasons:
             return matcher
         must_answer = (
@@ -129,6 +129,14 @@ def _narrow(request: PromptRequest) -> bool:
     return bool(request.tool_choice.names) or any(tool.strict for tool in request.tools)
 
 
+class SchemaFailed(GenerationError):
+    """A schema turned out too complex while the reply was written; `param` is its field."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class _Constant:
     """Forbids the same tokens all the time."""
 
@@ -145,8 +153,9 @@ class _Constant:
 class _Grammar:
     """Follows a grammar from the first token."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, param: str) -> None:
         self._matcher = matcher
+        self._param = param
 
     def allowed(self) -> bytes | None:
         bits = self._matcher.compute_bitmask()
@@ -159,9 +168,14 @@ class _Grammar:
             self._check()
 
     def _check(self) -> None:
-        if self._matcher.is_error():
-            reason = self._matcher.get_error().split("\n")[0][:300]
-            raise GenerationError(f"the reply cannot be held to its schema: {reason}")
+        reason = self._failed()
+        if reason is not None:
+            raise SchemaFailed(f"the reply cannot be held to its schema: {reason}", self._param)
+
+    def _failed(self) -> str | None:
+        if not self._matcher.is_error():
+            return None
+        return self._matcher.get_error().split("\n")[0][:300]
 
 
 class _AfterThought:

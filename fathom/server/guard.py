@@ -27,6 +27,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from fathom.server.metrics import Metrics
 from fathom.server.problems import Problem, api_of, as_problem, error_body, status_for
 from fathom.server.render import Json, new_id
 from fathom.server.settings import Settings, is_loopback
@@ -42,8 +43,9 @@ _LOOKS = 8  # at what waits for a client that does not read, before it is droppe
 class Guard:
     """ASGI middleware that lets through what may reach the routes."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app = app
+        self._metrics = metrics
         self._settings = settings
         self._keys = [_digest(key) for key in settings.api_keys]
         self._local_only = is_loopback(settings.host) and not self._keys
@@ -64,6 +66,7 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                self._metrics.answered(scope["path"], message["status"])
                 extra = [
                     (b"x-request-id", request_id.encode()),
                     (b"request-id", request_id.encode()),

@@ -27,6 +27,7 @@ from fathom.chat.requests import (
     read_responses,
 )
 from fathom.chat.segments import Segment, join_text
+from fathom.errors import ChatError
 from fathom.server.backend import Backend, GenerationRequest, TokenMask
 from fathom.server.bounds import check_body, check_request, off_loop
 from fathom.server.constrain import Constrainer
@@ -107,8 +108,11 @@ class Service:
         request, notice = self._check_effort(await off_loop(size, self.read, api, body, owner))
         if request.restored:
             self.metrics.restored.inc(request.restored)
-        segments = await off_loop(size, request.segments)
         param = "input" if api == "responses" else "messages"
+        try:
+            segments = await off_loop(size, request.segments)
+        except ChatError as error:  # about the conversation as a whole
+            raise Problem(400, str(error), code=error.code, param=param) from None
         prompt = await self.tokenize(segments, param)
         room = self.check_length(len(prompt), param)
         wanted = request.max_tokens or request.default_max_tokens()

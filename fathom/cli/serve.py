@@ -53,9 +53,7 @@ def serve(
             "Without it they go out as text."
         ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where the model runs (default: cpu).")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where the model runs (default: cpu).")] = None,
     revision: Annotated[str, typer.Option(help="Prompts of 0424 or 0731 models.")] = "0424",
     stream_arguments: Annotated[
         bool, typer.Option(help="Pass on arguments of calls while they are written.")

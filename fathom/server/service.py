@@ -140,7 +140,6 @@ class Service:
         if self._constrainer is not None:
             make = partial(self._constrainer.mask, request)
 
-
             def masks() -> tuple[TokenMask | None, ...]:
                 return tuple(make() for _ in range(request.n))
 

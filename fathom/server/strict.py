@@ -10,7 +10,7 @@ Paper: §5.1.1 (tool-call schema).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 from urllib.parse import unquote
 
@@ -61,7 +61,7 @@ def root_of(tool: ToolSpec) -> Form:
     return root
 
 
-def split(form: Any, shared: Form) -> tuple[list[Form], dict[str, Any] | None]:
+def split(form: Any, shared: Form) -> tuple[Sequence[Form], dict[str, Any] | None]:
     """What is demanded of the argument as a raw string, one by one of several ways, and as JSON.
 
     No strings, or None, where it cannot be one.
@@ -96,7 +96,9 @@ def split(form: Any, shared: Form) -> tuple[list[Form], dict[str, Any] | None]:
     return strings, others
 
 
-def _alternatives(word: str, form: Form, shared: Form) -> tuple[list[Form], dict[str, Any] | None]:
+def _alternatives(
+    word: str, form: Form, shared: Form
+) -> tuple[Sequence[Form], dict[str, Any] | None]:
     parts = [split(option, shared) for option in form[word]]
     strings = [string for found, _ in parts for string in found]
     others = [other for _, other in parts if other is not None]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +15,9 @@ import pytest
 
 from fathom.chat import Tokenizer
 from fathom.chat.requests import read_chat
-from fathom.server.bounds import decode_json
 from fathom.server.constrain import Constrainer
 from fathom.server.problems import Problem
 from fathom.server.schemas import check_schema, pattern_size
-from fathom.server.scripted import Reply
 from fathom.server.settings import Limits
 from tests.server.conftest import BASH, Open, Server
 
@@ -154,7 +151,6 @@ def test_health_answers_while_a_large_body_is_read(wide: Server, name: str):
     (answer,) = answers
     assert answer.status_code == status, answer.text[:300]
     assert max(waits) < SLACK
-    print(f"{name}: {max(waits):.3f}")
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(

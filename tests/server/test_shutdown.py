@@ -51,7 +51,7 @@ def test_streams_get_an_error_event_when_the_server_ends(
     if path == "/v1/completions":
         body = {"stream": True, "prompt": "x", "max_tokens": 1000}
     text = ""
-    with httpx2.Client(timeout=20, trust_env=False) as client:  # noqa: SIM117
+    with httpx2.Client(timeout=20, trust_env=False) as client:
         with client.stream("POST", url + path, json=body) as response:
             for part in response.iter_text():
                 text += part

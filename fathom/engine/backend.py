@@ -123,10 +123,10 @@ class LocalBackend:
 
     def _fail_all(self, engine: Engine, error: Exception) -> None:
         for completion in self._active.values():
-            completion.mailbox.put(error)
             if completion.running is not None:
                 with contextlib.suppress(Exception):  # the engine may be as broken as the step
                     engine.cancel(completion.running)
+            completion.mailbox.put(error)  # behind it, so that who hears of it finds memory free
         self._active.clear()
 
     def _take_orders(self, engine: Engine) -> bool:

@@ -88,6 +88,7 @@ class Edge:
         self.spare = spare
         self.entries: dict[str, Entry] = {}
         self.counts = dict.fromkeys(("created", "adopted", "expired", "refused", "failed"), 0)
+        self._starts = 0
         self._making = anyio.CapacityLimiter(2 * (os.cpu_count() or 1))
         self._keys: dict[str, anyio.Lock] = {}
         self._operations: dict[str, Callable[..., Any]] = {
@@ -393,6 +394,7 @@ class Edge:
     async def _expire(self) -> None:
         while True:
             await anyio.sleep(_TICK)
+            await self._tend_node()
             now = time.time()
             for entry in list(self.entries.values()):
                 gone = not (self.host.runtime / entry.id).exists()
@@ -401,6 +403,21 @@ class Edge:
                     _log.info("event=%s id=%s", "ended" if gone else "expired", entry.id)
                     with contextlib.suppress(SandboxError):
                         await self._destroy(entry.id)
+
+    async def _tend_node(self) -> None:
+        """See that a node is there which knows all sandboxes, and their policies."""
+        link = self.host.link
+        try:
+            await in_thread(link.revive)
+            if link.starts == self._starts:
+                return
+            policies = [entry for entry in self.entries.values() if entry.net is not None]
+            for entry in policies if link.starts > 1 else []:
+                _log.warning("event=node_died id=%s", entry.id)
+                await self._phase(entry.id, entry.phase, entry.net)
+            self._starts = link.starts
+        except SandboxError as error:
+            _log.warning("event=node_lost error=%s", error)
 
     # Adoption ----------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ Paper: none (a thin form of the report's edge).
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import select
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from fathom.errors import FathomError, SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import box as boxes
-from fathom.sandbox import cgroups, egress, messages, netns, syscalls
+from fathom.sandbox import cgroups, egress, messages, netns, state, syscalls
 
 if TYPE_CHECKING:
     from fathom.sandbox.vm.machine import Machine
@@ -141,21 +142,9 @@ class Node:
         if message["launch"]["substrate"] in KINDS:
             return self._enter(self._create_machine(folder, message))
         launch = boxes.launch_in(folder, message["launch"])
-        source: Path | None = None
-        copied: boxes.Box | None = None
-        if message.get("fork"):
-            copied = self._container(message["fork"])
-            source = boxes.writes_of(copied)
-        elif message.get("saved"):
-            source = Path(message["saved"])
-        paused = copied is not None and copied.frozen is not None
-        if copied is not None:
-            boxes.freeze(copied)
-        try:
-            box = boxes.make(launch, self.nets, source)
-        finally:
-            if copied is not None and not paused:
-                boxes.thaw(copied)
+        copied = self._container(message["fork"]) if message.get("fork") else None
+        saved = Path(message["saved"]) if message.get("saved") else None
+        box = boxes.make(launch, self.nets, copied, saved)
         return self._enter(box)
 
     def _create_machine(self, folder: Path, message: dict[str, Any]) -> Machine:
@@ -195,7 +184,8 @@ class Node:
 
     def _adopt(self, message: dict[str, Any]) -> dict[str, Any]:
         folder = Path(message["folder"])
-        if message.get("machine"):
+        session = json.loads((folder / state.SESSION).read_text())
+        if session["launch"]["substrate"] in KINDS:
             from fathom.sandbox.vm import machine
 
             return self._enter(machine.adopt(folder))
@@ -329,6 +319,7 @@ def prepare() -> None:
         # crun 1.8 refuses v1 with a v2 tree beside it; only this process and what it starts stop
         # seeing that tree.
         syscalls.unmount(str(layout.beside))
+        cgroups.current_layout.cache_clear()
 
 
 def _stop(*_: object) -> None:

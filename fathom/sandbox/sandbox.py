@@ -17,12 +17,13 @@ from typing import Any
 import anyio
 
 from fathom.errors import SandboxError, SandboxLost, Unsupported
-from fathom.sandbox import frames
+from fathom.sandbox import frames, ports
 from fathom.sandbox.files import Files
 from fathom.sandbox.frames import Flags, Frame, Tag
 from fathom.sandbox.host import Host
 from fathom.sandbox.line import Line, Refused, answer, refusal
 from fathom.sandbox.net import Net
+from fathom.sandbox.ports import Forward
 from fathom.sandbox.process import (
     NAMES,
     NUMBER,
@@ -204,11 +205,21 @@ class Sandbox:
         )
         return await self._start(order)
 
+    def forward(self, port: int, *, timeout: float, listen: int = 0) -> Forward:
+        """Lead a port of this machine to the sandbox's own `port`: `async with` gives the address.
+
+        `timeout` in seconds ends each connection. `listen`: the port here, a free one for 0.
+        Raises SandboxError for unusable arguments.
+        """
+        return Forward(self._line, ports.order(port, timeout), listen)
+
     def _order(
         self, request: Request, flags: Flags, cap: int, op: str | None, stdin: bytes | None
     ) -> Order:
         if op is not None:
             check_key(op)
+            # Whoever asked may die: the command goes on, and its receipt waits for the next one.
+            flags |= Flags.DETACH
         return Order(
             request=request,
             cap=cap,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal as signals
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,12 @@ class SyncSandbox:
             env=env,
         )
         return SyncProcess(process, self._portal)
+
+    def forward(
+        self, port: int, *, timeout: float, listen: int = 0
+    ) -> AbstractContextManager[tuple[str, int]]:
+        """Lead a port of this machine to one of the sandbox; see `Sandbox.forward`."""
+        return self._portal.manage(self._sandbox.forward(port, timeout=timeout, listen=listen))
 
     def receipt(self, op: str) -> Receipt:
         """Ask what became of an operation; see `Sandbox.receipt`."""

@@ -345,6 +345,8 @@ int main(int argc, char **argv) {
   static int listener = -1;
   static Tag listening = {K_LISTEN, &listener};
   int journal = -1, serial = -1;
+  if (argc > 1 && !strcmp(argv[1], "--enter")) return enter_main(argc - 2, argv + 2);
+  if (argc > 1 && !strcmp(argv[1], "--copy")) return copy_main(argc - 2, argv + 2);
   prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
   prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
   /* The kernel takes note of every child's end, so that no orphan stays. */

@@ -150,6 +150,14 @@ void guest_serve(void);
 const char *guest_group(const char *file);
 int guest_network(bool on);
 
+/* port.c: the same, for connections. Returns an errno. */
+int carry_port(const char *text);
+
+/* outside.c: programs of their own, on the host. */
+int enter_group(const char *file);
+int enter_main(int argc, char **argv);
+int copy_main(int argc, char **argv);
+
 /* command.c */
 typedef struct Cmd Cmd;
 void command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len);

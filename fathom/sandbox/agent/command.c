@@ -36,6 +36,8 @@ struct Cmd {
   int status, problem, in, out[2];
   bool pty, eof, detach, held, timed_out, cancelled, killed_all, ended, draining, dead;
   uint64_t cap, kept[2], total[2], given, credited, mode;
+  /* Of standard input: bytes that came so far, and how many of them come once more. */
+  uint64_t came, again;
   int64_t began, deadline, patience, grace, grace_us, wait[2];
   uint64_t ooms;
   Buffer input;
@@ -356,6 +358,24 @@ static void register_streams(Cmd *m) {
     if (m->out[i] >= 0) watch(m->out[i], &m->tags[2 + i], EPOLLIN);
 }
 
+static void grant(Cmd *m) {
+  Buffer b = {0};
+  put_number(&b, T_CAP, m->given);
+  send_frame(m->conn, m->id, M_CREDIT, b.data, b.len);
+  free(b.data);
+  m->credited = m->given;
+}
+
+/* Let another line have the rest of a command. It sends the input from its beginning again. */
+static void follow(Cmd *m, Conn *c, uint32_t id) {
+  if (m->conn) send_error(m->conn, m->id, "op_moved", 0, "another line follows this operation now");
+  m->conn = c;
+  m->id = id;
+  m->again = m->came;
+  m->held = false;
+  if (m->given) grant(m);
+}
+
 /* Take up an operation that was asked for before. True when it is known. */
 static bool resume_op(Conn *c, uint32_t id, const char *key, const char *digest) {
   Op *op = journal_find(key);
@@ -366,7 +386,7 @@ static bool resume_op(Conn *c, uint32_t id, const char *key, const char *digest)
     send_error(c, id, "op_lost", 0, "the agent ended while this operation ran");
   } else {
     for (Cmd *m = commands; m; m = m->next)
-      if (m->op == op && !m->draining) m->conn = c, m->id = id, m->held = false;
+      if (m->op == op && !m->draining) follow(m, c, id);
     journal_replay(op, c, id);
   }
   return true;
@@ -462,13 +482,8 @@ static void feed(Cmd *m) {
     m->given += done;
     drop(&m->input, done);
   }
-  if (m->conn && (m->given - m->credited >= CREDIT_STEP || (!m->input.len && m->given > m->credited))) {
-    Buffer b = {0};
-    put_number(&b, T_CAP, m->given);
-    send_frame(m->conn, m->id, M_CREDIT, b.data, b.len);
-    free(b.data);
-    m->credited = m->given;
-  }
+  if (m->conn && (m->given - m->credited >= CREDIT_STEP || (!m->input.len && m->given > m->credited)))
+    grant(m);
   if (m->in >= 0 && !m->pty) {
     if (m->eof && !m->input.len) shut(&m->in);
     else unwatch(m->in);
@@ -476,6 +491,12 @@ static void feed(Cmd *m) {
 }
 
 void command_stdin(Cmd *m, const uint8_t *data, size_t len) {
+  size_t known = m->again < len ? (size_t)m->again : len;
+  m->again -= known;
+  data += known;
+  len -= known;
+  if (!len) return;
+  m->came += len;
   if (m->eof || m->input.len + len > STDIN_LIMIT) return command_cancel(m);
   if (m->in < 0) m->given += len;
   else add(&m->input, data, len);

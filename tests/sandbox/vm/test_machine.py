@@ -154,7 +154,7 @@ def test_limits(machine: SyncSandbox):
     bomb = machine.exec("head -c 500M /dev/zero | tail -c 500M", timeout=60)
     assert bomb.oom_killed
     flood = "for i in $(seq 150); do sleep 30 & done"
-    assert "fork" in machine.exec(flood, timeout=8, merge=True).output
+    assert "fork" in machine.exec(flood, timeout=6, merge=True).output
     assert machine.exec("echo alive", timeout=60).stdout == "alive\n"
 
 

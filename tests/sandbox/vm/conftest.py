@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,16 @@ def need_machines(cache_dir: Path) -> None:
         kernel.find(cache_dir)
     except SandboxError as error:
         pytest.skip(f"no kernel for the guest: {error}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_snapshots_left(cache_dir: Path) -> Iterator[None]:
+    """Saved machines are large; those of these tests do not stay."""
+    folder = cache_dir / "snapshots"
+    before = set(folder.iterdir()) if folder.is_dir() else set[Path]()
+    yield
+    for path in set(folder.iterdir() if folder.is_dir() else ()) - before:
+        shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ They boot a whole system under emulation where there is nothing faster: `pytest 
 
 from __future__ import annotations
 
+import socket
 import struct
 from pathlib import Path
 
@@ -70,6 +71,21 @@ def test_its_disk_is_part_of_a_snapshot(machines: SyncClient, full: SyncSandbox)
         full.pack_diff()
     with pytest.raises(SandboxError, match="of other values"):
         machines.restore(kept, FullVM(memory="640MiB"))
+
+
+def test_a_port_leads_to_a_server_in_it(full: SyncSandbox):
+    server = """
+use IO::Socket::INET;
+my $s = IO::Socket::INET->new(LocalAddr => "127.0.0.1:8000", Listen => 5, ReuseAddr => 1);
+while (my $c = $s->accept) { <$c>; print $c "from inside\n"; close $c }
+"""
+    full.files.write("server.pl", server)
+    full.exec("perl server.pl > /dev/null 2>&1 &", timeout=TIMEOUT)
+    full.exec("until : < /dev/tcp/127.0.0.1/8000; do sleep 0.2; done", timeout=TIMEOUT)
+    with full.forward(8000, timeout=TIMEOUT) as address, socket.create_connection(address) as line:
+        line.settimeout(20)
+        line.sendall(b"hello\n")
+        assert line.recv(100) == b"from inside\n"
 
 
 def test_memory_is_bounded(full: SyncSandbox):

@@ -153,8 +153,13 @@ def test_limits(machine: SyncSandbox):
     machine.files.remove("full")
     bomb = machine.exec("head -c 500M /dev/zero | tail -c 500M", timeout=60)
     assert bomb.oom_killed
-    flood = "for i in $(seq 150); do sleep 30 & done"
-    assert "fork" in machine.exec(flood, timeout=6, merge=True).output
+    # Each waits for a writer that never comes, without a program of its own.
+    flood = "mkfifo /tmp/p; for i in $(seq 150); do { : < /tmp/p; } & done"
+    with machine.run(flood, timeout=60, merge=True) as process:
+        said = b""
+        while b"fork" not in said and (piece := process.read()) is not None:
+            said += piece[1]
+    assert b"fork" in said
     assert machine.exec("echo alive", timeout=60).stdout == "alive\n"
 
 

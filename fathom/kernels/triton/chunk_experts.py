@@ -1,0 +1,289 @@
+"""Routed experts in their stored FP4 form, and the shared one, for many tokens.
+
+(token, choice) pairs are sorted by expert. A program of `_grouped` owns ROWS rows of one expert's
+matrix and up to TOKENS of its pairs: FP4 codes become BF16 on their way into the matrix units, as
+the operand that may come from registers, so that no widened weight is ever stored and, with at most
+TOKENS pairs on an expert, every code is unpacked once. Inputs were rounded to FP8 before (exact in
+BF16), in the order in which codes are unpacked: of every 128 columns the even ones first.
+
+FLOP at 8,192 tokens of V4-Flash: 8,192 x 6 x 3 x 2 x 4,096 x 2,048 = 2.5e12, 3.2 ms at 770 TFLOP/s;
+uniform routing gives an expert 192 pairs, which fill three quarters of a tile. Bytes: 3.4 GB of
+weights, 1.1 ms; 3.2 GB of inputs, activations and outputs, 1.1 ms.
+
+Paper: §2.1 (DeepSeekMoE: sqrt-softplus affinity, hash routing); §3.4 (FP4 experts).
+"""
+
+# triton is not installed where the types are checked:
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from fathom.kernels.registry import operation, register
+from fathom.kernels.triton import formats as f
+from fathom.kernels.triton.chunk_linear import (
+    chunk_linear,
+    float_product,
+    round_group,
+    rounded_rows,
+    store_groups,
+)
+
+ROWS, TOKENS = 128, 256  # of one program's tile
+WARPS, STAGES = 8, 3
+
+_route = operation("route")
+
+
+@triton.jit
+def _unpack_bf16(packed, unit):
+    """Bytes and BF16 factors -> (low, high) codes as BF16, times 2**-126 and the factor.
+
+    A code's exponent and mantissa, shifted to bits 6 to 8, are a BF16 number 2**126 too small.
+    """
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, b, s, t;
+        prmt.b32 a, $4, 0, 0x1404;
+        prmt.b32 b, $4, 0, 0x3424;
+        shr.b32 t, a, 2;
+        shl.b32 s, a, 4;
+        and.b32 t, t, 0x01C001C0;
+        lop3.b32 t, s, 0x80008000, t, 0xEA;
+        mul.rn.bf16x2 $0, t, $5;
+        shr.b32 t, b, 2;
+        shl.b32 s, b, 4;
+        and.b32 t, t, 0x01C001C0;
+        lop3.b32 t, s, 0x80008000, t, 0xEA;
+        mul.rn.bf16x2 $1, t, $6;
+        shr.b32 t, a, 6;
+        and.b32 t, t, 0x01C001C0;
+        lop3.b32 t, a, 0x80008000, t, 0xEA;
+        mul.rn.bf16x2 $2, t, $5;
+        shr.b32 t, b, 6;
+        and.b32 t, t, 0x01C001C0;
+        lop3.b32 t, b, 0x80008000, t, 0xEA;
+        mul.rn.bf16x2 $3, t, $6;
+        }
+        """,
+        "=r,=r,=r,=r,r,r,r",
+        [packed, unit],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _factors(word, BF16: tl.constexpr):
+    """Four scale bytes of each row -> a factor for each of 64 packed bytes: [rows, 64]."""
+    byte = (word[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 0xFF
+    if BF16:
+        # 2**64 too large, against the 2**126 that codes are too small; 2**62 is left for the end.
+        unit = (tl.minimum(byte + 64, 254) << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        unit = f.decode_e8m0(byte) * f.E2M1_UNIT
+    unit = tl.broadcast_to(unit[:, :, None], [word.shape[0], 4, 16])
+    return tl.reshape(unit, [word.shape[0], 64])
+
+
+@triton.jit(do_not_specialize=["topk"])
+def _grouped(
+    x, codes, scale, out, order, starts, tile_expert, tile_first, rows, cols, x_stride, out_stride,
+    topk, experts,
+    GATHER: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    """out[place] = x[token of place] (GATHER) or out[pair of place] = x[place], times the expert's
+    matrix [rows, cols]; a place is a pair's in the order by expert."""
+    # Row blocks of one tile follow one another, since they read the same inputs.
+    block, tile = tl.program_id(0), tl.program_id(1)
+    expert = tl.load(tile_expert + tile)
+    if expert < experts:
+        place = tl.load(tile_first + tile) + tl.arange(0, TOKENS)
+        live = place < tl.load(starts + expert + 1)
+        pair = tl.load(order + place, mask=live, other=0)
+        source = pair // topk if GATHER else place
+        row = expert.to(tl.int64) * rows + block * ROWS + tl.arange(0, ROWS)
+        byte = tl.arange(0, 64)
+        packed_at = codes + row[:, None] * (cols // 2) + byte[None, :]
+        words = scale.to(tl.pointer_type(tl.int32)) + row * (cols // 128)
+        even_at = x + source[None, :].to(tl.int64) * x_stride + byte[:, None]
+        total = tl.zeros([ROWS, TOKENS], tl.float32)
+        tiles = cols // 128
+        word = tl.load(words)
+        for k in range(tiles):
+            packed = tl.load(packed_at + k * 64)
+            factor = _factors(word, BF16)
+            word = tl.load(words + tl.minimum(k + 1, tiles - 1))  # early: it is not pipelined
+            even = tl.load(even_at + k * 128, mask=live[None, :], other=0.0)
+            odd = tl.load(even_at + k * 128 + 64, mask=live[None, :], other=0.0)
+            if BF16:
+                low, high = _unpack_bf16(packed, factor)
+            else:
+                low = f.decode_e2m1(packed & 15).to(tl.float32) * factor
+                high = f.decode_e2m1(packed >> 4).to(tl.float32) * factor
+            total = tl.dot(low, even, total, input_precision="ieee")
+            total = tl.dot(high, odd, total, input_precision="ieee")
+        if BF16:
+            total *= 4611686018427387904.0  # 2**62
+        target = (place if GATHER else pair).to(tl.int64)
+        own = block * ROWS + tl.arange(0, ROWS)
+        at = out + target[:, None] * out_stride + own[None, :]
+        tl.store(at, tl.trans(total.to(out.dtype.element_ty)), mask=live[:, None])
+
+
+@triton.jit
+def _swiglu_rounded(
+    both, weights, order, out, groups, limit,
+    WEIGHED: tl.constexpr, PAIRED: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Rows of gate | up -> silu(min(gate, limit)) * clamp(up) * weight, rounded to FP8."""
+    row = tl.program_id(0).to(tl.int64)
+    group, col = tl.arange(0, GROUPS), tl.arange(0, 128)
+    live = group < groups
+    at = both + row * 2 * groups * 128 + group[:, None] * 128 + col[None, :]
+    gate = tl.load(at, mask=live[:, None], other=0.0).to(tl.float32)
+    up = tl.load(at + groups * 128, mask=live[:, None], other=0.0).to(tl.float32)
+    gate = tl.minimum(gate, limit)
+    up = tl.minimum(tl.maximum(up, -limit), limit)
+    values = gate / (1.0 + tl.exp(-gate)) * up
+    if WEIGHED:
+        values *= tl.load(weights + tl.load(order + row))
+    values = values.to(out.dtype.element_ty).to(tl.float32)
+    store_groups(out + row * groups * 128, round_group(values), group, live, PAIRED)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertOrder:
+    """Pairs sorted by expert, and the tiles of up to TOKENS of them, all on the device.
+
+    order: [pairs] int32, the pair (token * topk + choice) at each place; starts: [experts + 1]
+    int32, each expert's first place; tile_expert, tile_first: [tiles] int32, as many as there can
+    be at most; a surplus tile's expert is the number of experts.
+    """
+
+    order: torch.Tensor
+    starts: torch.Tensor
+    tile_expert: torch.Tensor
+    tile_first: torch.Tensor
+
+    @classmethod
+    def of(cls, indices: torch.Tensor, experts: int, tokens: int = TOKENS) -> ExpertOrder:
+        """indices: [tokens, topk]; experts: how many there are. The host does not wait."""
+        flat = indices.flatten()
+        by_expert, order = flat.sort(stable=True)
+        every = torch.arange(experts + 1, device=flat.device)
+        starts = torch.searchsorted(by_expert, every.to(by_expert.dtype))
+        tiles = (starts.diff() + tokens - 1) // tokens
+        ends = tiles.cumsum(0)
+        number = torch.arange(-(-len(flat) // tokens) + experts, device=flat.device)
+        expert = torch.searchsorted(ends, number, right=True)
+        within = number - (ends - tiles)[expert.clamp(max=experts - 1)]
+        first = starts[expert.clamp(max=experts - 1)] + within * tokens
+        return cls(order.int(), starts.int(), expert.int(), first.int())
+
+
+def grouped_fp4(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    plan: ExpertOrder,
+    out: torch.Tensor,
+    topk: int,
+    *,
+    gather: bool,
+) -> None:
+    """Each pair's input times its expert's matrix.
+
+    x: [tokens, cols] (gather) or [pairs, cols] by place, rounded and in paired order; codes:
+    [experts, rows, cols / 2] uint8; scale: [experts, rows, cols / 32] uint8; out: [pairs, rows], by
+    place (gather) or by pair, rows apart by any stride.
+    """
+    experts, rows, half = codes.shape
+    small = x.dtype == torch.float32
+    tile = 16 if small else ROWS
+    _grouped[(rows // tile, len(plan.tile_expert))](
+        x, codes, scale, out, plan.order, plan.starts, plan.tile_expert, plan.tile_first, rows,
+        2 * half, x.stride(0), out.stride(0), topk, experts,
+        GATHER=gather, ROWS=tile, TOKENS=TOKENS, BF16=not small,
+        num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+
+
+def _rounded_act(
+    both: torch.Tensor,
+    limit: float,
+    weights: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """both: [rows, 2 * cols], gate | up; weights: [pairs] float32, order: [rows]. [rows, cols]."""
+    rows, cols = both.shape[0], both.shape[1] // 2
+    out = torch.empty(rows, cols, dtype=both.dtype, device=both.device)
+    _swiglu_rounded[(rows,)](
+        both, weights if weights is not None else both, order if order is not None else both, out,
+        cols // 128, limit, WEIGHED=weights is not None, PAIRED=weights is not None,
+        GROUPS=triton.next_power_of_2(cols // 128), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def routed_experts(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    routed: tuple[torch.Tensor, ...],
+    limit: float,
+) -> torch.Tensor:
+    """x: [tokens, hidden]; indices, weights: [tokens, topk]. Returns [tokens, topk, hidden]."""
+    w1, s1, w3, s3, w2, s2 = routed
+    (tokens, hidden), topk, (experts, inner) = x.shape, indices.shape[1], w1.shape[:2]
+    plan = ExpertOrder.of(indices, experts)
+    rounded = rounded_rows(x, paired=True)
+    both = torch.empty(tokens * topk, 2 * inner, dtype=x.dtype, device=x.device)
+    grouped_fp4(rounded, w1, s1, plan, both[:, :inner], topk, gather=True)
+    grouped_fp4(rounded, w3, s3, plan, both[:, inner:], topk, gather=True)
+    act = _rounded_act(both, limit, weights, plan.order)
+    del both, rounded
+    out = torch.empty(tokens * topk, hidden, dtype=x.dtype, device=x.device)
+    grouped_fp4(act, w2, s2, plan, out, topk, gather=False)
+    return out.unflatten(0, (tokens, topk))
+
+
+@register("chunk_moe", "triton")
+def chunk_moe(
+    x: torch.Tensor,
+    token_ids: torch.Tensor,
+    gate: torch.Tensor,
+    routed: tuple[torch.Tensor, ...],
+    shared: tuple[torch.Tensor, ...],
+    *,
+    topk: int,
+    scaling_factor: float,
+    limit: float,
+    bias: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the reference. x: [tokens, hidden]; token_ids: [tokens] int64; gate: [experts, hidden];
+    routed, shared, bias, table: the same as there. Returns (pairs [tokens, topk, hidden], shared
+    output [tokens, hidden], indices [tokens, topk] int32).
+    """
+    scores = F.softplus(float_product(x, gate)).sqrt()
+    chosen = table[token_ids] if table is not None else None
+    indices, weights = _route(scores, bias, chosen, topk, scaling_factor)
+    both, _ = chunk_linear(x, *shared[:2])
+    weight = _rounded_act(both, limit)
+    del both
+    shared_out = _down(weight, *shared[2:])
+    return routed_experts(x, indices, weights, routed, limit), shared_out, indices.int()
+
+
+def _down(act: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """act: [tokens, cols], rounded already, so that it must not be rounded again."""
+    return chunk_linear(act, codes, scale, quantize_input=False)[0]

@@ -1,0 +1,156 @@
+"""Linear layers over stored weights for many tokens: inputs rounded once, weights widened once.
+
+An input rounded to FP8 in groups of 128 with power-of-two scales is exact in BF16, and so is an FP8
+weight times its scale. The product is therefore torch's BF16 matrix product, summed in float32,
+which runs at the full rate of the matrix units; the widened weight lives as long as the call.
+
+Bytes: rows * cols read and twice that written and read again for the weight, a fiftieth of the
+product's time at 8,192 tokens; four a value for rounding the input. FLOP: 2 * tokens * rows * cols,
+2.3e12 for all of a CSA layer's at 8,192 tokens of V4-Flash.
+
+Paper: §3.4 (FP8 linear layers, 1x128 by 128x128).
+"""
+
+# triton is not installed where the types are checked:
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from fathom.kernels.registry import register
+from fathom.kernels.triton import formats as f
+
+ROUNDED_ROWS = 4  # warps of a program that rounds one row
+
+
+@triton.jit
+def round_group(values):
+    """[groups, 128] float32 as FP8 with a power-of-two scale for each group would give it."""
+    amax = tl.maximum(tl.max(tl.abs(values), axis=1), f.FP8_FLOOR)
+    unit, inverse = f.power_of_two_scale(amax, f.E4M3_RECIPROCAL)
+    return f.round_e4m3(values * inverse[:, None]) * unit[:, None]
+
+
+@triton.jit
+def store_groups(out, values, group, live, PAIRED: tl.constexpr):
+    """Store [groups, 128]; PAIRED puts the even columns of each group before its odd ones."""
+    dtype: tl.constexpr = out.dtype.element_ty
+    if PAIRED:
+        even, odd = tl.split(tl.reshape(values, [values.shape[0], 64, 2]))
+        at = out + group[:, None] * 128 + tl.arange(0, 64)[None, :]
+        tl.store(at, even.to(dtype), mask=live[:, None])
+        tl.store(at + 64, odd.to(dtype), mask=live[:, None])
+    else:
+        at = out + group[:, None] * 128 + tl.arange(0, 128)[None, :]
+        tl.store(at, values.to(dtype), mask=live[:, None])
+
+
+@triton.jit
+def _round_rows(
+    x, x_stride, norm, out, groups, eps,
+    NORM: tl.constexpr, PAIRED: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    group, col = tl.arange(0, GROUPS), tl.arange(0, 128)
+    live = group < groups
+    at = group[:, None] * 128 + col[None, :]
+    values = tl.load(x + row * x_stride + at, mask=live[:, None], other=0.0).to(tl.float32)
+    if NORM:
+        mean = tl.sum(tl.sum(values * values, axis=1), axis=0) / (groups * 128)
+        weight = tl.load(norm + at, mask=live[:, None], other=0.0).to(tl.float32)
+        values = values * (1.0 / tl.sqrt(mean + eps)) * weight
+        values = values.to(x.dtype.element_ty).to(tl.float32)
+    store_groups(out + row * groups * 128, round_group(values), group, live, PAIRED)
+
+
+@triton.jit
+def _widen(codes, scale, out, cols, COLS: tl.constexpr):
+    row = tl.program_id(0) * 16 + tl.arange(0, 16)
+    first = tl.program_id(1) * COLS
+    col = first + tl.arange(0, COLS)
+    live = (col < cols)[None, :]
+    at = row[:, None].to(tl.int64) * cols + col[None, :]
+    values = f.decode_e4m3(tl.load(codes + at, mask=live, other=0)).to(tl.float32)
+    tiles = cols // 128
+    unit = tl.load(scale + row[:, None] // 128 * tiles + col[None, :] // 128, mask=live, other=0)
+    values = values * (f.decode_e8m0(unit) * f.E4M3_UNIT)
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=live)
+
+
+def rounded_rows(
+    x: torch.Tensor,
+    norm: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+    *,
+    paired: bool = False,
+) -> torch.Tensor:
+    """x rounded to FP8 in groups of 128 columns, normalised first where `norm` [cols] is given.
+
+    x: [tokens, cols], rows apart by any stride; paired: the order in which unpacked FP4 columns
+    come, of every 128 the even ones first. Returns [tokens, cols] contiguous in x's dtype.
+    """
+    tokens, cols = x.shape
+    out = torch.empty(tokens, cols, dtype=x.dtype, device=x.device)
+    groups = cols // 128
+    _round_rows[(tokens,)](
+        x, x.stride(0), norm if norm is not None else x, out, groups, norm_eps,
+        NORM=norm is not None, PAIRED=paired, GROUPS=triton.next_power_of_2(groups),
+        num_warps=ROUNDED_ROWS,
+    )  # fmt: skip
+    return out
+
+
+def widened(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An FP8 matrix in the arithmetic's dtype. codes: [rows, cols] uint8, both multiples of 128;
+    scale: [rows / 128, cols / 128] uint8. Returns [rows, cols].
+    """
+    rows, cols = codes.shape
+    out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
+    width = 1024 if cols >= 1024 else 128
+    _widen[(rows // 16, triton.cdiv(cols, width))](codes, scale, out, cols, COLS=width, num_warps=4)
+    return out
+
+
+def float_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight^T with float32 sums and a float32 result: x: [tokens, cols]; weight: [rows, cols].
+
+    BF16 products are exact in float32, so nothing is lost against widening both first.
+    """
+    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return F.linear(x.float(), weight.float())
+
+
+@register("chunk_linear", "triton")
+def chunk_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    quantize_input: bool = True,
+    groups: int = 1,
+    norm: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+    plain: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As the reference. x: [tokens, groups * cols]; codes: [rows, cols] uint8, rows and cols
+    multiples of 128; scale: [rows / 128, cols / 128] uint8; norm: [cols]; plain: [rows, cols]
+    unquantised. Returns ([tokens, rows] in x's dtype, plain's products [tokens, rows] float32 or
+    None).
+    """
+    other = float_product(x, plain) if plain is not None else None
+    if quantize_input:
+        x = rounded_rows(x, norm, norm_eps)
+    (rows, cols), each = codes.shape, codes.shape[0] // groups
+    out = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
+    weight = widened(codes, scale, x.dtype)
+    for group in range(groups):
+        mine = slice(group * each, (group + 1) * each)
+        own = x[:, group * cols : (group + 1) * cols]
+        torch.mm(own, weight[mine].t(), out=out[:, mine])
+    return out, other

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from fathom.kernels.registry import operation, register
+from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
 from fathom.kernels.triton.chunk_linear import (
     chunk_linear,
@@ -37,9 +37,6 @@ from fathom.kernels.triton.chunk_linear import (
 
 ROWS, TOKENS = 128, 256  # of one program's tile
 WARPS, STAGES = 8, 3
-
-_route = operation("route")
-
 
 @triton.jit
 def _unpack_bf16(packed, unit):
@@ -276,12 +273,15 @@ def chunk_moe(
     """
     scores = F.softplus(float_product(x, gate)).sqrt()
     chosen = table[token_ids] if table is not None else None
-    indices, weights = _route(scores, bias, chosen, topk, scaling_factor)
+    if chosen is None:
+        chosen = (scores if bias is None else scores + bias).topk(topk, dim=-1).indices
+    weights = scores.gather(-1, chosen)
+    weights = weights / weights.sum(-1, keepdim=True) * scaling_factor
     both, _ = chunk_linear(x, *shared[:2])
     weight = _rounded_act(both, limit)
     del both
     shared_out = _down(weight, *shared[2:])
-    return routed_experts(x, indices, weights, routed, limit), shared_out, indices.int()
+    return routed_experts(x, chosen, weights, routed, limit), shared_out, chosen.int()
 
 
 def _down(act: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,8 @@ from fathom.kernels.triton.entries import turn
 
 STEP = 64  # keys of one step of the online softmax
 TURNED_HEADS = 8  # of one program of _turn_queries
-WARPS, STAGES = 8, 3
+WARPS = 8
+STAGES = {0: 2, 4: 3, 128: 2}  # by kind: picks are loaded a step before the keys they name
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def _turn_queries(
 
 @triton.jit(do_not_specialize=["start", "tokens"])
 def _attend(
-    query, query_stride, rotation, recent, entries, picks, sink, start, tokens, scale,
+    query, query_stride, rotation, rows, picks, sink, start, tokens, scale,
     KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
     PICKS: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -79,19 +80,17 @@ def _attend(
     out = tl.zeros([HEADS, COLS], tl.float32)
     for first in range(0, WINDOW + count, STEP):
         index = first + tl.arange(0, STEP)
-        near = index < WINDOW
-        row = token + 1 + index  # of `recent`, whose row WINDOW + i is token i's
-        live = near & (row >= WINDOW - start)
-        source = recent + row[:, None] * COLS + col[None, :]
+        row = token + 1 + index  # row WINDOW + i is token i's
+        live = (index < WINDOW) & (row >= WINDOW - start)
         if KIND > 0:
             entry = index - WINDOW
             far = (entry >= 0) & (entry < count)
             if PICKS > 0:
                 entry = tl.load(picks + token * PICKS + entry, mask=far, other=0)
-            at = entries + tl.maximum(entry, 0).to(tl.int64)[:, None] * COLS + col[None, :]
-            source = tl.where(near[:, None], source, at)
+            row = tl.where(far, WINDOW + tokens + entry, row)
             live = live | far
-        kv = tl.load(source, mask=live[:, None], other=0.0)
+        at = rows + row[:, None] * COLS + col[None, :]
+        kv = tl.load(at, mask=live[:, None], other=0.0)
         logits = tl.dot(q, tl.trans(kv), input_precision="ieee") * scale
         logits = tl.where(live[None, :], logits, -float("inf"))
         higher = tl.maximum(high, tl.max(logits, axis=1))
@@ -141,21 +140,22 @@ def chunk_attention(
         query, query.stride(0), rotation, norm_eps, COLS=head_dim, ROPE=rope, HEADS=each,
         num_warps=4,
     )  # fmt: skip
-    entries = recent
+    rows = recent
     if kind:
         assert pool is not None
         assert table is not None
-        count = (start + tokens) // kind
-        entries = torch.empty(count, head_dim, dtype=query.dtype, device=query.device)
+        near, count = window + tokens, (start + tokens) // kind
+        rows = torch.empty(near + count, head_dim, dtype=query.dtype, device=query.device)
+        rows[:near] = recent
         read_entries(
-            pool, table, count, entries, entry_offset=entry_offset, page_entries=page_entries,
+            pool, table, count, rows[near:], entry_offset=entry_offset, page_entries=page_entries,
             rope_dim=rope,
         )  # fmt: skip
     _attend[(tokens,)](
-        query, query.stride(0), rotation, recent, entries, picks if picks is not None else recent,
-        sink, start, tokens, head_dim**-0.5,
+        query, query.stride(0), rotation, rows, picks if picks is not None else rows, sink, start,
+        tokens, head_dim**-0.5,
         KIND=kind, COLS=head_dim, ROPE=rope, WINDOW=window,
         PICKS=picks.shape[1] if picks is not None else 0, STEP=STEP, HEADS=heads,
-        num_warps=WARPS, num_stages=STAGES,
+        num_warps=WARPS, num_stages=STAGES[kind],
     )  # fmt: skip
     return query[:, : heads * head_dim]

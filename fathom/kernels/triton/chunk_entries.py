@@ -30,7 +30,7 @@ from fathom.kernels.triton.entries import finish_entry, signs, store_entry, turn
 Compressor = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 READ_ROWS = 16  # entries of one program of _read_entries
 STEP = 16  # tokens of one step through a window of 128
-INDEX_HEADS = 16  # of one program of _index_queries
+INDEX_HEADS = 64  # of one program of _index_queries, at most
 
 
 @triton.jit
@@ -335,9 +335,10 @@ def chunk_entries(
     _keep_last(projected, 4 * head_dim, index_compressor, start)
     cols = index_norm.shape[0]
     index_query = torch.empty(tokens, index_heads, cols, dtype=low.dtype, device=low.device)
-    _index_queries[(tokens, index_heads // INDEX_HEADS)](
+    each = min(INDEX_HEADS, index_heads)
+    _index_queries[(tokens, index_heads // each)](
         query[:, query.shape[1] - index_heads * cols :], query.stride(0), rotation, index_query,
-        ROPE=sizes["ROPE"], COLS=cols, TOTAL=index_heads, HEADS=INDEX_HEADS,
+        ROPE=sizes["ROPE"], COLS=cols, TOTAL=index_heads, HEADS=each,
         DOT=tl.float32 if low.dtype == torch.float32 else tl.bfloat16, num_warps=4,
     )  # fmt: skip
     return recent, index_query

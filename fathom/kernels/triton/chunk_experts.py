@@ -79,14 +79,24 @@ def _unpack_bf16(packed, unit):
 
 
 @triton.jit
-def _factors(word, BF16: tl.constexpr):
-    """Four scale bytes of each row -> a factor for each of 64 packed bytes: [rows, 64]."""
-    byte = (word[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 0xFF
+def _factor(byte, BF16: tl.constexpr):
     if BF16:
         # 2**64 too large, against the 2**126 that codes are too small; 2**62 is left for the end.
-        unit = (tl.minimum(byte + 64, 254) << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return (tl.minimum(byte + 64, 254) << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
-        unit = f.decode_e8m0(byte) * f.E2M1_UNIT
+        return f.decode_e8m0(byte) * f.E2M1_UNIT
+
+
+@triton.jit
+def _factors(word, BF16: tl.constexpr):
+    """Four scale bytes of each row -> a factor for each of 64 packed bytes: [rows, 64].
+
+    Only operations without an index: the compiler then lets the operand stay in registers.
+    """
+    first, second = _factor(word & 0xFF, BF16), _factor((word >> 8) & 0xFF, BF16)
+    third, fourth = _factor((word >> 16) & 0xFF, BF16), _factor((word >> 24) & 0xFF, BF16)
+    unit = tl.join(tl.join(first, third), tl.join(second, fourth))
+    unit = tl.reshape(unit, [word.shape[0], 4])
     unit = tl.broadcast_to(unit[:, :, None], [word.shape[0], 4, 16])
     return tl.reshape(unit, [word.shape[0], 64])
 
@@ -114,11 +124,9 @@ def _grouped(
         even_at = x + source[None, :].to(tl.int64) * x_stride + byte[:, None]
         total = tl.zeros([ROWS, TOKENS], tl.float32)
         tiles = cols // 128
-        word = tl.load(words)
         for k in range(tiles):
             packed = tl.load(packed_at + k * 64)
-            factor = _factors(word, BF16)
-            word = tl.load(words + tl.minimum(k + 1, tiles - 1))  # early: it is not pipelined
+            factor = _factors(tl.load(words + k), BF16)
             even = tl.load(even_at + k * 128, mask=live[None, :], other=0.0)
             odd = tl.load(even_at + k * 128 + 64, mask=live[None, :], other=0.0)
             if BF16:

@@ -69,17 +69,16 @@ def _round_rows(
 
 
 @triton.jit
-def _widen(codes, scale, out, cols, COLS: tl.constexpr):
-    row = tl.program_id(0) * 16 + tl.arange(0, 16)
-    first = tl.program_id(1) * COLS
-    col = first + tl.arange(0, COLS)
-    live = (col < cols)[None, :]
-    at = row[:, None].to(tl.int64) * cols + col[None, :]
-    values = f.decode_e4m3(tl.load(codes + at, mask=live, other=0)).to(tl.float32)
-    tiles = cols // 128
-    unit = tl.load(scale + row[:, None] // 128 * tiles + col[None, :] // 128, mask=live, other=0)
-    values = values * (f.decode_e8m0(unit) * f.E4M3_UNIT)
-    tl.store(out + at, values.to(out.dtype.element_ty), mask=live)
+def _widen(codes, scale, out, cols, TILES: tl.constexpr):
+    """One program widens 32 rows of TILES neighbouring tiles of 128 x 128."""
+    row = tl.program_id(0) * 32 + tl.arange(0, 32)
+    for i in tl.static_range(TILES):
+        tile = tl.program_id(1) * TILES + i
+        unit = tl.load(scale + tl.program_id(0) // 4 * (cols // 128) + tile)
+        at = row[:, None].to(tl.int64) * cols + tile * 128 + tl.arange(0, 128)[None, :]
+        values = f.decode_e4m3(tl.load(codes + at)).to(tl.float32)
+        values *= f.decode_e8m0(unit) * f.E4M3_UNIT
+        tl.store(out + at, values.to(out.dtype.element_ty))
 
 
 def rounded_rows(
@@ -111,8 +110,8 @@ def widened(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> tor
     """
     rows, cols = codes.shape
     out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
-    width = 1024 if cols >= 1024 else 128
-    _widen[(rows // 16, triton.cdiv(cols, width))](codes, scale, out, cols, COLS=width, num_warps=4)
+    tiles = 4 if cols % 512 == 0 else 1
+    _widen[(rows // 32, cols // (128 * tiles))](codes, scale, out, cols, TILES=tiles, num_warps=4)
     return out
 
 

@@ -1,7 +1,7 @@
 """Prefill on weights and caches in their stored formats: a chunk of one sequence at a time.
 
-Leaves the cache exactly as `decode_layers` would have, which then goes on from it; a chunk may be of
-any length and begin anywhere. The host decides nothing from what the device computes and never
+Leaves the cache exactly as `decode_layers` would have, which then goes on from it; a chunk may be
+of any length and begin anywhere. The host decides nothing from what the device computes and never
 waits for it.
 
 Reading order: prefill_layers -> _attention; the experts and the mHC boundary are one operation
@@ -40,8 +40,8 @@ class Chunk:
     """What the layers of one chunk share.
 
     sequence: its row in the cache; start: the first token's position; token_ids: [tokens] int64;
-    rotations: [tokens, 2, rope_dim / 2] without and with YaRN, and [windows, 2, rope_dim / 2] of the
-    first positions of the windows of 4 and of 128 tokens that the chunk touches.
+    rotations: [tokens, 2, rope_dim / 2] without and with YaRN, and [windows, 2, rope_dim / 2] of
+    the first positions of the windows of 4 and of 128 tokens that the chunk touches.
     """
 
     sequence: int
@@ -194,7 +194,7 @@ def _attention(
             index_offset=index_offset, page_entries=SLAB_TOKENS // ratio, ratio=ratio,
             k=c.index_topk,
         )  # fmt: skip
-    del projected, index_query
+    del low, qr, projected, index_query  # the queries and entries of a long chunk are large
     out = _chunk_attention(
         query,
         chunk.start,

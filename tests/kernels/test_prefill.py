@@ -182,7 +182,8 @@ def test_attention(s: Sizes, dtype: torch.dtype, kind: int, start: int, tokens: 
 
 
 @pytest.mark.parametrize(
-    ("start", "tokens"), cases_of([(0, 60), (2043, 90), (3000, 50), (4090, 9)], [(120, 12), (509, 5)])
+    ("start", "tokens"),
+    cases_of([(0, 60), (2043, 90), (3000, 50), (4090, 9)], [(120, 12), (509, 5)]),
 )
 def test_picks(s: Sizes, dtype: torch.dtype, start: int, tokens: int) -> None:
     """Equal scores but for sums in another order: compare what was picked by its scores."""
@@ -190,9 +191,7 @@ def test_picks(s: Sizes, dtype: torch.dtype, start: int, tokens: int) -> None:
     store = cases.pages(d, s, 4, 1, 1200)
     query = d.normal(tokens, s.index_heads, s.index_dim)
     weights = d.normal(tokens, 8 + s.index_heads, dtype=torch.float32)
-    kwargs = dict(
-        index_offset=store.offsets[1], page_entries=store.page_entries, ratio=4, k=s.topk
-    )
+    kwargs = dict(index_offset=store.offsets[1], page_entries=store.page_entries, ratio=4, k=s.topk)
     expected, found = both(
         "chunk_picks", query, weights, start, store.pool, store.table[0], **kwargs
     )

@@ -166,7 +166,8 @@ def chunk_attention(
     query: [tokens, rows], wq_b's output, heads * head_dim of it first, neither normed nor rotated;
     its memory may be used for the result. rotation: [tokens, 2, rope_dim / 2]; recent: [window +
     tokens, head_dim], what `chunk_entries` returned; sink: [heads]; pool: [pages, bytes] uint8;
-    table: [pages] int32; picks: [tokens, topk] int32, -1 = none. Returns [tokens, heads * head_dim].
+    table: [pages] int32; picks: [tokens, topk] int32, -1 = none. Returns [tokens, heads *
+    head_dim].
     """
     tokens, heads = query.shape[0], sink.shape[0]
     rope_dim = 2 * rotation.shape[-1]

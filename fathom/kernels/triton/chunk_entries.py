@@ -34,9 +34,7 @@ INDEX_HEADS = 64  # of one program of _index_queries, at most
 
 
 @triton.jit
-def decode_entries(
-    data, scales, live, dtype: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr
-):
+def decode_entries(data, scales, live, dtype: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr):
     """Entries at pointers [rows] to their data and scale bytes: [rows, COLS] float32."""
     STILL: tl.constexpr = COLS - ROPE
     col = tl.arange(0, COLS)
@@ -212,9 +210,7 @@ def _compressed(
         if complete:
             value = finish_entry(value, norm, cos, sin, eps, dtype, COLS, ROPE)
             data = pool + page * page_stride + entry_offset
-            store_entry(
-                value, data + place * DATA, data + PAGE * DATA + place * SCALES, COLS, ROPE
-            )
+            store_entry(value, data + place * DATA, data + PAGE * DATA + place * SCALES, COLS, ROPE)
     elif complete:
         value = _overlapping(
             projected + 4 * COLS, stride, index_ape, index_state, entry, start, 2 * INDEX_COLS,
@@ -259,9 +255,7 @@ def _index_queries(
     tl.store(out + token * TOTAL * COLS + at, q.to(dtype))
 
 
-def _keep_last(
-    projected: torch.Tensor, first: int, compressor: Compressor, start: int
-) -> None:
+def _keep_last(projected: torch.Tensor, first: int, compressor: Compressor, start: int) -> None:
     """Bring a ring of the last eight tokens up to date.
 
     projected: [tokens, cols] float32, kv from column `first` on, then gate.

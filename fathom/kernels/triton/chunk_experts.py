@@ -38,6 +38,7 @@ from fathom.kernels.triton.chunk_linear import (
 ROWS, TOKENS = 128, 256  # of one program's tile
 WARPS, STAGES = 8, 3
 
+
 @triton.jit
 def _unpack_bf16(packed, unit):
     """Bytes and BF16 factors -> (low, high) codes as BF16, times 2**-126 and the factor.
@@ -108,7 +109,8 @@ def _grouped(
     GATHER: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """out[place] = x[token of place] (GATHER) or out[pair of place] = x[place], times the expert's
-    matrix [rows, cols]; a place is a pair's in the order by expert."""
+    matrix [rows, cols]; a place is a pair's in the order by expert.
+    """
     # Row blocks of one tile follow one another, since they read the same inputs.
     block, tile = tl.program_id(0), tl.program_id(1)
     expert = tl.load(tile_expert + tile)

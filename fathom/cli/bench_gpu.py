@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fathom.cli.bench_gpu_prefill import measure_prefill
 from fathom.cli.output import print_json, print_table
 
 CASES = ((1, 4096), (1, 65_536), (1, 900_000), (1, 1_048_576), (16, 4096), (64, 4096))
@@ -21,6 +22,12 @@ KERNELS_SHOWN = 20
 def gpu(
     repeat: Annotated[int, typer.Option(min=3, help="Replays of each step.")] = 50,
     kernels: Annotated[bool, typer.Option(help="Also list the time of each kernel.")] = False,
+    prefill: Annotated[
+        bool, typer.Option("--prefill", help="Measure prompts instead of decode steps.")
+    ] = False,
+    against: Annotated[
+        str | None, typer.Option(help="With --prefill: also time `transformers`.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -29,6 +36,9 @@ def gpu(
     Each step is one CUDA graph. The floor is the bytes that a step must read over the copy rate of
     the same run; nothing about quality can be read off these weights.
     """
+    if prefill:
+        measure_prefill(max(3, repeat // 10), kernels, against, out, as_json)
+        return
     import torch
 
     from fathom.errors import MissingDependency

@@ -15,6 +15,7 @@ from tests.model.test_stored import SIZES, finish
 
 TOKENS = 263  # past two windows of 128, past a slab, with more entries than the indexer picks
 CHUNKINGS = {"odd": [1, 3, 5, 2, 127, 125], "window": [128, 129, 6]}
+FEW = 12  # tokens through all layers, whose own rounding moves all later ones
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +73,9 @@ def _of(layer, sequence: int):
     return type(layer)(*(p[sequence : sequence + 1] if p is not None else None for p in parts))
 
 
-@pytest.fixture(scope="module", params=[[0], [1], [2], [0, 1, 2]], ids=["SWA", "CSA", "HCA", "all"])
+@pytest.fixture(scope="module", params=[0, 1, 2], ids=["SWA", "CSA", "HCA"])
 def some(request, layers) -> list[StoredLayer]:
-    return [layers[i] for i in request.param]
+    return [layers[request.param]]
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +104,22 @@ def test_prefill_equals_decoding(config, some, prompt, stepwise, chunking: str) 
     errors = (torch.cat(found) - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
     # A sum in another order now and then rounds a code the other way; a stored one is then seen by
     # all later tokens. A wrong window, entry or state moves every token by more than that.
-    assert errors.max() < 0.1 * len(some), errors
-    if len(some) == 1:
-        assert (errors < 1e-5).float().mean() > 0.6, errors
-    assert (errors[:20] < 1e-5).float().mean() > 0.6, errors
+    assert errors.max() < 0.1, errors
+    assert (errors < 1e-5).float().mean() > 0.6, errors
     assert (cache.layers[0].ring[1] != reference.layers[0].ring[0]).float().mean() < 0.02
     assert not any(layer.ring[0].any() for layer in cache.layers)
     assert torch.all(cache.pool[[0, 3]] == 0x55)
+
+
+def test_layers_follow_one_another(config, layers, prompt) -> None:
+    ids, streams = prompt
+    one = StoredCache.empty(config, config.compress_ratios, 1, 1, "cpu")
+    other = StoredCache.empty(config, config.compress_ratios, 1, 1, "cpu")
+    with torch.inference_mode(), use_backend("reference"):
+        expected = decoded(config, layers, prompt, one, 0, 0, FEW)
+        chunk = Chunk.create(config, other, 0, 0, ids[:FEW])
+        found = finish(*prefill_layers(config, layers, other, chunk, streams[:FEW]))
+    assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_a_chunk_must_fit_the_cache(config) -> None:

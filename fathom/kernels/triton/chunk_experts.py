@@ -182,8 +182,8 @@ class ExpertOrder:
     tile_first: torch.Tensor
 
     @classmethod
-    def of(cls, indices: torch.Tensor, experts: int, tokens: int = TOKENS) -> ExpertOrder:
-        """indices: [tokens, topk]; experts: how many there are. The host does not wait."""
+    def of(cls, indices: torch.Tensor, experts: int, tokens: int) -> ExpertOrder:
+        """indices: [tokens, topk]; experts: how many there are; tokens: of a tile. No waiting."""
         flat = indices.flatten()
         by_expert, order = flat.sort(stable=True)
         every = torch.arange(experts + 1, device=flat.device)
@@ -251,7 +251,7 @@ def routed_experts(
     """x: [tokens, hidden]; indices, weights: [tokens, topk]. Returns [tokens, topk, hidden]."""
     w1, s1, w3, s3, w2, s2 = routed
     (tokens, hidden), topk, (experts, inner) = x.shape, indices.shape[1], w1.shape[:2]
-    plan = ExpertOrder.of(indices, experts)
+    plan = ExpertOrder.of(indices, experts, TOKENS)
     rounded = rounded_rows(x, paired=True)
     both = torch.empty(tokens * topk, 2 * inner, dtype=x.dtype, device=x.device)
     grouped_fp4(rounded, w1, s1, plan, both[:, :inner], topk, gather=True)

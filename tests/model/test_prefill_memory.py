@@ -1,4 +1,4 @@
-"""The memory plan of a prefill: exact where it can be counted, and helpful where it does not fit."""
+"""The memory plan of a prefill: exact where it can be counted, helpful where it does not fit."""
 
 from __future__ import annotations
 

@@ -239,7 +239,7 @@ def test_select(s: Sizes, dtype: torch.dtype, shape: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("tokens", "routing"),
     cases_of(
-        [(1, "bias"), (70, "bias"), (70, "hash"), (300, "one expert")],
+        [(1, "bias"), (70, "bias"), (70, "hash"), (130, "one expert")],
         [(1, "bias"), (7, "hash"), (21, "one expert")],
     ),
 )

@@ -15,7 +15,11 @@ import typer
 from fathom.cli.bench_gpu_prefill import measure_prefill
 from fathom.cli.output import print_json, print_table
 
-CASES = ((1, 4096), (1, 65_536), (1, 900_000), (1, 1_048_576), (16, 4096), (64, 4096))
+# Sequences, context, whether a sequence's result may not depend on the others.
+CASES = (
+    (1, 4096, True), (1, 65_536, True), (1, 900_000, True), (1, 1_048_576, True),
+    (16, 4096, True), (16, 4096, False), (64, 4096, True), (64, 4096, False),
+)  # fmt: skip
 KERNELS_SHOWN = 20
 
 
@@ -69,8 +73,10 @@ def _measure(torch: Any, repeat: int, kernels: bool) -> dict[str, Any]:
     }
     layers = gpu_speed.stored_layers(config)
     with torch.inference_mode():
-        for tokens, context in CASES:
-            for row in gpu_speed.layer_times(config, layers, tokens, context, rate, repeat):
+        for tokens, context, invariant in CASES:
+            for row in gpu_speed.layer_times(
+                config, layers, tokens, context, rate, repeat, invariant
+            ):
                 report["rows"].append(asdict(row) | {"fraction_of_floor": row.fraction})
         if kernels:
             report["kernels"] = {
@@ -88,7 +94,7 @@ def _print(report: dict[str, Any]) -> None:
     rows = [
         [
             r["kind"],
-            str(r["tokens"]),
+            str(r["tokens"]) + ("" if r["batch_invariant"] else " free"),
             f"{r['context']:,}",
             f"{r['median']:.3f}",
             f"{r['least']:.3f}",

@@ -26,7 +26,7 @@ chunk_index = importlib.import_module("fathom.kernels.triton.chunk_index")
 pytestmark = [pytest.mark.parametrize("dtype", DTYPES), pytest.mark.parametrize("s", SIZES)]
 
 
-@pytest.mark.parametrize("tokens", cases_of([1, 70, 257], [3]))
+@pytest.mark.parametrize("tokens", cases_of([1, 20, 64, 70, 257], [3, 70]))
 @pytest.mark.parametrize("norm", [False, True])
 def test_linear(s: Sizes, dtype: torch.dtype, tokens: int, norm: bool) -> None:
     d = Draw(tokens, dtype, DEVICE)
@@ -239,7 +239,14 @@ def test_select(s: Sizes, dtype: torch.dtype, shape: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("tokens", "routing"),
     cases_of(
-        [(1, "bias"), (70, "bias"), (70, "hash"), (130, "one expert")],
+        [
+            (1, "bias"),
+            (20, "one expert"),
+            (64, "hash"),
+            (70, "bias"),
+            (70, "hash"),
+            (130, "one expert"),
+        ],
         [(1, "bias"), (7, "hash"), (21, "one expert")],
     ),
 )

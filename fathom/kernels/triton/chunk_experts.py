@@ -37,6 +37,8 @@ from fathom.kernels.triton.chunk_linear import (
 
 ROWS, TOKENS = 128, 256  # of one program's tile
 WARPS, STAGES = 8, 3
+FEW = 64  # tokens up to which an expert has a few at most
+FEW_ROWS, FEW_TOKENS, FEW_WARPS, FEW_STAGES = 64, 16, 4, 3
 
 
 @triton.jit
@@ -169,7 +171,7 @@ def _swiglu_rounded(
 
 @dataclass(frozen=True, slots=True)
 class ExpertOrder:
-    """Pairs sorted by expert, and the tiles of up to TOKENS of them, all on the device.
+    """Pairs sorted by expert, and the tiles of up to `tile_tokens` of them, all on the device.
 
     order: [pairs] int32, the pair (token * topk + choice) at each place; starts: [experts + 1]
     int32, each expert's first place; tile_expert, tile_first: [tiles] int32, as many as there can
@@ -180,6 +182,7 @@ class ExpertOrder:
     starts: torch.Tensor
     tile_expert: torch.Tensor
     tile_first: torch.Tensor
+    tile_tokens: int
 
     @classmethod
     def of(cls, indices: torch.Tensor, experts: int, tokens: int) -> ExpertOrder:
@@ -190,11 +193,12 @@ class ExpertOrder:
         starts = torch.searchsorted(by_expert, every.to(by_expert.dtype))
         tiles = (starts.diff() + tokens - 1) // tokens
         ends = tiles.cumsum(0)
-        number = torch.arange(-(-len(flat) // tokens) + experts, device=flat.device)
+        most = -(-len(flat) // tokens) + min(experts, len(flat))
+        number = torch.arange(most, device=flat.device)
         expert = torch.searchsorted(ends, number, right=True)
         within = number - (ends - tiles)[expert.clamp(max=experts - 1)]
         first = starts[expert.clamp(max=experts - 1)] + within * tokens
-        return cls(order.int(), starts.int(), expert.int(), first.int())
+        return cls(order.int(), starts.int(), expert.int(), first.int(), tokens)
 
 
 def grouped_fp4(
@@ -215,12 +219,13 @@ def grouped_fp4(
     """
     experts, rows, half = codes.shape
     small = x.dtype == torch.float32
-    tile = 16 if small else ROWS
+    few = plan.tile_tokens == FEW_TOKENS
+    tile = 16 if small else FEW_ROWS if few else ROWS
     _grouped[(rows // tile, len(plan.tile_expert))](
         x, codes, scale, out, plan.order, plan.starts, plan.tile_expert, plan.tile_first, rows,
         2 * half, x.stride(0), out.stride(0), topk, experts,
-        GATHER=gather, ROWS=tile, TOKENS=TOKENS, BF16=not small,
-        num_warps=WARPS, num_stages=STAGES,
+        GATHER=gather, ROWS=tile, TOKENS=plan.tile_tokens, BF16=not small,
+        num_warps=FEW_WARPS if few else WARPS, num_stages=FEW_STAGES if few else STAGES,
     )  # fmt: skip
 
 
@@ -251,7 +256,7 @@ def routed_experts(
     """x: [tokens, hidden]; indices, weights: [tokens, topk]. Returns [tokens, topk, hidden]."""
     w1, s1, w3, s3, w2, s2 = routed
     (tokens, hidden), topk, (experts, inner) = x.shape, indices.shape[1], w1.shape[:2]
-    plan = ExpertOrder.of(indices, experts, TOKENS)
+    plan = ExpertOrder.of(indices, experts, FEW_TOKENS if tokens <= FEW else TOKENS)
     rounded = rounded_rows(x, paired=True)
     both = torch.empty(tokens * topk, 2 * inner, dtype=x.dtype, device=x.device)
     grouped_fp4(rounded, w1, s1, plan, both[:, :inner], topk, gather=True)

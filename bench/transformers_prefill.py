@@ -1,6 +1,7 @@
-"""transformers' deepseek_v4 filling a cache: three layers at V4-Flash's sizes, on one GPU.
+"""transformers' deepseek_v4 on one GPU: three layers at V4-Flash's sizes fill a cache and decode.
 
-`fathom bench gpu --prefill --against transformers` starts this module with a number of tokens. The
+`fathom bench gpu --against transformers`, with or without `--prefill`, starts this module with a
+number of tokens: of a prompt, and of the context in which single tokens are decoded after it. The
 weights are random BF16 numbers (it has no FP4 path for these layers), the arithmetic is BF16. Where
 the memory does not suffice the prompt is halved. Prints one JSON object.
 """
@@ -62,6 +63,21 @@ def seconds(model: Any, tokens: int, repeat: int = 2) -> list[float]:
     return times[1:]
 
 
+@torch.inference_mode()
+def decode_seconds(model: Any, tokens: int, repeat: int = 10) -> list[float]:
+    """Times of single tokens behind a prompt, after two to warm up."""
+    ids = torch.arange(tokens, device="cuda")[None] * 997 % VOCABULARY
+    cache = model(ids, use_cache=True).past_key_values
+    times = []
+    for _ in range(repeat + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times[2:]
+
+
 def main() -> None:
     """Measure the number of tokens given, or the largest half of it that fits."""
     import transformers
@@ -84,6 +100,7 @@ def main() -> None:
             "weights_bytes": weights,
             "peak_bytes": torch.cuda.max_memory_allocated() - weights,
         }
+        report["seconds_a_token"] = statistics.median(decode_seconds(model, tokens))
         print(json.dumps(report))
         return
     raise SystemExit("no prompt of 128 tokens fits this device")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fathom.cli.bench_gpu_prefill import measure_prefill
+from fathom.cli.bench_gpu_prefill import OTHER, check_other, measure_other, measure_prefill
 from fathom.cli.output import print_json, print_table
 
 # Sequences, context, whether a sequence's result may not depend on the others.
@@ -21,6 +21,7 @@ CASES = (
     (16, 4096, True), (16, 4096, False), (64, 4096, True), (64, 4096, False),
 )  # fmt: skip
 KERNELS_SHOWN = 20
+OTHER_CONTEXT = 4096  # in which the other implementation decodes
 
 
 def gpu(
@@ -30,7 +31,7 @@ def gpu(
         bool, typer.Option("--prefill", help="Measure prompts instead of decode steps.")
     ] = False,
     against: Annotated[
-        str | None, typer.Option(help="With --prefill: also time `transformers`.")
+        str | None, typer.Option(help="Also time `transformers` on this device.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -49,7 +50,11 @@ def gpu(
 
     if not torch.cuda.is_available():
         raise MissingDependency("bench gpu needs a CUDA device, and torch sees none here")
+    check_other(against)
     report = _measure(torch, repeat, kernels)
+    torch.cuda.empty_cache()
+    if against is not None:
+        report[OTHER] = measure_other(OTHER_CONTEXT)
     if out is not None:
         out.write_text(json.dumps(report, indent=1))
     if as_json:
@@ -107,6 +112,14 @@ def _print(report: dict[str, Any]) -> None:
     print_table(
         ["layer", "tokens", "context", "median", "least", "floor", "of floor", "launches"], rows
     )
+    if OTHER in report:
+        other = report[OTHER]
+        own = next(r for r in report["rows"] if r["kind"] == "all")
+        each = other["seconds_a_token"] * 1e3
+        print(
+            f"\n{OTHER} {other['version']}, BF16 weights, one token at {other['tokens']:,}: "
+            f"{each:.2f} ms for three layers, {each / own['median']:.1f} times as long"
+        )
     for context, kernels in report.get("kernels", {}).items():
         print(f"\none token at {int(context):,}: microseconds by kernel")
         print_table(

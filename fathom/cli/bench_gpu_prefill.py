@@ -33,13 +33,12 @@ def measure_prefill(
 
     if not torch.cuda.is_available():
         raise MissingDependency("bench gpu needs a CUDA device, and torch sees none here")
-    if against not in (None, OTHER):
-        raise ConfigError(f"a prefill is measured against {OTHER!r} only, not {against!r}")
+    check_other(against)
     with torch.inference_mode():
         report = _measure(torch, repeat, kernels, quiet=as_json)
     torch.cuda.empty_cache()
     if against is not None:
-        report[OTHER] = _other()
+        report[OTHER] = measure_other()
     if out is not None:
         out.write_text(json.dumps(report, indent=1))
     if as_json:
@@ -86,9 +85,18 @@ def _measure(torch: Any, repeat: int, kernels: bool, quiet: bool) -> dict[str, A
     return report
 
 
-def _other() -> dict[str, Any]:
-    """What the other implementation needs, measured in a process of its own."""
-    command = [sys.executable, "-m", OTHER_MODULE, str(OTHER_TOKENS)]
+def check_other(against: str | None) -> None:
+    """Raises ConfigError for what nothing can be measured against."""
+    if against not in (None, OTHER):
+        raise ConfigError(f"a GPU is measured against {OTHER!r} only, not {against!r}")
+
+
+def measure_other(tokens: int = OTHER_TOKENS) -> dict[str, Any]:
+    """What the other implementation needs, measured in a process of its own.
+
+    Raises MissingDependency where it cannot run.
+    """
+    command = [sys.executable, "-m", OTHER_MODULE, str(tokens)]
     done = subprocess.run(
         command, cwd=CHECKOUT, capture_output=True, text=True, timeout=OTHER_LIMIT
     )

@@ -37,23 +37,19 @@ def round_group(values):
 
 
 @triton.jit
-def store_groups(out, values, group, live, PAIRED: tl.constexpr):
-    """Store [groups, 128]; PAIRED puts the even columns of each group before its odd ones."""
-    dtype: tl.constexpr = out.dtype.element_ty
-    if PAIRED:
-        even, odd = tl.split(tl.reshape(values, [values.shape[0], 64, 2]))
-        at = out + group[:, None] * 128 + tl.arange(0, 64)[None, :]
-        tl.store(at, even.to(dtype), mask=live[:, None])
-        tl.store(at + 64, odd.to(dtype), mask=live[:, None])
-    else:
-        at = out + group[:, None] * 128 + tl.arange(0, 128)[None, :]
-        tl.store(at, values.to(dtype), mask=live[:, None])
+def store_groups(out, values, group, live, PLANES: tl.constexpr):
+    """Store [groups, 128]; PLANES puts column 64a + 32b + 8c + d of a group at 16d + 8a + 2c + b."""
+    if PLANES:
+        parts = tl.reshape(values, [values.shape[0], 2, 2, 4, 8])
+        values = tl.reshape(tl.permute(parts, (0, 4, 1, 3, 2)), [values.shape[0], 128])
+    at = out + group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    tl.store(at, values.to(out.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
 def _round_rows(
     x, x_stride, norm, out, groups, eps,
-    NORM: tl.constexpr, PAIRED: tl.constexpr, GROUPS: tl.constexpr,
+    NORM: tl.constexpr, PLANES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     group, col = tl.arange(0, GROUPS), tl.arange(0, 128)
@@ -65,7 +61,7 @@ def _round_rows(
         weight = tl.load(norm + at, mask=live[:, None], other=0.0).to(tl.float32)
         values = values * (1.0 / tl.sqrt(mean + eps)) * weight
         values = values.to(x.dtype.element_ty).to(tl.float32)
-    store_groups(out + row * groups * 128, round_group(values), group, live, PAIRED)
+    store_groups(out + row * groups * 128, round_group(values), group, live, PLANES)
 
 
 @triton.jit
@@ -86,19 +82,20 @@ def rounded_rows(
     norm: torch.Tensor | None = None,
     norm_eps: float = 1e-6,
     *,
-    paired: bool = False,
+    planes: bool = False,
 ) -> torch.Tensor:
     """x rounded to FP8 in groups of 128 columns, normalised first where `norm` [cols] is given.
 
-    x: [tokens, cols], rows apart by any stride; paired: the order in which unpacked FP4 columns
-    come, of every 128 the even ones first. Returns [tokens, cols] contiguous in x's dtype.
+    x: [tokens, cols], rows apart by any stride; planes: in the order in which FP4 columns are
+    unpacked, of every 128 the 16 of each place in a word of eight. Returns [tokens, cols]
+    contiguous in x's dtype.
     """
     tokens, cols = x.shape
     out = torch.empty(tokens, cols, dtype=x.dtype, device=x.device)
     groups = cols // 128
     _round_rows[(tokens,)](
         x, x.stride(0), norm if norm is not None else x, out, groups, norm_eps,
-        NORM=norm is not None, PAIRED=paired, GROUPS=triton.next_power_of_2(groups),
+        NORM=norm is not None, PLANES=planes, GROUPS=triton.next_power_of_2(groups),
         num_warps=ROUNDED_ROWS,
     )  # fmt: skip
     return out

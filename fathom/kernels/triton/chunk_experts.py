@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
@@ -155,41 +156,41 @@ def _factors(scales, BF16: tl.constexpr):
     return tl.reshape(unit, [scales.shape[0], 16])
 
 
-@triton.jit(do_not_specialize=["topk"])
+@triton.jit
 def _grouped(
-    x, codes, scale, out, order, starts, tile_expert, tile_first, rows, cols, x_stride, out_stride,
-    topk, experts,
-    GATHER: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BF16: tl.constexpr,
+    x, codes, scale, out, order, starts, tile_expert, tile_first, rows, cols, out_stride, experts,
+    SCATTER: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """out[place] = x[token of place] (GATHER) or out[pair of place] = x[place], times the expert's
-    matrix [rows, cols]; a place is a pair's in the order by expert.
+    """out[place] = x[place] times the expert's matrix [rows, cols]; a place is a pair's in the order
+    by expert. SCATTER: out[pair] instead. x: a descriptor of [pairs, cols], tiles [TOKENS, 128].
     """
     # Row blocks of one tile follow one another, since they read the same inputs.
     block, tile = tl.program_id(0), tl.program_id(1)
     expert = tl.load(tile_expert + tile)
     if expert < experts:
-        place = tl.load(tile_first + tile) + tl.arange(0, TOKENS)
-        live = place < tl.load(starts + expert + 1)
-        pair = tl.load(order + place, mask=live, other=0)
-        source = pair // topk if GATHER else place
+        first = tl.load(tile_first + tile)
         row = expert.to(tl.int64) * rows + block * ROWS + tl.arange(0, ROWS)
-        column, col = tl.arange(0, 16), tl.arange(0, 128)
-        words = codes.to(tl.pointer_type(tl.int32)) + row[:, None] * (cols // 8) + column[None, :]
+        words = codes.to(tl.pointer_type(tl.int32)) + row[:, None] * (cols // 8)
+        words += tl.arange(0, 16)[None, :]
         scales = scale.to(tl.pointer_type(tl.int32)) + row * (cols // 128)
-        values = x + source[None, :].to(tl.int64) * x_stride + col[:, None]
         total = tl.zeros([ROWS, TOKENS], tl.float32)
         for k in range(cols // 128):
             word = _ordered(tl.load(words + k * 16))
             factor = _factors(tl.load(scales + k), BF16)
             weight = _unpacked(word, factor, BF16)
-            value = tl.load(values + k * 128, mask=live[None, :], other=0.0)
+            # Behind the expert's last place are another's inputs: their products are not stored.
+            value = x.load([first, k * 128])
             # One product a step, so that the next step's codes are unpacked while it runs.
-            total = tl.dot(weight, value, total, input_precision="ieee")
+            total = tl.dot(weight, tl.trans(value), total, input_precision="ieee")
         if BF16:
             total *= 4611686018427387904.0  # 2**62
-        target = (place if GATHER else pair).to(tl.int64)
+        place = first + tl.arange(0, TOKENS)
+        live = place < tl.load(starts + expert + 1)
+        target = place
+        if SCATTER:
+            target = tl.load(order + place, mask=live, other=0)
         own = block * ROWS + tl.arange(0, ROWS)
-        at = out + target[:, None] * out_stride + own[None, :]
+        at = out + target[:, None].to(tl.int64) * out_stride + own[None, :]
         tl.store(at, tl.trans(total.to(out.dtype.element_ty)), mask=live[:, None])
 
 
@@ -250,23 +251,22 @@ def grouped_fp4(
     scale: torch.Tensor,
     plan: ExpertOrder,
     out: torch.Tensor,
-    topk: int,
     *,
-    gather: bool,
+    scatter: bool,
 ) -> None:
     """Each pair's input times its expert's matrix.
 
-    x: [tokens, cols] (gather) or [pairs, cols] by place, rounded and in the order of planes; codes:
-    [experts, rows, cols / 2] uint8; scale: [experts, rows, cols / 32] uint8; out: [pairs, rows], by
-    place (gather) or by pair, rows apart by any stride.
+    x: [pairs, cols] by place, rounded, its columns in the order of planes; codes: [experts, rows,
+    cols / 2] uint8; scale: [experts, rows, cols / 32] uint8; out: [pairs, rows], rows apart by any
+    stride, by place or (scatter) by pair.
     """
     experts, rows, half = codes.shape
     small = x.dtype == torch.float32
     tile = 16 if small else ROWS
     _grouped[(rows // tile, len(plan.tile_expert))](
-        x, codes, scale, out, plan.order, plan.starts, plan.tile_expert, plan.tile_first, rows,
-        2 * half, x.stride(0), out.stride(0), topk, experts,
-        GATHER=gather, ROWS=tile, TOKENS=TOKENS, BF16=not small,
+        TensorDescriptor.from_tensor(x, [TOKENS, 128]), codes, scale, out, plan.order, plan.starts,
+        plan.tile_expert, plan.tile_first, rows, 2 * half, out.stride(0), experts,
+        SCATTER=scatter, ROWS=tile, TOKENS=TOKENS, BF16=not small,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
 
@@ -299,14 +299,15 @@ def routed_experts(
     w1, s1, w3, s3, w2, s2 = routed
     (tokens, hidden), topk, (experts, inner) = x.shape, indices.shape[1], w1.shape[:2]
     plan = ExpertOrder.of(indices, experts, TOKENS)
-    rounded = rounded_rows(x, planes=True)
+    rounded = rounded_rows(x, planes=True, source=plan.order // topk)
     both = torch.empty(tokens * topk, 2 * inner, dtype=x.dtype, device=x.device)
-    grouped_fp4(rounded, w1, s1, plan, both[:, :inner], topk, gather=True)
-    grouped_fp4(rounded, w3, s3, plan, both[:, inner:], topk, gather=True)
+    grouped_fp4(rounded, w1, s1, plan, both[:, :inner], scatter=False)
+    grouped_fp4(rounded, w3, s3, plan, both[:, inner:], scatter=False)
+    del rounded
     act = _rounded_act(both, limit, weights, plan.order)
-    del both, rounded
+    del both
     out = torch.empty(tokens * topk, hidden, dtype=x.dtype, device=x.device)
-    grouped_fp4(act, w2, s2, plan, out, topk, gather=False)
+    grouped_fp4(act, w2, s2, plan, out, scatter=True)
     return out.unflatten(0, (tokens, topk))
 
 
@@ -335,12 +336,7 @@ def chunk_moe(
     weights = scores.gather(-1, chosen)
     weights = weights / weights.sum(-1, keepdim=True) * scaling_factor
     both, _ = chunk_linear(x, *shared[:2])
-    weight = _rounded_act(both, limit)
+    # Rounded here already; rounding once more changes nothing.
+    shared_out, _ = chunk_linear(_rounded_act(both, limit), *shared[2:])
     del both
-    shared_out = _down(weight, *shared[2:])
     return routed_experts(x, chosen, weights, routed, limit), shared_out, chosen.int()
-
-
-def _down(act: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """act: [tokens, cols], rounded already, so that it must not be rounded again."""
-    return chunk_linear(act, codes, scale, quantize_input=False)[0]

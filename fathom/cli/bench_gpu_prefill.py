@@ -89,9 +89,15 @@ def _measure(torch: Any, repeat: int, kernels: bool, quiet: bool) -> dict[str, A
 def _other() -> dict[str, Any]:
     """What the other implementation needs, measured in a process of its own."""
     command = [sys.executable, "-m", OTHER_MODULE, str(OTHER_TOKENS)]
-    done = subprocess.run(
-        command, cwd=CHECKOUT, capture_output=True, text=True, timeout=OTHER_LIMIT
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=CHECKOUT, capture_output=True, text=True, timeout=OTHER_LIMIT
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MissingDependency(
+            f"{OTHER} took more than {OTHER_LIMIT} s for {OTHER_TOKENS:,} tokens: measure without "
+            "--against"
+        ) from error
     if done.returncode:
         raise MissingDependency(
             f"{OTHER} could not be measured ({done.stderr.strip().splitlines()[-1:]}): it must be "

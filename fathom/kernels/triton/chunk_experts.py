@@ -158,38 +158,45 @@ def _factors(scales, BF16: tl.constexpr):
 
 @triton.jit
 def _grouped(
-    x, codes, scale, out, order, starts, tile_expert, tile_first, rows, cols, out_stride, experts,
-    SCATTER: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BF16: tl.constexpr,
+    x, codes, scale, out, order, starts, tile_expert, tile_first, rows, out_stride, experts,
+    SCATTER: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    BF16: tl.constexpr,
 ):  # fmt: skip
-    """out[place] = x[place] times the expert's matrix [rows, cols]; a place is a pair's in the order
-    by expert. SCATTER: out[pair] instead. x: a descriptor of [pairs, cols], tiles [TOKENS, 128].
+    """out[place] = x[place] times the expert's matrix [rows, COLS]; a place is a pair's in the
+    order by expert. SCATTER: out[pair] instead. x: a descriptor of [pairs, COLS], of tiles
+    [TOKENS, 128].
+
+    COLS is a constant for speed: with a loop that might not run at all, the assembler would wait
+    for every product before it issues the next.
     """
     # Row blocks of one tile follow one another, since they read the same inputs.
     block, tile = tl.program_id(0), tl.program_id(1)
     expert = tl.load(tile_expert + tile)
     if expert < experts:
         first = tl.load(tile_first + tile)
-        row = expert.to(tl.int64) * rows + block * ROWS + tl.arange(0, ROWS)
-        words = codes.to(tl.pointer_type(tl.int32)) + row[:, None] * (cols // 8)
-        words += tl.arange(0, 16)[None, :]
-        scales = scale.to(tl.pointer_type(tl.int32)) + row * (cols // 128)
+        row, place = tl.arange(0, ROWS), tl.arange(0, TOKENS)
+        start = expert.to(tl.int64) * rows + block * ROWS
+        words = codes.to(tl.pointer_type(tl.int32)) + start * (COLS // 8)
+        words = words + row[:, None] * (COLS // 8) + tl.arange(0, 16)[None, :]
+        scales = scale.to(tl.pointer_type(tl.int32)) + start * (COLS // 128)
+        scales = scales + row * (COLS // 128)
         total = tl.zeros([ROWS, TOKENS], tl.float32)
-        for k in range(cols // 128):
+        for k in range(COLS // 128):
             word = _ordered(tl.load(words + k * 16))
             factor = _factors(tl.load(scales + k), BF16)
             weight = _unpacked(word, factor, BF16)
             # Behind the expert's last place are another's inputs: their products are not stored.
-            value = x.load([first, k * 128])
             # One product a step, so that the next step's codes are unpacked while it runs.
+            value = x.load([first, k * 128])
             total = tl.dot(weight, tl.trans(value), total, input_precision="ieee")
         if BF16:
             total *= 4611686018427387904.0  # 2**62
-        place = first + tl.arange(0, TOKENS)
+        place += first
         live = place < tl.load(starts + expert + 1)
         target = place
         if SCATTER:
             target = tl.load(order + place, mask=live, other=0)
-        own = block * ROWS + tl.arange(0, ROWS)
+        own = block * ROWS + row
         at = out + target[:, None].to(tl.int64) * out_stride + own[None, :]
         tl.store(at, tl.trans(total.to(out.dtype.element_ty)), mask=live[:, None])
 
@@ -265,8 +272,8 @@ def grouped_fp4(
     tile = 16 if small else ROWS
     _grouped[(rows // tile, len(plan.tile_expert))](
         TensorDescriptor.from_tensor(x, [TOKENS, 128]), codes, scale, out, plan.order, plan.starts,
-        plan.tile_expert, plan.tile_first, rows, 2 * half, out.stride(0), experts,
-        SCATTER=scatter, ROWS=tile, TOKENS=TOKENS, BF16=not small,
+        plan.tile_expert, plan.tile_first, rows, out.stride(0), experts,
+        SCATTER=scatter, COLS=2 * half, ROWS=tile, TOKENS=TOKENS, BF16=not small,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
 
@@ -277,7 +284,9 @@ def _rounded_act(
     weights: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """both: [rows, 2 * cols], gate | up; weights: [pairs] float32, order: [rows]. [rows, cols]."""
+    """both: [rows, 2 * cols], gate | up; weights: [pairs] float32; order: [rows]. Returns [rows,
+    cols], with weights in the order of planes.
+    """
     rows, cols = both.shape[0], both.shape[1] // 2
     out = torch.empty(rows, cols, dtype=both.dtype, device=both.device)
     _swiglu_rounded[(rows,)](

@@ -43,7 +43,7 @@ def round_group(values):
 
 @triton.jit
 def store_groups(out, values, group, live, PLANES: tl.constexpr):
-    """Store [groups, 128]; PLANES puts column 64a + 32b + 8c + d of a group at 16d + 8a + 2c + b."""
+    """Store [groups, 128]; PLANES puts column 64a + 32b + 8c + d of each at 16d + 8a + 2c + b."""
     if PLANES:
         parts = tl.reshape(values, [values.shape[0], 2, 2, 4, 8])
         values = tl.reshape(tl.permute(parts, (0, 4, 1, 3, 2)), [values.shape[0], 128])

@@ -130,8 +130,8 @@ def rounded_rows(
     _round_rows[(tokens,)](
         x, x.stride(0), source if source is not None else x, norm if norm is not None else x, out,
         groups, norm_eps,
-        NORM=norm is not None, SOURCE=source is not None, PLANES=planes, GROUPS=triton.next_power_of_2(groups),
-        num_warps=ROUNDED_ROWS,
+        NORM=norm is not None, SOURCE=source is not None, PLANES=planes,
+        GROUPS=triton.next_power_of_2(groups), num_warps=ROUNDED_ROWS,
     )  # fmt: skip
     return out
 

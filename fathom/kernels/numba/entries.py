@@ -22,8 +22,11 @@ from fathom.kernels.numba.primitives import (
     power_of_two,
 )
 from fathom.kernels.numba.vector import (
+    LANES,
     bits_of_float,
+    decode_lanes,
     float_of_bits,
+    greatest,
     inner,
     peek_byte,
     peek_float,
@@ -31,6 +34,8 @@ from fathom.kernels.numba.vector import (
     poke_byte,
     poke_float,
     poke_half,
+    round_lanes,
+    widen_lanes,
 )
 
 RAW, FP8, FP4 = 0, 1, 2
@@ -66,15 +71,19 @@ def _e4m3_step(value: Any) -> Any:
 def round_group(x: Any, first: int, last: int) -> int:
     """Round x[first:last] in place to FP8 with one power-of-two scale; returns its exponent.
 
-    The same as primitives.round_e4m3; written so that it runs in vectors.
+    The same as primitives.round_e4m3, in vectors.
     """
-    top = np.uint32(0)
-    for j in range(first, last):
-        top = max(top, bits_of_float(x[j]) & np.uint32(0x7FFFFFFF))
-    amax = max(float_of_bits(top), np.float32(1e-4))
+    start, lanes = x.ctypes.data + 4 * first, (last - first) // LANES * LANES
+    amax = np.float32(1e-4)
+    if lanes:
+        amax = max(amax, greatest(start, lanes))
+    for j in range(first + lanes, last):
+        amax = max(amax, abs(x[j]))
     exponent = ceil_power_of_two(amax * E4M3_RECIPROCAL)
     scale, inverse = power_of_two(exponent), power_of_two(-exponent)
-    for j in range(first, last):
+    for j in range(0, lanes, LANES):
+        round_lanes(start + 4 * j, inverse, scale)
+    for j in range(first + lanes, last):
         v = x[j] * inverse
         e = _e4m3_step(v)
         x[j] = np.float32(np.rint(v * power_of_two(-e))) * power_of_two(e) * scale
@@ -129,6 +138,17 @@ def store_kv(x: Any, rope_dim: int, form: int, write: int, memory: Any, data: in
 
 
 @inner
+def _load_e4m3(memory: Any, data: int, count: int, scale: Any, out: Any, at: int) -> None:
+    """out[at : at + count] = the values of codes, times their scale."""
+    source, to = memory.ctypes.data + data, out.ctypes.data + 4 * at
+    lanes = count // LANES * LANES
+    for j in range(0, lanes, LANES):
+        decode_lanes(source + j, to + 4 * j, scale)
+    for j in range(lanes, count):
+        out[at + j] = decode_e4m3(peek_byte(memory, data + j)) * scale
+
+
+@inner
 def load_kv(
     memory: Any, data: int, scales: int, rope_dim: int, c: int, form: int, out: Any, at: int
 ):
@@ -140,9 +160,13 @@ def load_kv(
     nope = c - rope_dim
     for first in range(0, nope, KV_GROUP):
         scale = power_of_two(np.int32(peek_byte(memory, scales + first // KV_GROUP)) - 127)
-        for j in range(first, min(first + KV_GROUP, nope)):
-            out[at + j] = decode_e4m3(peek_byte(memory, data + j)) * scale
-    for j in range(rope_dim):
+        last = min(first + KV_GROUP, nope)
+        _load_e4m3(memory, data + first, last - first, scale, out, at + first)
+    source, to = memory.ctypes.data + data + nope, out.ctypes.data + 4 * (at + nope)
+    lanes = rope_dim // LANES * LANES
+    for j in range(0, lanes, LANES):
+        widen_lanes(source + 2 * j, to + 4 * j)
+    for j in range(lanes, rope_dim):
         half = np.uint32(peek_half(memory, data + nope + 2 * j))
         out[at + nope + j] = float_of_bits(half << np.uint32(16))
 
@@ -214,9 +238,7 @@ def load_key(memory: Any, data: int, scales: int, dim: int, form: int, out: Any,
             out[at + j] = peek_float(memory, data + 4 * j)
         return
     if form == FP8:
-        scale = peek_float(memory, scales)
-        for j in range(dim):
-            out[at + j] = decode_e4m3(peek_byte(memory, data + j)) * scale
+        _load_e4m3(memory, data, dim, peek_float(memory, scales), out, at)
         return
     for first in range(0, dim, FP4_GROUP):
         exponent = np.int32(peek_byte(memory, scales + first // FP4_GROUP)) - np.int32(127)

@@ -28,7 +28,7 @@ import numpy as np
 from numba import njit
 
 from fathom.kernels.numba.entries import FP8, load_kv, round_fp8, store_key, store_kv
-from fathom.kernels.numba.index_scan import best, scan
+from fathom.kernels.numba.index_scan import search
 from fathom.kernels.numba.primitives import (
     copy,
     hadamard,
@@ -38,6 +38,7 @@ from fathom.kernels.numba.primitives import (
     round_fp4,
     sigmoid,
 )
+from fathom.kernels.numba.selection import capacity, keep_best
 from fathom.kernels.numba.vector import (
     LANES,
     PANEL,
@@ -51,7 +52,7 @@ from fathom.kernels.numba.vector import (
 
 # numba keeps compiled functions until the file that defines them changes, whatever they call. So
 # this file changes with the others: the SHA-256 of them together begins with this; a test compares.
-PARTS = "1a7099c56fb6cffa"
+PARTS = "0ba7d952f76f5323"
 
 PROJECT, ABSORB, ATTEND, REMEMBER, COMBINE = 1, 2, 4, 8, 16
 BLOCK = 256  # rows that share a widened panel of weights
@@ -103,7 +104,8 @@ class Env(NamedTuple):
     half: uint16 (bfloat16) and full: float32, all parameters; meta: int64 [layers, COLUMNS], where
     they lie (see `matrix_column` and those after it); hashes: int64 [hash layers * vocab * topk];
     embed: float32 [vocab * hidden]; slabs, slots: uint8, slots32 the same as float32; tables: int32
-    [slots, slabs]; work: float32, the buffers; scores: float32; frequencies: [2, rope_dim / 2];
+    [slots, slabs]; work: float32, the buffers; values: uint32, places: int64, held: int64
+    [threads], what each found in a search that they share; frequencies: [2, rope_dim / 2];
     rows: int64 [5, rows]: token, position, slot, first row of its sequence's piece, known length;
     chosen: int16 [layers, rows, topk], picked: int32 [layers, rows, index_topk].
 
@@ -120,7 +122,9 @@ class Env(NamedTuple):
     slots32: Any
     tables: Any
     work: Any
-    scores: Any
+    values: Any
+    places: Any
+    held: Any
     frequencies: Any
     rows: Any
     chosen: Any
@@ -519,30 +523,43 @@ def _store_index_key(e: Any, k: Any, layer: int, t: int, position: int, average:
 
 
 @inner
-def _score_entries(e: Any, k: Any, layer: int, t: int, first: int, last: int, scores: Any) -> None:
-    """The indexer's scores of entries first .. last - 1 for row t."""
-    factor = np.float32(float(k.index_dim) ** -0.5 * float(k.index_heads) ** -0.5)
-    scan(
-        _line(e.work, k.at_index_q, k.w_index_q, t, k.index_heads * k.index_dim),
-        _line(e.work, k.at_index_w, k.w_index_w, t, k.index_heads), factor, e.slabs,
-        e.tables[e.rows[SLOT, t]], k.slab_bytes, _place(e, layer, KEY_DATA),
-        _place(e, layer, KEY_SCALES), k.key_data, k.key_scales, k.key_form, k.slab_tokens // 4,
-        first, last, scores,
+def _search(
+    e: Any, k: Any, layer: int, t: int, first: int, last: int, values: int, places: int, held: int
+) -> None:
+    """The best of the entries first .. last - 1 for row t, into the arrays at these addresses."""
+    search(
+        _address(e.work, k.at_index_q + t * k.w_index_q),
+        _address(e.work, k.at_index_w + t * k.w_index_w), k.index_heads, k.index_dim,
+        e.slabs.ctypes.data, e.slabs.shape[0],
+        e.tables.ctypes.data + 4 * e.rows[SLOT, t] * e.tables.shape[1], k.slab_bytes,
+        _place(e, layer, KEY_DATA), _place(e, layer, KEY_SCALES), k.key_data, k.key_scales,
+        k.key_form, k.slab_tokens // 4, first, last, k.index_topk, values, places, held,
     )  # fmt: skip
 
 
 @inner
-def _pick(e: Any, k: Any, layer: int, t: int, scored: int, scores: Any, picks: Any) -> int:
-    """The entries that row t attends to, ascending; returns their number."""
+def _pick(
+    e: Any, k: Any, layer: int, t: int, shares: int, values: Any, places: Any, held: Any
+) -> int:
+    """The entries that row t attends to, ascending, in `places`; returns their number.
+
+    shares: so many parts of the entries have been searched already.
+    """
     ratio = _place(e, layer, RATIO)
     count = (e.rows[POSITION, t] + 1) // ratio if ratio else 0
     if ratio != 4 or count <= k.index_topk:
         for i in range(count):
-            picks[i] = i
+            places[i] = i
         return count
-    if not scored:
-        _score_entries(e, k, layer, t, 0, count, scores)
-    return best(scores, count, k.index_topk, picks)
+    if not shares:
+        _search(e, k, layer, t, 0, count, values.ctypes.data, places.ctypes.data, held.ctypes.data)
+        return held[0]
+    found, room = 0, e.places.shape[0] // e.held.shape[0]
+    for share in range(shares):
+        for i in range(e.held[share]):
+            values[found], places[found] = e.values[share * room + i], e.places[share * room + i]
+            found += 1
+    return keep_best(values, places, found, k.index_topk)
 
 
 @inner
@@ -604,7 +621,7 @@ def _attend_row(
 
 
 @inner
-def _attend(e: Any, k: Any, layer: int, a: int, b: int, scored: int, scratch: int) -> None:
+def _attend(e: Any, k: Any, layer: int, a: int, b: int, shares: int, scratch: int) -> None:
     f, ratio = e.work, _place(e, layer, RATIO)
     most = 0
     for t in range(a, b):
@@ -612,15 +629,14 @@ def _attend(e: Any, k: Any, layer: int, a: int, b: int, scored: int, scratch: in
     entries = most // ratio if ratio else 0
     kept = min(entries, k.index_topk) if ratio == 4 else entries
     lanes = (k.heads + LANES - 1) // LANES * LANES
-    picks = np.empty(max(1, kept), np.int64)
-    scores = e.scores
-    if not scored:
-        scores = np.empty(entries if ratio == 4 else 1, np.float32)
+    room = capacity(max(shares, 1) * k.index_topk)
+    values = np.empty(room if ratio == 4 else 1, np.uint32)
+    picks, held = np.empty(max(kept, values.shape[0]), np.int64), np.zeros(1, np.int64)
     turned = np.zeros(k.head_dim * lanes, np.float32)
     logits = np.empty((k.window + kept) * lanes, np.float32)
     keys = np.empty((k.window + kept) * k.head_dim, np.float32)
     for t in range(a, b):
-        count = _pick(e, k, layer, t, scored, scores, picks)
+        count = _pick(e, k, layer, t, shares, values, picks, held)
         if ratio == 4 and k.export:
             for i in range(k.index_topk):
                 e.picked[layer, t, i] = picks[i] if i < count else -1
@@ -809,7 +825,7 @@ def compiled(function: Any) -> Any:
 
 @compiled
 def forward(
-    e: Any, sizes: Any, first_layer: int, last_layer: int, parts: int, a: int, b: int, scored: int
+    e: Any, sizes: Any, first_layer: int, last_layer: int, parts: int, a: int, b: int, shares: int
 ) -> None:
     """The chosen parts of layers first .. last - 1, for rows a .. b - 1; see the module."""
     k = sizes[0]
@@ -829,7 +845,7 @@ def forward(
             _absorb(e, k, layer, a, b)
         if parts & ATTEND:
             for t in range(a, b, BLOCK):
-                _attend(e, k, layer, t, min(t + BLOCK, b), scored, scratch)
+                _attend(e, k, layer, t, min(t + BLOCK, b), shares, scratch)
         if parts & REMEMBER:
             _remember(e, k, layer, a, b)
     panel[0] = 0  # keep it alive until here: numba does not see that its address is in use
@@ -857,9 +873,13 @@ def prepare(e: Any, sizes: Any, a: int, b: int, embed: int) -> None:
 
 
 @compiled
-def score(e: Any, sizes: Any, layer: int, t: int, first: int, last: int) -> None:
-    """Fill e.scores[first:last] for row t, so that several threads can share one long scan."""
-    _score_entries(e, sizes[0], layer, t, first, last, e.scores)
+def search_share(e: Any, sizes: Any, layer: int, t: int, first: int, last: int, share: int) -> None:
+    """A part of row t's search, into e.values and e.places: several threads share a long one."""
+    at = share * (e.places.shape[0] // e.held.shape[0])
+    _search(
+        e, sizes[0], layer, t, first, last, e.values.ctypes.data + 4 * at,
+        e.places.ctypes.data + 8 * at, e.held.ctypes.data + 8 * share,
+    )  # fmt: skip
 
 
 @compiled

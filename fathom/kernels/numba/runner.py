@@ -15,6 +15,7 @@ import torch
 from fathom.kernels.numba import rows
 from fathom.kernels.numba.entries import FP4, FP8, RAW
 from fathom.kernels.numba.packing import pack
+from fathom.kernels.numba.selection import capacity
 from fathom.kernels.numba.step import _uniform
 from fathom.kernels.numba.vector import PANEL, link
 from fathom.kernels.registry import register
@@ -57,6 +58,7 @@ class CompiledRunner:
             "slots32": slots.view(np.float32),
             "tables": memory.tables.numpy(),
         }
+        self._found = self._make_found(1)
         self._pool: ThreadPoolExecutor | None = None
         self._workers_made = 0
         self._allocated, self._exporting = 0, False
@@ -80,7 +82,7 @@ class CompiledRunner:
             *self._packed,
             **self._memory,
             work=np.zeros(floats, np.float32),
-            scores=np.empty(1, np.float32),
+            **self._found,
             frequencies=np.stack(list(tables)),
             rows=np.zeros((5, count), np.int64),
             chosen=np.full((layers, lines, config.num_experts_per_tok), -1, np.int16),
@@ -159,8 +161,8 @@ class CompiledRunner:
             row[:count] = column.numpy()
         return count
 
-    def _forward(self, *numbers: int, scored: int = 0) -> None:
-        rows.forward(self._env, self._sizes, *numbers, scored)
+    def _forward(self, *numbers: int, shares: int = 0) -> None:
+        rows.forward(self._env, self._sizes, *numbers, shares)
 
     def _forward_split(self, count: int, threads: int) -> None:
         """Threads share the rows; between a layer's halves one of them moves the state on."""
@@ -185,9 +187,9 @@ class CompiledRunner:
     def _forward_long(self, count: int, threads: int) -> None:
         """Few rows, many entries: threads share each scan."""
         config, positions = self.model.config, self._env.rows[1, :count]
-        longest = int(positions.max()) // 4 + 64
-        if len(self._env.scores) < longest:
-            self._env = self._env._replace(scores=np.empty(longest * 5 // 4, np.float32))
+        if len(self._env.held) < threads:
+            self._found = self._make_found(threads)
+            self._env = self._env._replace(**self._found)
         for layer, ratio in enumerate(config.compress_ratios):
             if ratio != CSA_RATIO:
                 self._forward(layer, layer + 1, EVERYTHING, 0, count)
@@ -195,20 +197,31 @@ class CompiledRunner:
             self._forward(layer, layer + 1, rows.PROJECT | rows.ABSORB, 0, count)
             for t in range(count):
                 entries = (int(positions[t]) + 1) // CSA_RATIO
-                scored = entries >= SPLIT_ENTRIES and entries > config.index_topk
-                if scored:
-                    self._score(layer, t, entries, threads)
-                self._forward(layer, layer + 1, rows.ATTEND, t, t + 1, scored=int(scored))
+                shares = 0
+                if entries >= SPLIT_ENTRIES and entries > config.index_topk:
+                    shares = threads
+                    self._search(layer, t, entries, threads)
+                self._forward(layer, layer + 1, rows.ATTEND, t, t + 1, shares=shares)
             self._forward(layer, layer + 1, rows.REMEMBER, 0, count)
 
-    def _score(self, layer: int, t: int, entries: int, threads: int) -> None:
+    def _make_found(self, threads: int) -> dict[str, np.ndarray]:
+        room = threads * capacity.py_func(self.model.config.index_topk)
+        return {
+            "values": np.empty(room, np.uint32),
+            "places": np.empty(room, np.int64),
+            "held": np.zeros(threads, np.int64),
+        }
+
+    def _search(self, layer: int, t: int, entries: int, threads: int) -> None:
         slabs = -(-entries // SLAB_ENTRIES)
         cuts = [slabs * i // threads * SLAB_ENTRIES for i in range(threads)] + [entries]
+        env, sizes = self._env, self._sizes
         futures = [
-            self._workers(threads).submit(rows.score, self._env, self._sizes, layer, t, *share)
-            for share in list(pairwise(cuts))[1:]
+            self._workers(threads).submit(rows.search_share, env, sizes, layer, t, *cut, i)
+            for i, cut in enumerate(pairwise(cuts))
+            if i
         ]
-        rows.score(self._env, self._sizes, layer, t, *cuts[:2])
+        rows.search_share(env, sizes, layer, t, *cuts[:2], 0)
         for future in futures:
             future.result()
 

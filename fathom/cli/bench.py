@@ -65,7 +65,7 @@ def decode(
     """
     if against not in (None, OTHER):
         raise typer.BadParameter(f"--against is {against!r}; there is only transformers")
-    report = _decode(model, tokens, context, _counts(threads), against, rounds)
+    report = _decode(model, tokens, context, parse_counts(threads), against, rounds)
     if as_json:
         print_json(report)
     else:
@@ -139,7 +139,8 @@ app.command()(fuzz)
 app.command()(server)
 
 
-def _counts(text: str) -> list[int]:
+def parse_counts(text: str) -> list[int]:
+    """Numbers of threads, as `1,2`. Raises typer.BadParameter for anything else."""
     parts = text.split(",")
     if not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
         raise typer.BadParameter(f"--threads is {text!r}; give numbers with commas, as 1,2")
@@ -176,7 +177,7 @@ def _decode(
     before = torch.get_num_threads()
     facts = speed.machine()
     report: dict[str, Any] = {"model": llm.name, "context": context, "tokens": count}
-    other = _other(name) if against else None
+    other = transformers_side(name) if against else None
     try:
         if other is not None:
             facts |= other.versions
@@ -220,7 +221,8 @@ def _progress(rounds: int, number: int) -> None:
         _say(f"round {number}/{rounds}")
 
 
-def _other(name: str) -> ProcessSide:
+def transformers_side(name: str) -> ProcessSide:
+    """transformers with the weights of `name`, in its own process. Raises MissingDependency."""
     from fathom.engine.llm import _folder
     from fathom.errors import MissingDependency
     from fathom.eval.speed import ProcessSide

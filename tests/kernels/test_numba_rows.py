@@ -287,7 +287,7 @@ def test_the_best_entries_with_ties(count: int) -> None:
         torch.arange(count).float(),  # every entry is better than all before it
         -torch.arange(count).float(),
     ):
-        room = selection.capacity.py_func(128)
+        room = selection.capacity(128)
         values, places = np.zeros(room, np.uint32), np.zeros(room, np.int64)
         found = _best(scores.numpy(), 128, values, places)
         expected = scores.sort(descending=True, stable=True).indices[:128].sort().values

@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 
 from fathom.kernels.numba.entries import FP4, FP4_GROUP, fp4_codes, load_key
 from fathom.kernels.numba.primitives import power_of_two
-from fathom.kernels.numba.selection import INTS, capacity, keep_best, offer
+from fathom.kernels.numba.selection import INTS, compiled_capacity, keep_best, offer
 from fathom.kernels.numba.vector import (
     FLOAT,
     I8,
@@ -346,7 +346,7 @@ def _search(
         view_bytes(memory_at, memory_bytes),
         view_int32(table_at, (last + per_slab - 1) // per_slab),
     )
-    room = capacity(k)
+    room = compiled_capacity(k)
     values, places = view_uint32(values_at, room), view_int64(places_at, room)
     blocks = (heads + LANES - 1) // LANES
     lanes, groups = blocks * LANES, max(1, dim // FP4_GROUP)

@@ -38,7 +38,7 @@ from fathom.kernels.numba.primitives import (
     round_fp4,
     sigmoid,
 )
-from fathom.kernels.numba.selection import capacity, keep_best
+from fathom.kernels.numba.selection import compiled_capacity, keep_best
 from fathom.kernels.numba.vector import (
     LANES,
     PANEL,
@@ -52,7 +52,7 @@ from fathom.kernels.numba.vector import (
 
 # numba keeps compiled functions until the file that defines them changes, whatever they call. So
 # this file changes with the others: the SHA-256 of them together begins with this; a test compares.
-PARTS = "0ba7d952f76f5323"
+PARTS = "62b01fdf738cdb2a"
 
 PROJECT, ABSORB, ATTEND, REMEMBER, COMBINE = 1, 2, 4, 8, 16
 BLOCK = 256  # rows that share a widened panel of weights
@@ -629,7 +629,7 @@ def _attend(e: Any, k: Any, layer: int, a: int, b: int, shares: int, scratch: in
     entries = most // ratio if ratio else 0
     kept = min(entries, k.index_topk) if ratio == 4 else entries
     lanes = (k.heads + LANES - 1) // LANES * LANES
-    room = capacity(max(shares, 1) * k.index_topk)
+    room = compiled_capacity(max(shares, 1) * k.index_topk)
     values = np.empty(room if ratio == 4 else 1, np.uint32)
     picks, held = np.empty(max(kept, values.shape[0]), np.int64), np.zeros(1, np.int64)
     turned = np.zeros(k.head_dim * lanes, np.float32)

@@ -205,7 +205,7 @@ class CompiledRunner:
             self._forward(layer, layer + 1, rows.REMEMBER, 0, count)
 
     def _make_found(self, threads: int) -> dict[str, np.ndarray]:
-        room = threads * capacity.py_func(self.model.config.index_topk)
+        room = threads * capacity(self.model.config.index_topk)
         return {
             "values": np.empty(room, np.uint32),
             "places": np.empty(room, np.int64),

@@ -25,10 +25,12 @@ INTS = ir.VectorType(I32, LANES)
 SPARE = 1024  # candidates beyond the best k that are gathered before the worst are dropped
 
 
-@inner
 def capacity(k: int) -> int:
     """Room for candidates that a search for the k best needs."""
     return (k + SPARE + LANES - 1) // LANES * LANES
+
+
+compiled_capacity = inner(capacity)
 
 
 @intrinsic

@@ -160,7 +160,7 @@ def _decode(
     import fathom
     from fathom.errors import GenerationError
     from fathom.eval import speed
-    from fathom.kernels.numba.step import PackedModel
+    from fathom.kernels.numba.packing import token_bytes
 
     llm, plain = fathom.load(name), fathom.load(name, quantized=False)
     most = llm.config.max_position_embeddings
@@ -190,7 +190,7 @@ def _decode(
         if other is not None:
             other.close()
     rate = speed.copy_rate()
-    token_bytes = PackedModel(llm.model).token_bytes()
+    size = token_bytes(llm.model)
     report["results"] = [r.to_json() for r in results]
     report["best"] = {s.name: _best(speed.best(results, s.name)) for s in sides}
     if other is not None:
@@ -198,9 +198,9 @@ def _decode(
             s.name: _spread(speed.ratio(results, s.name, OTHER)) for s in sides[:-1]
         }
     report["floor"] = {
-        "weight_bytes_per_token": token_bytes,
+        "weight_bytes_per_token": size,
         "copy_bytes_per_s": rate,
-        "tokens_per_s": rate / token_bytes,
+        "tokens_per_s": rate / size,
     }
     report["machine"] = facts | {"load_average_after": speed.machine()["load_average"]}
     return report

@@ -22,6 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fathom.kernels.numba.compiled import external, inner
 from fathom.kernels.numba.entries import FP4, FP4_GROUP, fp4_codes, load_key
 from fathom.kernels.numba.primitives import power_of_two
 from fathom.kernels.numba.selection import INTS, compiled_capacity, keep_best, offer
@@ -35,13 +36,10 @@ from fathom.kernels.numba.vector import (
     _load,
     _splat,
     _store,
-    external,
     fma,
-    inner,
     prefetch,
     product,
-    view_bytes,
-    view_floats,
+    view_float32,
     view_int32,
     view_int64,
     view_uint32,
@@ -305,15 +303,15 @@ def turn_query(query: Any, heads: int, dim: int, turned: Any) -> None:
 
 @inner
 def score_floats(
-    memory: Any, data: int, data_bytes: int, scale: int, scale_bytes: int, count: int, form: int,
+    data: int, data_bytes: int, scale: int, scale_bytes: int, count: int, form: int,
     dim: int, turned: Any, weights: Any, keys: Any, sums: Any, part: Any, scores: Any,
 ) -> None:  # fmt: skip
-    """scores[:count] of keys of any format at an offset in memory, by float32 products."""
+    """scores[:count] of keys of any format at an address, by float32 products."""
     lanes, blocks = weights.shape[0], weights.shape[0] // LANES
     group = FP4_GROUP if form == FP4 else dim
     total = np.empty(LANES, np.float32)
     for e in range(count):
-        load_key(memory, data + e * data_bytes, scale + e * scale_bytes, dim, form, keys, e * dim)
+        load_key(data + e * data_bytes, scale + e * scale_bytes, dim, form, keys, e * dim)
     for g in range(dim // group):
         product(
             count, lanes, group, keys.ctypes.data + 4 * g * group, dim, 1,
@@ -336,16 +334,13 @@ def score_floats(
 
 
 def _search(
-    query_at: int, weights_at: int, heads: int, dim: int, memory_at: int, memory_bytes: int,
+    query_at: int, weights_at: int, heads: int, dim: int, slabs: int,
     table_at: int, slab_bytes: int, data0: int, scale0: int, data_bytes: int, scale_bytes: int,
     form: int, per_slab: int, first: int, last: int, k: int, values_at: int, places_at: int,
     held_at: int,
 ) -> None:  # fmt: skip
-    query, given = view_floats(query_at, heads * dim), view_floats(weights_at, heads)
-    memory, table = (
-        view_bytes(memory_at, memory_bytes),
-        view_int32(table_at, (last + per_slab - 1) // per_slab),
-    )
+    query, given = view_float32(query_at, heads * dim), view_float32(weights_at, heads)
+    table = view_int32(table_at, (last + per_slab - 1) // per_slab)
     room = compiled_capacity(k)
     values, places = view_uint32(values_at, room), view_int64(places_at, room)
     blocks = (heads + LANES - 1) // LANES
@@ -371,27 +366,27 @@ def _search(
         turn_query(query, heads, dim, turned)
     held, least = 0, np.uint32(0)
     for entry in range(first, last, per_slab):
-        base = np.int64(table[entry // per_slab]) * slab_bytes
+        base = slabs + np.int64(table[entry // per_slab]) * slab_bytes
         count = min(per_slab, last - entry)
         if integers:
             following = np.int64(table[min(entry + per_slab, last - 1) // per_slab]) * slab_bytes
             score_integers(
-                memory_at + base + data0, data_bytes, memory_at + base + scale0, scale_bytes,
-                count, memory_at + following + data0, groups, blocks, codes, excess, factors,
+                base + data0, data_bytes, base + scale0, scale_bytes,
+                count, slabs + following + data0, groups, blocks, codes, excess, factors,
                 weights, unpacked, key_scales, scores,
             )  # fmt: skip
         else:
             score_floats(
-                memory, base + data0, data_bytes, base + scale0, scale_bytes, count, form, dim,
+                base + data0, data_bytes, base + scale0, scale_bytes, count, form, dim,
                 turned, weights, keys, sums, part, scores,
             )  # fmt: skip
         held, least = offer(scores, count, entry, k, values, places, held, least)
     view_int64(held_at, 1)[0] = keep_best(values, places, held, k)
 
 
-# search(query, weights, heads, dim, memory, bytes, table, slab_bytes, data0, scale0, data_bytes,
+# search(query, weights, heads, dim, slabs, table, slab_bytes, data0, scale0, data_bytes,
 # scale_bytes, form, per_slab, first, last, k, values, places, held): the k best of the entries
 # first .. last - 1, ascending, and their number. query: [heads, dim] float32, already rounded to
 # FP4 where keys are; weights: [heads]; table: slab numbers of the sequence; `first` is a multiple
 # of per_slab; values, places: uint32 and int64 [capacity(k)]; held: int64.
-search = external("fathom_search", _search, 20)
+search = external("fathom_search", _search, 19)

@@ -19,7 +19,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fathom.kernels.numba.vector import I32, I64, LANES, _load, _splat, bits_of_float, inner
+from fathom.kernels.numba.compiled import inner
+from fathom.kernels.numba.vector import I32, I64, LANES, _load, _splat, bits_of_float
 
 INTS = ir.VectorType(I32, LANES)
 SPARE = 1024  # candidates beyond the best k that are gathered before the worst are dropped

@@ -15,21 +15,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
-from numba import carray, cfunc, njit, types
+from llvmlite import ir
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from fathom.kernels.numba.compiled import external, inner
 
 LANES = 8  # columns of one vector
 PANEL = 32  # columns that stored weights keep together
 FLOAT, I8, I16, I32, I64 = (ir.FloatType(), *(ir.IntType(n) for n in (8, 16, 32, 64)))
-
-# Like primitives.inner, for functions that are only called from compiled code; roundings stay.
-inner = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")
-
-
-def _data(context: Any, builder: Any, array_type: Any, value: Any) -> Any:
-    return context.make_array(array_type)(context, builder, value).data
 
 
 def _load(builder: Any, pointer: Any, offset: Any, kind: Any) -> Any:
@@ -150,32 +145,6 @@ _tile_6x2, _tile_4x2, _tile_1x2 = (_make_tile(*shape) for shape in ((6, 2), (4, 
 _tile_12x1, _tile_4x1, _tile_1x1 = (_make_tile(*shape) for shape in ((12, 1), (4, 1), (1, 1)))
 _tile_1x4, _tile_2x4 = _make_tile(1, 4), _make_tile(2, 4)
 _tile_1x4_half, _tile_2x4_half = _make_tile(1, 4, True), _make_tile(2, 4, True)
-
-
-_pending: dict[str, tuple[Any, Any]] = {}
-_kept: list[Any] = []
-
-
-def external(name: str, function: Any, arguments: int) -> Any:
-    """Let compiled code call `function` (integers in, nothing out) by its name, after `link`.
-
-    Callers compile without it: numba would otherwise optimise it again within each of them.
-    """
-    signature = types.void(*[types.int64] * arguments)
-    _pending[name] = (function, signature)
-    return types.ExternalFunction(name, signature)
-
-
-def link() -> None:
-    """Compile what `external` announced, or load it from numba's files; once per process."""
-    for name, (function, signature) in list(_pending.items()):
-        try:
-            compiled = cfunc(signature, cache=True, error_model="numpy")(function)
-        except RuntimeError:  # no place to keep it
-            compiled = cfunc(signature, error_model="numpy")(function)
-        binding.add_symbol(name, compiled.address)
-        _kept.append(compiled)
-        del _pending[name]
 
 
 def _product(
@@ -398,35 +367,37 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 
 def _make_peek(kind: Any, number: Any) -> Any:
     @intrinsic
-    def peek(typingctx: Any, data: Any, offset: Any) -> Any:
-        """The number at a byte offset of a uint8 array."""
+    def peek(typingctx: Any, address: Any) -> Any:
+        """The number at an address."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer = _data(context, builder, signature.args[0], args[0])
-            return _load(builder, pointer, args[1], kind)
+            pointer = builder.inttoptr(args[0], I8.as_pointer())
+            return _load(builder, pointer, ir.Constant(I64, 0), kind)
 
-        return number(data, types.int64), generate
+        return number(types.int64), generate
 
     return peek
 
 
 def _make_poke(number: Any) -> Any:
     @intrinsic
-    def poke(typingctx: Any, data: Any, offset: Any, value: Any) -> Any:
-        """Write a number at a byte offset of a uint8 array."""
+    def poke(typingctx: Any, address: Any, value: Any) -> Any:
+        """Write a number at an address."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer = _data(context, builder, signature.args[0], args[0])
-            _store(builder, args[2], pointer, args[1])
+            pointer = builder.inttoptr(args[0], I8.as_pointer())
+            _store(builder, args[1], pointer, ir.Constant(I64, 0))
             return context.get_dummy_value()
 
-        return types.void(data, types.int64, number), generate
+        return types.void(types.int64, number), generate
 
     return poke
 
 
 @intrinsic
-def _pointer(typingctx: Any, address: Any) -> Any:
+def pointer(typingctx: Any, address: Any) -> Any:
+    """An address as a pointer, for carray."""
+
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], I8.as_pointer())
 
@@ -437,14 +408,14 @@ def _make_view(dtype: Any) -> Any:
     @inner
     def view(address: int, count: int) -> Any:
         """The array [count] that lies at an address."""
-        return carray(_pointer(address), (count,), dtype)
+        return carray(pointer(address), (count,), dtype)
 
     return view
 
 
-view_bytes, view_floats = _make_view(np.uint8), _make_view(np.float32)
+view_float32, view_int16 = _make_view(np.float32), _make_view(np.int16)
 view_int32, view_int64 = _make_view(np.int32), _make_view(np.int64)
-view_uint32, view_int16 = _make_view(np.uint32), _make_view(np.int16)
+view_uint32 = _make_view(np.uint32)
 
 
 @intrinsic

@@ -15,9 +15,6 @@ weights, 1.1 ms; 2.4 GB of inputs, activations and outputs, 0.8 ms.
 Paper: §2.1 (DeepSeekMoE: sqrt-softplus affinity, hash routing); §3.4 (FP4 experts).
 """
 
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -95,7 +92,7 @@ def _planes_bf16(words, factor):
         mul.rn.bf16x2 $7, t, $10;
         }
         """,
-        "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
         [words, factor],
         dtype=(tl.bfloat16,) * 8,
         is_pure=True,

@@ -13,10 +13,6 @@ that written and read again, a fiftieth of the product's time at 8,192 tokens.
 Paper: §3.4 (FP8 linear layers, 1x128 by 128x128).
 """
 
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportPossiblyUnboundVariable=false
-
 from __future__ import annotations
 
 import torch

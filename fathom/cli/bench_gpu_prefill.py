@@ -15,7 +15,12 @@ from typing import Any
 from fathom.cli.output import print_json, print_table
 from fathom.errors import ConfigError, MissingDependency
 
-PROMPTS = ((8192, 8192), (32_768, 8192), (32_768, 16_384))  # tokens, tokens of a chunk
+PROMPTS = (
+    (8192, 8192),
+    (32_768, 8192),
+    (32_768, 16_384),
+    (32_768, 32_768),
+)  # tokens, tokens of a chunk
 KERNELS_SHOWN = 25
 CHECKOUT = Path(__file__).resolve().parents[2]
 OTHER, OTHER_MODULE = "transformers", "bench.transformers_prefill"
@@ -78,8 +83,21 @@ def _measure(torch: Any, repeat: int, kernels: bool, quiet: bool) -> dict[str, A
                 show if len(group) > 1 else None,
             )  # fmt: skip
             report["rows"].append(asdict(row) | {"tokens_per_s": row.rate})
-    milliseconds, flops = prefill.expert_time(config, layers[0], PROMPTS[0][0])
-    report["experts"] = {"ms": milliseconds, "flops": flops, "of_matmul": flops / matmul}
+    report["experts"] = []
+    for tokens in sorted({chunk for _, chunk in PROMPTS}):
+        for routing in ("uniform", "own router"):
+            milliseconds, flops = prefill.expert_time(
+                config, layers[0], tokens, routing == "uniform"
+            )
+            report["experts"].append(
+                {
+                    "tokens": tokens,
+                    "routing": routing,
+                    "ms": milliseconds,
+                    "flops": flops,
+                    "of_matmul": flops / matmul,
+                }
+            )
     if kernels:
         report["kernels"] = prefill.kernel_times(config, layers, PROMPTS[0][0])[:KERNELS_SHOWN]
     return report
@@ -97,9 +115,15 @@ def measure_other(tokens: int = OTHER_TOKENS) -> dict[str, Any]:
     Raises MissingDependency where it cannot run.
     """
     command = [sys.executable, "-m", OTHER_MODULE, str(tokens)]
-    done = subprocess.run(
-        command, cwd=CHECKOUT, capture_output=True, text=True, timeout=OTHER_LIMIT
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=CHECKOUT, capture_output=True, text=True, timeout=OTHER_LIMIT
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MissingDependency(
+            f"{OTHER} took more than {OTHER_LIMIT} s for {tokens:,} tokens: measure without "
+            "--against"
+        ) from error
     if done.returncode:
         raise MissingDependency(
             f"{OTHER} could not be measured ({done.stderr.strip().splitlines()[-1:]}): it must be "
@@ -131,11 +155,18 @@ def _print(report: dict[str, Any]) -> None:
     ]
     header = "layer tokens chunk median least floor of-floor tokens/s planned peak".split()
     print_table(header, rows)
-    experts = report["experts"]
-    print(
-        f"\nexperts of {PROMPTS[0][0]:,} tokens: {experts['ms']:.2f} ms, "
-        f"{experts['flops'] / 1e12:.0f} TFLOP/s, {experts['of_matmul']:.0%} of BF16 products"
-    )
+    print("\nrouter, routed and shared experts of one layer")
+    rows = [
+        [
+            r["routing"],
+            f"{r['tokens']:,}",
+            f"{r['ms']:.2f}",
+            f"{r['flops'] / 1e12:.0f}",
+            f"{r['of_matmul']:.0%}",
+        ]
+        for r in report["experts"]
+    ]
+    print_table(["routing", "tokens", "ms", "TFLOP/s", "of-matmul"], rows)
     if OTHER in report:
         other = report[OTHER]
         own = next(r for r in report["rows"] if r["kind"] == "all")

@@ -131,21 +131,31 @@ def prefill_time(
     )
 
 
-def expert_time(config: ModelConfig, layer: StoredLayer, tokens: int) -> tuple[float, float]:
-    """(milliseconds, FLOP/s) of router, routed and shared experts of a chunk of random inputs."""
+def expert_time(
+    config: ModelConfig, layer: StoredLayer, tokens: int, uniform: bool
+) -> tuple[float, float]:
+    """(milliseconds, FLOP/s) of router, routed and shared experts of a chunk of random inputs.
+
+    uniform: every expert is as likely as any other; otherwise the layer's own router decides, whose
+    random weights and bias load a few experts with most tokens.
+    """
     x = torch.randn(tokens, config.hidden_size, device="cuda", dtype=torch.bfloat16)
-    ids = torch.arange(tokens, device="cuda") * 997 % config.vocab_size
+    ids, table, topk = torch.arange(tokens, device="cuda"), layer.table, config.num_experts_per_tok
+    if uniform:
+        table = torch.rand(tokens, config.n_routed_experts, device="cuda").topk(topk).indices
+    elif table is not None:
+        ids = ids * 997 % config.vocab_size
 
     def call() -> object:
         return _chunk_moe(
-            x, ids, layer.gate, layer.routed, layer.shared, topk=config.num_experts_per_tok,
+            x, ids, layer.gate, layer.routed, layer.shared, topk=topk,
             scaling_factor=config.routed_scaling_factor, limit=config.swiglu_limit,
-            bias=layer.bias, table=layer.table,
+            bias=layer.bias, table=table,
         )  # fmt: skip
 
     median = statistics.median(times_ms(call, 10))
-    each = (config.num_experts_per_tok + 1) * 6.0 * config.hidden_size
-    return median, each * config.moe_intermediate_size * tokens / (median / 1e3)
+    each = (topk + 1) * 6.0 * config.hidden_size * config.moe_intermediate_size
+    return median, each * tokens / (median / 1e3)
 
 
 def kernel_times(

@@ -225,7 +225,15 @@ def _experts(c: ModelConfig, tokens: int) -> list[tuple[str, dict[str, int]]]:
             plan
             | {
                 "shared output": hidden,
-                "rounded input": hidden,
+                "rounded inputs": pairs * c.hidden_size * VALUE,
+                "gate and up": pairs * 2 * inner * VALUE,
+            },
+        ),
+        (
+            "experts' activation",
+            plan
+            | {
+                "shared output": hidden,
                 "gate and up": pairs * 2 * inner * VALUE,
                 "activation": pairs * inner * VALUE,
             },

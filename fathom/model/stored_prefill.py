@@ -148,10 +148,7 @@ def _boundary(
 
 def _summed(pairs: Tensor, y: Tensor) -> Tensor:
     """pairs: [tokens, topk, hidden]; y: [tokens, hidden]. Their sum in float32, in y's dtype."""
-    total = pairs[:, 0].float()
-    for slot in range(1, pairs.shape[1]):
-        total += pairs[:, slot]
-    return (total + y).to(y.dtype)
+    return pairs.sum(1, dtype=torch.float32).add_(y).to(y.dtype)
 
 
 def _attention(

@@ -13,9 +13,6 @@ L2 cache where the entries fit it.
 Paper: §2.3.1 (core attention), §2.3.2, §2.3.3 (attention sink, inverse rotation).
 """
 
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 import torch

@@ -13,10 +13,6 @@ Bytes a token of a CSA layer at V4-Flash's sizes: 10 KB of projections and 1 KB 
 Paper: §2.3.1, eq. 9-14; §2.3.2, eq. 20-23; §2.3.4 (storage); §3.5.1 (state slot and blocks).
 """
 
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportPossiblyUnboundVariable=false
-
 from __future__ import annotations
 
 import torch

@@ -13,9 +13,6 @@ a query has no more than some ten thousand.
 Paper: §2.3.1, eq. 13-17; §3.4 (FP4 indexer).
 """
 
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 import torch

@@ -11,9 +11,6 @@ ms for 8,192 tokens.
 Paper: §2.2, eq. 1-8; §3.1 (fused mHC kernels).
 """
 
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 import torch

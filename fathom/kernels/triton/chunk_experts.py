@@ -38,7 +38,7 @@ from fathom.kernels.triton.chunk_linear import (
 ROWS, TOKENS = 128, 256  # of one program's tile
 WARPS, STAGES = 8, 3
 FEW = 64  # tokens up to which an expert has a few at most
-FEW_ROWS, FEW_TOKENS, FEW_WARPS, FEW_STAGES = 64, 16, 4, 3
+FEW_ROWS, FEW_TOKENS, FEW_WARPS, FEW_STAGES = 64, 16, 4, 4
 
 
 @triton.jit

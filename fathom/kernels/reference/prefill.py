@@ -59,8 +59,9 @@ def chunk_entries(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Write what the chunk adds to the sequence's caches, in place, as one step a token would.
 
-    low: [tokens, rows], whose last head_dim columns are wkv's output; rotation: [tokens, 2,
-    rope_dim / 2]; ring: [bytes] uint8; projected: [tokens, cols] float32; query: [tokens, rows];
+    low: [tokens, rows], whose last head_dim columns are wkv's output; kv_norm: [head_dim];
+    rotation: [tokens, 2, rope_dim / 2]; ring: [bytes] uint8; projected: [tokens, cols] float32;
+    query: [tokens, rows];
     compressor, index_compressor: (ape, norm, state), the state without its leading dimension;
     entry_rotation: [entries, 2, rope_dim / 2] of the first positions of the windows from start //
     kind on; table: [pages] int32; pool: [pages, bytes] uint8; the rest as in `store_entries`.

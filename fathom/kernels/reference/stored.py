@@ -235,7 +235,7 @@ def _two_windows(state: torch.Tensor, position: int, cols: int) -> torch.Tensor:
 def read_rows(
     block: torch.Tensor, count: int, head_dim: int, rope_dim: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """All entries of a block of bytes: [count, head_dim]."""
+    """All entries of a block. block: [bytes] uint8. Returns [entries, head_dim]."""
     size = head_dim + rope_dim
     scale_size = kv_pack.kv_entry_bytes(head_dim, rope_dim) - size
     data = block[: count * size].view(count, size)

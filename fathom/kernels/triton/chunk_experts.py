@@ -279,9 +279,9 @@ def grouped_fp4(
 ) -> None:
     """Each pair's input times its expert's matrix.
 
-    x: [pairs, cols] by place, rounded, its columns in the order of planes; codes: [experts, rows,
-    cols / 2] uint8; scale: [experts, rows, cols / 32] uint8; out: [pairs, rows], rows apart by any
-    stride, by place or (scatter) by pair.
+    x: [tokens, cols], one for each pair by place, rounded, its columns in the order of planes;
+    codes: [experts, rows, cols / 2] uint8; scale: [experts, rows, cols / 32] uint8; out: [tokens,
+    rows], rows apart by any stride, one for each pair by place or (scatter) by pair.
     """
     experts, rows, half = codes.shape
     small = x.dtype == torch.float32
@@ -321,7 +321,9 @@ def routed_experts(
     routed: tuple[torch.Tensor, ...],
     limit: float,
 ) -> torch.Tensor:
-    """x: [tokens, hidden]; indices, weights: [tokens, topk]. Returns [tokens, topk, hidden]."""
+    """x: [tokens, hidden]; indices, weights: [tokens, topk]; routed: [experts, ...] each, as in
+    `chunk_moe`. Returns [tokens, topk, hidden].
+    """
     w1, s1, w3, s3, w2, s2 = routed
     (tokens, hidden), topk, (experts, inner) = x.shape, indices.shape[1], w1.shape[:2]
     plan = ExpertOrder.of(indices, experts, FEW_TOKENS if tokens <= FEW else TOKENS)

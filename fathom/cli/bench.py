@@ -68,7 +68,7 @@ def decode(
     """
     if against not in (None, OTHER):
         raise typer.BadParameter(f"--against is {against!r}; there is only transformers")
-    report = _decode(model, tokens, context, _counts(threads), against, rounds)
+    report = _decode(model, tokens, context, parse_counts(threads), against, rounds)
     if as_json:
         print_json(report)
     else:
@@ -152,7 +152,8 @@ app.command()(crashes)
 app.command()(server)
 
 
-def _counts(text: str) -> list[int]:
+def parse_counts(text: str) -> list[int]:
+    """Numbers of threads, as `1,2`. Raises typer.BadParameter for anything else."""
     parts = text.split(",")
     if not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
         raise typer.BadParameter(f"--threads is {text!r}; give numbers with commas, as 1,2")
@@ -172,7 +173,7 @@ def _decode(
     import fathom
     from fathom.errors import GenerationError
     from fathom.eval import speed
-    from fathom.kernels.numba.step import PackedModel
+    from fathom.kernels.numba.packing import token_bytes
 
     llm, plain = fathom.load(name), fathom.load(name, quantized=False)
     most = llm.config.max_position_embeddings
@@ -189,7 +190,7 @@ def _decode(
     before = torch.get_num_threads()
     facts = speed.machine()
     report: dict[str, Any] = {"model": llm.name, "context": context, "tokens": count}
-    other = _other(name) if against else None
+    other = transformers_side(name) if against else None
     try:
         if other is not None:
             facts |= other.versions
@@ -202,7 +203,7 @@ def _decode(
         if other is not None:
             other.close()
     rate = speed.copy_rate()
-    token_bytes = PackedModel(llm.model).token_bytes()
+    size = token_bytes(llm.model)
     report["results"] = [r.to_json() for r in results]
     report["best"] = {s.name: _best(speed.best(results, s.name)) for s in sides}
     if other is not None:
@@ -210,9 +211,9 @@ def _decode(
             s.name: _spread(speed.ratio(results, s.name, OTHER)) for s in sides[:-1]
         }
     report["floor"] = {
-        "weight_bytes_per_token": token_bytes,
+        "weight_bytes_per_token": size,
         "copy_bytes_per_s": rate,
-        "tokens_per_s": rate / token_bytes,
+        "tokens_per_s": rate / size,
     }
     report["machine"] = facts | {"load_average_after": speed.machine()["load_average"]}
     return report
@@ -233,7 +234,8 @@ def _progress(rounds: int, number: int) -> None:
         _say(f"round {number}/{rounds}")
 
 
-def _other(name: str) -> ProcessSide:
+def transformers_side(name: str) -> ProcessSide:
+    """transformers with the weights of `name`, in its own process. Raises MissingDependency."""
     from fathom.engine.llm import _folder
     from fathom.errors import MissingDependency
     from fathom.eval.speed import ProcessSide

@@ -371,8 +371,8 @@ static void follow(Cmd *m, Conn *c, uint32_t id) {
   if (m->conn) send_error(m->conn, m->id, "op_moved", 0, "another line follows this operation now");
   m->conn = c;
   m->id = id;
-  m->again = m->came;
   m->held = false;
+  m->again = m->came;
   if (m->given) grant(m);
 }
 

@@ -26,7 +26,8 @@ from fathom.errors import (
 )
 from fathom.sandbox import box, cgroups, line, messages, paths, state
 
-_CALL_TIMEOUT = 120.0
+# A full machine that boots under emulation takes the longest.
+_CALL_TIMEOUT = 400.0
 _STOP_TIMEOUT = 30.0
 # Appended, not put first: nothing beside the package may take the place of a standard module.
 _CODE = (
@@ -49,8 +50,13 @@ class _Reach:
     """How to get to one agent."""
 
     folder: Path
-    greeting: bytes
+    secret: bytes
     oom_file: str
+
+    @property
+    def greeting(self) -> bytes:
+        """The frame that begins every line."""
+        return box.greeting(self.secret)
 
 
 class NodeLink:
@@ -77,13 +83,20 @@ class NodeLink:
         """Start a sandbox in `folder` and return once its agent answered. Raises SandboxError."""
         answer = self.request("create", folder=str(folder), launch=launch, **source)
         secret = bytes.fromhex(answer["secret"])
-        self._reach[folder.name] = _Reach(folder, box.greeting(secret), answer["oom_file"])
+        self._reach[folder.name] = _Reach(folder, secret, answer["oom_file"])
 
-    def adopt(self, folder: Path) -> None:
+    def adopt(self, folder: Path, *, machine: bool = False) -> None:
         """Take over a sandbox that outlived its node. Raises SandboxError."""
-        answer = self.request("adopt", folder=str(folder))
+        answer = self.request("adopt", folder=str(folder), machine=machine)
         secret = bytes.fromhex(answer["secret"])
-        self._reach[folder.name] = _Reach(folder, box.greeting(secret), answer["oom_file"])
+        self._reach[folder.name] = _Reach(folder, secret, answer["oom_file"])
+
+    def secret_of(self, name: str) -> bytes:
+        """Return the secret of a sandbox's session. Raises SandboxLost."""
+        reach = self._reach.get(name)
+        if reach is None:
+            raise SandboxLost(f"sandbox {name} was stopped: create another one")
+        return reach.secret
 
     def destroy(self, name: str) -> None:
         """End a sandbox and wait until nothing of it is left. Never raises for one that ended."""

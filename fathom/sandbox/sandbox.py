@@ -7,6 +7,7 @@ Paper: §5.2.5 (the common surface of every type of sandbox).
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -389,6 +390,11 @@ class Sandbox:
             answer = await self._call("fork", id=self.id, count=count, reseed=reseed)
             made += [self._adopt(one) for one in answer["made"]]
         return made
+
+    async def screenshot(self) -> bytes:
+        """Return the graphical console as a picture, PNG. Raises Unsupported, SandboxLost."""
+        self._need("screenshot", self.caps.screenshot)
+        return base64.b64decode((await self._call("screenshot", id=self.id))["png"])
 
     async def snapshot(self) -> Snapshot:
         """Keep what the sandbox has written, as of this moment; `Client.restore` starts from it.

@@ -25,9 +25,9 @@ from fathom.sandbox.threads import Portal
 from fathom.sandbox.types import (
     DEFAULT_CAP,
     Caps,
-    Container,
     ExecResult,
     Fn,
+    Kept,
     Snapshot,
     Spec,
     Stats,
@@ -277,6 +277,10 @@ class SyncSandbox:
         made = self._portal.call(self._sandbox.fork, count, reseed=reseed)
         return [SyncSandbox(sandbox, self._portal) for sandbox in made]
 
+    def screenshot(self) -> bytes:
+        """Return the graphical console as PNG; see `Sandbox.screenshot`."""
+        return self._portal.call(self._sandbox.screenshot)
+
     def snapshot(self) -> Snapshot:
         """Keep what the sandbox has written; see `Sandbox.snapshot`."""
         return self._portal.call(self._sandbox.snapshot)
@@ -414,12 +418,12 @@ class SyncClient:
         made = self._portal.call(self._client.create, spec, net=net, key=key, group=group)
         return SyncSandbox(made, self._portal)
 
-    def prewarm(self, spec: Container, count: int) -> None:
+    def prewarm(self, spec: Kept, count: int) -> None:
         """Have sandboxes of this kind wait; see `Client.prewarm`."""
         self._portal.call(self._client.prewarm, spec, count)
 
     def restore(
-        self, snapshot: Snapshot | str, spec: Container | None = None, *, group: str | None = None
+        self, snapshot: Snapshot | str, spec: Kept | None = None, *, group: str | None = None
     ) -> SyncSandbox:
         """Start a sandbox with the files of a snapshot; see `Client.restore`."""
         made = self._portal.call(self._client.restore, snapshot, spec, group=group)

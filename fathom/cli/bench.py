@@ -34,6 +34,8 @@ COMMAND = ["true"]
 CHECKOUT = Path(__file__).resolve().parents[2]
 OTHER_MODULE = "bench.transformers_side"  # of the checkout: the package never imports transformers
 
+# Virtual machines, which are measured by what they have besides.
+MACHINES = ("microvm", "fullvm")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -75,7 +77,9 @@ def decode(
 
 @app.command()
 def sandbox(
-    sandbox: Annotated[str, typer.Option(help=f"Kind of sandbox: {', '.join(KINDS)}.")] = KINDS[0],
+    sandbox: Annotated[
+        str, typer.Option(help=f"Kind of sandbox: {', '.join((*KINDS, *MACHINES))}.")
+    ] = KINDS[0],
     count: Annotated[int, typer.Option(min=20, help="Warm calls; slower things less often.")] = 200,
     hold: Annotated[int, typer.Option(min=10, help="Idle sandboxes held at once.")] = 100,
     as_json: AsJson = False,
@@ -83,9 +87,15 @@ def sandbox(
     """Measure sandboxes: calls, starts, copies, pauses, and what idle ones cost."""
     import anyio
 
-    from fathom.sandbox import Client, measure
+    from fathom.sandbox import Client, FullVM, MicroVM, measure, paths
+    from fathom.sandbox.vm.measure import everything as measure_machines
 
     async def run() -> dict[str, Any]:
+        if sandbox in MACHINES:
+            kind = MicroVM if sandbox == "microvm" else FullVM
+            async with Client("local") as client:
+                folders = paths.runtime_folder(), paths.cache_folder()
+                return await measure_machines(client, *folders, kind, min(count, 20))
         substrate = "auto" if check_kind(sandbox) == "container" else sandbox
         async with Client("local", substrate=substrate) as client:  # type: ignore[arg-type]
             return await measure.everything(client, count, hold)
@@ -96,7 +106,8 @@ def sandbox(
         return
     facts = report.pop("machine")
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(f"substrate {report.pop('substrate')}\n")
+    name = "accelerator" if sandbox in MACHINES else "substrate"
+    print(f"{name} {report.pop(name)}\n")
     rows = [
         [name, ", ".join(f"{k} {v}" for k, v in found.items())] for name, found in report.items()
     ]

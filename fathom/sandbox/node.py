@@ -12,6 +12,7 @@ Paper: none (a thin form of the report's edge).
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import select
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from fathom.errors import FathomError, SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import box as boxes
-from fathom.sandbox import cgroups, egress, messages, netns, syscalls
+from fathom.sandbox import cgroups, egress, messages, netns, state, syscalls
 from fathom.sandbox.substrates.choice import MACHINES
 
 if TYPE_CHECKING:
@@ -182,7 +183,8 @@ class Node:
 
     def _adopt(self, message: dict[str, Any]) -> dict[str, Any]:
         folder = Path(message["folder"])
-        if message.get("machine"):
+        session = json.loads((folder / state.SESSION).read_text())
+        if session["launch"]["substrate"] in MACHINES:
             from fathom.sandbox.vm import machine
 
             return self._enter(machine.adopt(folder))

@@ -25,7 +25,6 @@ from fathom.errors import (
     Unsupported,
 )
 from fathom.sandbox import box, cgroups, line, messages, paths, state
-from fathom.sandbox.substrates.choice import MACHINES
 
 # A full machine that boots under emulation takes the longest.
 _CALL_TIMEOUT = 400.0
@@ -53,7 +52,6 @@ class _Reach:
     folder: Path
     secret: bytes
     oom_file: str
-    machine: bool = False
 
     @property
     def greeting(self) -> bytes:
@@ -85,14 +83,13 @@ class NodeLink:
         """Start a sandbox in `folder` and return once its agent answered. Raises SandboxError."""
         answer = self.request("create", folder=str(folder), launch=launch, **source)
         secret = bytes.fromhex(answer["secret"])
-        machine = launch["substrate"] in MACHINES
-        self._reach[folder.name] = _Reach(folder, secret, answer["oom_file"], machine)
+        self._reach[folder.name] = _Reach(folder, secret, answer["oom_file"])
 
-    def adopt(self, folder: Path, *, machine: bool = False) -> None:
+    def adopt(self, folder: Path) -> None:
         """Take over a sandbox that outlived its node. Raises SandboxError."""
-        answer = self.request("adopt", folder=str(folder), machine=machine)
+        answer = self.request("adopt", folder=str(folder))
         secret = bytes.fromhex(answer["secret"])
-        self._reach[folder.name] = _Reach(folder, secret, answer["oom_file"], machine)
+        self._reach[folder.name] = _Reach(folder, secret, answer["oom_file"])
 
     def secret_of(self, name: str) -> bytes:
         """Return the secret of a sandbox's session. Raises SandboxLost."""
@@ -170,8 +167,7 @@ class NodeLink:
         """Have a new node adopt the sandboxes of the one that died."""
         for name, reach in list(self._reach.items()):
             try:
-                values = {"folder": str(reach.folder), "machine": reach.machine}
-                answer = _exchange(sock, "adopt", values)
+                answer = _exchange(sock, "adopt", {"folder": str(reach.folder)})
             except OSError:
                 answer = None
             if answer is None:

@@ -83,6 +83,7 @@ class Machines:
         found = emulator.find(self.cache)
         fast = accel.find(self.cache)
         guest = kernel.find(self.cache)
+        program = agent.binary(self.cache)
         full = isinstance(spec, FullVM)
         if isinstance(spec, FullVM):
             base = disks.full_disk(self.cache, spec.image, spec.disk_bytes)
@@ -95,9 +96,10 @@ class Machines:
             folder=Path("/nonexistent"),
             substrate="fullvm" if full else "microvm",
             accelerator=fast.name,
+            agent=str(program),
             tree=str(found.tree),
             kernel=str(guest.packed if full else guest.image),
-            initramfs=str(kernel.initramfs(guest, agent.binary(self.cache), self.cache)),
+            initramfs=str(kernel.initramfs(guest, program, self.cache)),
             base=str(base),
             memory=spec.memory_bytes,
             disk=spec.disk_bytes,
@@ -246,7 +248,7 @@ class Machines:
 
     def adopt(self, folder: Path, spec: VM, caps: Caps, launch: MachineLaunch) -> None:
         """Take over a machine that outlived its node."""
-        self.link.adopt(folder, machine=True)
+        self.link.adopt(folder)
         self.known[folder.name] = KnownMachine(spec, launch, caps)
 
 

@@ -286,7 +286,7 @@ def grouped_fp4(
     experts, rows, half = codes.shape
     small = x.dtype == torch.float32
     few = plan.tile_tokens == FEW_TOKENS
-    tile = 16 if small else FEW_ROWS if few else ROWS
+    tile = min(64, rows) if small else FEW_ROWS if few else ROWS
     _grouped[(rows // tile, len(plan.tile_expert))](
         TensorDescriptor.from_tensor(x, [plan.tile_tokens, 128]), codes, scale, out, plan.order,
         plan.starts, plan.tile_expert, plan.tile_first, rows, out.stride(0), experts,

@@ -18,6 +18,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from fathom.sandbox.vm.saved import FACTS, FORMAT
 
 VM = MicroVM | FullVM
 _MOST_TEMPLATES = 6
+_ABANDONED = 3600.0
 _SETTLE_TIMEOUT = 120.0
 
 
@@ -137,7 +139,8 @@ class Machines:
             os.utime(folder)
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _locked(folder.parent / "lock"):
+        # Of this kind alone: a full machine takes long to boot.
+        with _locked(folder.with_suffix(".lock")):
             if (folder / FACTS).is_file():
                 return folder
             self._boot(launch, folder)
@@ -310,5 +313,8 @@ def _remove_old(folder: Path) -> None:
         (path for path in folder.iterdir() if path.is_dir()), key=lambda path: -path.stat().st_mtime
     )
     whole = [path for path in found if not path.name.startswith(".")]
-    for path in [*whole[_MOST_TEMPLATES:], *(p for p in found if p.name.startswith("."))]:
+    left = [path for path in found if path.name.startswith(".")]
+    old = [path for path in left if time.time() - path.stat().st_mtime > _ABANDONED]
+    for path in [*whole[_MOST_TEMPLATES:], *old]:
+        path.with_suffix(".lock").unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)

@@ -189,6 +189,7 @@ class CallReader:
         tags = self._tags
         if tag.name == tags.parameter and not tag.closing and "name" in tag.attributes:
             call.repaired |= self._flush_junk() or not tag.exact
+            self._report_unread(tag)
             kind = tag.attributes.get("string", "").lower()
             self._add(call.open(tag.attributes["name"], kind))
             self.stage = "value"
@@ -233,6 +234,7 @@ class CallReader:
             self.add_text(tag.literal)
 
     def _open_call(self, tag: Tag) -> None:
+        self._report_unread(tag)
         repaired = self._doubtful or not tag.exact
         call = CallBuilder(tag.attributes["name"], repaired=repaired)
         self._id = self._make_id(len(self.calls))
@@ -267,6 +269,10 @@ class CallReader:
     def _add(self, fragment: str) -> None:
         if fragment and self._streams:
             self._report.add(ArgumentsDelta(len(self.calls), fragment))
+
+    def _report_unread(self, tag: Tag) -> None:
+        if tag.unread:
+            self._report.diagnose("attribute_not_read", tag.unread)
 
     def _flush_junk(self) -> bool:
         """Report text between tags and return whether there was any: blanks are only layout."""

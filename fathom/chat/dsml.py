@@ -144,7 +144,11 @@ def _close(name: str) -> list[Segment]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tag:
-    """One tag. `literal` is its text, `exact` says whether it is in canonical form."""
+    """One tag. `literal` is its text, `exact` says whether it is in canonical form.
+
+    unread: attributes that say nothing known: other names, a second one of the same name, a
+    `string` that is neither true nor false.
+    """
 
     name: str
     closing: bool
@@ -153,6 +157,7 @@ class Tag:
     exact: bool = True
     self_closing: bool = False
     by_id: bool = False
+    unread: str = ""
 
 
 class TagReader:
@@ -203,15 +208,23 @@ class TagReader:
             return self._fail("")
         header = "".join(self._header)
         attributes: dict[str, str] = {}
+        unread: list[str] = []
         at = 0
         while found := _ATTRIBUTE.match(header, at):
-            attributes[found[1]] = found[2][1:-1]
+            name, value = found[1], found[2][1:-1]
+            known = name == "name" or (name == "string" and value.lower() in ("true", "false", ""))
+            if known and name not in attributes:
+                attributes[name] = value
+            else:
+                unread.append(found[0].strip())
             at = found.end()
         ending = _HEADER_END.match(header, at)
         assert ending is not None  # the pattern matches the empty text
         self._header = [header[: ending.end()]]
         self.rest = header[ending.end() :]
-        return self._tag(attributes, exact=False, self_closing=bool(ending[1]))
+        return self._tag(
+            attributes, exact=False, self_closing=bool(ending[1]), unread=" ".join(unread)
+        )
 
     def _has_attributes(self) -> bool:
         return not self.closing and self._name in (self._tags.invoke, self._tags.parameter)
@@ -253,7 +266,12 @@ class TagReader:
         return tag
 
     def _tag(
-        self, attributes: dict[str, str], *, exact: bool = True, self_closing: bool = False
+        self,
+        attributes: dict[str, str],
+        *,
+        exact: bool = True,
+        self_closing: bool = False,
+        unread: str = "",
     ) -> Tag:
         return Tag(
             name=self._name,
@@ -263,6 +281,7 @@ class TagReader:
             exact=exact,
             self_closing=self_closing,
             by_id=self._by_id,
+            unread=unread,
         )
 
     def _fail(self, rest: str) -> None:

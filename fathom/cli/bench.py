@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fathom.cli.bench_clients import clients
+from fathom.cli.bench_crashes import crashes
 from fathom.cli.bench_engine import engine
 from fathom.cli.bench_fuzz import fuzz
 from fathom.cli.bench_gpu import gpu
@@ -136,6 +137,7 @@ app.command()(gpu)
 app.command()(engine)
 app.command()(clients)
 app.command()(fuzz)
+app.command()(crashes)
 app.command()(server)
 
 

@@ -18,6 +18,7 @@ from fathom.cli.output import print_table
 from fathom.cli.sandboxes import substrate_of
 
 RECEIPTS = 500
+RECORD = 640  # bytes, about what an intent or a receipt takes
 _PARTS = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
@@ -47,6 +48,7 @@ async def _measure(kind: str, count: int) -> dict[str, Any]:
                 "machine": _machine(),
                 "call": await _calls(executor, count),
                 "log": {d: await _log_cost(folder / d, d, count) for d in ("process", "power")},
+                "disk": _disk(folder / "disk", count),
             }
         finally:
             await executor.stop()
@@ -110,6 +112,25 @@ async def _log_cost(folder: Path, durability: Any, count: int) -> dict[str, floa
     return _spread(times[3:])
 
 
+def _disk(path: Path, count: int) -> dict[str, float]:
+    """The part of a durable log that no program can save: two syncs, of a record each."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    times: list[float] = []
+    try:
+        os.posix_fallocate(file, 0, 4 << 20)
+        os.fsync(file)
+        for number in range(2 * (count + 3)):
+            begun = time.perf_counter()
+            os.pwrite(file, b"r" * RECORD, number * RECORD)
+            os.fdatasync(file)
+            times.append(time.perf_counter() - begun)
+            # As in a log, something else happens between a record and the next.
+            time.sleep(0.0005)
+    finally:
+        os.close(file)
+    return _spread([one + other for one, other in zip(times[6::2], times[7::2], strict=True)])
+
+
 async def _fast_forward(folder: Path) -> dict[str, float]:
     """From opening a log of 500 operations to having all their outcomes again."""
     from fathom.sandbox.trajectory.log import Log
@@ -166,6 +187,7 @@ def show(report: dict[str, Any]) -> None:
         "warm call by key": report["call"],
         "log, survives any process": report["log"]["process"],
         "log, survives a power cut": report["log"]["power"],
+        "of which the disk": report["disk"],
         f"fast-forward of {RECEIPTS}": forward,
     }
     rows = [[name, *(f"{value:.3f}" for value in times.values())] for name, times in lines.items()]

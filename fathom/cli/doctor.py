@@ -18,7 +18,7 @@ from fathom.cli.output import print_json
 from fathom.cli.terminal import MACHINE_LACKS, visible
 
 if TYPE_CHECKING:
-    from fathom.sandbox.probe import Finding, Report
+    from fathom.sandbox.probe import Finding, Machines, Report
 
 _OLDEST_PYTHON = (3, 11)
 
@@ -32,9 +32,10 @@ def doctor(
 
     Exit code 0: sandboxes work; 3: nothing here can run a sandbox.
     """
-    from fathom.sandbox.probe import examine
+    from fathom.sandbox.probe import examine, examine_machines
 
     report = examine()
+    machines = examine_machines()
     python = _python()
     torch = _torch()
     if as_json:
@@ -48,6 +49,7 @@ def doctor(
                     "user": report.user,
                     "kernel": report.kernel,
                     "substrates": [asdict(finding) for finding in report.findings],
+                    "machines": asdict(machines),
                 },
                 "missing": [
                     {"what": what, "command": command} for what, command in _missing(report, torch)
@@ -55,7 +57,7 @@ def doctor(
             }
         )
     else:
-        _print_report(report, python, torch)
+        _print_report(report, machines, python, torch)
     if not report.usable:
         raise typer.Exit(MACHINE_LACKS)
 
@@ -110,7 +112,9 @@ def _missing(report: Report, torch: dict[str, Any]) -> list[tuple[str, str]]:
     return missing
 
 
-def _print_report(report: Report, python: dict[str, Any], torch: dict[str, Any]) -> None:
+def _print_report(
+    report: Report, machines: Machines, python: dict[str, Any], torch: dict[str, Any]
+) -> None:
     note = "" if python["ok"] else "; 3.11 or newer is needed"
     _line(python["ok"], "Python", python["version"] + note)
     if torch["ok"]:
@@ -125,6 +129,7 @@ def _print_report(report: Report, python: dict[str, Any], torch: dict[str, Any])
     _line(None, "sandbox", f"as {report.user} on Linux {report.kernel}, {os.cpu_count()} cores")
     for finding in report.findings:
         _line(finding.works if finding.suited else None, finding.name, _describe(finding))
+    _line(machines.works if machines.installed else None, "microvm", _describe_machines(machines))
     for what, command in _missing(report, torch):
         print(f"To get {what}: {visible(command)}")
     if not report.usable:
@@ -143,6 +148,17 @@ def _describe(finding: Finding) -> str:
             f"limits held: {limits}"
         )
     return finding.problem or "does not work"
+
+
+def _describe_machines(found: Machines) -> str:
+    if not found.installed:
+        return f"not tried: {found.problem}; `{found.fix}`"
+    if not found.works:
+        return found.problem or "does not work"
+    return (
+        f"works by {found.accelerator} ({found.reason}): {found.create_ms:g} ms to the end of a "
+        f"first command, {found.exec_ms:g} ms for a later one"
+    )
 
 
 def _line(good: bool | None, what: str, text: str) -> None:

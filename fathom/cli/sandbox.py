@@ -17,7 +17,15 @@ from fathom.cli.terminal import TASK_FAILED, visible
 from fathom.errors import SandboxError
 
 if TYPE_CHECKING:
-    from fathom.sandbox import Container, ExecResult, Net, SyncClient, SyncSandbox
+    from fathom.sandbox import (
+        Container,
+        ExecResult,
+        FullVM,
+        MicroVM,
+        Net,
+        SyncClient,
+        SyncSandbox,
+    )
 
 app = typer.Typer(
     no_args_is_help=True, help="Run programs in sandboxes; a daemon keeps them (see `edge`)."
@@ -55,6 +63,19 @@ def _net(allow: list[str], domain: list[str]) -> Net | None:
     return net
 
 
+def _spec(kind: str, given: dict[str, Any]) -> Container | MicroVM | FullVM:
+    """Return what `--sandbox` and the options beside it ask for. Raises typer.BadParameter."""
+    from fathom.sandbox import Container, FullVM, MicroVM
+
+    if kind == "container":
+        return Container(**given)
+    if kind not in ("microvm", "fullvm"):
+        raise typer.BadParameter(f"--sandbox is {kind!r}; choose container, microvm or fullvm")
+    if odd := sorted({"workdir", "pids"} & set(given)):
+        raise typer.BadParameter(f"a virtual machine has no --{odd[0]}")
+    return MicroVM(**given) if kind == "microvm" else FullVM(**given)
+
+
 def _finish(result: ExecResult, as_json: bool) -> None:
     """Show how a command ended, and end with 1 where it failed."""
     if as_json:
@@ -85,9 +106,13 @@ def _finish(result: ExecResult, as_json: bool) -> None:
 @app.command(context_settings=PassThrough)
 def run(
     command: Command,
+    kind: Annotated[
+        str, typer.Option("--sandbox", help="container, microvm or fullvm.")
+    ] = "container",
     image: Annotated[
-        str, typer.Option(help="base, python (base and python3), or a name in the store.")
-    ] = "base",
+        str | None,
+        typer.Option(help="base, python (base and python3), or a name in the store."),
+    ] = None,
     workdir: Annotated[
         Path | None, typer.Option(help="A folder of yours as /work, read and write.")
     ] = None,
@@ -111,17 +136,18 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a command in a new sandbox, which ends with it unless --keep is given."""
-    from fathom.sandbox import Container, SyncClient
+    from fathom.sandbox import SyncClient
 
-    spec: Container = Container(
-        image=image,
-        workdir=workdir,
-        memory=memory,
-        cpu=cpu,
-        pids=pids,
-        disk=disk,
-        idle_ttl=idle_ttl,
-    )
+    given = {
+        "image": image,
+        "workdir": workdir,
+        "memory": memory,
+        "cpu": cpu,
+        "pids": pids,
+        "disk": disk,
+        "idle_ttl": idle_ttl,
+    }
+    spec = _spec(kind, {name: value for name, value in given.items() if value is not None})
     net = _net(allow or [], domain or [])
     with _daemon(folder) if keep else SyncClient("local") as client:
         sandbox = client.create(spec, net=net, group=group)
@@ -240,6 +266,17 @@ def resume(names: Names = None, group: InGroup = None, folder: Folder = None) ->
     with _daemon(folder) as client:
         for sandbox in _several(client, names or [], group):
             sandbox.resume()
+
+
+@app.command()
+def screenshot(
+    name: Name,
+    target: Annotated[Path, typer.Argument(help="The picture's file, PNG.")],
+    folder: Folder = None,
+) -> None:
+    """Keep a picture of a full VM's console."""
+    with _daemon(folder) as client:
+        target.write_bytes(client.attach(name).screenshot())
 
 
 @app.command()

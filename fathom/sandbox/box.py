@@ -14,6 +14,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,7 @@ class Box:
     pidfd: int = -1
     image_lock: int = -1
     net: int = -1
+    upper: int = -1
     frozen: float | None = None
     ended: bool = False
     composed: Composed | None = None
@@ -85,9 +87,12 @@ class Box:
         return {"pid": self.started.pid, "secret": self.secret.hex(), "oom_file": oom}
 
 
-def make(launch: Launch, nets: netns.Pool | None, copy_from: Path | None = None) -> Box:
+def make(
+    launch: Launch, nets: netns.Pool | None, copied: Box | None = None, saved: Path | None = None
+) -> Box:
     """Start a sandbox and return once its agent has answered.
 
+    `copied`: a sandbox whose files it begins with; `saved`: or a folder with those of one.
     Raises FathomError or OSError; then nothing of it is left.
     """
     box = Box(launch.folder, launch, state.claim(launch.folder), secrets.token_bytes(32))
@@ -95,7 +100,7 @@ def make(launch: Launch, nets: netns.Pool | None, copy_from: Path | None = None)
         if not launch.layers:
             box.image_lock = rootfs.hold(Path(launch.rootfs))
         if launch.substrate == "bubblewrap":
-            _start(box, copy_from)
+            _start(box)
         else:
             layout = cgroups.current_layout()
             if layout is None:
@@ -105,14 +110,14 @@ def make(launch: Launch, nets: netns.Pool | None, copy_from: Path | None = None)
             box.net = nets.take() if nets is not None else netns.make()
             box.launch = replace(launch, netns=f"/proc/{os.getpid()}/fd/{box.net}")
             box.group.create()
-            _start(box, copy_from)
+            _start(box, copied, saved)
         return box
     except BaseException:
         destroy(box)
         raise
 
 
-def _start(box: Box, copy_from: Path | None) -> None:
+def _start(box: Box, copied: Box | None = None, saved: Path | None = None) -> None:
     launch = box.launch
     listener = messages.listen(launch.folder, state.SOCKET)
     journal = os.open(launch.folder / state.JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -121,13 +126,18 @@ def _start(box: Box, copy_from: Path | None) -> None:
         if box.group is None:
             box.started = bubblewrap.start(launch, ends, seccomp.compile_filter())
         else:
-            root, box.composed = container.mount_root(launch, copy_from, box.group)
+            # It stands still for as long as its files are copied, not for all of the start.
+            with _still(copied) if copied is not None else contextlib.nullcontext():
+                source = writes_of(copied) if copied is not None else saved
+                root, box.composed = container.mount_root(launch, source, box.group)
             box.started = container.start(launch, ends, box.group, root)
     finally:
         # From here on only the agent listens: its end is the end of every line to it.
         listener.close()
         os.close(journal)
     box.pidfd = os.pidfd_open(box.started.pid)
+    if box.group is not None:
+        _let_go_of_mounts(box)
     state.note_first(launch.folder, box.started.pid)
     try:
         introduce(box)
@@ -139,6 +149,24 @@ def _start(box: Box, copy_from: Path | None) -> None:
     session = launch.folder / state.SESSION
     session.touch(mode=0o600)
     session.write_text(json.dumps(note))
+
+
+def _let_go_of_mounts(box: Box) -> None:
+    """Leave the mounts to the sandbox alone, which has them in a namespace of its own.
+
+    Each sandbox that starts copies all mounts of this process first: there should be few.
+    """
+    disk = box.folder / state.DISK
+    box.upper = os.open(disk / container.UPPER, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if box.composed is not None:
+        box.composed.detach()
+    _unmount(box)
+
+
+def _unmount(box: Box) -> None:
+    for name in (state.ROOTFS, state.DISK, state.WORK):
+        with contextlib.suppress(OSError):
+            syscalls.unmount(str(box.folder / name))
 
 
 def as_json(launch: Launch) -> dict[str, Any]:
@@ -233,11 +261,24 @@ def thaw(box: Box) -> float:
         return paused
 
 
+@contextlib.contextmanager
+def _still(box: Box) -> Generator[None]:
+    """Have a sandbox paused, and go on afterwards if it did before. Raises SandboxError."""
+    paused = box.frozen is not None
+    freeze(box)
+    try:
+        yield
+    finally:
+        if not paused:
+            thaw(box)
+
+
 def adopt(folder: Path) -> Box:
     """Take over a sandbox whose node is gone. Raises SandboxError, OSError, ValueError."""
     session = json.loads((folder / state.SESSION).read_text())
     launch = launch_in(folder, session["launch"])
-    box = Box(folder, launch, state.claim(folder), bytes.fromhex(session["secret"]))
+    lock = state.claim(folder, patience=_GONE_TIMEOUT)
+    box = Box(folder, launch, lock, bytes.fromhex(session["secret"]))
     try:
         pid = int(session["pid"])
         box.pidfd = os.pidfd_open(pid)
@@ -268,6 +309,8 @@ def writes_of(box: Box) -> Path:
 
     One that was adopted has its mounts in namespaces that are gone; its own shows the same files.
     """
+    if box.upper >= 0:
+        return Path(f"/proc/{os.getpid()}/fd/{box.upper}")
     upper = box.folder / state.DISK / container.UPPER
     if upper.exists() or box.started is None:
         return upper
@@ -278,13 +321,8 @@ def copy_writes(box: Box, target: Path) -> None:
     """Copy what the sandbox wrote, at one moment, into the folder `target`. Raises SandboxError."""
     if box.group is None:
         raise Unsupported("bubblewrap keeps no writes that could be copied: run as root")
-    paused = box.frozen is not None
-    freeze(box)
-    try:
-        container.copy_tree(writes_of(box), target, box.group)
-    finally:
-        if not paused:
-            thaw(box)
+    with _still(box):
+        container.copy_tree(box.launch.agent, writes_of(box), target, box.group)
 
 
 def destroy(box: Box) -> None:
@@ -312,14 +350,13 @@ def destroy(box: Box) -> None:
     if box.composed is not None:
         with contextlib.suppress(OSError, SandboxError):
             box.composed.close()
-    for name in (state.ROOTFS, state.DISK, state.WORK):
-        with contextlib.suppress(OSError):
-            syscalls.unmount(str(box.folder / name))
+    if box.upper < 0:
+        _unmount(box)
     state.remove(box.folder)
-    for fd in (box.pidfd, box.image_lock, box.net, box.lock):
+    for fd in (box.pidfd, box.image_lock, box.net, box.upper, box.lock):
         if fd >= 0:
             os.close(fd)
-    box.pidfd = box.image_lock = box.net = box.lock = -1
+    box.pidfd = box.image_lock = box.net = box.upper = box.lock = -1
 
 
 def _await_child(pid: int, group: cgroups.Group) -> None:

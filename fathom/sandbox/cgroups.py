@@ -9,6 +9,7 @@ Paper: none (operating system plumbing).
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -73,8 +74,9 @@ def read_layout(mounts: str) -> Layout | None:
     return None
 
 
+@functools.cache
 def current_layout() -> Layout | None:
-    """Return the layout of this machine, or None."""
+    """Return the layout of this machine, or None; looked at once, while there are few mounts."""
     return read_layout(Path("/proc/self/mountinfo").read_text())
 
 
@@ -136,7 +138,7 @@ class Group:
             self.layout, memory=memory, pids=pids, cpu=cpu
         ):
             try:
-                (self.folders[controller] / file).write_text(text)
+                _write(self.folders[controller] / file, text)
             except OSError:
                 if required:
                     raise
@@ -155,10 +157,20 @@ class Group:
                 if attempt == 99:
                     raise
 
+    def doors(self, *controllers: str) -> list[str]:
+        """Return the files by which a process with one thread enters the groups by itself.
+
+        `controllers`: all of them when not given.
+        """
+        # In v1, `tasks` takes a single thread, for which the kernel need not stop any other.
+        name = "tasks" if self.layout.version == 1 else _MEMBERS
+        wanted = {self.folders[one] for one in controllers} or set(self.folders.values())
+        return [str(folder / name) for folder in sorted(wanted)]
+
     def enter(self, pid: int) -> None:
         """Put a process into the sandbox's groups. Raises OSError."""
         for folder in sorted(set(self.folders.values())):
-            (folder / _MEMBERS).write_text(str(pid))
+            _write(folder / _MEMBERS, str(pid))
 
     @property
     def can_freeze(self) -> bool:
@@ -172,7 +184,7 @@ class Group:
         deadline = time.monotonic() + patience
         v1 = self.layout.version == 1
         folder = self.folders[FREEZER if v1 else "pids"]
-        (folder / ("freezer.state" if v1 else "cgroup.freeze")).write_text("FROZEN" if v1 else "1")
+        _write(folder / ("freezer.state" if v1 else "cgroup.freeze"), "FROZEN" if v1 else "1")
         while not self.frozen:
             if time.monotonic() > deadline:
                 self.thaw()
@@ -182,9 +194,9 @@ class Group:
     def thaw(self) -> None:
         """Let the processes go on. Raises OSError."""
         if self.layout.version == 1:
-            (self.folders[FREEZER] / "freezer.state").write_text("THAWED")
+            _write(self.folders[FREEZER] / "freezer.state", "THAWED")
         else:
-            (self.folders["pids"] / "cgroup.freeze").write_text("0")
+            _write(self.folders["pids"] / "cgroup.freeze", "0")
 
     @property
     def frozen(self) -> bool:
@@ -198,10 +210,10 @@ class Group:
         """Ask the kernel to take back what memory it can; does its best and never raises."""
         with contextlib.suppress(OSError):
             if self.layout.version == 1:
-                (self.folders["memory"] / "memory.force_empty").write_text("1")
+                _write(self.folders["memory"] / "memory.force_empty", "1")
             else:
                 used = (self.folders["memory"] / "memory.current").read_text().strip()
-                (self.folders["memory"] / "memory.reclaim").write_text(used)
+                _write(self.folders["memory"] / "memory.reclaim", used)
 
     @property
     def memory_used(self) -> int:
@@ -234,7 +246,7 @@ def _enable(folder: Path) -> None:
     present = file.read_text().split() if file.exists() else []
     if missing := [f"+{name}" for name in CONTROLLERS if name not in present]:
         try:
-            file.write_text(" ".join(missing))
+            _write(file, " ".join(missing))
         except OSError as error:
             raise SandboxError(
                 f"the controllers {', '.join(CONTROLLERS)} cannot be turned on in {folder} "
@@ -268,20 +280,18 @@ def _members(folder: Path) -> list[int]:
 
 def destroy_folders(folders: list[Path]) -> bool:
     """Kill what is inside `folders` and remove them; True when nothing is left. Never raises."""
-    for folder in folders:
+    # Most are empty by now, or were never made: one call each.
+    left = [folder for folder in folders if not _removed(folder)]
+    for folder in left:
         # A frozen process does not even die.
         for name, text in (("freezer.state", "THAWED"), ("cgroup.freeze", "0")):
             with contextlib.suppress(OSError):
-                if (folder / name).exists():
-                    (folder / name).write_text(text)
-    for folder in folders:
+                _write(folder / name, text)
+    for folder in left:
         kill_group(folder)
     for _ in range(200):
-        for folder in folders:
-            for path, _, _ in os.walk(folder, topdown=False):
-                with contextlib.suppress(OSError):
-                    os.rmdir(path)
-        if not any(folder.exists() for folder in folders):
+        left = [folder for folder in left if not _removed(folder)]
+        if not left:
             for folder in folders:
                 # Refused while another sandbox has its group there.
                 with contextlib.suppress(OSError):
@@ -290,3 +300,27 @@ def destroy_folders(folders: list[Path]) -> bool:
         # A killed process leaves its group only once it is reaped.
         time.sleep(0.005)
     return False
+
+
+def _removed(folder: Path) -> bool:
+    """Remove a group with those below it; False where one still holds a process."""
+    try:
+        os.rmdir(folder)
+        return True
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    for path, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+    return not folder.exists()
+
+
+def _write(path: Path, text: str) -> None:
+    """Write to a file of the kernel's in one call, without what a text file needs besides."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)

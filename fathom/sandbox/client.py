@@ -25,7 +25,7 @@ from fathom.sandbox.host import Host, LocalHost
 from fathom.sandbox.net import Net
 from fathom.sandbox.sandbox import Sandbox
 from fathom.sandbox.substrates.choice import SUBSTRATES, Wanted
-from fathom.sandbox.types import Container, Fn, FullVM, MicroVM, Snapshot, Spec
+from fathom.sandbox.types import Container, Fn, Kept, Snapshot, Spec
 
 _hosts: weakref.WeakSet[LocalHost] = weakref.WeakSet()
 
@@ -140,7 +140,7 @@ class Client:
         when nothing on this machine can run a sandbox.
         """
         wanted = Container() if spec is None else spec
-        if isinstance(wanted, Fn | MicroVM | FullVM):
+        if isinstance(wanted, Fn):
             raise Unsupported(wanted.missing())
         if self._remote:
             values = {"spec": wanted, "net": net, "key": key or "", "group": group or ""}
@@ -173,7 +173,7 @@ class Client:
             raise SandboxError(f"the key {key!r} belongs to a sandbox of another kind")
         return sandbox
 
-    async def prewarm(self, spec: Container, count: int) -> None:
+    async def prewarm(self, spec: Kept, count: int) -> None:
         """Have `count` sandboxes of this kind wait: `create` then hands one out at once.
 
         Each one taken is replaced in the background. Raises SandboxError, Unsupported.
@@ -181,9 +181,11 @@ class Client:
         await self._host.call("prewarm", spec=spec, count=count)
 
     async def restore(
-        self, snapshot: Snapshot | str, spec: Container | None = None, *, group: str | None = None
+        self, snapshot: Snapshot | str, spec: Kept | None = None, *, group: str | None = None
     ) -> Sandbox:
-        """Start a sandbox with the files of a snapshot; `spec` must have the same image.
+        """Start a sandbox from a snapshot; `spec` must be of the same type and image.
+
+        A virtual machine goes on with its processes where `caps.snapshot` said "memory".
 
         Raises SandboxError, Unsupported.
         """

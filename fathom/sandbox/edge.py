@@ -30,7 +30,7 @@ from fathom.errors import FathomError, PolicyDenied, SandboxError, SandboxLost, 
 from fathom.sandbox import messages, plain, state
 from fathom.sandbox.host import Known, LocalHost
 from fathom.sandbox.threads import in_thread
-from fathom.sandbox.types import Caps, Container
+from fathom.sandbox.types import Caps, Container, Kept
 
 SOCKET = "edge.sock"
 NOTE = "edge.json"
@@ -46,7 +46,7 @@ class Entry:
     """What the daemon remembers of a sandbox. Times are of the wall clock, in seconds."""
 
     id: str
-    spec: Container
+    spec: Kept
     caps: Caps
     group: str
     key: str
@@ -63,7 +63,7 @@ class Entry:
         """Return the entry as JSON."""
         return {
             "id": self.id,
-            "spec": plain.container_out(self.spec),
+            "spec": plain.spec_out(self.spec),
             "caps": plain.caps_out(self.caps),
             "group": self.group,
             "key": self.key,
@@ -88,6 +88,7 @@ class Edge:
         self.spare = spare
         self.entries: dict[str, Entry] = {}
         self.counts = dict.fromkeys(("created", "adopted", "expired", "refused", "failed"), 0)
+        self._starts = 0
         self._making = anyio.CapacityLimiter(2 * (os.cpu_count() or 1))
         self._keys: dict[str, anyio.Lock] = {}
         self._operations: dict[str, Callable[..., Any]] = {
@@ -106,6 +107,7 @@ class Edge:
             "snapshot": self._pass,
             "netlog": self._pass,
             "pack": self._pass,
+            "screenshot": self._pass,
         }
 
     # Serving -----------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ class Edge:
             raise SandboxLost(f"sandbox {name[:80]} ended: create another one")
         return entry
 
-    def _admit(self, spec: Container, count: int = 1) -> None:
+    def _admit(self, spec: Kept, count: int = 1) -> None:
         """Refuse what this machine has no room for. Raises PolicyDenied."""
         reason = ""
         if self.size + count > self.most:
@@ -258,7 +260,7 @@ class Edge:
         group: str = "",
         net: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        wanted = plain.container_in(spec)
+        wanted = plain.spec_in(spec)
         lock = self._keys.setdefault(key, anyio.Lock()) if key else anyio.Lock()
         async with lock:
             for entry in self.entries.values():
@@ -282,7 +284,7 @@ class Edge:
     async def _restore(
         self, snapshot: str, spec: dict[str, Any], group: str = ""
     ) -> dict[str, Any]:
-        wanted = plain.container_in(spec)
+        wanted = plain.spec_in(spec)
         self._admit(wanted)
         made = await self.host.call("restore", snapshot=snapshot, spec=wanted)
         return self._enter(made, wanted, group=group).plain()
@@ -299,7 +301,7 @@ class Edge:
     def _enter(
         self,
         made: dict[str, Any],
-        spec: Container,
+        spec: Kept,
         *,
         group: str = "",
         key: str = "",
@@ -369,7 +371,7 @@ class Edge:
         return await self.host.call(op, id=id, **values)
 
     async def _prewarm(self, spec: dict[str, Any], count: int) -> dict[str, Any]:
-        wanted = plain.container_in(spec)
+        wanted = plain.spec_in(spec)
         self._admit(wanted, count)
         return await self.host.call("prewarm", spec=wanted, count=count)
 
@@ -392,6 +394,7 @@ class Edge:
     async def _expire(self) -> None:
         while True:
             await anyio.sleep(_TICK)
+            await self._tend_node()
             now = time.time()
             for entry in list(self.entries.values()):
                 gone = not (self.host.runtime / entry.id).exists()
@@ -400,6 +403,21 @@ class Edge:
                     _log.info("event=%s id=%s", "ended" if gone else "expired", entry.id)
                     with contextlib.suppress(SandboxError):
                         await self._destroy(entry.id)
+
+    async def _tend_node(self) -> None:
+        """See that a node is there which knows all sandboxes, and their policies."""
+        link = self.host.link
+        try:
+            await in_thread(link.revive)
+            if link.starts == self._starts:
+                return
+            policies = [entry for entry in self.entries.values() if entry.net is not None]
+            for entry in policies if link.starts > 1 else []:
+                _log.warning("event=node_died id=%s", entry.id)
+                await self._phase(entry.id, entry.phase, entry.net)
+            self._starts = link.starts
+        except SandboxError as error:
+            _log.warning("event=node_lost error=%s", error)
 
     # Adoption ----------------------------------------------------------------------------------
 
@@ -415,17 +433,12 @@ class Edge:
     async def _adopt(self, folder: Path) -> None:
         note = json.loads((folder / NOTE).read_text())
         session = json.loads((folder / state.SESSION).read_text())
-        spec, caps = plain.container_in(note["spec"]), plain.caps_in(note["caps"])
+        spec, caps = plain.spec_in(note["spec"]), plain.caps_in(note["caps"])
         launch = session["launch"]
-        known = Known(
-            spec=spec,
-            name=launch["substrate"],
-            program=launch["program"],
-            image=await in_thread(self.host.image_of, spec.image, launch["rootfs"]),
-            ids=int(launch["ids"]),
-            caps=caps,
-        )
-        await in_thread(self.host.adopt, folder, known)
+        if isinstance(spec, Container):
+            await self._adopt_container(folder, spec, caps, launch)
+        else:
+            await in_thread(self.host.adopt_machine, folder, spec, caps, launch)
         entry = Entry(
             folder.name,
             spec,
@@ -443,6 +456,19 @@ class Edge:
             await self._phase(entry.id, note["phase"], note["net"])
         self.counts["adopted"] += 1
         _log.info("event=adopted id=%s", entry.id)
+
+    async def _adopt_container(
+        self, folder: Path, spec: Container, caps: Caps, launch: dict[str, Any]
+    ) -> None:
+        known = Known(
+            spec=spec,
+            name=launch["substrate"],
+            program=launch["program"],
+            image=await in_thread(self.host.image_of, spec.image, launch["rootfs"]),
+            ids=int(launch["ids"]),
+            caps=caps,
+        )
+        await in_thread(self.host.adopt, folder, known)
 
 
 def _is_due(entry: Entry, now: float) -> bool:

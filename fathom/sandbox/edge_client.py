@@ -33,7 +33,7 @@ class EdgeHost:
     async def call(self, op: str, **values: Any) -> dict[str, Any]:
         """Have one operation done by the daemon. Raises SandboxError, DaemonLost."""
         if "spec" in values:
-            values["spec"] = plain.container_out(values["spec"])
+            values["spec"] = plain.spec_out(values["spec"])
         if "net" in values:
             values["net"] = plain.net_out(values["net"])
         line = await self._dial()

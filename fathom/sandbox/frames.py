@@ -43,6 +43,9 @@ class Frame(IntEnum):
     PING = 11
     SHIFT = 12
     REKEY = 13
+    HOLD = 14
+    LEAVE = 15
+    NETWORK = 16
     OK = 64
     ERROR = 65
     STARTED = 66

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fathom.errors import SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import agent, line, paths, state, syscalls
@@ -42,7 +42,10 @@ from fathom.sandbox.substrates.choice import (
     process_limit_is_per_namespace,
 )
 from fathom.sandbox.threads import in_thread
-from fathom.sandbox.types import Caps, Container
+from fathom.sandbox.types import Caps, Container, FullVM, Kept, MicroVM
+
+if TYPE_CHECKING:
+    from fathom.sandbox.vm.host import Machines
 
 
 class Host(Protocol):
@@ -103,9 +106,10 @@ class LocalHost:
         self.mirrors = dict(mirrors or {})
         self.outlive = False
         self.link = NodeLink(runtime)
+        self._machines: Machines | None = None
         self._known: dict[str, Known] = {}
-        self._ready: dict[Container, list[dict[str, Any]]] = {}
-        self._ready_size: dict[Container, int] = {}
+        self._ready: dict[Kept, list[dict[str, Any]]] = {}
+        self._ready_size: dict[Kept, int] = {}
         self._ready_lock = threading.Lock()
         self._operations: dict[str, Callable[..., dict[str, Any]]] = {
             "create": self._claim,
@@ -120,6 +124,7 @@ class LocalHost:
             "pack": self._pack,
             "phase": self._phase,
             "netlog": self._netlog,
+            "screenshot": self._screenshot,
         }
 
     @property
@@ -151,7 +156,7 @@ class LocalHost:
 
     # Making ------------------------------------------------------------------------------------
 
-    def _claim(self, spec: Container) -> dict[str, Any]:
+    def _claim(self, spec: Kept) -> dict[str, Any]:
         """Hand out a sandbox that waits, where there is one, else start one."""
         with self._ready_lock:
             waiting = self._ready.get(spec)
@@ -161,14 +166,14 @@ class LocalHost:
         threading.Thread(target=self._refill, args=(spec,), daemon=True).start()
         return found
 
-    def _prewarm(self, spec: Container, count: int) -> dict[str, Any]:
+    def _prewarm(self, spec: Kept, count: int) -> dict[str, Any]:
         """Have `count` sandboxes of this kind wait from now on."""
         with self._ready_lock:
             self._ready_size[spec] = count
         self._refill(spec)
         return {}
 
-    def _refill(self, spec: Container) -> None:
+    def _refill(self, spec: Kept) -> None:
         while True:
             with self._ready_lock:
                 waiting = self._ready.setdefault(spec, [])
@@ -178,8 +183,23 @@ class LocalHost:
             with self._ready_lock:
                 waiting.append(made)
 
-    def _create(self, spec: Container) -> dict[str, Any]:
+    @property
+    def machines(self) -> Machines:
+        """The virtual machines of this host; what serves them is loaded with the first one."""
+        if self._machines is None:
+            from fathom.sandbox.vm.host import Machines
+
+            self._machines = Machines(self.link, self.cache, self.runtime)
+        self._machines.outlive = self.outlive
+        return self._machines
+
+    def _is_machine(self, id: str) -> bool:
+        return self._machines is not None and id in self._machines.known
+
+    def _create(self, spec: Kept) -> dict[str, Any]:
         """Start a sandbox by the first substrate that can."""
+        if isinstance(spec, MicroVM | FullVM):
+            return self.machines.create(spec)
         spec.check()
         offers: list[tuple[Name, str, Caps]] = [
             (name, program, caps_of(name, spec)) for name, program in choose(self.wanted)
@@ -248,7 +268,8 @@ class LocalHost:
 
     def _phase(self, id: str, phase: str, net: Net | None) -> dict[str, Any]:
         """Set a whole policy; nothing is allowed by one that is not given."""
-        known = self._find(id)
+        machine = self._is_machine(id)
+        known = self.machines.find(id) if machine else self._find(id)
         policy = net or Net.deny()
         if missing := sorted(policy.kinds - known.caps.networks):
             raise Unsupported(
@@ -260,10 +281,13 @@ class LocalHost:
         if known.caps.networks == frozenset({"none"}):
             return {"version": known.phases, "environment": {}}
         answer = self.link.request("net", id=id, policy=values)
-        return {"version": answer["version"], "environment": policy.environment()}
+        # A guest reaches this machine's end of its network under the emulator's address.
+        found = policy.environment("10.0.2.2" if machine else "127.0.0.1")
+        return {"version": answer["version"], "environment": found}
 
     def _netlog(self, id: str) -> dict[str, Any]:
-        self._find(id)
+        if not self._is_machine(id):
+            self._find(id)
         path = self.runtime / id / LOG
         return {"text": path.read_text() if path.exists() else ""}
 
@@ -272,6 +296,14 @@ class LocalHost:
         self.link.adopt(folder)
         self._known[folder.name] = known
 
+    def adopt_machine(
+        self, folder: Path, spec: MicroVM | FullVM, caps: Caps, launch: dict[str, Any]
+    ) -> None:
+        """Take over a virtual machine that outlived its node. Raises SandboxError."""
+        from fathom.sandbox.vm.launch import launch_in
+
+        self.machines.adopt(folder, spec, caps, launch_in(folder, launch))
+
     def _find(self, name: str) -> Known:
         known = self._known.get(name)
         if known is None:
@@ -279,6 +311,8 @@ class LocalHost:
         return known
 
     def _fork(self, id: str, count: int, reseed: bool) -> dict[str, Any]:
+        if self._is_machine(id):
+            return self.machines.fork(id, count, reseed)
         known = self._find(id)
         made: list[dict[str, Any]] = []
         try:
@@ -294,6 +328,8 @@ class LocalHost:
     # What was written --------------------------------------------------------------------------
 
     def _snapshot(self, id: str) -> dict[str, Any]:
+        if self._is_machine(id):
+            return self.machines.snapshot(id)
         known = self._find(id)
         folder = self.cache / "snapshots"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -311,12 +347,16 @@ class LocalHost:
             raise
         return {"snapshot": name, "size": size}
 
-    def _restore(self, snapshot: str, spec: Container) -> dict[str, Any]:
+    def _restore(self, snapshot: str, spec: Kept) -> dict[str, Any]:
         spec.check()
         folder = self.cache / "snapshots" / snapshot
         if "/" in snapshot or not (folder / "facts.json").is_file():
             raise SandboxError(f"there is no snapshot {snapshot!r} in {self.cache}")
         facts = json.loads((folder / "facts.json").read_text())
+        if facts["substrate"] in ("microvm", "fullvm"):
+            return self.machines.restore(folder, facts, spec)
+        if not isinstance(spec, Container):
+            raise SandboxError(f"snapshot {snapshot} is of a Container: ask for one")
         if facts["image"] != spec.image:
             raise SandboxError(
                 f"snapshot {snapshot} was made on image {facts['image']!r}: ask for that one"
@@ -330,6 +370,8 @@ class LocalHost:
 
     def _pack(self, id: str, name: str | None = None) -> dict[str, Any]:
         """Make a layer of what the sandbox wrote, and with `name` an image with it on top."""
+        if self._is_machine(id):
+            return self.machines.pack(id, name)
         known = self._find(id)
         with Store(self.cache / "store") as store:
             base = known.image
@@ -353,9 +395,15 @@ class LocalHost:
     # Living ------------------------------------------------------------------------------------
 
     def _destroy(self, id: str) -> dict[str, Any]:
+        if self._is_machine(id):
+            self.machines.destroy(id)
+            return {}
         self._known.pop(id, None)
         self.link.destroy(id)
         return {}
+
+    def _screenshot(self, id: str) -> dict[str, Any]:
+        return self.machines.screenshot(id)
 
     def _freeze(self, ids: list[str], reclaim: bool = False) -> dict[str, Any]:
         return self.link.request("freeze", ids=ids, reclaim=reclaim)

@@ -101,11 +101,14 @@ class Net:
             "private": self.private,
         }
 
-    def environment(self) -> dict[str, str]:
-        """Return the variables by which programs find the proxy and the mirrors."""
+    def environment(self, host: str = "127.0.0.1") -> dict[str, str]:
+        """Return the variables by which programs find the proxy and the mirrors.
+
+        `host`: where the sandbox finds the proxy.
+        """
         if not (self.domains or self.mirrors):
             return {}
-        proxy = f"http://127.0.0.1:{PROXY_PORT}"
+        proxy = f"http://{host}:{PROXY_PORT}"
         found = {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
         if self.domains:
             for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import select
 import signal
 import socket
@@ -21,13 +22,19 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fathom.errors import FathomError, SandboxError, SandboxLost
+from fathom.errors import FathomError, SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import box as boxes
 from fathom.sandbox import cgroups, egress, messages, netns, syscalls
 
+if TYPE_CHECKING:
+    from fathom.sandbox.vm.machine import Machine
+    from fathom.sandbox.vm.saved import Saved, Shelf
+
 _THREADS = 32
+# Substrates that are virtual machines; what serves them is loaded with the first one.
+KINDS = ("microvm", "fullvm")
 
 
 class Node:
@@ -36,7 +43,8 @@ class Node:
     def __init__(self, owner: socket.socket, owner_pid: int) -> None:
         self.owner = owner
         self.owner_fd = os.pidfd_open(owner_pid)
-        self.boxes: dict[str, boxes.Box] = {}
+        self.boxes: dict[str, Any] = {}
+        self._shelf: Shelf | None = None
         self.nets = netns.Pool(2) if os.geteuid() == 0 else None
         self.egress = egress.Egress()
         self.stopping = False
@@ -53,6 +61,10 @@ class Node:
             "save": self._save,
             "stats": self._stats,
             "net": self._net,
+            "capture": self._capture,
+            "release": self._release,
+            "keep": self._keep,
+            "screenshot": self._screenshot,
             "adopt": self._adopt,
         }
 
@@ -115,7 +127,7 @@ class Node:
             reply.close()
             self._slots.release()
 
-    def _box(self, name: str) -> boxes.Box:
+    def _box(self, name: str) -> boxes.Box | Machine:
         with self._lock:
             box = self.boxes.get(name)
         if box is None or box.ended:
@@ -126,38 +138,56 @@ class Node:
 
     def _create(self, message: dict[str, Any]) -> dict[str, Any]:
         folder = Path(message["folder"])
+        if message["launch"]["substrate"] in KINDS:
+            return self._enter(self._create_machine(folder, message))
         launch = boxes.launch_in(folder, message["launch"])
-        source: Path | None = None
-        copied: boxes.Box | None = None
-        if message.get("fork"):
-            copied = self._box(message["fork"])
-            source = boxes.writes_of(copied)
-        elif message.get("saved"):
-            source = Path(message["saved"])
-        paused = copied is not None and copied.frozen is not None
-        if copied is not None:
-            boxes.freeze(copied)
+        copied = self._container(message["fork"]) if message.get("fork") else None
+        saved = Path(message["saved"]) if message.get("saved") else None
+        box = boxes.make(launch, self.nets, copied, saved)
+        return self._enter(box)
+
+    def _create_machine(self, folder: Path, message: dict[str, Any]) -> Machine:
+        from fathom.sandbox.vm import launch as plans
+        from fathom.sandbox.vm import machine, saved
+
+        launch = plans.launch_in(folder, message["launch"])
+        source: Saved | None = None
+        if message.get("captured"):
+            source = self._saved().get(message["captured"])
+        elif launch.template:
+            where = Path(launch.template)
+            source = self._saved().template(where) if launch.keep else saved.read(where)
         try:
-            box = boxes.make(launch, self.nets, source)
+            return machine.make(launch, self.nets, source)
         finally:
-            if copied is not None and not paused:
-                boxes.thaw(copied)
+            if source is not None:
+                source.close()
+
+    def _saved(self) -> Shelf:
+        from fathom.sandbox.vm import saved
+
+        with self._lock:
+            self._shelf = self._shelf or saved.Shelf()
+            return self._shelf
+
+    def _enter(self, box: boxes.Box | Machine) -> dict[str, Any]:
         with self._lock:
             stopping = self.stopping
             if not stopping:
                 self.boxes[box.id] = box
         if stopping:
-            boxes.destroy(box)
+            _kind(box).destroy(box)
             raise SandboxLost("the node is stopping")
         os.write(self._wake_write, b"1")
         return box.facts()
 
     def _adopt(self, message: dict[str, Any]) -> dict[str, Any]:
-        box = boxes.adopt(Path(message["folder"]))
-        with self._lock:
-            self.boxes[box.id] = box
-        os.write(self._wake_write, b"1")
-        return box.facts()
+        folder = Path(message["folder"])
+        if message.get("machine"):
+            from fathom.sandbox.vm import machine
+
+            return self._enter(machine.adopt(folder))
+        return self._enter(boxes.adopt(folder))
 
     def _destroy(self, message: dict[str, Any]) -> dict[str, Any]:
         with self._lock:
@@ -166,23 +196,36 @@ class Node:
             self._end(box)
         return {}
 
-    def _end(self, box: boxes.Box) -> None:
+    def _end(self, box: boxes.Box | Machine) -> None:
         self.egress.forget(box.id)
-        boxes.destroy(box)
+        _kind(box).destroy(box)
+
+    def _container(self, name: str) -> boxes.Box:
+        box = self._box(name)
+        if not isinstance(box, boxes.Box):
+            raise Unsupported(f"{name} is a virtual machine: it is copied as a whole")
+        return box
+
+    def _machine(self, name: str) -> Machine:
+        box = self._box(name)
+        if isinstance(box, boxes.Box):
+            raise Unsupported(f"{name} is a container: only virtual machines can do this")
+        return box
 
     def _freeze(self, message: dict[str, Any]) -> dict[str, Any]:
         for name in message["ids"]:
             box = self._box(name)
-            boxes.freeze(box)
+            _kind(box).freeze(box)
             if message.get("reclaim") and box.group is not None:
                 box.group.reclaim()
         return {}
 
     def _thaw(self, message: dict[str, Any]) -> dict[str, Any]:
-        return {"paused": {name: boxes.thaw(self._box(name)) for name in message["ids"]}}
+        every = [self._box(name) for name in message["ids"]]
+        return {"paused": {box.id: _kind(box).thaw(box) for box in every}}
 
     def _save(self, message: dict[str, Any]) -> dict[str, Any]:
-        box = self._box(message["id"])
+        box = self._container(message["id"])
         boxes.copy_writes(box, Path(message["target"]))
         return {"ids": box.launch.ids}
 
@@ -191,8 +234,50 @@ class Node:
         return {} if group is None else {"memory": group.memory_used}
 
     def _net(self, message: dict[str, Any]) -> dict[str, Any]:
-        box = self._box(message["id"])
-        return {"version": self.egress.apply(box.id, box.folder, box.net, message["policy"])}
+        box, policy = self._box(message["id"]), message["policy"]
+        opens = any(policy[kind] for kind in ("addresses", "domains", "mirrors"))
+        if isinstance(box, boxes.Box):
+            return {"version": self.egress.apply(box.id, box.folder, box.net, policy)}
+        from fathom.sandbox.vm import machine
+
+        if not opens:
+            machine.set_online(box, False)
+        version = self.egress.apply(box.id, box.folder, box.net, policy)
+        if opens:
+            machine.set_online(box, True)
+        return {"version": version}
+
+    # Virtual machines --------------------------------------------------------------------------
+
+    def _capture(self, message: dict[str, Any]) -> dict[str, Any]:
+        from fathom.sandbox.vm import machine
+
+        name = secrets.token_hex(8)
+        self._saved().put(name, machine.capture(self._machine(message["id"])))
+        return {"captured": name}
+
+    def _release(self, message: dict[str, Any]) -> dict[str, Any]:
+        self._saved().drop(message["captured"])
+        return {}
+
+    def _keep(self, message: dict[str, Any]) -> dict[str, Any]:
+        from fathom.sandbox.vm import machine
+
+        captured = machine.capture(self._machine(message["id"]))
+        try:
+            return {"size": captured.write(Path(message["target"]), message["facts"])}
+        finally:
+            captured.close()
+
+    def _screenshot(self, message: dict[str, Any]) -> dict[str, Any]:
+        from fathom.sandbox.vm import machine, screen
+
+        box = self._machine(message["id"])
+        name = f"screen-{secrets.token_hex(4)}.png"
+        path = box.folder / name
+        path.touch(mode=0o600)
+        path.write_bytes(screen.png(*machine.screenshot(box)))
+        return {"file": name}
 
     # The end -----------------------------------------------------------------------------------
 
@@ -204,7 +289,7 @@ class Node:
             ending = [box for box in every if not box.launch.outlive]
             self.boxes.clear()
         self.egress.close()
-        threads = [threading.Thread(target=boxes.destroy, args=(box,)) for box in ending]
+        threads = [threading.Thread(target=_kind(box).destroy, args=(box,)) for box in ending]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -212,6 +297,15 @@ class Node:
         # Whatever is being made right now sees that the node is stopping.
         for _ in range(_THREADS):
             self._slots.acquire(timeout=15)
+
+
+def _kind(box: boxes.Box | Machine) -> Any:
+    """Return the module that serves this kind of sandbox: both have the same functions."""
+    if isinstance(box, boxes.Box):
+        return boxes
+    from fathom.sandbox.vm import machine
+
+    return machine
 
 
 def prepare() -> None:
@@ -223,6 +317,7 @@ def prepare() -> None:
         # crun 1.8 refuses v1 with a v2 tree beside it; only this process and what it starts stop
         # seeing that tree.
         syscalls.unmount(str(layout.beside))
+        cgroups.current_layout.cache_clear()
 
 
 def _stop(*_: object) -> None:

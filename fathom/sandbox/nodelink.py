@@ -26,7 +26,8 @@ from fathom.errors import (
 )
 from fathom.sandbox import box, cgroups, line, messages, paths, state
 
-_CALL_TIMEOUT = 120.0
+# A full machine that boots under emulation takes the longest.
+_CALL_TIMEOUT = 400.0
 _STOP_TIMEOUT = 30.0
 # Appended, not put first: nothing beside the package may take the place of a standard module.
 _CODE = (
@@ -49,8 +50,13 @@ class _Reach:
     """How to get to one agent."""
 
     folder: Path
-    greeting: bytes
+    secret: bytes
     oom_file: str
+
+    @property
+    def greeting(self) -> bytes:
+        """The frame that begins every line."""
+        return box.greeting(self.secret)
 
 
 class NodeLink:
@@ -60,6 +66,8 @@ class NodeLink:
         self.runtime = runtime
         # Whether what dead nodes left is removed before the first sandbox, rather than adopted.
         self.reaps = True
+        # How many nodes there were; each one that died was followed by another.
+        self.starts = 0
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
@@ -75,13 +83,20 @@ class NodeLink:
         """Start a sandbox in `folder` and return once its agent answered. Raises SandboxError."""
         answer = self.request("create", folder=str(folder), launch=launch, **source)
         secret = bytes.fromhex(answer["secret"])
-        self._reach[folder.name] = _Reach(folder, box.greeting(secret), answer["oom_file"])
+        self._reach[folder.name] = _Reach(folder, secret, answer["oom_file"])
 
-    def adopt(self, folder: Path) -> None:
+    def adopt(self, folder: Path, *, machine: bool = False) -> None:
         """Take over a sandbox that outlived its node. Raises SandboxError."""
-        answer = self.request("adopt", folder=str(folder))
+        answer = self.request("adopt", folder=str(folder), machine=machine)
         secret = bytes.fromhex(answer["secret"])
-        self._reach[folder.name] = _Reach(folder, box.greeting(secret), answer["oom_file"])
+        self._reach[folder.name] = _Reach(folder, secret, answer["oom_file"])
+
+    def secret_of(self, name: str) -> bytes:
+        """Return the secret of a sandbox's session. Raises SandboxLost."""
+        reach = self._reach.get(name)
+        if reach is None:
+            raise SandboxLost(f"sandbox {name} was stopped: create another one")
+        return reach.secret
 
     def destroy(self, name: str) -> None:
         """End a sandbox and wait until nothing of it is left. Never raises for one that ended."""
@@ -98,21 +113,29 @@ class NodeLink:
 
     def request(self, op: str, **values: Any) -> dict[str, Any]:
         """Have one operation done by the node, in this thread. Raises SandboxError."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours:
-            try:
-                with theirs:
-                    messages.send(self._node(), {"op": op, **values}, (theirs.fileno(),))
-                ours.settimeout(_CALL_TIMEOUT)
-                answer, _ = messages.receive(ours)
-            except TimeoutError as error:
-                raise SandboxTimeout(f"the node did not {op} within {_CALL_TIMEOUT:g} s") from error
-            except OSError as error:
-                raise DaemonLost(f"the node of this process ended ({error.strerror})") from error
+        sock = self._node()
+        process = self._process
+        try:
+            answer = _exchange(sock, op, values)
+        except TimeoutError as error:
+            raise SandboxTimeout(f"the node did not {op} within {_CALL_TIMEOUT:g} s") from error
+        except OSError:
+            answer = None
         if answer is None:
+            if process is not None:
+                # It lets go of its sandboxes' locks in its last moments only.
+                _await_end(process)
             raise DaemonLost(f"the node of this process ended while it was to {op}{self._said()}")
         raise_error(answer)
         return answer
+
+    def revive(self) -> None:
+        """Start another node where one died, which takes over the sandboxes. Raises SandboxError.
+
+        Only for sandboxes that outlive their node.
+        """
+        if self._process is not None and not self._alive():
+            self._node()
 
     def _said(self) -> str:
         process = self._process
@@ -135,7 +158,23 @@ class NodeLink:
             with theirs:
                 self._process = _spawn(theirs)
             self._sock = ours
+            self.starts += 1
+            if not self.reaps:
+                self._take_over(ours)
             return ours
+
+    def _take_over(self, sock: socket.socket) -> None:
+        """Have a new node adopt the sandboxes of the one that died."""
+        for name, reach in list(self._reach.items()):
+            try:
+                answer = _exchange(sock, "adopt", {"folder": str(reach.folder)})
+            except OSError:
+                answer = None
+            if answer is None:
+                return  # this node died as well: the next one is asked again
+            if "error" in answer:
+                self._reach.pop(name, None)
+                state.reap_one(reach.folder)
 
     def _forget_node(self) -> None:
         if self._sock is not None:
@@ -187,6 +226,16 @@ class NodeLink:
             reach = self._reach.pop(name)
             if reach.folder.exists():
                 state.reap_one(reach.folder)
+
+
+def _exchange(sock: socket.socket, op: str, values: dict[str, Any]) -> dict[str, Any] | None:
+    """Ask a node for one thing; None where it ended meanwhile. Raises OSError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            messages.send(sock, {"op": op, **values}, (theirs.fileno(),))
+        ours.settimeout(_CALL_TIMEOUT)
+        return messages.receive(ours)[0]
 
 
 def _await_end(process: subprocess.Popen[bytes]) -> None:

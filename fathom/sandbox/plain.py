@@ -10,24 +10,34 @@ from typing import Any
 
 from fathom.errors import SandboxError
 from fathom.sandbox.net import Net
-from fathom.sandbox.types import Caps, Container
+from fathom.sandbox.types import Caps, Container, FullVM, Kept, MicroVM
 
+_TYPES: dict[str, type[Kept]] = {"container": Container, "microvm": MicroVM, "fullvm": FullVM}
 _SETS = ("enforced", "not_enforced", "networks")
 
 
-def container_out(spec: Container) -> dict[str, Any]:
-    """Turn a container's values into JSON; its folder becomes text."""
+def spec_out(spec: Kept) -> dict[str, Any]:
+    """Turn a sandbox's values into JSON, with the name of its type; its folder becomes text."""
     values = asdict(spec)
-    values["workdir"] = None if spec.workdir is None else str(spec.workdir)
-    return values
+    if values.get("workdir") is not None:
+        values["workdir"] = str(values["workdir"])
+    kind = next(name for name, one in _TYPES.items() if type(spec) is one)
+    return {"type": kind, **values}
 
 
-def container_in(values: dict[str, Any]) -> Container:
-    """Read a container's values. Raises SandboxError for names that it has not."""
-    known = {field.name for field in fields(Container)}
-    if unknown := sorted(set(values) - known):
-        raise SandboxError(f"a container has no {', '.join(unknown)}")
-    return Container(**values)
+def spec_in(values: dict[str, Any]) -> Kept:
+    """Read a sandbox's values, of a container where they name no type.
+
+    Raises SandboxError for names that the type has not.
+    """
+    given = dict(values)
+    kind = given.pop("type", "container")
+    if kind not in _TYPES:
+        raise SandboxError(f"there is no type of sandbox called {str(kind)[:80]!r}")
+    known = {field.name for field in fields(_TYPES[kind])}
+    if unknown := sorted(set(given) - known):
+        raise SandboxError(f"a {kind} has no {', '.join(unknown)}")
+    return _TYPES[kind](**given)
 
 
 def caps_out(caps: Caps) -> dict[str, Any]:

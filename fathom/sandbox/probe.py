@@ -23,7 +23,7 @@ from fathom.sandbox.substrates.choice import (
     suited,
 )
 from fathom.sandbox.sync import SyncClient, SyncSandbox
-from fathom.sandbox.types import Container
+from fathom.sandbox.types import Container, MicroVM
 
 _TIMEOUT = 20.0
 _MEMORY = 64 << 20
@@ -76,6 +76,62 @@ def examine(cache_dir: str | Path | None = None, runtime_dir: str | Path | None 
     """Try every substrate that suits this user. Never raises for what does not work."""
     findings = tuple(_examine_one(name, cache_dir, runtime_dir) for name in SUBSTRATES)
     return Report(findings=findings, user="root" if os.geteuid() == 0 else f"uid {os.geteuid()}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machines:
+    """What was found out about virtual machines.
+
+    `accelerator`: "kvm" where a guest was really booted with it, else "tcg" (emulated); `reason`:
+    how that is known. `create_ms`: until the first command of a machine had ended; `exec_ms`: of a
+    later one, median.
+    """
+
+    installed: bool
+    works: bool = False
+    accelerator: str = ""
+    reason: str = ""
+    problem: str | None = None
+    fix: str | None = None
+    create_ms: float | None = None
+    exec_ms: float | None = None
+
+
+def examine_machines(
+    cache_dir: str | Path | None = None, runtime_dir: str | Path | None = None
+) -> Machines:
+    """Try a small virtual machine. Never raises for what does not work."""
+    from fathom.sandbox import paths
+    from fathom.sandbox.vm import accel, emulator
+
+    if emulator.program() is None:
+        sudo = "" if os.geteuid() == 0 else "sudo "
+        return Machines(
+            installed=False, problem="QEMU is not installed", fix=sudo + emulator.INSTALL
+        )
+    try:
+        found = accel.find(Path(cache_dir) if cache_dir else paths.cache_folder())
+        with SyncClient(cache_dir=cache_dir, runtime_dir=runtime_dir) as client:
+            client.create(MicroVM()).stop()  # the first one of a kind is booted, others go on
+            started = time.perf_counter()
+            sandbox = client.create(MicroVM())
+            sandbox.exec("true", timeout=_TIMEOUT)
+            create_ms = (time.perf_counter() - started) * 1000
+            times: list[float] = []
+            for _ in range(5):
+                started = time.perf_counter()
+                sandbox.exec("true", timeout=_TIMEOUT)
+                times.append((time.perf_counter() - started) * 1000)
+    except SandboxError as error:
+        return Machines(installed=True, problem=str(error))
+    return Machines(
+        installed=True,
+        works=True,
+        accelerator=found.name,
+        reason=found.reason,
+        create_ms=round(create_ms, 1),
+        exec_ms=round(sorted(times)[2], 1),
+    )
 
 
 def _examine_one(

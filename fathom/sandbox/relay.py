@@ -17,6 +17,7 @@ import functools
 import ipaddress
 import json
 import os
+import resource
 import socket
 import ssl
 import struct
@@ -28,15 +29,17 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from fathom.sandbox import messages
+from fathom.sandbox.carry import Pump, join
 
 _ORIGINAL_DST = 80
 _HEAD_LIMIT = 1 << 16
 _CONNECT_TIMEOUT = 20.0
 _LOG_LIMIT = 16 << 20  # bytes of a sandbox's network log
-_IDLE = 600.0
-_CHUNK = 1 << 16
 _NOBODY = 65534
 _READING = ("GET", "HEAD")
+# Connections of one sandbox at the same time, each with two descriptors and buffers of ours: one
+# tenant's flood must leave the relay to the others.
+MOST_CONNECTIONS = 128
 Verdict = Callable[[dict[str, Any]], bool]
 
 
@@ -49,6 +52,8 @@ class Place:
     version: int
     log: int
     noted: int = 0
+    connections: int = 0
+    full: bool = False
     servers: list[asyncio.Server] = field(default_factory=list["asyncio.Server"])
     open: dict[asyncio.Task[None], Verdict] = field(
         default_factory=dict["asyncio.Task[None]", Verdict]
@@ -65,6 +70,17 @@ class Place:
             data = b'{"time": %d, "kind": "log_full", "allowed": false}\n' % time.time()
         with contextlib.suppress(OSError):
             os.write(self.log, data)
+
+    def take(self) -> bool:
+        """Count one more connection, unless there are too many; that is noted once a time."""
+        if self.connections >= MOST_CONNECTIONS:
+            if not self.full:
+                self.note(kind="too_many", most=MOST_CONNECTIONS, allowed=False)
+            self.full = True
+            return False
+        self.full = self.full and self.connections > MOST_CONNECTIONS // 2
+        self.connections += 1
+        return True
 
 
 def allows_address(host: str, port: int) -> Verdict:
@@ -124,6 +140,9 @@ class Relay:
 
     async def _listen(self, place: Place, fd: int, serve: Any) -> asyncio.Server:
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if not place.take():
+                writer.transport.abort()
+                return
             try:
                 await serve(place, reader, writer)
             except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError):
@@ -134,6 +153,7 @@ class Relay:
                 task = asyncio.current_task()
                 if task is not None:
                     place.open.pop(task, None)
+                place.connections -= 1
                 writer.close()
 
         return await asyncio.start_server(accept, sock=socket.socket(fileno=fd), limit=_HEAD_LIMIT)
@@ -197,7 +217,7 @@ class Relay:
             self._admit(place, allows_address(host, port), kind="address", host=host, port=port)
             async with asyncio.timeout(_CONNECT_TIMEOUT):
                 far = await asyncio.open_connection(host, port)
-            await _join(reader, writer, *far)
+            await join(reader, writer, *far)
 
     async def _proxy(
         self, place: Place, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -243,7 +263,7 @@ class Relay:
         self._admit(place, judge, kind="connect", host=host[:255], port=int(port))
         far = await self._dial(place, host, int(port))
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
-        await _join(reader, writer, *far)
+        await join(reader, writer, *far)
 
     async def _forward(
         self,
@@ -263,7 +283,7 @@ class Relay:
         far_reader, far_writer = await self._dial(place, parts.hostname, port)
         path = parts._replace(scheme="", netloc="").geturl() or "/"
         far_writer.write(_head(method, path, parts.netloc, headers))
-        await _join(reader, writer, far_reader, far_writer)
+        await join(reader, writer, far_reader, far_writer)
 
     async def _mirror(
         self,
@@ -292,7 +312,7 @@ class Relay:
             )
         try:
             far_writer.write(_head(method, f"{parts.path}/{path}", parts.netloc, headers))
-            await _pump(far_reader, writer)
+            await Pump().run(far_reader, writer)
         finally:
             far_writer.close()
 
@@ -308,36 +328,6 @@ def _head(method: str, path: str, host: str, headers: list[str]) -> bytes:
     kept = [line for line in headers if line.partition(":")[0].strip().lower() not in dropped]
     lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close", *kept]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while True:
-        async with asyncio.timeout(_IDLE):
-            data = await reader.read(_CHUNK)
-        if not data:
-            break
-        writer.write(data)
-        await writer.drain()
-    with contextlib.suppress(OSError):
-        if writer.can_write_eof():
-            writer.write_eof()
-
-
-async def _join(
-    reader: asyncio.StreamReader,
-    writer: asyncio.StreamWriter,
-    far_reader: asyncio.StreamReader,
-    far_writer: asyncio.StreamWriter,
-) -> None:
-    """Carry bytes both ways until both sides have ended."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(_pump(reader, far_writer))
-            group.create_task(_pump(far_reader, writer))
-    except BaseExceptionGroup:
-        pass
-    finally:
-        far_writer.close()
 
 
 async def _serve(control: socket.socket) -> None:
@@ -370,6 +360,13 @@ async def _serve(control: socket.socket) -> None:
 def main(argv: list[str]) -> None:
     """Run the relay: its control socket comes as an argument."""
     control = socket.socket(fileno=int(argv[0]))
+    # Enough for every sandbox of a node to have all of its connections.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (1 << 20, 1 << 20))
+            most = 1 << 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # Whoever we become may not be able to read this interpreter's own files: load all of it now.
     concurrent.futures.ThreadPoolExecutor(1).submit(socket.getaddrinfo, "localhost", 1).result()
     _tls_context()

@@ -7,6 +7,7 @@ Paper: §5.2.5 (the common surface of every type of sandbox).
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from typing import Any
 import anyio
 
 from fathom.errors import SandboxError, SandboxLost, Unsupported
-from fathom.sandbox import frames
+from fathom.sandbox import frames, ports
 from fathom.sandbox.files import Files
 from fathom.sandbox.frames import Flags, Frame, Tag
 from fathom.sandbox.host import Host
 from fathom.sandbox.line import Line, Refused, answer, refusal
 from fathom.sandbox.net import Net
+from fathom.sandbox.ports import Forward
 from fathom.sandbox.process import (
     NAMES,
     NUMBER,
@@ -203,11 +205,21 @@ class Sandbox:
         )
         return await self._start(order)
 
+    def forward(self, port: int, *, timeout: float, listen: int = 0) -> Forward:
+        """Lead a port of this machine to the sandbox's own `port`: `async with` gives the address.
+
+        `timeout` in seconds ends each connection. `listen`: the port here, a free one for 0.
+        Raises SandboxError for unusable arguments.
+        """
+        return Forward(self._line, ports.order(port, timeout), listen)
+
     def _order(
         self, request: Request, flags: Flags, cap: int, op: str | None, stdin: bytes | None
     ) -> Order:
         if op is not None:
             check_key(op)
+            # Whoever asked may die: the command goes on, and its receipt waits for the next one.
+            flags |= Flags.DETACH
         return Order(
             request=request,
             cap=cap,
@@ -378,6 +390,11 @@ class Sandbox:
             answer = await self._call("fork", id=self.id, count=count, reseed=reseed)
             made += [self._adopt(one) for one in answer["made"]]
         return made
+
+    async def screenshot(self) -> bytes:
+        """Return the graphical console as a picture, PNG. Raises Unsupported, SandboxLost."""
+        self._need("screenshot", self.caps.screenshot)
+        return base64.b64decode((await self._call("screenshot", id=self.id))["png"])
 
     async def snapshot(self) -> Snapshot:
         """Keep what the sandbox has written, as of this moment; `Client.restore` starts from it.

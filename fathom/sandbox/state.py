@@ -14,7 +14,6 @@ import fcntl
 import json
 import os
 import select
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -39,15 +38,22 @@ RUNTIME = "runtime"
 _STARTING = 300.0
 
 
-def claim(folder: Path) -> int:
-    """Take the lock of a sandbox's folder and return its descriptor. Raises SandboxError."""
+def claim(folder: Path, patience: float = 0.0) -> int:
+    """Take the lock of a sandbox's folder and return its descriptor. Raises SandboxError.
+
+    `patience`: seconds to wait for a former owner that is about to end.
+    """
     fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise SandboxError(f"{folder} belongs to another sandbox") from error
-    return fd
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                os.close(fd)
+                raise SandboxError(f"{folder} belongs to another sandbox") from error
+        time.sleep(0.005)
 
 
 def note_groups(folder: Path, groups: list[Path]) -> None:
@@ -102,7 +108,7 @@ def remove(folder: Path) -> bool:
                 if not entry.is_dir(follow_symlinks=False):
                     path.unlink()
                 elif entry.name == RUNTIME:
-                    shutil.rmtree(path, ignore_errors=True)
+                    _remove_tree(path)
                 elif entry.name == LAYERS:
                     # Mount points: folders alone, and rmdir takes nothing that holds anything.
                     for at, _, _ in os.walk(path, topdown=False):
@@ -111,6 +117,14 @@ def remove(folder: Path) -> bool:
                     path.rmdir()
         folder.rmdir()
     return not folder.exists()
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder that nobody else may write to, without a look at each name first."""
+    for at, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            os.unlink(os.path.join(at, name))
+        os.rmdir(at)
 
 
 def reap(runtime: Path) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal as signals
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from fathom.sandbox.threads import Portal
 from fathom.sandbox.types import (
     DEFAULT_CAP,
     Caps,
-    Container,
     ExecResult,
     Fn,
+    Kept,
     Snapshot,
     Spec,
     Stats,
@@ -241,6 +242,12 @@ class SyncSandbox:
         )
         return SyncProcess(process, self._portal)
 
+    def forward(
+        self, port: int, *, timeout: float, listen: int = 0
+    ) -> AbstractContextManager[tuple[str, int]]:
+        """Lead a port of this machine to one of the sandbox; see `Sandbox.forward`."""
+        return self._portal.manage(self._sandbox.forward(port, timeout=timeout, listen=listen))
+
     def receipt(self, op: str) -> Receipt:
         """Ask what became of an operation; see `Sandbox.receipt`."""
         return self._portal.call(self._sandbox.receipt, op)
@@ -269,6 +276,10 @@ class SyncSandbox:
         """Make copies; see `Sandbox.fork`."""
         made = self._portal.call(self._sandbox.fork, count, reseed=reseed)
         return [SyncSandbox(sandbox, self._portal) for sandbox in made]
+
+    def screenshot(self) -> bytes:
+        """Return the graphical console as PNG; see `Sandbox.screenshot`."""
+        return self._portal.call(self._sandbox.screenshot)
 
     def snapshot(self) -> Snapshot:
         """Keep what the sandbox has written; see `Sandbox.snapshot`."""
@@ -407,12 +418,12 @@ class SyncClient:
         made = self._portal.call(self._client.create, spec, net=net, key=key, group=group)
         return SyncSandbox(made, self._portal)
 
-    def prewarm(self, spec: Container, count: int) -> None:
+    def prewarm(self, spec: Kept, count: int) -> None:
         """Have sandboxes of this kind wait; see `Client.prewarm`."""
         self._portal.call(self._client.prewarm, spec, count)
 
     def restore(
-        self, snapshot: Snapshot | str, spec: Container | None = None, *, group: str | None = None
+        self, snapshot: Snapshot | str, spec: Kept | None = None, *, group: str | None = None
     ) -> SyncSandbox:
         """Start a sandbox with the files of a snapshot; see `Client.restore`."""
         made = self._portal.call(self._client.restore, snapshot, spec, group=group)

@@ -13,21 +13,8 @@ import os
 import struct
 
 CLONE_NEWNS = 0x00020000
-CLONE_NEWCGROUP = 0x02000000
-CLONE_NEWUTS = 0x04000000
-CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
-CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
-ALL_NAMESPACES = (
-    CLONE_NEWNS
-    | CLONE_NEWCGROUP
-    | CLONE_NEWUTS
-    | CLONE_NEWIPC
-    | CLONE_NEWUSER
-    | CLONE_NEWPID
-    | CLONE_NEWNET
-)
 
 MS_NOSUID = 0x2
 MS_NODEV = 0x4
@@ -36,15 +23,8 @@ MS_REC = 0x4000
 MS_PRIVATE = 0x40000
 MNT_DETACH = 2
 
-PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
-PR_SET_SECCOMP = 22
-PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
-PR_SET_NO_NEW_PRIVS = 38
-PR_CAP_AMBIENT = 47
-PR_CAP_AMBIENT_CLEAR_ALL = 4
-SECCOMP_MODE_FILTER = 2
 
 # Numbers above 400 are the same on every architecture.
 _SYS_OPEN_TREE = 428
@@ -57,7 +37,6 @@ _MOVE_MOUNT_F_EMPTY_PATH = 4
 _MOUNT_ATTR_NOSUID = 0x2
 _MOUNT_ATTR_NODEV = 0x4
 _MOUNT_ATTR_IDMAP = 0x00100000
-_CAPABILITY_VERSION_3 = 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -148,39 +127,6 @@ def bind_mapped(source: str, target: str, userns_fd: int) -> None:
         )
     finally:
         os.close(tree)
-
-
-def drop_capabilities() -> None:
-    """Empty the bounding, ambient, effective, permitted and inheritable sets. Raises OSError."""
-    for capability in range(64):
-        # The first number that the kernel does not know ends the list.
-        if _libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
-            break
-    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
-    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
-    _check(_libc.capset(header, bytes(24)), "capset")
-
-
-def install_filter(program: bytes) -> None:
-    """Install a compiled seccomp filter on this thread. Needs no_new_privs. Raises OSError."""
-    buffer = ctypes.create_string_buffer(program, len(program))
-    address = ctypes.addressof(buffer)
-    # struct sock_fprog: a count, padding to the pointer's alignment, the address.
-    header = struct.pack("@HxxxxxxQ", len(program) // 8, address)
-    pointer = ctypes.create_string_buffer(header, len(header))
-    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(pointer))
-
-
-def default_signals() -> None:
-    """Give every signal its default action, whatever this process inherited as ignored.
-
-    By the system call itself: the C library refuses to touch the two signals that it uses.
-    """
-    number = {"x86_64": 13, "aarch64": 134}[os.uname().machine]
-    action = ctypes.create_string_buffer(64)  # all zeros: SIG_DFL, no flags, nothing masked
-    for signal in range(1, 65):
-        if signal not in (9, 19):  # SIGKILL and SIGSTOP cannot be changed
-            _check(_libc.syscall(number, signal, action, None, 8), f"rt_sigaction {signal}")
 
 
 def landlock_version() -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -69,13 +70,22 @@ class Portal:
 
         Raises SandboxLost after `close`, SandboxError in a fork of the process that made this.
         """
+        return self._usable().call(partial(method, *args, **kwargs))
+
+    def _usable(self) -> BlockingPortal:
         if os.getpid() != self._owner:
             raise SandboxError("this client was made before a fork: make another one")
         with self._lock:
             if self.closed:
                 raise SandboxLost("this client was closed: make another one")
-            portal = self._portal or self._start()
-        return portal.call(partial(method, *args, **kwargs))
+            return self._portal or self._start()
+
+    def manage(self, manager: AbstractAsyncContextManager[T, Any]) -> AbstractContextManager[T]:
+        """Return the same manager without `await`, entered and left on the event loop.
+
+        Raises SandboxLost after `close`, SandboxError in a fork of the process that made this.
+        """
+        return self._usable().wrap_async_context_manager(manager)
 
     def close(self) -> None:
         """End the thread. Does nothing the second time, nor in a fork."""

@@ -75,14 +75,9 @@ class Container:
                 f"disk is {self.disk!r}, which is kept in memory: it may be a third of memory at "
                 "most; ask for more memory"
             )
-        for name in ("ttl", "idle_ttl"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise SandboxError(f"{name} is {value!r}: give a number of seconds above 0")
+        _check_lives(self)
         if not self.image:
             raise SandboxError('image is empty: choose "base", "python" or one of the store')
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}", self.hostname):
-            raise SandboxError(f"hostname is {self.hostname!r}: use letters, digits and hyphens")
         if self.workdir is not None and not Path(self.workdir).is_dir():
             raise SandboxError(f"workdir {self.workdir} is not a folder: create it first")
 
@@ -123,32 +118,104 @@ class Fn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroVM:
-    """A virtual machine with a kernel of its own and no more devices than it needs."""
+    """A virtual machine with a kernel of its own and no more devices than it needs.
 
-    memory: str | int | None = None
+    `image`: as of a `Container`; it is the read-only root, with /work and /tmp to write to.
+    `memory`: of the whole machine, its kernel included; `disk`: what can be written, kept in that
+    memory. `cpu`: cores as a number; the guest sees as many processors, rounded up. `ttl`,
+    `idle_ttl`: as of a `Container`.
+    """
+
+    image: str = "base"
+    memory: str | int = "256MiB"
     cpu: float | None = None
-    disk: str | int | None = None
+    disk: str | int = "64MiB"
     hostname: str = "sandbox"
+    ttl: float | None = None
+    idle_ttl: float | None = None
 
-    def missing(self) -> str:
-        """Say why this machine cannot run one."""
-        return "MicroVM is not part of this version of fathom: use Container"
+    def check(self) -> None:
+        """Refuse values that no machine could serve. Raises SandboxError."""
+        _check_machine(self, least=128 << 20)
+        if 2 * self.disk_bytes > self.memory_bytes:
+            raise SandboxError(
+                f"disk is {self.disk!r}, which is kept in memory: it may be half of memory at "
+                "most; ask for more memory"
+            )
+
+    @property
+    def memory_bytes(self) -> int:
+        """The size of the machine's memory in bytes."""
+        return parse_size(self.memory, "memory")
+
+    @property
+    def disk_bytes(self) -> int:
+        """The room for writes in bytes."""
+        return parse_size(self.disk, "disk")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullVM:
-    """A virtual machine that boots a whole system."""
+    """A virtual machine that boots a whole Debian system with systemd, and has a screen.
 
-    memory: str | int | None = None
+    `image`: "debian", built on first use, or the name of a bootable one in the store. `user`: as
+    whom commands run; "root" for what a system's owner does, such as installing packages: then
+    nothing inside is closed to them, the machine is the boundary, and the agent's receipts can be
+    forged by what they protect. `disk`: what can be written, a copy-on-write file on top of the
+    image. The rest as of a `MicroVM`.
+    """
+
+    image: str = "debian"
+    memory: str | int = "512MiB"
     cpu: float | None = None
-    disk: str | int | None = None
+    disk: str | int = "2GiB"
     hostname: str = "sandbox"
+    user: Literal["user", "root"] = "user"
+    ttl: float | None = None
+    idle_ttl: float | None = None
 
-    def missing(self) -> str:
-        """Say why this machine cannot run one."""
-        return "FullVM is not part of this version of fathom: use Container"
+    def check(self) -> None:
+        """Refuse values that no machine could serve. Raises SandboxError."""
+        _check_machine(self, least=256 << 20)
+        if self.user not in ("user", "root"):
+            raise SandboxError(f'user is {self.user!r}: choose "user" or "root"')
+        if not 64 << 20 <= self.disk_bytes <= 1 << 40:
+            raise SandboxError(f"disk is {self.disk!r}: give 64MiB to 1024GiB")
+
+    @property
+    def memory_bytes(self) -> int:
+        """The size of the machine's memory in bytes."""
+        return parse_size(self.memory, "memory")
+
+    @property
+    def disk_bytes(self) -> int:
+        """The room for writes in bytes."""
+        return parse_size(self.disk, "disk")
 
 
+def _check_machine(spec: MicroVM | FullVM, least: int) -> None:
+    if not least <= spec.memory_bytes <= 2 << 30 or spec.memory_bytes % (2 << 20):
+        raise SandboxError(
+            f"memory is {spec.memory!r}: give {least >> 20}MiB to 2048MiB, an even number"
+        )
+    if spec.cpu is not None and not (math.isfinite(spec.cpu) and 0.01 <= spec.cpu <= 64):
+        raise SandboxError(f"cpu is {spec.cpu!r}: give a number of cores from 0.01 to 64")
+    _check_lives(spec)
+    if not spec.image:
+        raise SandboxError("image is empty: name one")
+
+
+def _check_lives(spec: Container | MicroVM | FullVM) -> None:
+    for name in ("ttl", "idle_ttl"):
+        value = getattr(spec, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise SandboxError(f"{name} is {value!r}: give a number of seconds above 0")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}", spec.hostname):
+        raise SandboxError(f"hostname is {spec.hostname!r}: use letters, digits and hyphens")
+
+
+# What `Client.create` makes, and what a daemon keeps.
+Kept = Container | MicroVM | FullVM
 Spec = Container | Fn | MicroVM | FullVM
 
 
@@ -221,7 +288,8 @@ class Stats:
 class Caps:
     """What this sandbox really does.
 
-    `substrate`: "crun", "runc", "bubblewrap", or how a virtual machine is run. `enforced`: limits
+    `substrate`: "crun", "runc", "bubblewrap", "microvm" or "fullvm". `accelerator`: how a virtual
+    machine is run, "kvm" where a guest was really booted with it, else "tcg". `enforced`: limits
     that hold for the whole sandbox; `not_enforced`: limits in the request's defaults that do not
     hold here. `reports_oom`: whether `oom_killed` can be told. `timeout_kills`: what a timeout
     ends, the "command" with everything that it started or every process of the "sandbox".

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -39,6 +39,45 @@ def add_routes(app: FastAPI, service: Service) -> None:
     _add_responses(app, service)
     _add_stored(app, service)
     _add_completions(app, service)
+
+
+class Writer(Protocol):
+    """What an API's replies are written by."""
+
+    async def complete(self) -> Any:
+        """The whole reply."""
+        ...
+
+    def stream(self) -> AsyncGenerator[bytes, None]:
+        """The reply as events."""
+        ...
+
+    def fail(self, error: Exception) -> bytes:
+        """The event that tells a failure."""
+        ...
+
+
+async def reply(
+    service: Service,
+    request: Request,
+    writer: Writer,
+    *,
+    api: str,
+    keep_alive: bytes,
+    streams: bool,
+    headers: dict[str, str],
+) -> Response:
+    """The reply as the request wants it: whole, or as a stream."""
+    if not streams:
+        return await whole_response(service, request, api, writer.complete, headers)
+    return stream_response(
+        service,
+        writer.stream(),
+        api=api,
+        keep_alive=keep_alive,
+        fail=writer.fail,
+        headers=headers,
+    )
 
 
 def stream_response(
@@ -94,16 +133,14 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         turns = service.start(prepared, owner)
         asked = prepared.request
         writer = ChatWriter(asked, _model(service, prepared), turns, service.backend.tokenizer)
-        headers = prepared.headers()
-        if not asked.stream:
-            return await whole_response(service, request, "chat", writer.complete, headers)
-        return stream_response(
+        return await reply(
             service,
-            writer.stream(),
+            request,
+            writer,
             api="chat",
             keep_alive=chat_api.KEEP_ALIVE,
-            fail=writer.fail,
-            headers=headers,
+            streams=prepared.request.stream,
+            headers=prepared.headers(),
         )
 
 
@@ -116,16 +153,14 @@ def _add_messages(app: FastAPI, service: Service) -> None:
         prepared = await service.prepare("messages", body, owner)
         (turn,) = service.start(prepared, owner)
         writer = MessagesWriter(turn, _model(service, prepared), request.state.request_id)
-        headers = prepared.headers()
-        if not prepared.request.stream:
-            return await whole_response(service, request, "messages", writer.complete, headers)
-        return stream_response(
+        return await reply(
             service,
-            writer.stream(),
+            request,
+            writer,
             api="messages",
             keep_alive=messages_api.KEEP_ALIVE,
-            fail=writer.fail,
-            headers=headers,
+            streams=prepared.request.stream,
+            headers=prepared.headers(),
         )
 
     @app.post("/v1/messages/count_tokens", **documents.COUNT_TOKENS)
@@ -156,16 +191,14 @@ def _add_responses(app: FastAPI, service: Service) -> None:
 
         model = _model(service, prepared)
         writer = ResponsesWriter(prepared.request, turn, model, keep, record)
-        headers = prepared.headers()
-        if not prepared.request.stream:
-            return await whole_response(service, request, "responses", writer.complete, headers)
-        return stream_response(
+        return await reply(
             service,
-            writer.stream(),
+            request,
+            writer,
             api="responses",
             keep_alive=responses_api.KEEP_ALIVE,
-            fail=writer.fail,
-            headers=headers,
+            streams=prepared.request.stream,
+            headers=prepared.headers(),
         )
 
     @app.post("/v1/responses/input_tokens", **documents.INPUT_TOKENS)
@@ -205,14 +238,13 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         raw = await read_completions(service, body)
         service.check_queue()
         writer = CompletionsWriter(service, raw, request.state.owner)
-        if not raw.stream:
-            return await whole_response(service, request, "completions", writer.complete, {})
-        return stream_response(
+        return await reply(
             service,
-            writer.stream(),
+            request,
+            writer,
             api="completions",
             keep_alive=chat_api.KEEP_ALIVE,
-            fail=writer.fail,
+            streams=raw.stream,
             headers={},
         )
 

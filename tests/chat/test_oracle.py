@@ -175,7 +175,12 @@ def test_canonical_completions_are_read_alike(
     found, _ = read_stream(cut(completion, data), mode, trim=True)
     result = oracle.parse(cut(completion, data), thinks)
     assert found.reasoning == result["reasoning"]
-    assert found.content == result["content"]
+    expected = result["content"]
+    if calls and content.endswith("<"):
+        # The oracle takes the "<" for the beginning of a tag and leaves one of the block's two line
+        # breaks in the content: docs/protocol.md.
+        expected = expected.removesuffix("\n")
+    assert found.content == expected
     assert [(call.name, call.arguments) for call in found.tool_calls] == [
         (call["name"], call["arguments"]) for call in result["tool_calls"]
     ]

@@ -261,10 +261,17 @@ def test_topk(s: Sizes, dtype: torch.dtype, shape: str, monkeypatch: pytest.Monk
     ("tokens", "routing"),
     cases_of(
         [(t, r) for t in (1, 4, 20) for r in ("bias", "hash", "one expert")],
-        [(1, "bias"), (3, "hash"), (18, "one expert")],
+        [(1, "bias"), (3, "hash"), (7, "one expert")],
     ),
 )
-def test_moe(s: Sizes, dtype: torch.dtype, tokens: int, routing: str) -> None:
+def test_moe(
+    s: Sizes, dtype: torch.dtype, tokens: int, routing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not GPU:  # the interpreter's time is the number of programs
+        from fathom.kernels.triton import stored_experts
+
+        monkeypatch.setattr(stored_experts, "UP_SHARE", 1)
+        monkeypatch.setattr(stored_experts, "DOWN_SHARE", 1)
     d = Draw(tokens, dtype, DEVICE)
     bias = d.normal(s.experts, scale=0.1, dtype=torch.float32)
     table = None

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fathom.errors import DaemonLost, PolicyDenied, SandboxError, SandboxLost, Unsupported
-from fathom.sandbox import Container, SyncClient, messages, state
+from fathom.sandbox import Container, Net, SyncClient, messages, state
 from fathom.sandbox.edge import SOCKET
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -150,6 +150,26 @@ def test_a_result_under_a_key_survives_the_daemon(daemon: Daemon):
         assert sandbox.receipt("o/1").state == "finished"
 
 
+def test_input_of_a_killed_client_is_not_read_twice(daemon: Daemon):
+    """Whoever asks again sends all of the input; the command gets what had not come yet."""
+    command = "head -c 1000000 > got; touch half; sleep 0.5; cat >> got; wc -c < got"
+    with daemon.client() as client:
+        sandbox = client.create(Container(disk="64MiB"))
+        code = (
+            "import sys; from fathom.sandbox import SyncClient; "
+            f"SyncClient('edge', runtime_dir={str(daemon.folder)!r}).attach({sandbox.id!r})"
+            f".exec({command!r}, timeout=30, op='o/1', stdin=b'x' * {3 << 20})"
+        )
+        program = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
+        while sandbox.exec("test -e half", timeout=20).exit_code:
+            time.sleep(0.02)
+        program.kill()
+        program.wait()
+        assert sandbox.receipt("o/1").state == "running"
+        result = sandbox.exec(command, timeout=30, op="o/1", stdin=b"x" * (3 << 20))
+        assert (result.exit_code, result.stdout) == (0, f"{3 << 20}\n")
+
+
 @pytest.mark.usefixtures("need_root")
 def test_a_paused_sandbox_is_adopted_paused(daemon: Daemon):
     with daemon.client() as client:
@@ -163,6 +183,31 @@ def test_a_paused_sandbox_is_adopted_paused(daemon: Daemon):
         assert entry["paused"]
         assert client.attach(entry["id"]).exec("echo back", timeout=20).stdout == "back\n"
         assert not client.list()[0]["paused"]
+
+
+@pytest.mark.usefixtures("need_root")
+def test_a_killed_node_is_replaced(daemon: Daemon):
+    """Its sandboxes go on; the next node knows them and their policies again."""
+    with socket.create_server(("127.0.0.6", 0)) as server, daemon.client() as client:
+        address = server.getsockname()
+        sandbox = client.create(Container(image="python"), net=Net.deny().address(*address))
+        assert daemon.process is not None
+        owner = str(daemon.process.pid).encode()
+        (node,) = (
+            int(path.name)
+            for path in Path("/proc").glob("[0-9]*")
+            if b"fathom.sandbox.node" in (line := (path / "cmdline").read_bytes())
+            and line.split(b"\0")[-2] == owner
+        )
+        os.kill(node, signal.SIGKILL)
+        assert sandbox.exec("echo there", timeout=20).stdout == "there\n"
+        reach = f"import socket; socket.create_connection({address!r}, 5)"
+        deadline = time.monotonic() + 20
+        while sandbox.exec(["python3", "-c", reach], timeout=20).exit_code:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        sandbox.pause()
+        assert sandbox.exec("echo again", timeout=20).stdout == "again\n"
 
 
 def test_time_to_live_and_idle_time(daemon: Daemon):

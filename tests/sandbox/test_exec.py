@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import anyio
 import pytest
@@ -310,3 +311,16 @@ def test_a_command_after_stop(sandbox: SyncSandbox):
         sandbox.exec("true", timeout=10)
     with pytest.raises(SandboxLost):
         sandbox.files.read("x")
+
+
+def test_the_last_who_asks_for_a_key_follows_it(shared: SyncSandbox):
+    """Nobody waits for an end that was told to somebody else."""
+    command = "echo x >> ran; sleep 0.4; wc -l < ran"
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(shared.exec, command, timeout=20, op="follow/1")
+        while shared.receipt("follow/1").state != "running":
+            time.sleep(0.01)
+        second = pool.submit(shared.exec, command, timeout=20, op="follow/1")
+        with pytest.raises(SandboxError, match="another line follows"):
+            first.result()
+        assert second.result().stdout == "1\n"

@@ -21,6 +21,7 @@ import pytest
 from fathom.errors import SandboxError, Unsupported
 from fathom.sandbox import Container, Net, SyncClient, SyncSandbox
 from fathom.sandbox.net import PROXY_PORT, RELAY_PORT
+from fathom.sandbox.relay import MOST_CONNECTIONS
 
 FETCH = """
 import sys, urllib.request
@@ -118,6 +119,53 @@ def test_a_policy_replaces_the_former_as_a_whole(box: SyncSandbox, port: int):
     box.phase("c")
     assert fetch(box, f"http://127.0.0.2:{port}/3").startswith("no")
     assert Handler.seen == ["GET /1"]
+
+
+FLOOD = """
+import os, socket, sys, time
+held = []
+for _ in range(int(sys.argv[1])):
+    try:
+        held.append(socket.create_connection((sys.argv[2], int(sys.argv[3])), timeout=5))
+    except OSError:
+        pass
+time.sleep(0.3)
+alive = 0
+for one in held:
+    one.setblocking(False)
+    try:
+        one.recv(1)
+    except BlockingIOError:
+        alive += 1
+    except OSError:
+        pass
+print(alive, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("where", ["proxy", "address"])
+def test_a_flood_of_connections_stays_small(
+    box: SyncSandbox, client: SyncClient, port: int, where: str
+):
+    """What one sandbox holds open is bounded, and the others do not notice."""
+    other = client.create(Container(image="python"))
+    other.phase("a", net=Net.deny().address("127.0.0.2", port))
+    with socket.create_server(("127.0.0.5", 0), backlog=512) as server:
+        box.phase("a", net=Net.deny().address("127.0.0.2", port).address(*server.getsockname()))
+        target = ("127.0.0.1", PROXY_PORT) if where == "proxy" else server.getsockname()
+        flood = ["python3", "-c", FLOOD, "400", target[0], str(target[1])]
+        with box.run(flood, timeout=60) as process:
+            said = process.read()
+            assert said is not None
+            assert int(said[1]) == MOST_CONNECTIONS
+            assert fetch(box, f"http://127.0.0.2:{port}/own").startswith("no")
+            assert fetch(other, f"http://127.0.0.2:{port}/x") == "GET /x"
+    for _ in range(20):
+        if fetch(box, f"http://127.0.0.2:{port}/after") == "GET /after":
+            break
+    assert fetch(box, f"http://127.0.0.2:{port}/again") == "GET /again"
+    assert [e for e in box.network_log() if e.get("kind") == "too_many"]
 
 
 def test_open_connections_end_with_their_policy(box: SyncSandbox, port: int):

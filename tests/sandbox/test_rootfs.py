@@ -73,6 +73,7 @@ def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_its_name_follows_what_went_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first = rootfs.build("base", tmp_path)
     monkeypatch.setitem(rootfs._ETC, "hosts", "127.0.0.1 other\n")
+    rootfs._known.clear()
     second = rootfs.build("base", tmp_path)
     assert second != first
     assert re.fullmatch(r"base-[0-9a-f]{20}", second.name)
@@ -89,11 +90,13 @@ def test_replaced_images_are_removed_once_nobody_runs_on_them(
         (images / ".building-x").mkdir()
         os.utime(images / ".building-x", (0, 0))
         monkeypatch.setitem(rootfs._ETC, "hosts", "127.0.0.1 second\n")
+        rootfs._known.clear()
         second = rootfs.build("base", tmp_path)
         assert {path.name for path in images.iterdir()} == {first.name, second.name}
         assert old.exec("ls /usr/bin/bash", timeout=10).exit_code == 0
         old.stop()
         monkeypatch.setitem(rootfs._ETC, "hosts", "127.0.0.1 third\n")
+        rootfs._known.clear()
         third = rootfs.build("base", tmp_path)
         assert [path.name for path in images.iterdir()] == [third.name]
 

@@ -29,7 +29,7 @@ from fathom.sandbox.sync import SyncFiles
 # What a context manager calls and what runs at exit without any loop belongs to one side only.
 ONE_SIDED = {"resumed", "paused", "members", "pause_all", "resume_all"}
 # Plain on both sides: they wait for nothing.
-PLAIN = {"output", "group", "members"}
+PLAIN = {"output", "group", "members", "forward"}
 
 
 def surface(kind: type) -> dict[str, inspect.Signature]:

@@ -189,7 +189,7 @@ def test_controllers_that_cannot_be_turned_on(tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.EBUSY, "Device or resource busy")
 
     layout = cgroups.Layout(version=2, roots=dict.fromkeys(cgroups.CONTROLLERS, tmp_path))
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(cgroups, "_write", refuse)
     with pytest.raises(SandboxError, match=r"memory, pids, cpu cannot be turned on.*busy"):
         cgroups.Group(layout, "sb-1").create()
 

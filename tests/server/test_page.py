@@ -294,7 +294,7 @@ def test_a_phone_fits_without_scrolling_sideways(open_page: Callable) -> None:
     wait_idle(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     page.get_by_label("Open the list of conversations").click()
-    assert page.get_by_role("button", name="New conversation").first.is_visible()
+    page.get_by_role("button", name="New conversation").first.wait_for(state="visible")
 
 
 def test_the_keyboard_is_enough(open_page: Callable) -> None:

@@ -1,6 +1,6 @@
 """Decode attention over stored entries: the window's ring and compressed entries of paged blocks.
 
-`_attend` gives every chunk of entries and every 16 heads a program, which reads the 584-byte
+`_attend` gives every chunk of entries and every 16 or 64 heads a program, which reads the 584-byte
 entries once, decodes them in registers and keeps an online softmax; `_combine` joins the chunks
 in a fixed order, adds the sink and turns the outputs back. Chunks are cut by position alone, never
 by the batch or the longest context, so that a sequence's result does not depend on its company.
@@ -11,10 +11,9 @@ the partial results.
 Paper: §2.3.1 (core attention), §2.3.3 (attention sink, inverse rotation).
 """
 
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -23,9 +22,29 @@ import triton.language as tl
 from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
 
-HEADS = 16  # of one program
-STEP = 32  # entries of one step of the online softmax
-CHUNKS = {0: 64, 4: 64, 128: 256}  # entries of one program, by the layer's compress ratio
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """How a layer's entries are divided: heads of a program, entries of a program in the window and
+    beyond it, entries of one step of the online softmax.
+    """
+
+    heads: int
+    near: int
+    far: int
+    step: int
+
+
+# By the layer's compress ratio. Few entries: small programs keep the whole device busy with a
+# single token. HCA sees thousands in a long context: all heads share what was decoded.
+TILES = {
+    0: _Tiles(heads=16, near=32, far=32, step=32),
+    4: _Tiles(heads=16, near=32, far=32, step=32),
+    128: _Tiles(heads=64, near=64, far=64, step=64),
+}
+WARPS = 8
+PART = 128  # columns of one program of _combine
+AT_ONCE = 16  # chunks that it reads at once
 
 
 @triton.jit
@@ -38,28 +57,29 @@ def _attend(
     query, query_stride, rotation, positions, ring, ring_stride, pool, page_stride, entry_offset,
     table, pages, picks, picks_count, partial, sums, heads, scale, eps,
     KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
-    PAGE: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr,
-    PICKED: tl.constexpr, DOT: tl.constexpr,
+    PAGE: tl.constexpr, CHUNK: tl.constexpr, NEAR: tl.constexpr, STEP: tl.constexpr,
+    HEADS: tl.constexpr, PICKED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     chunk, group, token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     dtype: tl.constexpr = query.dtype.element_ty
     DATA: tl.constexpr = COLS + ROPE
     STILL: tl.constexpr = COLS - ROPE
     SCALES: tl.constexpr = (STILL // 64 + 7) // 8 * 8
-    WINDOW_CHUNKS: tl.constexpr = (WINDOW + CHUNK - 1) // CHUNK
+    WINDOW_CHUNKS: tl.constexpr = (WINDOW + NEAR - 1) // NEAR
     position = tl.load(positions + token)
     head = group * HEADS + tl.arange(0, HEADS)
     col, pair = tl.arange(0, COLS), tl.arange(0, ROPE // 2)
     in_window = chunk < WINDOW_CHUNKS
     if in_window:
         count = tl.minimum(position + 1, WINDOW)
-        first = chunk * CHUNK
+        first = chunk * NEAR
+        last = tl.minimum(count, first + NEAR)
     else:
         count = (position + 1) // KIND if KIND > 0 else 0
         if PICKED:
             count = tl.minimum(count, picks_count)
         first = (chunk - WINDOW_CHUNKS) * CHUNK
-    last = tl.minimum(count, first + CHUNK)
+        last = tl.minimum(count, first + CHUNK)
     at = (token * tl.num_programs(0) + chunk) * heads + head
     high = tl.full([HEADS], -float("inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
@@ -82,6 +102,7 @@ def _attend(
         out = tl.zeros([HEADS, COLS], tl.float32)
         out_turned = tl.zeros([HEADS, ROPE], tl.float32)
         rope_col = tl.arange(0, ROPE)
+        scaled, inside = tl.arange(0, COLS // 64), tl.arange(0, 64)  # 64 codes with one scale
         for start in range(first, last, STEP):
             index = start + tl.arange(0, STEP)
             live = index < last
@@ -99,14 +120,15 @@ def _attend(
                 data = block + entry % PAGE * DATA
                 scales = block + PAGE * DATA + entry % PAGE * SCALES
             codes = tl.load(
-                data[:, None] + col[None, :], mask=live[:, None] & (col < STILL)[None, :], other=0
-            )
-            unit = tl.load(
-                scales[:, None] + col[None, :] // 64,
-                mask=live[:, None] & (col < STILL)[None, :], other=0,
+                data[:, None, None] + scaled[None, :, None] * 64 + inside[None, None, :],
+                mask=live[:, None, None] & (scaled < STILL // 64)[None, :, None], other=0,
             )  # fmt: skip
-            kv = f.decode_e4m3(codes).to(tl.float32) * (f.decode_e8m0(unit) * f.E4M3_UNIT)
-            kv = kv.to(DOT)
+            unit = tl.load(
+                scales[:, None] + scaled[None, :],
+                mask=live[:, None] & (scaled < STILL // 64)[None, :], other=0,
+            )  # fmt: skip
+            kv = f.decode_e4m3_exactly(codes, DOT != tl.float32) * f.decode_e8m0(unit)[:, :, None]
+            kv = tl.reshape(kv.to(DOT), [STEP, COLS])
             rope = (data + STILL).to(tl.pointer_type(tl.bfloat16))
             kv_turned = tl.load(
                 rope[:, None] + rope_col[None, :], mask=live[:, None], other=0.0
@@ -133,38 +155,36 @@ def _attend(
 @triton.jit
 def _combine(
     partial, sums, sink, rotation, out, chunks, heads,
-    COLS: tl.constexpr, ROPE: tl.constexpr,
+    COLS: tl.constexpr, ROPE: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     head, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    STILL: tl.constexpr = COLS - ROPE
-    col, pair = tl.arange(0, COLS), tl.arange(0, ROPE // 2)
-    first = token * chunks * heads + head
-    high = -float("inf")
-    for chunk in range(chunks):
-        high = tl.maximum(high, tl.load(sums + 2 * (first + chunk * heads)))
-    total = tl.exp(tl.load(sink + head) - high)
-    still = tl.zeros([COLS], tl.float32)
-    even = tl.zeros([ROPE // 2], tl.float32)
-    odd = tl.zeros([ROPE // 2], tl.float32)
-    for chunk in range(chunks):
-        at = first + chunk * heads
-        own = tl.load(sums + 2 * at)
-        if own > -float("inf"):
-            weight = tl.exp(own - high)
-            total += weight * tl.load(sums + 2 * at + 1)
-            row = partial + at * COLS
-            still += weight * tl.load(row + col, mask=col < STILL, other=0.0)
-            even += weight * tl.load(row + STILL + 2 * pair)
-            odd += weight * tl.load(row + STILL + 2 * pair + 1)
+    own = (token * chunks) * heads + head
+    every = tl.arange(0, CHUNKS)
+    used = every < chunks
+    highs = tl.load(sums + 2 * (own + every * heads), mask=used, other=-float("inf"))
+    totals = tl.load(sums + 2 * (own + every * heads) + 1, mask=used, other=0.0)
+    high = tl.max(highs, axis=0)
+    total = tl.exp(tl.load(sink + head) - high) + tl.sum(tl.exp(highs - high) * totals, axis=0)
+    part = tl.program_id(2)
+    col = part * PART + tl.arange(0, PART)
+    value = tl.zeros([PART], tl.float32)
+    for first in range(0, chunks, AT_ONCE):
+        chunk = first + tl.arange(0, AT_ONCE)
+        at = own + chunk * heads
+        each = tl.load(sums + 2 * at, mask=chunk < chunks, other=-float("inf"))
+        rows = tl.load(
+            partial + at[:, None] * COLS + col[None, :],
+            mask=(each > -float("inf"))[:, None], other=0.0,
+        )  # fmt: skip
+        value += tl.sum(tl.exp(each - high)[:, None] * rows, axis=0)
     dtype: tl.constexpr = out.dtype.element_ty
-    cos = tl.load(rotation + token * ROPE + pair)
-    sin = tl.load(rotation + token * ROPE + ROPE // 2 + pair)
-    even = _rounded(even / total, dtype)
-    odd = _rounded(odd / total, dtype)
-    own = out + (token * heads + head) * COLS
-    tl.store(own + col, (still / total).to(dtype), mask=col < STILL)
-    tl.store(own + STILL + 2 * pair, (even * cos + odd * sin).to(dtype))
-    tl.store(own + STILL + 2 * pair + 1, (odd * cos - even * sin).to(dtype))
+    even, odd = tl.split(tl.reshape(_rounded(value / total, dtype), [PART // 2, 2]))
+    pair = part * (PART // 2) + tl.arange(0, PART // 2) - (COLS - ROPE) // 2
+    cos = tl.load(rotation + token * ROPE + pair, mask=pair >= 0, other=1.0)
+    sin = tl.load(rotation + token * ROPE + ROPE // 2 + pair, mask=pair >= 0, other=0.0)
+    turned = tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), [PART])
+    tl.store(out + (token * heads + head) * COLS + col, turned.to(dtype))
 
 
 @register("entry_attention", "triton")
@@ -192,25 +212,38 @@ def entry_attention(
     Returns [tokens, heads * head_dim] in the query's dtype.
     """
     tokens, heads = query.shape[0], sink.shape[0]
-    chunk = CHUNKS[kind]
+    tiles = TILES[kind]
+    own_heads = min(heads, tiles.heads)
     count = picks.shape[1] if picks is not None else most_entries
-    chunks = triton.cdiv(window, chunk) + triton.cdiv(count, chunk)
+    chunks = triton.cdiv(window, tiles.near) + triton.cdiv(count, tiles.far)
     partial = torch.empty(tokens, chunks, heads, head_dim, dtype=torch.float32, device=query.device)
     sums = torch.empty(tokens, chunks, heads, 2, dtype=torch.float32, device=query.device)
     out = torch.empty(tokens, heads * head_dim, dtype=query.dtype, device=query.device)
     rope = 2 * rotation.shape[-1]
-    _attend[(chunks, heads // HEADS, tokens)](
+    _attend[(chunks, heads // own_heads, tokens)](
         query, query.stride(0), rotation, positions, ring, ring.stride(0),
         pool if pool is not None else ring, pool.stride(0) if pool is not None else 0,
         entry_offset, table if table is not None else positions,
         table.shape[1] if table is not None else 0,
         picks if picks is not None else positions, count, partial, sums, heads,
         head_dim**-0.5, norm_eps,
-        KIND=kind, COLS=head_dim, ROPE=rope, WINDOW=window, PAGE=page_entries, CHUNK=chunk,
-        STEP=STEP, HEADS=HEADS, PICKED=picks is not None,
-        DOT=tl.float32 if query.dtype == torch.float32 else tl.bfloat16, num_warps=4,
+        KIND=kind, COLS=head_dim, ROPE=rope, WINDOW=window, PAGE=page_entries, CHUNK=tiles.far,
+        NEAR=tiles.near, STEP=tiles.step, HEADS=own_heads, PICKED=picks is not None,
+        DOT=tl.float32 if query.dtype == torch.float32 else tl.bfloat16, num_warps=WARPS,
     )  # fmt: skip
-    _combine[(heads, tokens)](
-        partial, sums, sink, rotation, out, chunks, heads, COLS=head_dim, ROPE=rope, num_warps=4
+    _combine[(heads, tokens, head_dim // PART)](
+        partial,
+        sums,
+        sink,
+        rotation,
+        out,
+        chunks,
+        heads,
+        COLS=head_dim,
+        ROPE=rope,
+        CHUNKS=triton.next_power_of_2(chunks),
+        AT_ONCE=AT_ONCE,
+        PART=PART,
+        num_warps=4,
     )
     return out

@@ -1,19 +1,16 @@
 """The lightning indexer over paged FP4 keys, and the choice of the best entries without full sorts.
 
 Four launches. `_scores` also keeps the largest score of every small group of entries. There are at
-least k scores not below the k-th largest of those maxima, so `_threshold`, which sorts the maxima
-alone, bounds the answer from below; about k entries pass it, and `_collect` gathers them. `_choose`
-sorts what was gathered as 64-bit numbers, score first and then the lower position: exact, also for
-ties, whatever order they were gathered in. Where very many pass (they sit in few groups),
+least k scores not below the k-th largest of those maxima, so `_threshold`, which looks at the
+maxima alone, bounds the answer from below; about k entries pass it, and `_collect` gathers them.
+`_choose` sorts what was gathered as 64-bit numbers, score first and then the lower position: exact,
+also for ties, whatever order they were gathered in. Where very many pass (they sit in few groups),
 `_choose` first raises the bound bit by bit.
 
 Bytes for one token at 1M tokens: 262,144 keys of 68 bytes, 17.8 MB; scores 1 MB written and read.
 
 Paper: §2.3.1, eq. 13-17; §3.4 (FP4 indexer).
 """
-
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -24,10 +21,12 @@ import triton.language as tl
 from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
 
-BLOCK = 128  # entries of one program of _scores
+BLOCK = 128  # entries that _scores takes at once
+LONG = 32768  # entries from which on its programs take several blocks after another
+BLOCKS_OF_LONG = 8
 COLLECT = 1024  # of one program of _collect
 SORTED = 2048  # candidates that _choose sorts at once
-MOST_GROUPS = 2048  # maxima that _threshold sorts
+MOST_GROUPS = 2048  # maxima that _threshold holds
 
 
 @triton.jit
@@ -42,40 +41,48 @@ def _scores(
     query, weights, weights_stride, weights_first, positions, pool, page_stride, index_offset,
     table, pages, scores, maxima, most, factor,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, RATIO: tl.constexpr,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    block, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64)
     visible = (tl.load(positions + token) + 1) // RATIO
-    entry = block * BLOCK + tl.arange(0, BLOCK)
-    live = entry < visible
-    value = tl.full([BLOCK], -float("inf"), tl.float32)
-    if block * BLOCK < visible:
-        page = tl.load(table + token * pages + entry // PAGE, mask=live, other=0)
-        keys = pool + page.to(tl.int64) * page_stride + index_offset
-        byte = tl.arange(0, DIM // 2)
-        packed = tl.load(
-            keys[:, None] + (entry % PAGE * (DIM // 2))[:, None] + byte[None, :],
-            mask=live[:, None], other=0,
-        )  # fmt: skip
-        unit = tl.load(
-            keys[:, None] + PAGE * (DIM // 2) + (entry % PAGE * (DIM // 32))[:, None]
-            + byte[None, :] // 16, mask=live[:, None], other=0,
-        )  # fmt: skip
-        unit = f.decode_e8m0(unit) * f.E2M1_UNIT
-        low = (f.decode_e2m1(packed & 15).to(tl.float32) * unit).to(DOT)
-        high = (f.decode_e2m1(packed >> 4).to(tl.float32) * unit).to(DOT)
-        head = tl.arange(0, HEADS)
-        at = query + (token * HEADS + head[:, None]) * DIM + 2 * byte[None, :]
-        products = tl.dot(tl.load(at).to(DOT), tl.trans(low), input_precision="ieee")
-        products = tl.dot(tl.load(at + 1).to(DOT), tl.trans(high), products, input_precision="ieee")
-        w = tl.load(weights + token * weights_stride + weights_first + head)
-        w = w.to(query.dtype.element_ty).to(tl.float32) * factor
-        value = tl.sum(tl.maximum(products, 0.0) * w[:, None], axis=0)
-        value = tl.where(live, value, -float("inf"))
-    tl.store(scores + token * most + entry, value)
-    group = tl.max(tl.reshape(value, [BLOCK // GROUP, GROUP]), axis=1)
-    at = token * (most // GROUP) + block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
-    tl.store(maxima + at, group)
+    head, byte = tl.arange(0, HEADS), tl.arange(0, DIM // 2)
+    # A byte holds an even column's code and an odd one's: the query is divided likewise.
+    column = 2 * byte[None, :, None] + tl.arange(0, 2)[None, None, :]
+    own = tl.load(query + (token * HEADS + head[:, None, None]) * DIM + column)
+    even, odd = tl.split(own)
+    even, odd = tl.trans(even.to(DOT)), tl.trans(odd.to(DOT))
+    w = tl.load(weights + token * weights_stride + weights_first + head)
+    w = w.to(query.dtype.element_ty).to(tl.float32) * factor
+    group, inside = tl.arange(0, DIM // 32), tl.arange(0, 16)  # 32 codes with one scale
+    for part in range(BLOCKS):
+        block = tl.program_id(0) * BLOCKS + part
+        entry = block * BLOCK + tl.arange(0, BLOCK)
+        live = entry < visible
+        value = tl.full([BLOCK], -float("inf"), tl.float32)
+        if block * BLOCK < visible:
+            page = tl.load(table + token * pages + entry // PAGE, mask=live, other=0)
+            keys = pool + page.to(tl.int64) * page_stride + index_offset
+            packed = tl.load(
+                keys[:, None, None] + (entry % PAGE * (DIM // 2))[:, None, None]
+                + group[None, :, None] * 16 + inside[None, None, :],
+                mask=live[:, None, None], other=0,
+            )  # fmt: skip
+            unit = tl.load(
+                keys[:, None] + PAGE * (DIM // 2) + (entry % PAGE * (DIM // 32))[:, None]
+                + group[None, :], mask=live[:, None], other=0,
+            )  # fmt: skip
+            unit = (f.decode_e8m0(unit) * f.E2M1_UNIT)[:, :, None]
+            low, high = f.decode_e2m1_pairs(packed, DOT != tl.float32)
+            low = tl.reshape((low.to(tl.float32) * unit).to(DOT), [BLOCK, DIM // 2])
+            high = tl.reshape((high.to(tl.float32) * unit).to(DOT), [BLOCK, DIM // 2])
+            products = tl.dot(low, even, input_precision="ieee")
+            products = tl.dot(high, odd, products, input_precision="ieee")
+            value = tl.sum(tl.maximum(products, 0.0) * w[None, :], axis=1)
+            value = tl.where(live, value, -float("inf"))
+        tl.store(scores + token * most + entry, value)
+        largest = tl.max(tl.reshape(value, [BLOCK // GROUP, GROUP]), axis=1)
+        at = token * (most // GROUP) + block * (BLOCK // GROUP)
+        tl.store(maxima + at + tl.arange(0, BLOCK // GROUP), largest)
 
 
 @triton.jit
@@ -84,9 +91,14 @@ def _threshold(maxima, bound, found, groups, k, GROUPS: tl.constexpr):
     token = tl.program_id(0)
     i = tl.arange(0, GROUPS)
     value = tl.load(maxima + token.to(tl.int64) * groups + i, mask=i < groups, other=-float("inf"))
-    ordered = tl.sort(_sortable(value), descending=True)
-    kth = tl.max(tl.where(i == k - 1, ordered, -0x7FFFFFFF - 1), axis=0)
-    tl.store(bound + token, tl.where(groups < k, -0x7FFFFFFF - 1, kth))
+    key = _sortable(value)
+    # Bit by bit from the top; the first step, the sign's, wraps from the smallest number to zero.
+    low = tl.full([], -0x7FFFFFFF - 1, tl.int32)
+    for step in range(32):
+        middle = low + (tl.full([], 1, tl.int32) << (31 - step))
+        enough = tl.sum((key >= middle).to(tl.int32), axis=0) >= k
+        low = tl.where(enough, middle, low)
+    tl.store(bound + token, low)
     tl.store(found + token, 0)
 
 
@@ -112,19 +124,26 @@ def _collect(
 
 
 @triton.jit
+def _store_best(own, count, picks, SIZE: tl.constexpr, K: tl.constexpr):
+    """Sort `count` candidates, at most SIZE, and store the positions of the best K."""
+    i = tl.arange(0, SIZE)
+    smallest = tl.full([SIZE], -0x7FFFFFFFFFFFFFFF - 1, tl.int64)
+    best = tl.load(own + i, mask=i < count, other=-0x7FFFFFFFFFFFFFFF - 1)
+    best = tl.sort(best, descending=True)
+    position = (0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
+    tl.store(picks + i, tl.where(best == smallest, -1, position), mask=i < K)
+
+
+@triton.jit
 def _choose(
     candidates, found, picks, room, k, SORTED: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     count = tl.load(found + token)
     own = candidates + token * room
-    i = tl.arange(0, SORTED)
-    smallest = tl.full([SORTED], -0x7FFFFFFFFFFFFFFF - 1, tl.int64)
-    if count <= SORTED:
-        best = tl.load(own + i, mask=i < count, other=-0x7FFFFFFFFFFFFFFF - 1)
-    else:
-        # The k-th largest number, bit by bit from the top; all numbers differ. The first step, the
-        # sign's, wraps from the smallest number to zero.
+    if count > SORTED:
+        # The k-th largest number, bit by bit from the top; all numbers differ.
+        i = tl.arange(0, SORTED)
         low = tl.full([], -0x7FFFFFFFFFFFFFFF - 1, tl.int64)
         for step in range(64):
             middle = low + (tl.full([], 1, tl.int64) << (63 - step))
@@ -142,15 +161,15 @@ def _choose(
             tl.store(own + place, value, mask=chosen)
             kept += tl.sum(chosen.to(tl.int32), axis=0)
         tl.debug_barrier()
-        best = tl.load(own + i, mask=i < kept, other=-0x7FFFFFFFFFFFFFFF - 1)
-    best = tl.sort(best, descending=True)
-    position = (0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
-    position = tl.where(best == smallest, -1, position)
-    tl.store(picks + token * K + i, position, mask=i < K)
+        count = kept
+    if count <= SORTED // 2:  # as nearly always: a sort of half as many takes half as long
+        _store_best(own, count, picks + token * K, SORTED // 2, K)
+    else:
+        _store_best(own, count, picks + token * K, SORTED, K)
 
 
 def _group_size(most: int) -> int:
-    """Entries of one maximum: as few as keep the number of maxima sortable at once."""
+    """Entries of one maximum: as few as let all maxima be held at once."""
     return triton.next_power_of_2(triton.cdiv(most, MOST_GROUPS))
 
 
@@ -176,11 +195,13 @@ def index_scores_paged(
     group = _group_size(most)
     scores = torch.empty(tokens, most, dtype=torch.float32, device=query.device)
     maxima = torch.empty(tokens, most // group, dtype=torch.float32, device=query.device)
-    _scores[(most // BLOCK, tokens)](
+    blocks = BLOCKS_OF_LONG if most >= LONG else 1
+    _scores[(most // BLOCK // blocks, tokens)](
         query, weights, weights.stride(0), weights.shape[1] - heads, positions, pool,
         pool.stride(0), index_offset, table, table.shape[1], scores, maxima, most,
         dim**-0.5 * heads**-0.5,
-        HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=BLOCK, GROUP=group,
+        HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=BLOCK, BLOCKS=blocks,
+        GROUP=group,
         DOT=tl.float32 if query.dtype == torch.float32 else tl.bfloat16, num_warps=4,
     )  # fmt: skip
     return scores, maxima
@@ -195,13 +216,13 @@ def topk_positions(
     """
     tokens, most = scores.shape
     groups = maxima.shape[1]
-    assert k <= SORTED and groups <= MOST_GROUPS  # noqa: PT018
+    assert k <= SORTED // 2 and groups <= MOST_GROUPS  # noqa: PT018
     bound = torch.empty(tokens, dtype=torch.int32, device=scores.device)
     found = torch.empty(tokens, dtype=torch.int32, device=scores.device)
     candidates = torch.empty(tokens, most, dtype=torch.int64, device=scores.device)
     picks = torch.empty(tokens, k, dtype=torch.int32, device=scores.device)
     _threshold[(tokens,)](
-        maxima, bound, found, groups, k, GROUPS=max(16, triton.next_power_of_2(groups)), num_warps=8
+        maxima, bound, found, groups, k, GROUPS=max(32, triton.next_power_of_2(groups)), num_warps=1
     )
     _collect[(triton.cdiv(most, COLLECT), tokens)](
         scores, bound, found, candidates, positions, most, most, RATIO=ratio, BLOCK=COLLECT,

@@ -2,17 +2,13 @@
 
 `_write_and_mix` writes the last sublayer's output into the streams and, while they are in
 registers, multiplies them with the next site's `fn`; programs own slices of the hidden dimension.
-`_read` adds those partial products in a fixed order, runs Sinkhorn, reads the next sublayer's input
-out of the streams and normalises it.
+`_read` adds those partial products in a fixed order, reads the next sublayer's input out of the
+streams and normalises it, and in a second program runs Sinkhorn.
 
 Bytes for one token of V4-Flash: fn 24 x 16384 x 4 = 1.5 MB, streams 3 x 32 KB.
 
 Paper: §2.2, eq. 1-8; §3.1 (fused mHC kernels).
 """
-
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -78,37 +74,40 @@ def _read(
     N: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr, ROUNDS: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0)
+    token = tl.program_id(1)
     row = tl.arange(0, SLICES) * MIXES + token * SLICES * MIXES
     square = tl.sum(tl.load(partial + row + N * (N + 2)), axis=0)
     r = 1.0 / tl.sqrt(square / (N * hidden) + norm_eps)
-    n = tl.arange(0, N)
-    cell = n[:, None] * N + n[None, :]
-    mixes = tl.sum(tl.load(partial + row[:, None, None] + 2 * N + cell[None]), axis=0) * r
-    m = mixes * tl.load(scale + 2) + tl.load(base + 2 * N + cell)
-    m = tl.exp(m - tl.max(m, axis=1)[:, None])
-    m = m / tl.sum(m, axis=1)[:, None] + eps
-    m = m / (tl.sum(m, axis=0) + eps)[None, :]
-    for _ in range(ROUNDS - 1):
-        m = m / (tl.sum(m, axis=1) + eps)[:, None]
+    if tl.program_id(0) == 0:
+        col = tl.arange(0, HIDDEN)
+        live = col < hidden
+        value = tl.zeros([HIDDEN], tl.float32)
+        dtype: tl.constexpr = streams.dtype.element_ty
+        for j in tl.static_range(N):
+            logit = tl.sum(tl.load(partial + row + j), axis=0) * r
+            pre = _sigmoid(logit * tl.load(scale) + tl.load(base + j)) + eps
+            at = streams + (token.to(tl.int64) * N + j) * hidden + col
+            value += pre * tl.load(at, mask=live, other=0.0).to(tl.float32)
+        value = value.to(dtype).to(tl.float32)
+        inverse = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / hidden + norm_eps)
+        value = value * inverse * tl.load(norm + col, mask=live, other=0.0).to(tl.float32)
+        tl.store(x + token * hidden + col, value.to(dtype), mask=live)
+    else:
+        # Needed only by the next write: another program does it meanwhile.
+        n = tl.arange(0, N)
+        cell = n[:, None] * N + n[None, :]
+        mixes = tl.sum(tl.load(partial + row[:, None, None] + 2 * N + cell[None]), axis=0) * r
+        m = mixes * tl.load(scale + 2) + tl.load(base + 2 * N + cell)
+        m = tl.exp(m - tl.max(m, axis=1)[:, None])
+        m = m / tl.sum(m, axis=1)[:, None] + eps
         m = m / (tl.sum(m, axis=0) + eps)[None, :]
-    tl.store(comb + token * N * N + cell, m)
-    write = tl.sum(tl.load(partial + row[:, None] + N + n[None, :]), axis=0) * r
-    write = 2 * _sigmoid(write * tl.load(scale + 1) + tl.load(base + N + n))
-    tl.store(post + token * N + n, write)
-    col = tl.arange(0, HIDDEN)
-    live = col < hidden
-    value = tl.zeros([HIDDEN], tl.float32)
-    dtype = streams.dtype.element_ty
-    for j in tl.static_range(N):
-        logit = tl.sum(tl.load(partial + row + j), axis=0) * r
-        pre = _sigmoid(logit * tl.load(scale) + tl.load(base + j)) + eps
-        at = streams + (token.to(tl.int64) * N + j) * hidden + col
-        value += pre * tl.load(at, mask=live, other=0.0).to(tl.float32)
-    value = value.to(dtype).to(tl.float32)
-    r = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / hidden + norm_eps)
-    value = value * r * tl.load(norm + col, mask=live, other=0.0).to(tl.float32)
-    tl.store(x + token * hidden + col, value.to(dtype), mask=live)
+        for _ in range(ROUNDS - 1):
+            m = m / (tl.sum(m, axis=1) + eps)[:, None]
+            m = m / (tl.sum(m, axis=0) + eps)[None, :]
+        tl.store(comb + token * N * N + cell, m)
+        write = tl.sum(tl.load(partial + row[:, None] + N + n[None, :]), axis=0) * r
+        write = 2 * _sigmoid(write * tl.load(scale + 1) + tl.load(base + N + n))
+        tl.store(post + token * N + n, write)
 
 
 @register("mhc_boundary", "triton")
@@ -144,7 +143,7 @@ def mhc_boundary(
     x = torch.empty(tokens, hidden, dtype=streams.dtype, device=streams.device)
     post = torch.empty(tokens, n, dtype=torch.float32, device=streams.device)
     comb = torch.empty(tokens, n, n, dtype=torch.float32, device=streams.device)
-    _read[(tokens,)](
+    _read[(2, tokens)](
         new, partial, base, scale, norm, x, post, comb, hidden, eps, norm_eps,
         N=n, SLICES=slices, MIXES=MIXES, ROUNDS=iterations,
         HIDDEN=triton.next_power_of_2(hidden), num_warps=8,

@@ -9,9 +9,6 @@ Bytes per 4x4 matrix: 64 read, 64 + 16 per half round written forward; the same 
 Paper: §2.2, eq. 8 (Sinkhorn-Knopp); §3.1 (fused mHC kernels).
 """
 
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 from typing import Any

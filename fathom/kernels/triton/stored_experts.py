@@ -1,17 +1,14 @@
-"""Routed experts in their stored FP4 form for a few tokens: weights are unpacked on the way to the
-matrix units, and every chosen expert's weights are read once for all its tokens.
+"""Routed experts in their stored FP4 form for a few tokens, beside the shared expert in FP8.
 
 `_route` chooses the experts and sorts the (token, choice) pairs by expert into runs. A program of
-`_up` or `_down` then owns some rows of one run's expert and multiplies them with the run's tokens.
+`_up` or `_down` then owns some whole rows of one run's expert and multiplies them with the run's
+tokens, a few at a time (packed.py), so that every chosen expert's weights come from memory once.
 The grids are as large as the most runs there can be; programs without a run end at once.
 
 Bytes for one token of V4-Flash: 6 experts x 3 matrices x 4096 x 2048 / 2, 80 MB with the scales.
 
 Paper: §2.1 (DeepSeekMoE: sqrt-softplus affinity, hash routing); §3.4 (FP4 experts).
 """
-
-# triton is not installed where the types are checked:
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -20,12 +17,13 @@ import triton
 import triton.language as tl
 
 from fathom.kernels.registry import register
-from fathom.kernels.triton import formats as f
-from fathom.kernels.triton.linear import dot_types, fp8_rows
+from fathom.kernels.triton import packed as p
+from fathom.kernels.triton.linear import PLAIN_VALUES
 
-TOKENS = 16  # of a run that are multiplied at once
 WARPS = 4
-STAGES = 4
+# Of the words that a program could hold: fewer leave room for more programs at once.
+UP_SHARE = 8
+DOWN_SHARE = 4
 
 
 @triton.jit
@@ -87,67 +85,53 @@ def _route(
 
 
 @triton.jit
-def _half(x, token, live, stride, first, PART: tl.constexpr):
-    col = first + 2 * tl.arange(0, 64) + PART
-    at = x + token[None, :] * stride + col[:, None]
-    return tl.load(at, mask=live[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _fp4_group(codes, scale, row, cols, tile, DOT: tl.constexpr):
-    """128 columns of FP4 rows: the even and the odd ones, [ROWS, 64] each."""
-    byte = tl.arange(0, 64)
-    packed = tl.load(codes + row[:, None] * (cols // 2) + tile * 64 + byte[None, :])
-    unit = tl.load(scale + row[:, None] * (cols // 32) + tile * 4 + byte[None, :] // 16)
-    unit = f.decode_e8m0(unit) * f.E2M1_UNIT
-    low = f.decode_e2m1(packed & 15).to(tl.float32) * unit
-    high = f.decode_e2m1(packed >> 4).to(tl.float32) * unit
-    return low.to(DOT), high.to(DOT)
-
-
-@triton.jit
-def _rounded_group(x, token, live, stride, tile, DOT: tl.constexpr):
-    """128 columns of the tokens' inputs, rounded to FP8: even, odd [64, TOKENS] and their unit."""
-    even = _half(x, token, live, stride, tile * 128, 0)
-    odd = _half(x, token, live, stride, tile * 128, 1)
-    amax = tl.maximum(tl.max(tl.abs(even), axis=0), tl.max(tl.abs(odd), axis=0))
-    unit, inverse = f.power_of_two_scale(tl.maximum(amax, f.FP8_FLOOR), f.E4M3_RECIPROCAL)
-    even = f.round_e4m3(even * inverse[None, :])
-    odd = f.round_e4m3(odd * inverse[None, :])
-    return even.to(DOT), odd.to(DOT), unit
+def _fp4_tile(
+    codes, scale, row, first, COLS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Columns from `first` of FP4 rows: words [ROWS, BLOCK / 32, 4], scales [ROWS, BLOCK / 32]."""
+    words = p.load_words(codes, row, COLS // 8, first // 8, BLOCK // 32)
+    group = first // 32 + tl.arange(0, BLOCK // 32)
+    return words, tl.load(scale + row[:, None] * (COLS // 32) + group[None, :])
 
 
 @triton.jit
 def _up(
-    x, w1, s1, w3, s3, pairs, run_expert, run_start, runs, weights, act, hidden, inner, topk,
-    limit,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, DOT: tl.constexpr,
+    x, unit, w1, s1, w3, s3, pairs, run_expert, run_start, runs, weights, act, inner, topk, limit,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     run, block = tl.program_id(1), tl.program_id(0)
     if run < tl.load(runs):
         expert = tl.load(run_expert + run).to(tl.int64)
         row = block * ROWS + tl.arange(0, ROWS)
-        codes1, codes3 = w1 + expert * inner * (hidden // 2), w3 + expert * inner * (hidden // 2)
-        scale1, scale3 = s1 + expert * inner * (hidden // 32), s3 + expert * inner * (hidden // 32)
+        codes1, codes3 = w1 + expert * inner * (HIDDEN // 2), w3 + expert * inner * (HIDDEN // 2)
+        scale1, scale3 = s1 + expert * inner * (HIDDEN // 32), s3 + expert * inner * (HIDDEN // 32)
         end = tl.load(run_start + run + 1)
-        for first in range(tl.load(run_start + run), end, TOKENS):
-            place = first + tl.arange(0, TOKENS)
+        for begin in range(tl.load(run_start + run), end, TOKENS):
+            gate = tl.zeros([TOKENS, ROWS], tl.float32)
+            up = tl.zeros([TOKENS, ROWS], tl.float32)
+            for first in tl.static_range(0, HIDDEN, BLOCK):
+                words1, own1 = _fp4_tile(codes1, scale1, row, first, HIDDEN, BLOCK)
+                words3, own3 = _fp4_tile(codes3, scale3, row, first, HIDDEN, BLOCK)
+                for t in tl.static_range(TOKENS):
+                    pair = tl.load(pairs + tl.minimum(begin + t, end - 1))
+                    own = x + pair // topk * HIDDEN
+                    own_unit = unit + pair // topk * (HIDDEN // 128)
+                    sums = p.fp4_row_sums(
+                        words1, own1, own, own_unit, HIDDEN, first, BLOCK // 32, PACKED
+                    )
+                    gate = p.added(gate, sums, t)
+                    sums = p.fp4_row_sums(
+                        words3, own3, own, own_unit, HIDDEN, first, BLOCK // 32, PACKED
+                    )
+                    up = p.added(up, sums, t)
+            place = begin + tl.arange(0, TOKENS)
             live = place < end
             pair = tl.load(pairs + place, mask=live, other=0)
-            gate = tl.zeros([ROWS, TOKENS], tl.float32)
-            up = tl.zeros([ROWS, TOKENS], tl.float32)
-            for tile in range(hidden // 128):
-                even, odd, unit = _rounded_group(x, pair // topk, live, hidden, tile, DOT)
-                low, high = _fp4_group(codes1, scale1, row, hidden, tile, DOT)
-                part = tl.dot(low, even, input_precision="ieee")
-                gate += tl.dot(high, odd, part, input_precision="ieee") * unit[None, :]
-                low, high = _fp4_group(codes3, scale3, row, hidden, tile, DOT)
-                part = tl.dot(low, even, input_precision="ieee")
-                up += tl.dot(high, odd, part, input_precision="ieee") * unit[None, :]
             weight = tl.load(weights + pair, mask=live, other=0.0)
-            value = swiglu(gate, up, limit, x.dtype.element_ty) * weight[None, :]
-            at = act + pair[None, :] * inner + row[:, None]
-            tl.store(at, value.to(act.dtype.element_ty), mask=live[None, :])
+            value = swiglu(gate, up, limit, act.dtype.element_ty) * weight[:, None]
+            at = act + pair[:, None] * inner + row[None, :]
+            tl.store(at, value.to(act.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
@@ -160,82 +144,96 @@ def swiglu(gate, up, limit, dtype: tl.constexpr):
 
 @triton.jit
 def _down(
-    act, w2, s2, pairs, run_expert, run_start, runs, out, shared_act, shared_codes, shared_scale,
-    shared_out, tokens, hidden, inner, most_runs,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, DOT: tl.constexpr, FP8_DOT: tl.constexpr,
+    act, unit, w2, s2, pairs, run_expert, run_start, runs, out, shared_act, shared_unit,
+    shared_codes, shared_scale, shared_out, tokens, hidden, most_runs,
+    INNER: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     run, block = tl.program_id(1), tl.program_id(0)
     row = block * ROWS + tl.arange(0, ROWS)
     if run >= most_runs:
-        token = (run - most_runs) * TOKENS + tl.arange(0, TOKENS)
-        live = token < tokens
-        total = fp8_rows(
-            shared_act, token, live, inner, inner, shared_act, 0.0, shared_codes, shared_scale,
-            row, False, True, FP8_DOT,
-        )  # fmt: skip
-        at = shared_out + token[None, :] * hidden + row[:, None]
-        tl.store(at, total.to(shared_out.dtype.element_ty), mask=live[None, :])
+        token = (run - most_runs) * TOKENS
+        mine = token + tl.arange(0, TOKENS)
+        shared = tl.zeros([TOKENS, ROWS], tl.float32)
+        own_scale = shared_scale + block * ROWS // 128 * (INNER // 128)
+        for first in tl.static_range(0, INNER, BLOCK):
+            words = p.load_words(shared_codes, row, INNER // 4, first // 4, BLOCK // 16)
+            for t in tl.static_range(TOKENS):
+                here = tl.minimum(token + t, tokens - 1)
+                sums = p.fp8_row_sums(
+                    words, own_scale, shared_act + here * INNER,
+                    shared_unit + here * (INNER // 128), INNER, first, BLOCK // 16, PACKED,
+                )  # fmt: skip
+                shared = p.added(shared, sums, t)
+        at = shared_out + mine[:, None] * hidden + row[None, :]
+        tl.store(at, shared.to(shared_out.dtype.element_ty), mask=(mine < tokens)[:, None])
     elif run < tl.load(runs):
         expert = tl.load(run_expert + run).to(tl.int64)
-        codes = w2 + expert * hidden * (inner // 2)
-        scale = s2 + expert * hidden * (inner // 32)
+        codes = w2 + expert * hidden * (INNER // 2)
+        scale = s2 + expert * hidden * (INNER // 32)
         end = tl.load(run_start + run + 1)
-        for first in range(tl.load(run_start + run), end, TOKENS):
-            place = first + tl.arange(0, TOKENS)
+        for begin in range(tl.load(run_start + run), end, TOKENS):
+            total = tl.zeros([TOKENS, ROWS], tl.float32)
+            for col in tl.static_range(0, INNER, BLOCK):
+                routed_words, own = _fp4_tile(codes, scale, row, col, INNER, BLOCK)
+                for t in tl.static_range(TOKENS):
+                    pair = tl.load(pairs + tl.minimum(begin + t, end - 1))
+                    routed_sums = p.fp4_row_sums(
+                        routed_words, own, act + pair * INNER, unit + pair * (INNER // 128), INNER,
+                        col, BLOCK // 32, PACKED,
+                    )  # fmt: skip
+                    total = p.added(total, routed_sums, t)
+            place = begin + tl.arange(0, TOKENS)
             live = place < end
             pair = tl.load(pairs + place, mask=live, other=0)
-            total = tl.zeros([ROWS, TOKENS], tl.float32)
-            for tile in range(inner // 128):
-                even, odd, unit = _rounded_group(act, pair, live, inner, tile, DOT)
-                low, high = _fp4_group(codes, scale, row, inner, tile, DOT)
-                part = tl.dot(low, even, input_precision="ieee")
-                total += tl.dot(high, odd, part, input_precision="ieee") * unit[None, :]
-            at = out + pair[None, :] * hidden + row[:, None]
-            tl.store(at, total.to(out.dtype.element_ty), mask=live[None, :])
+            routed_at = out + pair[:, None] * hidden + row[None, :]
+            tl.store(routed_at, total.to(out.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
 def _gate_and_shared_up(
-    x, gate, logits, codes, scale, act, tokens, hidden, inner, experts, limit, gate_blocks,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, DOT: tl.constexpr, PLAIN_DOT: tl.constexpr,
+    x, values, unit, gate, logits, codes, scale, act, tokens, inner, experts, limit, gate_blocks,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GATE_BLOCK: tl.constexpr,
+    GATE_ROWS: tl.constexpr, TOKENS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    live = token < tokens
+    token = tl.program_id(1) * TOKENS
+    mine = token + tl.arange(0, TOKENS)
+    live = (mine < tokens)[:, None]
     if block < gate_blocks:
-        row = block * ROWS + tl.arange(0, ROWS)
-        total = tl.zeros([ROWS, TOKENS], tl.float32)
-        for first in range(0, hidden, 128):
-            col = first + tl.arange(0, 128)
-            values = tl.load(
-                x + token[None, :] * hidden + col[:, None], mask=live[None, :], other=0.0
-            )
-            w = tl.load(gate + row[:, None] * hidden + col[None, :])
-            total = tl.dot(w.to(PLAIN_DOT), values.to(PLAIN_DOT), total, input_precision="ieee")
-        tl.store(logits + token[None, :] * experts + row[:, None], total, mask=live[None, :])
+        row = block * GATE_ROWS + tl.arange(0, GATE_ROWS)
+        total = tl.zeros([TOKENS, GATE_ROWS], tl.float32)
+        for first in tl.static_range(0, HIDDEN, GATE_BLOCK):
+            col = first + tl.arange(0, GATE_BLOCK)
+            weights = tl.load(gate + row[:, None] * HIDDEN + col[None, :])
+            for t in tl.static_range(TOKENS):
+                here = tl.minimum(token + t, tokens - 1)
+                gate_sums = p.plain_row_sums(weights, tl.load(x + here * HIDDEN + col))
+                total = p.added(total, gate_sums, t)
+        tl.store(logits + mine[:, None] * experts + row[None, :], total, mask=live)
     else:
         shared_row = (block - gate_blocks) * ROWS + tl.arange(0, ROWS)
-        gated = fp8_rows(
-            x, token, live, hidden, hidden, x, 0.0, codes, scale, shared_row, False, True, DOT
-        )
-        up = fp8_rows(
-            x,
-            token,
-            live,
-            hidden,
-            hidden,
-            x,
-            0.0,
-            codes,
-            scale,
-            inner + shared_row,
-            False,
-            True,
-            DOT,
-        )
-        shared = swiglu(gated, up, limit, x.dtype.element_ty)
-        shared_at = act + token[None, :] * inner + shared_row[:, None]
-        tl.store(shared_at, shared.to(act.dtype.element_ty), mask=live[None, :])
+        gate_scale = scale + (block - gate_blocks) * ROWS // 128 * (HIDDEN // 128)
+        up_scale = gate_scale + inner // 128 * (HIDDEN // 128)
+        gated = tl.zeros([TOKENS, ROWS], tl.float32)
+        up = tl.zeros([TOKENS, ROWS], tl.float32)
+        for first in tl.static_range(0, HIDDEN, BLOCK):
+            words1 = p.load_words(codes, shared_row, HIDDEN // 4, first // 4, BLOCK // 16)
+            words3 = p.load_words(codes, inner + shared_row, HIDDEN // 4, first // 4, BLOCK // 16)
+            for t in tl.static_range(TOKENS):
+                here = tl.minimum(token + t, tokens - 1)
+                own, own_unit = values + here * HIDDEN, unit + here * (HIDDEN // 128)
+                sums = p.fp8_row_sums(
+                    words1, gate_scale, own, own_unit, HIDDEN, first, BLOCK // 16, PACKED
+                )
+                gated = p.added(gated, sums, t)
+                sums = p.fp8_row_sums(
+                    words3, up_scale, own, own_unit, HIDDEN, first, BLOCK // 16, PACKED
+                )
+                up = p.added(up, sums, t)
+        shared = swiglu(gated, up, limit, act.dtype.element_ty)
+        at = act + mine[:, None] * inner + shared_row[None, :]
+        tl.store(at, shared.to(act.dtype.element_ty), mask=live)
 
 
 @register("stored_moe", "triton")
@@ -260,17 +258,19 @@ def stored_moe(
     shared_up, shared_up_scale, shared_down, shared_down_scale = shared
     (tokens, hidden), (experts, inner) = x.shape, w1.shape[:2]
     make = {"dtype": torch.float32, "device": x.device}
+    packed, tile = x.dtype != torch.float32, p.token_tile(tokens)
+    rounded = p.round_inputs(x, fp4_below=tokens)
     logits = torch.empty(tokens, experts, **make)
-    shared_act = torch.empty(tokens, inner, dtype=x.dtype, device=x.device)
-    dot, plain = dot_types(x, True)
-    block = 16
-    width = TOKENS if tokens <= TOKENS else 32
-    _gate_and_shared_up[(experts // block + inner // block, triton.cdiv(tokens, width))](
-        x, gate, logits, shared_up, shared_up_scale, shared_act, tokens, hidden, inner, experts,
-        limit, experts // block, ROWS=block, TOKENS=width, DOT=dot, PLAIN_DOT=plain,
-        num_warps=WARPS, num_stages=STAGES,
-    )  # fmt: skip
     count = tokens * topk
+    acts = torch.empty(count + tokens, inner, dtype=x.dtype, device=x.device)  # shared ones last
+    block, gate_block = p.block_columns(hidden, 4), min(hidden & -hidden, PLAIN_VALUES)
+    rows = max(1, min(inner, p.program_rows(block, 4) // 2))  # of each of two matrices
+    gate_rows = max(1, min(experts & -experts, PLAIN_VALUES // gate_block // 2))
+    _gate_and_shared_up[(experts // gate_rows + inner // rows, triton.cdiv(tokens, tile))](
+        x, rounded.for_fp8, rounded.unit, gate, logits, shared_up, shared_up_scale, acts[count:],
+        tokens, inner, experts, limit, experts // gate_rows, HIDDEN=hidden, BLOCK=block, ROWS=rows,
+        GATE_BLOCK=gate_block, GATE_ROWS=gate_rows, TOKENS=tile, PACKED=packed, num_warps=WARPS,
+    )  # fmt: skip
     size = max(16, triton.next_power_of_2(count))
     index = {"dtype": torch.int32, "device": x.device}
     indices, weights = torch.empty(tokens, topk, **index), torch.empty(tokens, topk, **make)
@@ -283,17 +283,23 @@ def stored_moe(
         EXPERTS=triton.next_power_of_2(experts), PAIRS=size, num_warps=4,
     )  # fmt: skip
     most = min(count, experts)
-    act = torch.empty(count, inner, dtype=x.dtype, device=x.device)
-    rows = 32
+    few = min(2, tile)  # tokens of a run are few even in large batches
+    block = p.block_columns(hidden, 8)
+    rows = max(1, min(inner, p.program_rows(block, 8) // UP_SHARE))
     _up[(inner // rows, most)](
-        x, w1, s1, w3, s3, pairs, run_expert, run_start, runs, weights, act, hidden, inner, topk,
-        limit, ROWS=rows, TOKENS=TOKENS, DOT=plain, num_warps=WARPS, num_stages=STAGES,
+        rounded.for_fp4, rounded.unit, w1, s1, w3, s3, pairs, run_expert, run_start, runs, weights,
+        acts, inner, topk, limit, HIDDEN=hidden, BLOCK=block, ROWS=rows, TOKENS=few, PACKED=packed,
+        num_warps=WARPS,
     )  # fmt: skip
     out = torch.empty(tokens, topk, hidden, dtype=x.dtype, device=x.device)
     shared_out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    _down[(hidden // rows, most + triton.cdiv(tokens, TOKENS))](
-        act, w2, s2, pairs, run_expert, run_start, runs, out, shared_act, shared_down,
-        shared_down_scale, shared_out, tokens, hidden, inner, most,
-        ROWS=rows, TOKENS=TOKENS, DOT=plain, FP8_DOT=dot, num_warps=WARPS, num_stages=STAGES,
+    rounded = p.round_inputs(acts, fp8_from=count, fp4_below=count)
+    block = p.block_columns(inner, 8)
+    rows = max(1, min(hidden, p.program_rows(block, 8) // DOWN_SHARE))
+    _down[(hidden // rows, most + triton.cdiv(tokens, few))](
+        rounded.for_fp4, rounded.unit, w2, s2, pairs, run_expert, run_start, runs, out,
+        rounded.for_fp8[count:], rounded.unit[count:], shared_down, shared_down_scale, shared_out,
+        tokens, hidden, most, INNER=inner, BLOCK=block, ROWS=rows, TOKENS=few, PACKED=packed,
+        num_warps=WARPS,
     )  # fmt: skip
     return out, shared_out, indices

@@ -10,6 +10,7 @@ Paper: §5.2.5 (command execution, file transfer and terminals inside the sandbo
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -31,6 +32,7 @@ def sources() -> list[Path]:
     return sorted([*HERE.glob("*.c"), *HERE.glob("*.h")])
 
 
+@functools.cache
 def digest() -> str:
     """Return a digest of the sources, the compiler's flags and the kind of machine."""
     found = hashlib.blake2b(digest_size=10)

@@ -3,6 +3,8 @@
  *   fathom-agent --listen-fd 0 --journal-fd 1      a container: both were opened outside of it
  *   fathom-agent --serial /dev/virtio-ports/agent --journal /run/fathom/journal
  *   fathom-agent --vsock 5005 --journal PATH       a virtual machine
+ *   /init                                          the same, as the initramfs's first process
+ *   fathom-agent --port 1                          as a service of a full system
  *
  * The first HELLO sets the secret of the session; nothing of the tenant runs before it.
  */
@@ -106,6 +108,9 @@ static void hello(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
   } else if (given.len != secret_len || !same(given.data, secret, secret_len)) {
     return send_error(c, id, "auth", 0, "wrong secret");
   }
+  /* On a port that nobody closed: this machine is a copy, whose commands' owners are with its
+   * origin. The commands go on. */
+  if (c->serial && c->known) command_disown(c);
   c->known = true;
   Buffer b = {0};
   put_number(&b, T_VERSION, PROTOCOL);
@@ -114,6 +119,12 @@ static void hello(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
   put_number(&b, T_STATE, settings.done);
   send_frame(c, id, M_OK, b.data, b.len);
   free(b.data);
+}
+
+/* In a container the clock is the host's. */
+static int set_clock(uint64_t us) {
+  struct timespec t = {us / 1000000, us % 1000000 * 1000};
+  return settings.guest ? clock_settime(CLOCK_REALTIME, &t) : 0;
 }
 
 /* A copy of a sandbox must not share its origin's secrets, randomness, name or clock. */
@@ -141,10 +152,8 @@ static void rekey(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
       if (fd >= 0) close(fd);
     } else if (f.tag == T_HOSTNAME && settings.guest) {
       if (sethostname((const char *)f.data, f.len)) failed = errno;
-    } else if (f.tag == T_CLOCK_US && settings.guest) {
-      uint64_t us = number_of(&f);
-      struct timespec t = {us / 1000000, us % 1000000 * 1000};
-      if (clock_settime(CLOCK_REALTIME, &t)) failed = errno;
+    } else if (f.tag == T_CLOCK_US) {
+      if (set_clock(number_of(&f))) failed = errno;
     }
   }
   if (getrandom(epoch, sizeof epoch, 0) != sizeof epoch) failed = errno;
@@ -192,10 +201,18 @@ static void request(Conn *c, uint32_t id, uint8_t type, const uint8_t *data, siz
     case M_CONFIGURE:
       problem = configure(data, len, &number);
       if (problem) return send_error(c, id, "configure", number, problem);
+      if (settings.guest) memory_watch();
       return send_frame(c, id, M_OK, NULL, 0);
     case M_SHIFT:
-      if (next_field(&fields, &f)) commands_shift(number_of(&f));
+      while (next_field(&fields, &f)) {
+        if (f.tag == T_MICROS) commands_shift(number_of(&f));
+        if (f.tag == T_CLOCK_US && set_clock(number_of(&f))) return answer(c, id, errno);
+      }
       return send_frame(c, id, M_OK, NULL, 0);
+    case M_NETWORK:
+      if (!settings.guest) return answer(c, id, ENOTSUP);
+      number = guest_network(next_field(&fields, &f) && number_of(&f));
+      return number ? answer(c, id, number) : send_frame(c, id, M_OK, NULL, 0);
   }
   /* The rest is about a command; one that ended meanwhile is no mistake. */
   if (!cmd) return;
@@ -203,6 +220,8 @@ static void request(Conn *c, uint32_t id, uint8_t type, const uint8_t *data, siz
     case M_STDIN: return command_stdin(cmd, data, len);
     case M_EOF: return command_eof(cmd);
     case M_CANCEL: return command_cancel(cmd);
+    case M_LEAVE: return command_leave(cmd);
+    case M_HOLD: return command_hold(cmd, next_field(&fields, &f) && number_of(&f));
     case M_SIGNAL:
       if (next_field(&fields, &f)) answer(c, id, command_signal(cmd, number_of(&f)));
       return;
@@ -290,6 +309,8 @@ static void serve(void) {
       Tag *tag = events[i].data.ptr;
       if (tag->kind == K_LISTEN) {
         welcome(*(int *)tag->owner);
+      } else if (tag->kind == K_MEMORY) {
+        memory_event();
       } else if (tag->kind == K_CONN) {
         Conn *c = tag->owner;
         if (c->closing) continue;
@@ -324,16 +345,25 @@ int main(int argc, char **argv) {
   static int listener = -1;
   static Tag listening = {K_LISTEN, &listener};
   int journal = -1, serial = -1;
+  if (argc > 1 && !strcmp(argv[1], "--enter")) return enter_main(argc - 2, argv + 2);
+  if (argc > 1 && !strcmp(argv[1], "--copy")) return copy_main(argc - 2, argv + 2);
   prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
   prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
   /* The kernel takes note of every child's end, so that no orphan stays. */
   signal(SIGCHLD, SIG_IGN);
   signal(SIGPIPE, SIG_IGN);
-  for (int i = 1; i + 1 < argc; i += 2) {
+  bool first = argc > 0 && getpid() == 1 && !strcmp(argv[0], "/init");
+  if (first) serial = guest_start(&journal);
+  for (int i = 1; i + 1 < argc && !first; i += 2) {
     const char *value = argv[i + 1];
     if (!strcmp(argv[i], "--listen-fd")) listener = atoi(value);
     else if (!strcmp(argv[i], "--journal-fd")) journal = atoi(value);
     else if (!strcmp(argv[i], "--journal")) journal = open(value, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    else if (!strcmp(argv[i], "--port")) {
+      journal = open(GUEST_FOLDER "/journal", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+      guest_serve();
+      if ((serial = guest_port()) < 0) return refuse("the port");
+    }
     else if (!strcmp(argv[i], "--vsock")) listener = open_vsock(atoi(value));
     else if (!strcmp(argv[i], "--serial")) {
       serial = open(value, O_RDWR | O_NONBLOCK | O_CLOEXEC | O_NOCTTY);

@@ -16,11 +16,14 @@
 enum { PROTOCOL = 1, MAGIC = 0xF47A, HEADER = 12 };
 enum { FRAME_LIMIT = 1 << 20, STRANGER_LIMIT = 4096, OUT_HIGH = 1 << 19, STDIN_LIMIT = 1 << 20 };
 enum { SECRET_LIMIT = 64, EPOCH_SIZE = 16 };
+/* In a virtual machine: where what is the agent's own lies, a folder of root alone. */
+#define GUEST_FOLDER "/run/fathom"
 
 /* Frames from the host. */
 enum {
   M_HELLO = 1, M_CONFIGURE = 2, M_EXEC = 3, M_STDIN = 4, M_EOF = 5, M_SIGNAL = 6, M_RESIZE = 7,
-  M_CANCEL = 8, M_QUERY = 9, M_ACK = 10, M_PING = 11, M_SHIFT = 12, M_REKEY = 13
+  M_CANCEL = 8, M_QUERY = 9, M_ACK = 10, M_PING = 11, M_SHIFT = 12, M_REKEY = 13,
+  M_HOLD = 14, M_LEAVE = 15, M_NETWORK = 16
 };
 /* Frames to the host. */
 enum {
@@ -73,12 +76,13 @@ uint32_t crc32_of(const void *data, size_t len);
 int64_t now_us(void);
 
 /* What an open file belongs to; the owner lives until the end of a round of events. */
-enum { K_LISTEN, K_CONN, K_STATUS, K_STDIN, K_STDOUT, K_STDERR };
+enum { K_LISTEN, K_CONN, K_STATUS, K_STDIN, K_STDOUT, K_STDERR, K_MEMORY };
 typedef struct {
   int kind;
   void *owner;
 } Tag;
 
+struct sock_fprog;
 typedef struct Conn Conn;
 struct Conn {
   Tag tag;
@@ -118,6 +122,7 @@ typedef struct {
   int64_t oom_score;
   char **writable;
   size_t writables;
+  struct sock_fprog *filter; /* for commands alone: in a guest the agent must do what it denies */
 } Settings;
 extern Settings settings;
 const char *configure(const uint8_t *data, size_t len, int *number);
@@ -130,6 +135,29 @@ void say(int fd, const char *step, int number);
 /* files.c: file operations, run by a process that already is the tenant. */
 int run_builtin(const char *name, char **args, int error, uint64_t mode);
 
+/* port.c: the same, for connections. Returns an errno. */
+int carry_port(const char *text);
+
+/* outside.c: programs of their own, on the host. */
+int enter_group(const char *file);
+int enter_main(int argc, char **argv);
+int copy_main(int argc, char **argv);
+
+/* memory.c */
+void memory_watch(void);
+void memory_event(void);
+uint64_t memory_kills(void);
+
+/* archive.c */
+int write_archive(const char *path);
+
+/* guest.c */
+int guest_start(int *journal);
+int guest_port(void);
+void guest_serve(void);
+const char *guest_group(const char *file);
+int guest_network(bool on);
+
 /* command.c */
 typedef struct Cmd Cmd;
 void command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len);
@@ -139,7 +167,10 @@ void command_eof(Cmd *cmd);
 int command_signal(Cmd *cmd, int number);
 int command_resize(Cmd *cmd, unsigned rows, unsigned cols);
 void command_cancel(Cmd *cmd);
+void command_hold(Cmd *cmd, bool on);
+void command_leave(Cmd *cmd);
 void command_orphan(Conn *c);
+void command_disown(Conn *c);
 void commands_shift(int64_t micros);
 int64_t commands_wait(int64_t now);
 void commands_tick(int64_t now);

@@ -34,8 +34,10 @@ struct Cmd {
   Op *op;
   pid_t monitor, child;
   int status, problem, in, out[2];
-  bool pty, eof, detach, timed_out, cancelled, killed_all, ended, draining, dead;
+  bool pty, eof, detach, held, timed_out, cancelled, killed_all, ended, draining, dead;
   uint64_t cap, kept[2], total[2], given, credited, mode;
+  /* Of standard input: bytes that came so far, and how many of them come once more. */
+  uint64_t came, again;
   int64_t began, deadline, patience, grace, grace_us, wait[2];
   uint64_t ooms;
   Buffer input;
@@ -45,6 +47,11 @@ struct Cmd {
 };
 
 static Cmd *commands, *graveyard;
+
+/* Whether nobody takes its output now: the line is full, or the host asked for a stop. */
+static bool blocked(const Cmd *m) {
+  return m->conn && (m->held || m->conn->out.len > OUT_HIGH);
+}
 
 Cmd *command_find(Conn *c, uint32_t id) {
   for (Cmd *m = commands; m; m = m->next)
@@ -226,6 +233,12 @@ static void be_command(const Wanted *w, int in, int out, int err, int problem, u
   int kept = fcntl(problem, F_DUPFD_CLOEXEC, 3);
   if (kept > 3) syscall(SYS_close_range, 3, kept - 1, 0);
   syscall(SYS_close_range, kept + 1, ~0u, 0);
+  if (w->builtin && settings.guest && !strcmp(w->builtin, "archive")) {
+    /* Not as the tenant: what was written also holds files that only root can read. */
+    int failed = write_archive(GUEST_FOLDER "/writes/upper");
+    if (failed) dprintf(kept, "E%d", failed);
+    _exit(failed ? 125 : 0);
+  }
   become_tenant(kept, w->cwd);
   if (w->builtin) _exit(run_builtin(w->builtin, w->args, kept, mode));
   run_program(w);
@@ -264,7 +277,7 @@ static uint64_t guest_ooms(void) {
   close(fd);
   text[len > 0 ? len : 0] = 0;
   char *found = strstr(text, "oom_kill ");
-  return found ? strtoull(found + 9, NULL, 10) : 0;
+  return memory_kills() + (found ? strtoull(found + 9, NULL, 10) : 0);
 }
 
 static void free_list(char **list, size_t count) {
@@ -345,6 +358,24 @@ static void register_streams(Cmd *m) {
     if (m->out[i] >= 0) watch(m->out[i], &m->tags[2 + i], EPOLLIN);
 }
 
+static void grant(Cmd *m) {
+  Buffer b = {0};
+  put_number(&b, T_CAP, m->given);
+  send_frame(m->conn, m->id, M_CREDIT, b.data, b.len);
+  free(b.data);
+  m->credited = m->given;
+}
+
+/* Let another line have the rest of a command. It sends the input from its beginning again. */
+static void follow(Cmd *m, Conn *c, uint32_t id) {
+  if (m->conn) send_error(m->conn, m->id, "op_moved", 0, "another line follows this operation now");
+  m->conn = c;
+  m->id = id;
+  m->held = false;
+  m->again = m->came;
+  if (m->given) grant(m);
+}
+
 /* Take up an operation that was asked for before. True when it is known. */
 static bool resume_op(Conn *c, uint32_t id, const char *key, const char *digest) {
   Op *op = journal_find(key);
@@ -355,7 +386,7 @@ static bool resume_op(Conn *c, uint32_t id, const char *key, const char *digest)
     send_error(c, id, "op_lost", 0, "the agent ended while this operation ran");
   } else {
     for (Cmd *m = commands; m; m = m->next)
-      if (m->op == op && !m->draining) m->conn = c, m->id = id;
+      if (m->op == op && !m->draining) follow(m, c, id);
     journal_replay(op, c, id);
   }
   return true;
@@ -451,13 +482,8 @@ static void feed(Cmd *m) {
     m->given += done;
     drop(&m->input, done);
   }
-  if (m->conn && (m->given - m->credited >= CREDIT_STEP || (!m->input.len && m->given > m->credited))) {
-    Buffer b = {0};
-    put_number(&b, T_CAP, m->given);
-    send_frame(m->conn, m->id, M_CREDIT, b.data, b.len);
-    free(b.data);
-    m->credited = m->given;
-  }
+  if (m->conn && (m->given - m->credited >= CREDIT_STEP || (!m->input.len && m->given > m->credited)))
+    grant(m);
   if (m->in >= 0 && !m->pty) {
     if (m->eof && !m->input.len) shut(&m->in);
     else unwatch(m->in);
@@ -465,6 +491,12 @@ static void feed(Cmd *m) {
 }
 
 void command_stdin(Cmd *m, const uint8_t *data, size_t len) {
+  size_t known = m->again < len ? (size_t)m->again : len;
+  m->again -= known;
+  data += known;
+  len -= known;
+  if (!len) return;
+  m->came += len;
   if (m->eof || m->input.len + len > STDIN_LIMIT) return command_cancel(m);
   if (m->in < 0) m->given += len;
   else add(&m->input, data, len);
@@ -501,13 +533,26 @@ void command_cancel(Cmd *m) {
   stop_command(m);
 }
 
+void command_hold(Cmd *m, bool on) { m->held = on; }
+
+/* Nobody waits for it any more: it ends, unless it was to outlive its line. */
+void command_leave(Cmd *m) {
+  m->conn = NULL;
+  m->held = false;
+  if (!m->detach && !m->draining) command_cancel(m);
+}
+
 void command_orphan(Conn *c) {
   for (Cmd *m = commands, *next; m; m = next) {
     next = m->next;
-    if (m->conn != c) continue;
-    m->conn = NULL;
-    if (!m->detach && !m->draining) command_cancel(m);
+    if (m->conn == c) command_leave(m);
   }
+}
+
+/* Nobody is told of them any more; they run on, with their timeouts. */
+void command_disown(Conn *c) {
+  for (Cmd *m = commands; m; m = m->next)
+    if (m->conn == c) m->conn = NULL, m->held = false;
 }
 
 static void finish(Cmd *m) {
@@ -576,7 +621,7 @@ static bool take_output(Cmd *m, int i) {
     send_frame(m->conn, m->id, type, piece, kept);
   }
   if ((size_t)len > kept) m->wait[i] = now_us() + PAUSE_US;
-  else if (m->conn && m->conn->out.len > OUT_HIGH) m->wait[i] = INT64_MAX;
+  else if (blocked(m)) m->wait[i] = INT64_MAX;
   if (m->wait[i]) unwatch(m->out[i]);
   return true;
 }
@@ -654,17 +699,17 @@ int64_t commands_wait(int64_t now) {
 }
 
 static void tick(Cmd *m, int64_t now) {
-  bool blocked = m->conn && m->conn->out.len > OUT_HIGH;
+  bool stuck = blocked(m);
   for (int i = 0; i < 2; i++) {
     if (m->out[i] < 0 || !m->wait[i]) continue;
-    if (m->wait[i] == INT64_MAX ? blocked : m->wait[i] > now) continue;
+    if (m->wait[i] == INT64_MAX ? stuck : m->wait[i] > now) continue;
     m->wait[i] = 0;
     watch(m->out[i], &m->tags[2 + i], EPOLLIN);
   }
   if (m->draining) return;
   if (m->grace) {
     /* A host that is slow to read shall not lose output to the grace period. */
-    if (blocked) m->grace = now + m->grace_us;
+    if (stuck) m->grace = now + m->grace_us;
     if (m->grace > now) return;
     for (int i = 0; i < 2; i++)
       for (int n = 0; n < 32 && m->out[i] >= 0 && take_output(m, i); n++) {

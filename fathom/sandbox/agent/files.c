@@ -147,6 +147,8 @@ int run_builtin(const char *name, char **args, int error, uint64_t mode) {
       problem = errno;
   } else if (!strcmp(name, "remove")) {
     problem = remove_tree(AT_FDCWD, args[0]);
+  } else if (!strcmp(name, "connect")) {
+    problem = carry_port(args[0]);
   } else if (!strcmp(name, "rename") && args[1]) {
     problem = rename(args[0], args[1]) ? errno : 0;
   }

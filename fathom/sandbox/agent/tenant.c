@@ -65,6 +65,12 @@ int end_with_parent(void) {
   return settings.mortal ? prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) : 0;
 }
 
+static void spill(const char *path, const char *text) {
+  int fd = open(path, O_WRONLY | O_CLOEXEC);
+  if (fd >= 0 && write(fd, text, strlen(text)) < 0) errno = 0;
+  if (fd >= 0) close(fd);
+}
+
 /* Take the settings of this sandbox, once. Returns what failed, or NULL. */
 const char *configure(const uint8_t *data, size_t len, int *number) {
   Fields fields = {data, data + len};
@@ -96,12 +102,23 @@ const char *configure(const uint8_t *data, size_t len, int *number) {
     }
   }
   settings.drops = settings.uid != getuid();
+  if (settings.guest && settings.processes) {
+    char text[32];
+    snprintf(text, sizeof text, "%llu", (unsigned long long)settings.processes);
+    spill(guest_group("pids.max"), text);
+  }
   settings.done = true;
   if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) return *number = errno, "no_new_privs";
-  /* Both hold for the agent as well: whoever took it over would gain nothing. */
+  /* Both hold for the agent as well: whoever took it over would gain nothing. In a guest the agent
+   * is root of a machine that is itself the boundary, and the filter is for commands alone. */
   if (settings.landlock && confine_paths()) return *number = errno, "landlock";
   if (filter.len) {
     struct sock_fprog program = {filter.len / 8, (struct sock_filter *)text_of(&filter)};
+    if (settings.guest) {
+      settings.filter = grow(NULL, sizeof program);
+      *settings.filter = program;
+      return NULL;
+    }
     if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program, 0, 0))
       return *number = errno, "the system call filter";
     free(program.filter);
@@ -135,6 +152,8 @@ void restore_signals(void) {
 void become_tenant(int error, const char *cwd) {
   restore_signals();
   umask(022);
+  /* In a small guest; elsewhere the host has the groups, and there is no such file. */
+  if (settings.guest) spill(guest_group("cgroup.procs"), "0");
   bound(RLIMIT_NOFILE, settings.files);
   bound(RLIMIT_AS, settings.address_space);
   limit_processes();
@@ -174,6 +193,10 @@ void become_tenant(int error, const char *cwd) {
       say(error, "drop the capabilities", errno);
       _exit(126);
     }
+  }
+  if (settings.filter && prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, settings.filter, 0, 0)) {
+    say(error, "install the system call filter", errno);
+    _exit(126);
   }
   if (cwd && chdir(cwd)) {
     char step[400];

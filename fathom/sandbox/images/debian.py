@@ -152,12 +152,18 @@ def _files_of(program: str, file: Path, blob: BlobWriter) -> tree.Node:
 
 
 def download(
-    packages: Sequence[str], folder: Path, status: bytes = b"", *, timeout: float = 900.0
+    packages: Sequence[str],
+    folder: Path,
+    status: bytes = b"",
+    *,
+    lists: Path | None = None,
+    timeout: float = 900.0,
 ) -> list[Path]:
     """Fetch packages and what they depend on into `folder`; return the files, sorted by name.
 
     `status`: dpkg's record of what is installed already, for which nothing is fetched. apt's lists
-    of this machine say which versions there are; apt proves signatures and digests.
+    of this machine say which versions there are; apt proves signatures and digests. `lists`: a
+    folder for lists that are fetched first, where this machine's may be missing or old.
     Raises MissingDependency, BuildFailed.
     """
     program = _program("apt-get", "apt")
@@ -173,19 +179,28 @@ def download(
         "APT::Install-Recommends": "0",
         "APT::Get::Show-Progress": "0",
     }
-    argv = [program, "--quiet", "--yes", "--download-only"]
-    argv += [f"-o{key}={value}" for key, value in options.items()]
-    done = subprocess.run(
-        [*argv, "install", "--", *packages],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        env={"PATH": _PATH, "LC_ALL": "C"},
-    )
-    if done.returncode:
-        raise BuildFailed(f"apt-get could not fetch {' '.join(packages)}: {done.stderr[-1500:]}")
+    if lists is not None:
+        (lists / "partial").mkdir(parents=True, exist_ok=True)
+        options["Dir::State::lists"] = str(lists)
+    argv = [program, "--quiet", "--yes", *(f"-o{key}={value}" for key, value in options.items())]
+
+    def apt(*words: str) -> None:
+        done = subprocess.run(
+            [*argv, *words],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env={"PATH": _PATH, "LC_ALL": "C"},
+        )
+        if done.returncode:
+            said = done.stderr.strip()[-1500:]
+            raise BuildFailed(f"apt-get could not fetch {' '.join(packages)}: {said}")
+
+    if lists is not None:
+        apt("update")
+    apt("--download-only", "install", "--", *packages)
     return sorted(folder.glob("*.deb"))
 
 

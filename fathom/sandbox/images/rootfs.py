@@ -227,11 +227,37 @@ def _fill(root: Path, image: str, programs: dict[str, Path]) -> None:
     (root / "tmp").chmod(0o1777)
 
 
+# (image, cache folder) -> what this machine looked like, and the image that was right for it.
+_known: dict[tuple[str, Path], tuple[tuple[int, ...], Path]] = {}
+
+
+def _machine() -> tuple[int, ...]:
+    """Return what changes when programs or libraries of this machine do.
+
+    Package managers put files in place by renaming them, which changes the folder's time.
+    """
+    stamps: list[int] = []
+    for path in (*_SEARCH, "/etc/alternatives", "/etc/ld.so.cache"):
+        with contextlib.suppress(OSError):
+            stamps.append(os.stat(path).st_mtime_ns)
+    return tuple(stamps)
+
+
 def build(image: str, cache: Path) -> Path:
     """Return the folder of the image `image` ("base" or "python"), building it when it is missing.
 
     Raises SandboxError.
     """
+    stamp = _machine()
+    before, folder = _known.get((image, cache), ((), cache))
+    if stamp == before and folder.is_dir():
+        return folder
+    folder = _build(image, cache)
+    _known[image, cache] = (stamp, folder)
+    return folder
+
+
+def _build(image: str, cache: Path) -> Path:
     programs = _programs()
     sources = [*programs.values(), Path("/etc/ld.so.cache")]
     if image == "python":

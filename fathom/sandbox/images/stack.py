@@ -78,6 +78,14 @@ class Composed:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def detach(self) -> None:
+        """Unmount here what another mount namespace shows as well; the layers stay held.
+
+        Loop devices stay as they are: they would be left to the kernel alone.
+        """
+        while self.mode != "loop" and self._undo:
+            self._undo.pop().close()
+
     def close(self) -> None:
         """Unmount the stack and its layers and let go of them."""
         while self._undo:

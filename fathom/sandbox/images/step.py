@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fathom.errors import Unsupported
-from fathom.sandbox import cgroups, paths, seccomp, syscalls
+from fathom.sandbox import cgroups, paths, seccomp, userns
 from fathom.sandbox.images.errors import ImageError
 
 IDS = 0x5F000000
@@ -80,29 +80,8 @@ def mapping() -> int:
             "RUN needs root: only root can give files the owners that an image wants; recipes "
             "without RUN work for every user"
         )
-    hold_read, hold_write = os.pipe()
-    said_read, said_write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(hold_write)
-            syscalls.unshare(syscalls.CLONE_NEWUSER)
-            os.write(said_write, b"1")
-            os.read(hold_read, 1)
-        finally:
-            os._exit(0)
-    os.close(said_write)
-    os.close(hold_read)
-    try:
-        if os.read(said_read, 1) != b"1":
-            raise Unsupported("no user namespace can be made: raise user.max_user_namespaces")
-        for kind in ("uid", "gid"):
-            Path(f"/proc/{child}/{kind}_map").write_text(f"0 {IDS} {ID_COUNT}")
-        return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(said_read)
-        os.close(hold_write)
-        os.waitpid(child, 0)
+    ids = f"0 {IDS} {ID_COUNT}"
+    return userns.make(ids, ids)
 
 
 def runtime() -> str:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fathom.errors import SandboxError, Unsupported
-from fathom.sandbox import cgroups, state, syscalls
+from fathom.sandbox import cgroups, state, syscalls, userns
 from fathom.sandbox.request import PATH
 from fathom.sandbox.substrates.launch import (
     AGENT,
@@ -147,7 +149,7 @@ def mount_root(
     upper, beside = disk / UPPER, disk / UPPER_WORK
     beside.mkdir(mode=0o700)
     if copy_from is not None:
-        copy_tree(copy_from, upper, group)
+        copy_tree(launch.agent, copy_from, upper, group)
     else:
         upper.mkdir(mode=0o755)
     composed: Composed | None = None
@@ -184,33 +186,31 @@ def _compose(launch: Launch, upper: Path) -> Composed:
     from fathom.sandbox.images.store import Store
 
     ids = f"0 {launch.ids} {ID_COUNT}"
-    userns = _mapping(ids, ids)
+    namespace = userns.make(ids, ids)
     folder = launch.folder / state.LAYERS
     folder.mkdir(mode=0o755)
     try:
         store = Store(launch.store, durable=False)
-        return compose(store, launch.layers, folder, upper=upper, userns=userns)
+        return compose(store, launch.layers, folder, upper=upper, userns=namespace)
     finally:
-        os.close(userns)
+        os.close(namespace)
 
 
-def copy_tree(source: Path, target: Path, group: cgroups.Group) -> None:
+def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> None:
     """Copy an upper folder, owners, links and marks of deletion included.
 
     The copy is made by a process in the groups of the new sandbox, whose memory it will be.
     Raises SandboxError.
     """
-    members = str(group.folders["memory"] / "cgroup.procs")
+    (door,) = group.doors("memory")
     # The root is read-only inside: everything that was written is below these two.
-    script = (
-        'echo 0 > "$1" && mkdir -m 755 "$3" && '
-        'cp -a --reflink=auto -- "$2/work" "$2/tmp" "$3/" && touch -r "$2" -- "$3"'
-    )
     done = subprocess.run(
-        ["/bin/sh", "-c", script, "copy", members, str(source), str(target)],
-        capture_output=True,
+        [agent, "--copy", str(source), str(target), "--group", door, "work", "tmp"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         timeout=600,
-        env={"PATH": "/usr/bin:/bin"},
+        env={},
         check=False,
     )
     if done.returncode:
@@ -229,21 +229,41 @@ def start(launch: Launch, ends: Ends, group: cgroups.Group, rootfs: Path) -> Sta
     if launch.substrate == "runc":
         config["linux"]["cgroupsPath"] = f"/{cgroups.PARENT}/{launch.folder.name}"
     (launch.folder / "config.json").write_text(json.dumps(config))
-    pid = _run(launch, ends)
+    pid = _run(launch, ends, group)
     # When memory is short a command shall go, not what answers for the sandbox. Where root itself
     # is confined this is refused, and the commands' own higher scores have to do.
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/oom_score_adj").write_text("-500")
-    group.enter(pid)
+    if launch.substrate == "runc":
+        group.enter(pid)
     group.limit(memory=launch.memory, pids=launch.pids, cpu=launch.cpu)
     return Started(pid=pid, tenant=TENANT)
+
+
+@functools.cache
+def sealed(program: str) -> str:
+    """Return a path of a copy of `program` in memory that nobody can write to any more.
+
+    Started from a file, crun and runc first make such a copy and start themselves once more from
+    it, lest a tenant changes the file through /proc. Here that is done once for all sandboxes. The
+    path leads through this process; where the kernel allows no such copy it is `program`.
+    """
+    try:
+        fd = os.memfd_create("runtime", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.fchmod(fd, 0o755)
+        with open(program, "rb") as source:
+            while os.sendfile(fd, source.fileno(), None, 1 << 20):  # type: ignore[arg-type]
+                pass
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except OSError:
+        return program
+    return f"/proc/{os.getpid()}/fd/{fd}"
 
 
 def command_line(launch: Launch) -> list[str]:
     """Return the runtime's command line. It keeps its own state inside our folder."""
     head = [launch.program, "--root", str(launch.folder / state.RUNTIME)]
-    # Standard error would be the tenant's first process's as well.
-    head += ["--log", str(launch.folder / "runtime.log")]
     if launch.substrate == "crun":
         # The groups are ours.
         head += ["--cgroup-manager", "disabled"]
@@ -251,11 +271,18 @@ def command_line(launch: Launch) -> list[str]:
     return [*head, "--pid-file", str(launch.folder / "pid"), launch.folder.name]
 
 
-def _run(launch: Launch, ends: Ends) -> int:
-    log = launch.folder / "runtime.log"
-    with (launch.folder / "runtime.err").open("w+b") as errors:
+def _run(launch: Launch, ends: Ends, group: cgroups.Group) -> int:
+    program, command = sealed(launch.program), command_line(launch)
+    if launch.substrate == "crun":
+        # What it makes begins in the groups; runc puts it there itself.
+        command = [launch.agent, "--enter", *group.doors(), "--", program, *command]
+        program = launch.agent
+    # In memory: the agent inherits it as its standard error, and lets go of it.
+    errors = os.memfd_create("errors", os.MFD_CLOEXEC)
+    try:
         done = subprocess.run(
-            command_line(launch),
+            command,
+            executable=program,
             stdin=ends.listener,
             stdout=ends.journal,
             stderr=errors,
@@ -263,11 +290,10 @@ def _run(launch: Launch, ends: Ends) -> int:
             timeout=_START_TIMEOUT,
             check=False,
         )
-        errors.seek(0)
-        said = errors.read().decode(errors="replace")
+        said = os.pread(errors, 1 << 16, 0).decode(errors="replace")
+    finally:
+        os.close(errors)
     if done.returncode:
-        if log.exists():
-            said += log.read_text(errors="replace")
         raise SandboxError(
             f"{launch.substrate} could not start the sandbox (exit {done.returncode}): "
             f"{said.strip()[-1500:]}; run `fathom doctor` to see what this machine can do"
@@ -280,11 +306,11 @@ def _bind_work(source: str, target: Path, base: int) -> None:
     owner = os.stat(source)
     ids = base + TENANT
     try:
-        userns = _mapping(f"{owner.st_uid} {ids} 1", f"{owner.st_gid} {ids} 1")
+        namespace = userns.make(f"{owner.st_uid} {ids} 1", f"{owner.st_gid} {ids} 1")
         try:
-            syscalls.bind_mapped(source, str(target), userns)
+            syscalls.bind_mapped(source, str(target), namespace)
         finally:
-            os.close(userns)
+            os.close(namespace)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM):
             raise
@@ -292,30 +318,3 @@ def _bind_work(source: str, target: Path, base: int) -> None:
             f"the folder {source} cannot be bound: its file system or this kernel (5.12 or newer "
             "is needed) cannot translate file owners; put the folder on ext4, xfs, btrfs or tmpfs"
         ) from error
-
-
-def _mapping(uid_map: str, gid_map: str) -> int:
-    """Return a descriptor of a new user namespace with these maps. Raises OSError."""
-    ready_read, ready_write = os.pipe()
-    hold_read, hold_write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(hold_write)
-            syscalls.unshare(syscalls.CLONE_NEWUSER)
-            os.write(ready_write, b"1")
-            os.read(hold_read, 1)
-        finally:
-            os._exit(0)
-    os.close(ready_write)
-    os.close(hold_read)
-    try:
-        if os.read(ready_read, 1) != b"1":
-            raise SandboxError("no user namespace can be made: raise user.max_user_namespaces")
-        Path(f"/proc/{child}/uid_map").write_text(uid_map)
-        Path(f"/proc/{child}/gid_map").write_text(gid_map)
-        return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(ready_read)
-        os.close(hold_write)
-        os.waitpid(child, 0)

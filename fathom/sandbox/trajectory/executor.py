@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import anyio
 
-from fathom.errors import SandboxError, SandboxLost
+from fathom.errors import DaemonLost, SandboxError, SandboxLost
 from fathom.sandbox.trajectory.operation import Outcome, Request, perform
 
 
@@ -106,20 +106,10 @@ class DirectExecutor:
 
     def __init__(self, sandbox: Any, *, epoch: str | None = None) -> None:
         self.sandbox = sandbox
-        self._epoch = epoch or secrets.token_hex(8)
+        self.epoch = epoch or secrets.token_hex(8)
+        self.generation = 0
         self._ended: dict[str, Outcome] = {}
         self._begun: dict[str, anyio.Event] = {}
-        self._count = 0
-
-    @property
-    def epoch(self) -> str:
-        """One value for the life of this object."""
-        return self._epoch
-
-    @property
-    def generation(self) -> int | None:
-        """How many operations have ended here."""
-        return self._count
 
     async def dispatch(
         self, key: str, digest: bytes, request: Request, on_started: OnStarted
@@ -132,8 +122,8 @@ class DirectExecutor:
         on_started()
         try:
             outcome = await perform(self.sandbox, request)
-            self._count += 1
-            outcome = self._ended[key] = replace(outcome, generation=self._count)
+            self.generation += 1
+            outcome = self._ended[key] = replace(outcome, generation=self.generation)
             return outcome
         finally:
             ended.set()
@@ -169,23 +159,14 @@ class AgentExecutor:
 
     def __init__(self, sandbox: Any, epoch: str) -> None:
         self.sandbox = sandbox
-        self._epoch = epoch
+        self.epoch = epoch
+        self.generation = None  # the agent does not count
 
     @classmethod
     async def open(cls, sandbox: Any) -> AgentExecutor:
         """An executor for a sandbox with `exec(op=...)`, `receipt` and `acknowledge`."""
         receipt = await sandbox.receipt("epoch")
         return cls(sandbox, f"{sandbox.id}/{receipt.epoch}")
-
-    @property
-    def epoch(self) -> str:
-        """One value for one life of the agent in one sandbox."""
-        return self._epoch
-
-    @property
-    def generation(self) -> int | None:
-        """None: the agent does not count."""
-        return None
 
     async def dispatch(
         self, key: str, digest: bytes, request: Request, on_started: OnStarted
@@ -195,12 +176,15 @@ class AgentExecutor:
         return await perform(self.sandbox, request, key)
 
     async def query(self, key: str, request: Request) -> Answer:
-        """See `Executor.query`. A receipt is fetched by asking for the operation again."""
+        """See `Executor.query`. A receipt is fetched by asking for the operation again.
+
+        Raises DaemonLost where nobody leads to the sandbox: it may still be there.
+        """
         if request.verb == "read":
             return NeverSeen()
         try:
             receipt = await self.sandbox.receipt(key)
-            if f"{self.sandbox.id}/{receipt.epoch}" != self._epoch:
+            if f"{self.sandbox.id}/{receipt.epoch}" != self.epoch:
                 return Lost(reason="the agent of the sandbox began anew")
             match receipt.state:
                 case "never":
@@ -213,6 +197,8 @@ class AgentExecutor:
                     return Lost(reason="its receipt was given up, and is not in the log")
                 case _:
                     return Lost(reason="the agent ended while it ran")
+        except DaemonLost:
+            raise
         except SandboxError as error:
             return Lost(reason=str(error))
 

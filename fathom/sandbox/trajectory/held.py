@@ -52,18 +52,9 @@ class HeldExecutor:
         self.sandbox: str = hello["sandbox"]
         self.substrate: str = hello["substrate"]
         self.pid: int = hello["pid"]
-        self._epoch: str = hello["epoch"]
-        self._generation: int = hello["generation"]
-
-    @property
-    def epoch(self) -> str:
-        """One value for the life of the holder."""
-        return self._epoch
-
-    @property
-    def generation(self) -> int | None:
-        """How many operations had ended there when it was last heard of."""
-        return self._generation
+        self.epoch: str = hello["epoch"]
+        # How many operations had ended there when it was last heard of.
+        self.generation: int = hello["generation"]
 
     async def dispatch(
         self, key: str, digest: bytes, request: Request, on_started: OnStarted
@@ -135,7 +126,7 @@ class HeldExecutor:
         if head["is"] != "ended":
             raise SandboxLost(f"the sandbox was lost while an operation ran: {head.get('reason')}")
         outcome = from_wire(data)
-        self._generation = max(self._generation, outcome.generation or 0)
+        self.generation = max(self.generation, outcome.generation or 0)
         return outcome
 
     @contextlib.contextmanager
@@ -152,7 +143,8 @@ class DeadJournal:
     def __init__(self, folder: Path) -> None:
         self._ends: dict[str, Outcome] = {}
         self._begun: set[str] = set()
-        self._epoch = ""
+        self.epoch = ""  # stays empty where the holder died before it had one
+        self.generation = None  # its sandbox is gone
         try:
             with Reader(folder / JOURNAL) as log:
                 for record in log.records(HELD):
@@ -163,21 +155,11 @@ class DeadJournal:
 
     def _take(self, log: Reader, record: Record) -> None:
         if record.kind is Kind.CREATE:
-            self._epoch = log.body(record).fields["epoch"]
+            self.epoch = log.body(record).fields["epoch"]
         elif record.kind is Kind.INTENT:
             self._begun.add(record.key)
         elif record.kind is Kind.RECEIPT:
             self._ends[record.key] = read_outcome(log, record)
-
-    @property
-    def epoch(self) -> str:
-        """The epoch of the holder; empty when it died before it had one."""
-        return self._epoch
-
-    @property
-    def generation(self) -> int | None:
-        """None: its sandbox is gone."""
-        return None
 
     async def dispatch(
         self, key: str, digest: bytes, request: Request, on_started: OnStarted

@@ -427,9 +427,9 @@ class Session:
     async def _append(self, kind: Kind, **values: Any) -> Record:
         write = partial(self._log.append, kind, self.name, epoch=self._life, **values)
         size = sum(map(len, values.get("blobs", {}).values()))
-        if self._log.durability == "process" and size < _AT_ONCE:
+        if self._log.is_quick and size < _AT_ONCE:
             return write()
-        # A sync takes milliseconds, which the event loop has better use for. It is not abandoned
+        # A sync may take milliseconds, which the event loop has better use for. It is not abandoned
         # when the caller is cancelled: what was half said could not be taken back.
         record: Record | None = None
         with anyio.CancelScope(shield=True):

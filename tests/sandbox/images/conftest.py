@@ -55,16 +55,19 @@ def fill() -> Callable[[Path], Path]:
     return make
 
 
-def _traces() -> set[str]:
-    """What these tests have on this machine right now: mounts, loop devices, groups, folders."""
+def _traces(own: str) -> set[str]:
+    """What these tests have on this machine right now: mounts, loop devices, groups, folders.
+
+    own: the folder of this process's tests; others run beside it.
+    """
     found = {
         f"mount {line.split()[4]}"
         for line in Path("/proc/self/mountinfo").read_text().splitlines()
-        if "pytest-" in line or f"/build-{os.getpid()}-" in line
+        if own in line or f"/build-{os.getpid()}-" in line
     }
     for file in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
-            if "pytest-" in (text := file.read_text()):
+            if own in (text := file.read_text()):
                 found.add(f"loop {text.strip()}")
     name = f"build-{os.getpid()}-*"
     for pattern in (f"*/{PARENT}/{name}", f"{PARENT}/{name}"):
@@ -73,13 +76,14 @@ def _traces() -> set[str]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
+def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """After every test: no mount, loop device, control group, folder or descriptor is left.
 
     Takes the place of the check for sandboxes, of which these tests make none.
     """
     descriptors = len(os.listdir("/proc/self/fd"))
-    before = _traces()
+    own = str(tmp_path_factory.getbasetemp())
+    before = _traces(own)
     yield
-    assert _traces() - before == set()
+    assert _traces(own) - before == set()
     assert len(os.listdir("/proc/self/fd")) <= descriptors

@@ -1,0 +1,487 @@
+"""One virtual machine as its node sees it: started, reached, stopped for a while, saved, ended.
+
+Paper: §5.2.5 (microVM and full VM substrates; memory snapshots).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fathom.errors import SandboxError, SandboxLost
+from fathom.sandbox import cgroups, frames, messages, netns, seccomp, state, syscalls
+from fathom.sandbox.frames import Frame, Tag
+from fathom.sandbox.substrates.launch import OOM_SCORE, TENANT
+from fathom.sandbox.types import DEFAULT_PIDS
+from fathom.sandbox.vm import jail, memory, saved, screen
+from fathom.sandbox.vm.launch import Files, MachineLaunch, command_line, launch_in
+from fathom.sandbox.vm.mux import Mux
+from fathom.sandbox.vm.qmp import Monitor
+from fathom.sandbox.vm.saved import Saved
+
+MONITOR, PORT = "monitor.sock", "port.sock"
+# Processes that a tenant's commands may have at a time; the guest's own kernel counts them.
+PROCESSES = {"microvm": DEFAULT_PIDS, "fullvm": 1024}
+WRITABLE = ("/work", "/tmp", "/dev", "/proc", "/run", "/var/tmp")
+_EMULATOR_PIDS = 64
+_BOOT_TIMEOUT = {"microvm": 60.0, "fullvm": 300.0}
+_RESTORE_TIMEOUT = 30.0
+_GONE_TIMEOUT = 10.0
+_STARTER = jail.Starter()
+
+
+@dataclass(slots=True)
+class Machine:
+    """A machine that runs.
+
+    `frozen`: when it was paused, by the monotonic clock. `online`: whether the guest's network
+    device is on, None where that is not known.
+    """
+
+    folder: Path
+    launch: MachineLaunch
+    lock: int
+    secret: bytes
+    group: cgroups.Group | None = None
+    pid: int = -1
+    pidfd: int = -1
+    net: int = -1
+    memory: int = -1
+    disk: int = -1
+    process: subprocess.Popen[bytes] | None = None
+    monitor: Monitor | None = None
+    mux: Mux | None = None
+    frozen: float | None = None
+    online: bool | None = False
+    ended: bool = False
+    busy: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def id(self) -> str:
+        """The sandbox's name, which is its folder's."""
+        return self.folder.name
+
+    def facts(self) -> dict[str, Any]:
+        """What its client needs to reach it."""
+        return {"pid": self.pid, "secret": self.secret.hex(), "oom_file": ""}
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        """Have the emulator do something. Raises SandboxError, SandboxLost."""
+        if self.monitor is None:
+            raise SandboxLost(f"sandbox {self.id} ended: create another one")
+        return self.monitor.ask(command, **arguments)
+
+
+def make(launch: MachineLaunch, nets: netns.Pool | None, source: Saved | None) -> Machine:
+    """Start a machine and return once its agent has answered; `source` is where it goes on from.
+
+    Raises SandboxError or OSError; then nothing of it is left.
+    """
+    machine = Machine(launch.folder, launch, state.claim(launch.folder), secrets.token_bytes(32))
+    try:
+        layout = cgroups.current_layout()
+        if layout is None:
+            raise SandboxError("no control groups are mounted: mount them at /sys/fs/cgroup")
+        machine.group = cgroups.Group(layout, launch.folder.name)
+        state.note_groups(launch.folder, machine.group.all_folders())
+        machine.net = nets.take() if nets is not None else netns.make()
+        machine.group.create()
+        _start(machine, source)
+        return machine
+    except BaseException:
+        destroy(machine)
+        raise
+
+
+def _start(machine: Machine, source: Saved | None) -> None:
+    launch = machine.launch
+    root = launch.folder / state.ROOTFS
+    root.mkdir(mode=0o755)
+    jail.prepare(root, launch)
+    opened: list[int] = []
+    try:
+        with contextlib.ExitStack() as stack:
+            monitor = stack.enter_context(messages.listen(launch.folder, MONITOR))
+            port = stack.enter_context(messages.listen(launch.folder, PORT))
+            files = _open_files(machine, source, monitor.fileno(), port.fileno(), opened)
+            words = command_line(launch, files)
+            machine.process = jail.start(
+                _STARTER, root, launch, words, netns=machine.net, keep=files.all()
+            )
+        machine.pid = machine.process.pid
+        machine.pidfd = os.pidfd_open(machine.pid)
+        state.note_first(launch.folder, machine.pid)
+        assert machine.group is not None
+        machine.group.enter(machine.pid)
+        cpu = None if launch.cpu is None else launch.cpu
+        machine.group.limit(memory=launch.group_memory, pids=_EMULATOR_PIDS, cpu=cpu)
+        try:
+            _introduce(machine, source, files.state)
+        except (SandboxError, OSError) as error:
+            raise SandboxError(_why(machine, root, error)) from error
+    finally:
+        for fd in opened:
+            os.close(fd)
+    _note(machine)
+
+
+def _open_files(
+    machine: Machine, source: Saved | None, monitor: int, port: int, opened: list[int]
+) -> Files:
+    launch = machine.launch
+
+    def read_only(path: str) -> int:
+        opened.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        return opened[-1]
+
+    if source is None:
+        machine.memory = memory.create(launch.memory)
+        memory.seal(machine.memory)
+    else:
+        machine.memory = os.dup(source.memory)
+    if launch.substrate == "fullvm":
+        machine.disk = _disk(launch, source)
+    begin: dict[str, int] = {}
+    if source is None:
+        begin = {"kernel": read_only(launch.kernel), "initramfs": read_only(launch.initramfs)}
+    else:
+        opened.append(memory.hold_bytes(source.state))
+        begin = {"state": opened[-1]}
+    return Files(
+        monitor=monitor,
+        port=port,
+        memory=machine.memory,
+        base=read_only(launch.base),
+        disk=machine.disk,
+        **begin,
+    )
+
+
+def _disk(launch: MachineLaunch, source: Saved | None) -> int:
+    """Return a disk for writes that has no name, so that it goes with the last who has it open."""
+    handle, name = tempfile.mkstemp(prefix=".disk-", dir=launch.scratch)
+    try:
+        if source is not None and source.disk >= 0:
+            memory.copy_sparse(source.disk, handle, os.fstat(source.disk).st_size)
+        else:
+            size = os.stat(launch.base).st_size
+            program = shutil.which("qemu-img", path="/usr/local/bin:/usr/bin:/bin")
+            if program is None:
+                raise SandboxError("qemu-img is not installed: `apt-get install -y qemu-utils`")
+            subprocess.run(
+                [program, "create", "-q", "-f", "qcow2", name, str(size)], check=True, timeout=60
+            )
+    except BaseException:
+        os.close(handle)
+        raise
+    finally:
+        os.unlink(name)
+    return handle
+
+
+def _why(machine: Machine, root: Path, error: Exception) -> str:
+    words = f"the virtual machine did not start: {error}"
+    with contextlib.suppress(SandboxError, OSError, KeyError):
+        if text := machine.ask("ringbuf-read", device="console", size=4096).strip():
+            words += f"; its console: {text[-800:]}"
+    if text := jail.said(root):
+        words += f"; the emulator: {text[-800:]}"
+    return words
+
+
+def _connect(machine: Machine, name: str, timeout: float) -> socket.socket:
+    """Connect to one of the emulator's sockets, which waits in its queue until it is ready."""
+    sock = messages.connect(machine.folder, name)
+    sock.settimeout(timeout)
+    return sock
+
+
+def _introduce(machine: Machine, source: Saved | None, state_file: int) -> None:
+    """Reach the agent and make it this session's. Raises OSError, SandboxError."""
+    launch = machine.launch
+    booting = source is None
+    timeout = _BOOT_TIMEOUT[launch.substrate] if booting else _RESTORE_TIMEOUT
+    machine.monitor = Monitor(_connect(machine, MONITOR, timeout))
+    port = _connect(machine, PORT, timeout)
+    listener = messages.listen(machine.folder, state.SOCKET)
+    machine.mux = Mux(listener, port, machine.secret)
+    if source is not None:
+        _restore(machine, state_file)
+        if source.video:
+            screen.put_video(machine.pid, machine.ask, source.video)
+        machine.ask("cont")
+    machine.mux.greet(machine.secret if source is None else source.secret, timeout)
+    machine.mux.start()
+    if booting:
+        machine.mux.ask(Frame.CONFIGURE, settings(launch), timeout=60)
+    _rekey(machine)
+    if source is not None and source.online:
+        # A copy has no policy yet.
+        machine.online = None
+        set_online(machine, False)
+
+
+def settings(launch: MachineLaunch) -> bytes:
+    """Return what the agent is told once: as whom commands run, and what holds for them."""
+    found: list[tuple[int, bytes | str | int]] = [
+        (Tag.GUEST, 1),
+        (Tag.OOM_SCORE, OOM_SCORE),
+    ]
+    if launch.user != "root":
+        found += [
+            (Tag.UID, TENANT),
+            (Tag.GID, TENANT),
+            (Tag.PROCESSES, PROCESSES[launch.substrate]),
+            (Tag.FILTER, seccomp.compile_filter()),
+        ]
+        if launch.substrate == "microvm":
+            found += [(Tag.LANDLOCK, 1), *((Tag.WRITABLE, path) for path in WRITABLE)]
+    return frames.join_fields(found)
+
+
+def _rekey(machine: Machine) -> None:
+    """Give the machine a secret, randomness, a name and a time that no copy of it has."""
+    assert machine.mux is not None
+    fields: list[tuple[int, bytes | str | int]] = [
+        (Tag.SECRET, machine.secret),
+        (Tag.ENTROPY, secrets.token_bytes(64)),
+        (Tag.HOSTNAME, machine.launch.hostname),
+        (Tag.CLOCK_US, time.time_ns() // 1000),
+    ]
+    answer = machine.mux.ask(Frame.REKEY, frames.join_fields(fields))
+    machine.mux.rekeyed(machine.secret, answer)
+
+
+def _restore(machine: Machine, file: int) -> None:
+    """Have the emulator take up a saved state, once it has the line to the agent.
+
+    Without one the guest would be told that its host hung up, and end what it runs for it.
+    """
+    deadline = time.monotonic() + _RESTORE_TIMEOUT
+    while any(
+        one["label"] == "agent" and one["filename"].startswith("disconnected")
+        for one in machine.ask("query-chardev")
+    ):
+        if time.monotonic() > deadline:
+            raise SandboxError("the emulator did not take the line to the agent")
+        time.sleep(0.001)
+    machine.ask("migrate-incoming", uri=f"fd:{file}")
+    while (status := machine.ask("query-status")["status"]) == "inmigrate":
+        if time.monotonic() > deadline:
+            raise SandboxError("the saved machine was not taken up in time")
+        time.sleep(0.002)
+    if status not in ("paused", "prelaunch", "running"):
+        raise SandboxError(f"the saved machine could not be taken up: it is {status}")
+
+
+def _note(machine: Machine) -> None:
+    note = {
+        "secret": machine.secret.hex(),
+        "pid": machine.pid,
+        "launch": machine.launch.as_json(),
+        "memory": machine.memory,
+        "disk": machine.disk,
+    }
+    session = machine.folder / state.SESSION
+    session.touch(mode=0o600)
+    session.write_text(json.dumps(note))
+
+
+# Living ----------------------------------------------------------------------------------------
+
+
+def freeze(machine: Machine) -> None:
+    """Stop the machine's processors, and with them its clock. Raises SandboxError."""
+    with machine.busy:
+        if machine.frozen is None and machine.mux is not None:
+            # At the end of a frame: whoever copies a paused machine finds no half of one in it.
+            machine.mux.hush()
+            machine.ask("stop")
+            machine.frozen = time.monotonic()
+
+
+def thaw(machine: Machine) -> float:
+    """Let the machine go on; return for how many seconds it was paused. Raises SandboxError."""
+    with machine.busy:
+        if machine.frozen is None or machine.mux is None:
+            return 0.0
+        paused = time.monotonic() - machine.frozen
+        machine.ask("cont")
+        machine.frozen = None
+        machine.mux.go_on()
+        # What counts down in the guest stood still as well; only its date is late.
+        clock = frames.join_fields([(Tag.CLOCK_US, time.time_ns() // 1000)])
+        machine.mux.ask(Frame.SHIFT, clock)
+        return paused
+
+
+def capture(machine: Machine) -> Saved:
+    """Save the machine as of now; it goes on unless it was paused. Raises SandboxError, OSError."""
+    assert machine.mux is not None
+    with machine.busy:
+        paused = machine.frozen is not None
+        if paused:
+            return _capture(machine)
+        freeze(machine)
+        try:
+            return _capture(machine)
+        finally:
+            thaw(machine)
+
+
+def _capture(machine: Machine) -> Saved:
+    name = f"state-{secrets.token_hex(4)}"
+    machine.ask("xen-save-devices-state", filename=f"/{jail.OWN}/{name}", live=False)
+    data = _take_own(machine, name)
+    size = machine.launch.memory
+    held, disk = memory.create(0), -1
+    try:
+        memory.save(machine.pid, machine.memory, held, size)
+        memory.seal(held)
+        if machine.disk >= 0:
+            # Written out when the machine stopped; it goes on only after this copy.
+            disk = os.open(machine.launch.scratch, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            memory.copy_sparse(machine.disk, disk, os.fstat(machine.disk).st_size)
+        video = b""
+        if machine.launch.substrate == "fullvm":
+            video = screen.take_video(machine.pid, machine.ask)
+        return Saved(
+            memory=held,
+            size=size,
+            state=data,
+            secret=machine.secret,
+            disk=disk,
+            video=video,
+            online=machine.online is not False,
+        )
+    except BaseException:
+        for fd in (held, disk):
+            if fd >= 0:
+                os.close(fd)
+        raise
+
+
+def _take_own(machine: Machine, name: str) -> bytes:
+    """Read and remove what the emulator wrote into its own folder, as from a stranger."""
+    folder = os.open(
+        _own_folder(machine), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    )
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        with os.fdopen(fd, "rb") as file:
+            data = file.read(saved.STATE_LIMIT + 1)
+        os.unlink(name, dir_fd=folder)
+    finally:
+        os.close(folder)
+    if not data or len(data) > saved.STATE_LIMIT:
+        raise SandboxError(f"the emulator saved a state of {len(data)} bytes")
+    return data
+
+
+def _own_folder(machine: Machine) -> Path:
+    """The folder that the emulator writes to; through it, where another node made the mounts."""
+    ours = machine.folder / state.ROOTFS / jail.OWN
+    return ours if ours.is_dir() else Path(f"/proc/{machine.pid}/root/{jail.OWN}")
+
+
+def set_online(machine: Machine, on: bool) -> None:
+    """Turn the guest's network device on or off. Raises SandboxError."""
+    assert machine.mux is not None
+    if machine.online != on:
+        machine.mux.ask(Frame.NETWORK, frames.join_fields([(Tag.STATE, int(on))]), timeout=60)
+        machine.online = on
+
+
+def screenshot(machine: Machine) -> tuple[int, int, bytes]:
+    """Return the graphical console: width, height, and three bytes for each dot.
+
+    Raises SandboxError.
+    """
+    name = f"screen-{secrets.token_hex(4)}"
+    machine.ask("screendump", filename=f"/{jail.OWN}/{name}")
+    return screen.parse_ppm(_take_own(machine, name))
+
+
+def adopt(folder: Path) -> Machine:
+    """Take over a machine whose node is gone. Raises SandboxError, OSError, ValueError."""
+    session = json.loads((folder / state.SESSION).read_text())
+    launch = launch_in(folder, session["launch"])
+    machine = Machine(folder, launch, state.claim(folder), bytes.fromhex(session["secret"]))
+    machine.online = None
+    try:
+        pid = machine.pid = int(session["pid"])
+        machine.pidfd = os.pidfd_open(pid)
+        if not state.is_first(folder, pid):
+            raise SandboxError(f"the machine {folder.name} is gone")
+        layout = cgroups.current_layout()
+        if layout is not None:
+            machine.group = cgroups.Group(layout, folder.name)
+        machine.net = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        kept = f"/proc/{pid}/fd"
+        machine.memory = os.open(f"{kept}/{session['memory']}", os.O_RDONLY | os.O_CLOEXEC)
+        if int(session["disk"]) >= 0:
+            machine.disk = os.open(f"{kept}/{session['disk']}", os.O_RDONLY | os.O_CLOEXEC)
+        machine.monitor = Monitor(_connect(machine, MONITOR, _RESTORE_TIMEOUT))
+        if machine.ask("query-status")["status"] == "paused":
+            # A paused guest cannot answer; it is let go on for the moment that this takes.
+            machine.frozen = time.monotonic()
+            machine.ask("cont")
+        port = _connect(machine, PORT, _RESTORE_TIMEOUT)
+        listener = messages.listen(folder, state.SOCKET)
+        machine.mux = Mux(listener, port, machine.secret)
+        machine.mux.greet(machine.secret, _RESTORE_TIMEOUT)
+        machine.mux.start()
+        if machine.frozen is not None:
+            machine.frozen = None
+            freeze(machine)
+        return machine
+    except BaseException:
+        _let_go(machine)
+        raise
+
+
+def destroy(machine: Machine) -> None:
+    """End the machine and remove every trace. Never raises."""
+    machine.ended = True
+    if machine.pidfd >= 0:
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(machine.pidfd, signal.SIGKILL)
+        poller = select.poll()
+        poller.register(machine.pidfd, select.POLLIN)
+        poller.poll(_GONE_TIMEOUT * 1000)
+    if machine.process is not None:
+        with contextlib.suppress(Exception):
+            machine.process.wait(_GONE_TIMEOUT)
+    if machine.group is not None:
+        machine.group.destroy()
+    root = machine.folder / state.ROOTFS
+    for path in (root / "usr", root / "proc", root):
+        with contextlib.suppress(OSError):
+            syscalls.unmount(str(path))
+    state.remove(machine.folder)
+    _let_go(machine)
+
+
+def _let_go(machine: Machine) -> None:
+    if machine.mux is not None:
+        machine.mux.close()
+    if machine.monitor is not None:
+        machine.monitor.close()
+        machine.monitor = None
+    for fd in (machine.pidfd, machine.net, machine.memory, machine.disk, machine.lock):
+        if fd >= 0:
+            os.close(fd)
+    machine.pidfd = machine.net = machine.memory = machine.disk = machine.lock = -1

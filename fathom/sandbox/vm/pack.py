@@ -1,0 +1,66 @@
+"""What a small machine wrote, taken out by its agent as an archive and made into a layer.
+
+Paper: §5.2.5 (`pack_diff`).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from fathom.errors import SandboxError
+from fathom.sandbox import frames
+from fathom.sandbox.frames import Tag
+from fathom.sandbox.images import Image, Store, tarball
+from fathom.sandbox.images import layers as layering
+from fathom.sandbox.images.blobs import BlobWriter
+from fathom.sandbox.images.tarball import Limits
+from fathom.sandbox.types import MicroVM
+from fathom.sandbox.vm import disks, talk
+
+_TIMEOUT = 600.0
+
+
+def pack(cache: Path, spec: MicroVM, folder: Path, secret: bytes, name: str | None) -> str:
+    """Make a layer and return its digest; `name`: also an image with it on top.
+
+    Raises SandboxError.
+    """
+    # Heads of entries come on top of what the guest may have written.
+    limit = 2 * spec.disk_bytes + (64 << 20)
+    with Store(cache / "store") as store, tempfile.TemporaryFile(dir=cache) as archive:
+        _fetch(folder, secret, cast("BinaryIO", archive), limit)
+        archive.seek(0)
+        with store.making("the machine's writes cannot be packed") as work:
+            with (work / "data").open("wb") as out:
+                blob = BlobWriter(out)
+                reader = tarball.Reader(cast("BinaryIO", archive), limit)
+                root = tarball.from_tar(reader, blob, Limits(size=limit))
+            layer = layering.publish(store, root, work / "data", blob)
+        if name is not None:
+            base = disks.image_of(store, spec.image)
+            image = Image(
+                layers=(*base.layers, layer.digest), run=base.run, architecture=base.architecture
+            )
+            store.put_image(image, name)
+        return layer.digest
+
+
+def _fetch(folder: Path, secret: bytes, archive: BinaryIO, limit: int) -> None:
+    end = talk.execute(
+        folder,
+        secret,
+        "archive",
+        builtin=True,
+        timeout=_TIMEOUT,
+        cap=limit,
+        output=archive.write,
+    )
+    problem = frames.text_of(end.get(Tag.PROBLEM))
+    if problem or frames.number_of(end.get(Tag.EXIT)):
+        number = int(problem[1:]) if problem[1:].isdigit() else 0
+        raise SandboxError(f"the machine's writes cannot be read: {os.strerror(number)}")
+    if frames.number_of(end.get(Tag.STDOUT_TOTAL)) > limit:
+        raise SandboxError(f"the machine's writes are more than {limit >> 20} MiB as an archive")

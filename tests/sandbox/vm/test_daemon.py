@@ -1,0 +1,71 @@
+"""Machines of the daemon: they outlive it, are adopted with what runs in them, paused ones too."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from fathom.sandbox import Net, state
+from tests.sandbox.test_edge import Daemon, daemon  # noqa: F401
+from tests.sandbox.vm.conftest import SPEC
+
+TIMEOUT = 30.0
+pytestmark = pytest.mark.usefixtures("need_machines")
+
+
+def runs(process: int | None) -> bool:
+    """Whether a process lives; one that ended may wait for a parent that is slow to notice."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_machine_outlives_the_daemon(daemon: Daemon):  # noqa: F811
+    with daemon.client() as client:
+        sandbox = client.create(SPEC, key="vm/1", group="vms", net=Net.deny().domain("x.example"))
+        sandbox.exec("echo kept > f; (sleep 4326 > /dev/null 2>&1 &)", timeout=TIMEOUT)
+        assert sandbox.exec("echo once >> g", timeout=TIMEOUT, op="o/1").exit_code == 0
+        name = sandbox.id
+        copied = sandbox.fork()[0]
+        copied.pause()
+    process = state.first_process(daemon.folder / name)
+    daemon.end(signal.SIGKILL)
+    assert runs(process)
+    daemon.start()
+    with daemon.client() as client:
+        entries = {entry["id"]: entry for entry in client.list()}
+        assert entries[name]["spec"]["type"] == "microvm"
+        assert entries[copied.id]["paused"]
+        assert client.create(SPEC, key="vm/1").id == name
+        sandbox = client.attach(name)
+        look = "cat f; pgrep -fc 'sleep 432[6]'; ls /sys/class/net | wc -l"
+        assert sandbox.exec(look, timeout=TIMEOUT).stdout == "kept\n1\n2\n"
+        again = sandbox.exec("echo once >> g", timeout=TIMEOUT, op="o/1")
+        assert (again.replayed, sandbox.files.read("g")) == (True, b"once\n")
+        # One that was adopted is copied like any other.
+        (copy,) = sandbox.fork()
+        assert copy.exec("cat f", timeout=TIMEOUT).stdout == "kept\n"
+        # The copy that was paused goes on; it has files, and no network as no policy names it.
+        other = client.attach(copied.id)
+        assert other.exec("cat f; cat /sys/class/net/eth0/operstate", timeout=TIMEOUT).stdout == (
+            "kept\ndown\n"
+        )
+        sandbox.stop()
+    assert not runs(process)
+
+
+def test_a_machine_that_died_while_nobody_looked(daemon: Daemon):  # noqa: F811
+    with daemon.client() as client:
+        name = client.create(SPEC).id
+    daemon.end(signal.SIGKILL)
+    process = state.first_process(daemon.folder / name)
+    assert process is not None
+    os.kill(process, signal.SIGKILL)
+    daemon.start()
+    with daemon.client() as client:
+        assert client.list() == []
+    assert not (daemon.folder / name).exists()

@@ -81,7 +81,7 @@ echo "setup: installing the pinned packages into .venv (minutes on a first run)"
   lacking "pip could not install the packages (above)" \
     ".venv/bin/python -m pip install -c constraints.txt -e '.[dev]'"
 # Otherwise the first command would wait for it, and tests that run side by side would each do it.
-echo "setup: compiling the decoder for this machine (about a minute)"
+echo "setup: compiling the decoder for this machine (about half a minute)"
 .venv/bin/python -m fathom generate "a" --max-tokens 2 >/dev/null 2>&1 ||
   echo "setup: the decoder was not compiled; the first command will try again"
 echo "$wanted" >"$stamp"

@@ -66,7 +66,7 @@ class ModelSide:
         start = time.perf_counter()
         for at in range(0, len(prompt), step):
             runner.forward(Batch.of([Piece(slot=0, start=at, tokens=prompt[at : at + step])]))
-        runner.logits([len(prompt[at:]) - 1])
+        runner.logits([(len(prompt) - 1) % step])
         middle = time.perf_counter()
         for i, token in enumerate(following, len(prompt)):
             runner.forward(Batch.of([Piece(slot=0, start=i, tokens=[token])]))

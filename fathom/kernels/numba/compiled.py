@@ -15,19 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from llvmlite import binding
-from numba import cfunc, config, njit, types
-from numba.core import caching
+from numba import cfunc, njit, types
+from numba.core import caching, config
 
+_config: Any = config  # numba fills it in as it reads the environment
 _FILES = sorted(Path(__file__).parent.glob("*.py"))
 _DIGEST = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest()
 
 # Functions that only compiled code calls. The wrappers that would let Python call each of them, and
 # messages about division by zero, take a third of the time of compiling a block.
-inner = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")
+inner: Any = njit(  # pyright: ignore[reportCallIssue]
+    no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy"
+)
 
 
 class _Stamped:
-    def get_source_stamp(self) -> str:
+    def get_source_stamp(self) -> Any:
         return _DIGEST
 
 
@@ -45,13 +48,13 @@ class Home(_Stamped, caching.UserWideCacheLocator):
 
 @contextlib.contextmanager
 def _places() -> Iterator[None]:
-    before = config.CACHE_LOCATOR_CLASSES
+    before = _config.CACHE_LOCATOR_CLASSES
     names = [f"{__name__}.{place.__name__}" for place in (Chosen, Beside, Home)]
-    config.CACHE_LOCATOR_CLASSES = before or ",".join(names)
+    _config.CACHE_LOCATOR_CLASSES = before or ",".join(names)
     try:
         yield
     finally:
-        config.CACHE_LOCATOR_CLASSES = before
+        _config.CACHE_LOCATOR_CLASSES = before
 
 
 def compiled(function: Any) -> Any:

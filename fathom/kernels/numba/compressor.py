@@ -3,6 +3,9 @@
 Paper: §2.3.1, eq. 9-12 (CSA compression); §2.3.2, eq. 20-23 (HCA compression); §3.5.1 (tails).
 """
 
+# numba itself passes an intrinsic its typing context:
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import math

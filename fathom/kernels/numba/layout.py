@@ -6,6 +6,9 @@ that takes fifteen arrays compiles five times as long.
 Paper: none (implementation of §2).
 """
 
+# numba itself passes an intrinsic its typing context:
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -23,14 +26,13 @@ from fathom.kernels.numba.vector import (
     view_int64,
 )
 
-# Numbers that are arguments: numba would compile a function again for every literal integer.
-ZERO, ONE = np.int64(0), np.int64(1)
-
 
 def _numbered(count: int) -> Any:
+    """Numbers to pass on: numba compiles a function anew for every literal integer it is given."""
     return map(np.int64, range(count))
 
 
+ZERO, ONE = _numbered(2)
 # Matrices of a block, by their place in the table `meta`.
 (ATTN_FN, FFN_FN, WQ_A, WQ_B, WKV, WO_A, WO_B, COMP_KV, COMP_GATE, INDEX_KV, INDEX_GATE,
  INDEX_Q, INDEX_W, GATE, W1, W2, W3, SHARED_1, SHARED_2, SHARED_3, HEAD_FN, HEAD, E_PROJ,

@@ -5,6 +5,9 @@ Vectors are one-dimensional float32 arrays.
 Paper: §2.2, §2.3 (the operations), §3.4 (FP4 rounding).
 """
 
+# numba itself passes an intrinsic its typing context:
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import math

@@ -3,6 +3,9 @@
 Paper: §2.2, eq. 1-8 (mHC); §2.1 (MTP: the block's input).
 """
 
+# numba itself passes an intrinsic its typing context:
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import math

@@ -3,6 +3,7 @@
 #
 #   scripts/setup.sh            what the demo and the tests need
 #   scripts/setup.sh lint       and node, which the type checker runs on
+#   scripts/setup.sh vm         and QEMU, for virtual machines; their tests are skipped without it
 #
 # Exit code 3 means that the machine lacks something; the last line says how to get it.
 set -euo pipefail
@@ -28,6 +29,13 @@ if ! command -v musl-gcc >/dev/null; then
 fi
 if [ "${1:-}" = lint ]; then
   command -v node >/dev/null || missing+=(nodejs)
+fi
+
+if [ "${1:-}" = vm ]; then
+  command -v qemu-system-x86_64 >/dev/null || missing+=(qemu-system-x86 seabios)
+  command -v qemu-img >/dev/null || missing+=(qemu-utils)
+  command -v mke2fs >/dev/null || missing+=(e2fsprogs)
+  command -v mmdebstrap >/dev/null || missing+=(mmdebstrap)
 fi
 
 find_python() { # the first Python >= 3.11 that can make a virtual environment
@@ -73,7 +81,7 @@ echo "setup: installing the pinned packages into .venv (minutes on a first run)"
   lacking "pip could not install the packages (above)" \
     ".venv/bin/python -m pip install -c constraints.txt -e '.[dev]'"
 # Otherwise the first command would wait for it, and tests that run side by side would each do it.
-echo "setup: compiling the decoder for this machine (about a minute)"
+echo "setup: compiling the decoder for this machine (about half a minute)"
 .venv/bin/python -m fathom generate "a" --max-tokens 2 >/dev/null 2>&1 ||
   echo "setup: the decoder was not compiled; the first command will try again"
 echo "$wanted" >"$stamp"

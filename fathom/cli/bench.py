@@ -34,6 +34,8 @@ COMMAND = ["true"]
 CHECKOUT = Path(__file__).resolve().parents[2]
 OTHER_MODULE = "bench.transformers_side"  # of the checkout: the package never imports transformers
 
+# Virtual machines, which are measured by what they have besides.
+MACHINES = ("microvm", "fullvm")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -66,7 +68,7 @@ def decode(
     """
     if against not in (None, OTHER):
         raise typer.BadParameter(f"--against is {against!r}; there is only transformers")
-    report = _decode(model, tokens, context, _counts(threads), against, rounds)
+    report = _decode(model, tokens, context, parse_counts(threads), against, rounds)
     if as_json:
         print_json(report)
     else:
@@ -75,7 +77,9 @@ def decode(
 
 @app.command()
 def sandbox(
-    sandbox: Annotated[str, typer.Option(help=f"Kind of sandbox: {', '.join(KINDS)}.")] = KINDS[0],
+    sandbox: Annotated[
+        str, typer.Option(help=f"Kind of sandbox: {', '.join((*KINDS, *MACHINES))}.")
+    ] = KINDS[0],
     count: Annotated[int, typer.Option(min=20, help="Warm calls; slower things less often.")] = 200,
     hold: Annotated[int, typer.Option(min=10, help="Idle sandboxes held at once.")] = 100,
     as_json: AsJson = False,
@@ -83,9 +87,15 @@ def sandbox(
     """Measure sandboxes: calls, starts, copies, pauses, and what idle ones cost."""
     import anyio
 
-    from fathom.sandbox import Client, measure
+    from fathom.sandbox import Client, FullVM, MicroVM, measure, paths
+    from fathom.sandbox.vm.measure import everything as measure_machines
 
     async def run() -> dict[str, Any]:
+        if sandbox in MACHINES:
+            kind = MicroVM if sandbox == "microvm" else FullVM
+            async with Client("local") as client:
+                folders = paths.runtime_folder(), paths.cache_folder()
+                return await measure_machines(client, *folders, kind, min(count, 20))
         substrate = "auto" if check_kind(sandbox) == "container" else sandbox
         async with Client("local", substrate=substrate) as client:  # type: ignore[arg-type]
             return await measure.everything(client, count, hold)
@@ -96,7 +106,8 @@ def sandbox(
         return
     facts = report.pop("machine")
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(f"substrate {report.pop('substrate')}\n")
+    name = "accelerator" if sandbox in MACHINES else "substrate"
+    print(f"{name} {report.pop(name)}\n")
     rows = [
         [name, ", ".join(f"{k} {v}" for k, v in found.items())] for name, found in report.items()
     ]
@@ -141,7 +152,8 @@ app.command()(crashes)
 app.command()(server)
 
 
-def _counts(text: str) -> list[int]:
+def parse_counts(text: str) -> list[int]:
+    """Numbers of threads, as `1,2`. Raises typer.BadParameter for anything else."""
     parts = text.split(",")
     if not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
         raise typer.BadParameter(f"--threads is {text!r}; give numbers with commas, as 1,2")
@@ -161,7 +173,7 @@ def _decode(
     import fathom
     from fathom.errors import GenerationError
     from fathom.eval import speed
-    from fathom.kernels.numba.step import PackedModel
+    from fathom.kernels.numba.packing import token_bytes
 
     llm, plain = fathom.load(name), fathom.load(name, quantized=False)
     most = llm.config.max_position_embeddings
@@ -178,7 +190,7 @@ def _decode(
     before = torch.get_num_threads()
     facts = speed.machine()
     report: dict[str, Any] = {"model": llm.name, "context": context, "tokens": count}
-    other = _other(name) if against else None
+    other = transformers_side(name) if against else None
     try:
         if other is not None:
             facts |= other.versions
@@ -191,7 +203,7 @@ def _decode(
         if other is not None:
             other.close()
     rate = speed.copy_rate()
-    token_bytes = PackedModel(llm.model).token_bytes()
+    size = token_bytes(llm.model)
     report["results"] = [r.to_json() for r in results]
     report["best"] = {s.name: _best(speed.best(results, s.name)) for s in sides}
     if other is not None:
@@ -199,9 +211,9 @@ def _decode(
             s.name: _spread(speed.ratio(results, s.name, OTHER)) for s in sides[:-1]
         }
     report["floor"] = {
-        "weight_bytes_per_token": token_bytes,
+        "weight_bytes_per_token": size,
         "copy_bytes_per_s": rate,
-        "tokens_per_s": rate / token_bytes,
+        "tokens_per_s": rate / size,
     }
     report["machine"] = facts | {"load_average_after": speed.machine()["load_average"]}
     return report
@@ -222,7 +234,8 @@ def _progress(rounds: int, number: int) -> None:
         _say(f"round {number}/{rounds}")
 
 
-def _other(name: str) -> ProcessSide:
+def transformers_side(name: str) -> ProcessSide:
+    """transformers with the weights of `name`, in its own process. Raises MissingDependency."""
     from fathom.engine.llm import _folder
     from fathom.errors import MissingDependency
     from fathom.eval.speed import ProcessSide

@@ -5,8 +5,10 @@ Paper: §5.2.5 (command line of the sandbox node).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +16,7 @@ import typer
 
 from fathom.cli.output import print_json, print_table
 from fathom.cli.terminal import TASK_FAILED, visible
-from fathom.errors import SandboxError
+from fathom.errors import DaemonLost, SandboxError
 
 if TYPE_CHECKING:
     from fathom.sandbox import (
@@ -288,11 +290,71 @@ def stop(names: Names = None, group: InGroup = None, folder: Folder = None) -> N
 
 
 @app.command()
+def forward(
+    name: Name,
+    port: Annotated[int, typer.Argument(min=1, max=65535, help="The port inside.")],
+    listen: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port here; 0: a free one.")
+    ] = 0,
+    timeout: Timeout = 3600.0,
+    folder: Folder = None,
+) -> None:
+    """Lead a port of this machine to a server in a sandbox, until Ctrl-C."""
+    with (
+        _daemon(folder) as client,
+        client.attach(name).forward(port, timeout=timeout, listen=listen) as (host, found),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        print(f"http://{host}:{found}", flush=True)
+        threading.Event().wait()
+
+
+@app.command()
+def page(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: a free one.")] = 0,
+    folder: Folder = None,
+) -> None:
+    """Serve a page with the daemon's sandboxes and the recorded runs, until Ctrl-C."""
+    from fathom.cli.trajectory import known_to_json
+    from fathom.sandbox import plain
+    from fathom.sandbox.pages import Pages
+    from fathom.sandbox.trajectory.replay import events
+    from fathom.sandbox.trajectory.store import Store
+
+    store = Store()
+
+    def overview() -> dict[str, Any]:
+        runs = [known_to_json(known) for known in reversed(store.list())]
+        try:
+            with _daemon(folder) as client:
+                found = client.list()
+        except DaemonLost as error:
+            return {"sandboxes": [], "runs": runs, "problem": str(error)}
+        for entry in found:
+            entry["caps"] = plain.caps_out(entry["caps"])
+        return {"sandboxes": found, "runs": runs}
+
+    def run(name: str) -> dict[str, Any]:
+        known = known_to_json(store.known(name))
+        with store.read(name) as log:
+            return {**known, "events": [event.to_json() for event in events(log, name)]}
+
+    pages = Pages(overview, run, port=port)
+    print(pages.address, flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        pages.serve()
+
+
+@app.command()
 def edge(
     most: Annotated[int, typer.Option(min=1, help="Sandboxes to admit.")] = 3200,
     metrics: Annotated[
         bool, typer.Option("--metrics", help="Print the running daemon's metrics and end.")
     ] = False,
+    mirror: Annotated[
+        list[str] | None,
+        typer.Option(help="A package mirror that policies may name, as pypi=URL; repeatable."),
+    ] = None,
     folder: Folder = None,
 ) -> None:
     """Run the daemon of this machine, in the foreground; its sandboxes outlive it."""
@@ -310,4 +372,13 @@ def edge(
         return
     logging.getLogger("fathom.sandbox").setLevel(logging.INFO)
     logging.getLogger().handlers[0].setLevel(logging.INFO)
-    anyio.run(Edge(LocalHost("auto", paths.cache_folder(), where), most=most).serve_until_told)
+    mirrors = dict(_mirror(text) for text in mirror or [])
+    host = LocalHost("auto", paths.cache_folder(), where, mirrors)
+    anyio.run(Edge(host, most=most).serve_until_told)
+
+
+def _mirror(text: str) -> tuple[str, str]:
+    name, equals, url = text.partition("=")
+    if not (name and equals and url.startswith(("http://", "https://"))):
+        raise typer.BadParameter(f"--mirror is {text!r}; give a name and an address, as pypi=URL")
+    return name, url

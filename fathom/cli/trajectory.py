@@ -53,7 +53,7 @@ def logs(
     if run is None:
         known = store.list()
         if as_json:
-            print_json([_known_to_json(k) for k in known])
+            print_json([known_to_json(k) for k in known])
         elif known:
             header = ["run", "begun", "operations", "state", "task"]
             print_table(header, [_row(k) for k in known])
@@ -120,7 +120,8 @@ def _state(known: Known) -> str:
     return "ended" if known.ended else "running" if known.running else "stopped early"
 
 
-def _known_to_json(known: Known) -> dict[str, Any]:
+def known_to_json(known: Known) -> dict[str, Any]:
+    """Return what is known of a run, for programs."""
     return {
         "run": known.id,
         "begun_ns": known.first_wall_ns,

@@ -16,8 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,59 +26,21 @@ from fathom.engine.batch import Batch, Memory, Piece
 from fathom.engine.disk_cache import DiskCache
 from fathom.engine.kv_cache import SLAB_TOKENS, SlabLayout, SlabPool, slabs_for
 from fathom.engine.metrics import Metrics
-from fathom.engine.prefix_cache import Checkpoint, Hit, PrefixCache
+from fathom.engine.options import EngineConfig, check_tokens, free_bytes
+from fathom.engine.prefix_cache import PrefixCache
 from fathom.engine.request import Request, Status, StopHook
+from fathom.engine.residence import Residence
 from fathom.engine.runner import make_runner
 from fathom.engine.sampler import Drawn, SamplingParams
-from fathom.engine.scheduler import Budget, Scheduler, Share
+from fathom.engine.scheduler import Scheduler, Share
 from fathom.engine.speculative import Drafter
-from fathom.engine.state_cache import DRAFT_ROOM, SlotLayout, SlotPool
+from fathom.engine.state_cache import SlotLayout, SlotPool
 from fathom.engine.wal import WriteAheadLog
 from fathom.errors import CacheError, CacheFull, ConfigError, FathomError, GenerationError
-from fathom.model.config import ModelConfig
 from fathom.model.fingerprint import fingerprint
 from fathom.model.transformer import Transformer
 
 _log = logging.getLogger(__name__)
-
-MIB = 2**20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """How much memory an engine takes and what it keeps.
-
-    cache_tokens: room for compressed entries on the device (default: one whole context and some, or
-    a quarter of the free memory if that is less). checkpoint_spacing: tokens between checkpoints of
-    the sliding windows within long prompts; 256 is every slab ("full"), 0 none but at turn ends.
-    drafts: tokens that the MTP block drafts per step, 0 for none; `drafts_adaptive` stops drafting
-    while it does not pay. indexer: "fp4" or "fp8" keys.
-    Raises ConfigError for values that cannot be.
-    """
-
-    max_sequences: int = 16
-    cache_tokens: int | None = None
-    host_bytes: int = 512 * MIB
-    checkpoint_bytes: int = 512 * MIB
-    checkpoint_spacing: int = 4096
-    budget: Budget = field(default_factory=Budget)
-    disk: Path | None = None
-    disk_bytes: int = 16 * 1024 * MIB
-    wal: Path | None = None
-    drafts: int = 0
-    drafts_adaptive: bool = True
-    indexer: str = "fp4"
-
-    def __post_init__(self) -> None:
-        if self.max_sequences < 1 or self.budget.tokens < 1 or self.budget.beside_streams < 1:
-            raise ConfigError("an engine needs room for one sequence and a budget of one token")
-        if self.checkpoint_spacing < 0 or self.checkpoint_spacing % SLAB_TOKENS:
-            raise ConfigError(
-                f"checkpoint_spacing must be a multiple of {SLAB_TOKENS} or 0, not "
-                f"{self.checkpoint_spacing}"
-            )
-        if not 0 <= self.drafts < DRAFT_ROOM:
-            raise ConfigError(f"drafts must lie in 0 .. {DRAFT_ROOM - 1}, not {self.drafts}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +83,12 @@ class Engine:
         )
         self.wal = WriteAheadLog(self.config.wal, self._root) if self.config.wal else None
         self.metrics = Metrics()
-        self.scheduler = Scheduler(self.config.budget, self._admit, self._grow, self._set_back)
+        self.residence = Residence(
+            self.memory, self.cache, self.metrics, self.config.checkpoint_spacing
+        )
+        self.scheduler = Scheduler(
+            self.config.budget, self._admit, self.residence.grow, self._set_back
+        )
         self.drafter = Drafter(
             self.runner,
             self.memory,
@@ -131,8 +97,6 @@ class Engine:
             self.config.drafts_adaptive,
         )
         self.exports: dict[str, list[Exported]] = {}
-        self._hidden: dict[str, np.ndarray] = {}  # of requests whose whole prompt was known
-        self._last_hidden: dict[str, np.ndarray] = {}  # of the last row that was drawn from
         self._paused: list[Request] = []
 
     @property
@@ -298,7 +262,7 @@ class Engine:
         if not isinstance(session, Request):
             return self.cache.save(session)
         if session.status is Status.RUNNING:
-            self._checkpoint(session)
+            self.residence.checkpoint(session)
             return self.cache.save(session.tokens[: session.computed])
         return self.cache.save(session.tokens)
 
@@ -340,6 +304,7 @@ class Engine:
             "in_use_tokens": used * SLAB_TOKENS,
             "hit_rate": self.metrics.hit_rate,
             "drafting": float(self.metrics.drafting),
+            "accepted_draft_length": self.metrics.accepted_length,
         }
         for tier, (tokens, size) in self.cache.occupancy().items():
             gauges[f'cached_tokens{{tier="{tier}"}}'] = tokens
@@ -356,88 +321,21 @@ class Engine:
     # Memory: what the scheduler asks for.
 
     def _admit(self, request: Request) -> bool:
-        """Give a request its slot and what is known of its tokens; False while there is no room."""
-        slabs, slots = self.memory.slabs, self.memory.slots
-        if slabs_for(len(request.tokens) + 1) > slabs.count:
+        """Let a request in if there is room; one that can never be served ends here."""
+        room = self.memory.slabs.count
+        if slabs_for(len(request.tokens) + 1) > room:
             request.error = CacheFull(
-                f"{request.id} has grown beyond a cache of {slabs.count * SLAB_TOKENS} tokens: "
+                f"{request.id} has grown beyond a cache of {room * SLAB_TOKENS} tokens: "
                 "raise cache_tokens"
             )
             self._finish(request, "error")
             return True
-        if not slots.free:
-            return False
-        hit = self.cache.find(request.tokens, slots.layout.replay_tokens())
-        shared = self.cache.held(hit.chain)
-        if self.cache.available() < slabs_for(len(request.tokens) + 1) - shared:
-            return False
-        request.slot = slots.take()
-        slots.data[request.slot].zero_()
-        request.slabs = []
-        for key in hit.chain:
-            slab = self.cache.acquire(key)
-            if slab is None:  # its file was damaged: look again without it
-                self._release(request)
-                return self._admit(request)
-            request.slabs.append(slab)
-        try:
-            self._restore(request, hit)
-        except ValueError as error:  # a record of another shape: it is worth nothing
-            _log.warning("event=checkpoint_refused detail=%r", str(error))
-            self._release(request)
-            self.cache.forget_checkpoint(hit)
-            return self._admit(request)
-        self.memory.tables[request.slot, : len(request.slabs)] = torch.tensor(
-            request.slabs, dtype=torch.int32
-        )
-        self._admitted(request, hit)
-        return True
-
-    def _restore(self, request: Request, hit: Hit) -> None:
-        slot, checkpoint = request.slot, hit.checkpoint
-        assert slot is not None
-        request.computed, request.known = hit.start, hit.known
-        request.chain, request.found = list(hit.chain), len(hit.chain)
-        if checkpoint is None:
-            return
-        self.memory.slots.write(slot, checkpoint.state, checkpoint.position)
-        begun = checkpoint.position % SLAB_TOKENS
-        if begun and checkpoint.position // SLAB_TOKENS == len(request.slabs):
-            request.slabs.append(self.cache.take_slab())
-            self.memory.slabs.write(request.slabs[-1], checkpoint.entries, begun)
-        if checkpoint.position == len(request.tokens):
-            self._hidden[request.id] = np.frombuffer(checkpoint.hidden, np.float32)[None]
-
-    def _admitted(self, request: Request, hit: Hit) -> None:
-        prompt = len(request.prompt)
-        if request.preemptions == 0:
-            request.cached_tokens = min(hit.start, prompt)
-            self.metrics.prompt_tokens += prompt
-            self.metrics.cached_tokens += request.cached_tokens
-        spacing = self.config.checkpoint_spacing
-        request.checkpoints = {prompt}
-        if spacing:
-            request.checkpoints |= set(range(spacing, len(request.tokens), spacing))
-        opening = self.cache.shared_opening(request.tokens, hit.start)
-        if opening:
-            request.checkpoints.add(opening)
-
-    def _grow(self, request: Request, tokens: int) -> bool:
-        """Slabs for a sequence of this length; False when there are none left."""
-        assert request.slot is not None
-        while len(request.slabs) < slabs_for(tokens):
-            try:
-                slab = self.cache.take_slab()
-            except CacheFull:
-                return False
-            self.memory.tables[request.slot, len(request.slabs)] = slab
-            request.slabs.append(slab)
-        return True
+        return self.residence.admit(request)
 
     def _set_back(self, request: Request) -> None:
         """Take a request's memory, keeping what it computed in the cache as long as that lasts."""
-        self._checkpoint(request)
-        self._release(request)
+        self.residence.checkpoint(request)
+        self.residence.release(request)
         request.preemptions += 1
         self.metrics.preemptions += 1
 
@@ -445,20 +343,10 @@ class Engine:
         """Take a request's memory without trusting what is in it."""
         if request.slot is None:
             return
-        self._release(request)
+        self.residence.release(request)
         request.preemptions += 1
         self.scheduler.remove(request)
         self.scheduler.add(request)
-
-    def _release(self, request: Request) -> None:
-        for slab in request.slabs:
-            self.memory.slabs.release(slab)
-        if request.slot is not None:
-            self.memory.slots.release(request.slot)
-        request.slot, request.slabs, request.chain = None, [], []
-        request.computed = request.known = 0
-        request.draft = []
-        self._hidden.pop(request.id, None)
 
     # A step.
 
@@ -468,8 +356,8 @@ class Engine:
         row = 0
         for share in shares:
             request, end = share.request, share.request.computed + share.count
-            if request.id in self._hidden:
-                ready[request.id] = self.runner.head(self._hidden[request.id])
+            if request.id in self.residence.hidden:
+                ready[request.id] = self.runner.head(self.residence.hidden[request.id])
                 continue
             tokens = request.tokens[request.computed : end] + request.draft
             assert request.slot is not None
@@ -491,7 +379,7 @@ class Engine:
         at = 0
         for name, rows in wanted.items():
             ready[name] = logits[at : at + len(rows)]
-            self._last_hidden[name] = hidden[at : at + 1]
+            self.residence.last_hidden[name] = hidden[at : at + 1]
             at += len(rows)
         self._keep_rows(shares)
         return ready
@@ -501,7 +389,7 @@ class Engine:
         row = 0
         for share in shares:
             request = share.request
-            if request.id in self._hidden:
+            if request.id in self.residence.hidden:
                 continue
             count = share.count + len(request.draft)
             if request.export:
@@ -524,12 +412,12 @@ class Engine:
         updates = []
         for share in shares:
             request = share.request
-            if request.id not in self._hidden:
+            if request.id not in self.residence.hidden:
                 request.computed += share.count
             rows = logits.get(request.id)
-            self._checkpoint_if_due(request)
+            self.residence.checkpoint_if_due(request)
             if rows is None:
-                self._commit(request)
+                self.residence.commit(request)
                 continue
             try:
                 drawn = self._draw(request, rows)
@@ -538,9 +426,9 @@ class Engine:
                 self._finish(request, "error")
                 updates.append((request, []))
                 continue
-            self._hidden.pop(request.id, None)
+            self.residence.hidden.pop(request.id, None)
             updates.append((request, drawn))
-            self._commit(request)
+            self.residence.commit(request)
             reason = self._ending(request, drawn[-1]) if drawn else "length"
             if reason is not None:
                 self._finish(request, reason)
@@ -581,66 +469,16 @@ class Engine:
 
     def _finish(self, request: Request, reason: str) -> None:
         if request.slot is not None and reason != "error":
-            self._checkpoint(request, last=True)
-        self._release(request)
+            self.residence.checkpoint(request, last=True)
+        self.residence.release(request)
         self.scheduler.remove(request)
         if request in self._paused:
             self._paused.remove(request)
         request.status, request.finish_reason = Status.FINISHED, reason
-        self._last_hidden.pop(request.id, None)
+        self.residence.last_hidden.pop(request.id, None)
         self.metrics.finished[reason] = self.metrics.finished.get(reason, 0) + 1
         if self.wal is not None:
             self.wal.end(request)
-
-    # What is kept of it.
-
-    def _commit(self, request: Request) -> None:
-        """Share the slabs that the request has filled."""
-        full = request.computed // SLAB_TOKENS
-        if request.status is not Status.RUNNING or full <= len(request.chain):
-            return
-        done = len(request.chain)
-        request.chain = self.cache.chain(request.tokens[: full * SLAB_TOKENS], request.chain)
-        for i in range(done, full):
-            self.cache.keep_slab(request.chain[i], request.slabs[i])
-
-    def _checkpoint_if_due(self, request: Request) -> None:
-        spacing = self.config.checkpoint_spacing
-        due = request.computed in request.checkpoints or (
-            spacing and request.computed % spacing == 0
-        )
-        if due and request.computed != request.checkpointed and request.computed > request.known:
-            self._checkpoint(request)
-
-    def _checkpoint(self, request: Request, last: bool = False) -> None:
-        """Keep the state after the tokens computed so far."""
-        if not request.computed or request.slot is None or request.computed < request.known:
-            return
-        self._commit(request)
-        position = request.computed
-        full, begun = divmod(position, SLAB_TOKENS)
-        hidden = b""
-        if position == len(request.prompt) and request.id in self._last_hidden:
-            hidden = self._last_hidden[request.id].astype(np.float32).tobytes()
-        parent = request.chain[full - 1] if full else self.cache.root
-        key = self.cache.keep_checkpoint(
-            parent,
-            Checkpoint(
-                position=position,
-                tail=tuple(request.tokens[full * SLAB_TOKENS : position]),
-                state=self.memory.slots.read(request.slot, position),
-                entries=self.memory.slabs.read(request.slabs[full], begun) if begun else b"",
-                hidden=hidden,
-            ),
-        )
-        request.checkpointed = position
-        request.kept.append(key)
-        self.cache.remember(request.tokens[:position])
-        if last and self.cache.disk is not None:
-            try:
-                self.cache.persist(request.chain[:full], request.kept, request.pin, request.found)
-            except CacheError as error:
-                _log.warning("event=cache_not_written detail=%r", str(error))
 
     def _log_timing(self, updates: list[tuple[Request, list[Drawn]]]) -> None:
         for request, drawn in updates:
@@ -674,32 +512,4 @@ class Engine:
         wanted = (
             slabs_for(self.model.config.max_position_embeddings) + 4 * self.config.max_sequences
         )
-        return max(1, min(wanted, _free_bytes(device) // 4 // size))
-
-
-def check_tokens(tokens: Sequence[int], config: ModelConfig) -> None:
-    """Raises GenerationError for an empty or too long prompt, or ids outside the vocabulary."""
-    if not tokens:
-        raise GenerationError("the prompt is empty: give at least one token")
-    if len(tokens) > config.max_position_embeddings:
-        raise GenerationError(
-            f"the prompt has {len(tokens)} tokens, the model's context "
-            f"{config.max_position_embeddings}: shorten it"
-        )
-    for i in tokens:
-        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < config.vocab_size:
-            raise GenerationError(
-                f"{i!r} is not a token id of this model (0 .. {config.vocab_size - 1})"
-            )
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 4 * 2**30
+        return max(1, min(wanted, free_bytes(device) // 4 // size))

@@ -10,6 +10,9 @@ Paper: §3.5.1 (classical KV cache blocks, a multiple of lcm(m, m') tokens each)
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -139,6 +142,41 @@ def slabs_for(tokens: int) -> int:
     return -(-tokens // SLAB_TOKENS)
 
 
+def read_ranges(row: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> bytes:
+    """The bytes of some ranges of row [bytes] uint8, one after the other."""
+    whole = row.cpu().numpy()
+    return b"".join(whole[a:b].tobytes() for a, b in ranges)
+
+
+def write_ranges(row: torch.Tensor, ranges: Sequence[tuple[int, int]], record: bytes) -> None:
+    """Undo `read_ranges` on row [bytes] uint8. Raises ValueError for a record of another length."""
+    wanted = sum(b - a for a, b in ranges)
+    if len(record) != wanted:
+        raise ValueError(f"a record of {len(record)} bytes where {wanted} belong")
+    source, at = np.frombuffer(record, np.uint8), 0
+    for a, b in ranges:
+        part = source[at : at + b - a]
+        if row.device.type == "cpu":  # torch would wake its threads for every copy
+            row.numpy()[a:b] = part
+        else:
+            row[a:b] = torch.tensor(part, device=row.device)
+        at += b - a
+
+
+def _allocate(rows: int, cols: int, device: torch.device) -> torch.Tensor:
+    """Memory [rows, cols] uint8; on the CPU in huge pages where there are any.
+
+    A scan of a million tokens touches a place in every slab: with small pages, finding where each
+    lies takes as long as reading it.
+    """
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(rows, cols, dtype=torch.uint8, device=device)
+    memory = mmap.mmap(-1, rows * cols)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(rows, cols)
+
+
 class SlabPool:
     """All slabs of a device: one allocation at a fixed address, handed out and counted.
 
@@ -148,7 +186,7 @@ class SlabPool:
 
     def __init__(self, layout: SlabLayout, count: int, device: torch.device | str = "cpu") -> None:
         self.layout, self.count = layout, count
-        self.data = torch.empty(count, layout.slab_bytes, dtype=torch.uint8, device=device)
+        self.data = _allocate(count, layout.slab_bytes, torch.device(device))
         self._free = list(range(count - 1, -1, -1))
         self._references = [0] * count
 
@@ -185,20 +223,8 @@ class SlabPool:
 
     def read(self, slab: int, tokens: int = SLAB_TOKENS) -> bytes:
         """The record of a slab, or of the part that its first `tokens` tokens have filled."""
-        row = self.data[slab].cpu().numpy()
-        return b"".join(row[a:b].tobytes() for a, b in self.layout.used_ranges(tokens))
+        return read_ranges(self.data[slab], self.layout.used_ranges(tokens))
 
     def write(self, slab: int, record: bytes, tokens: int = SLAB_TOKENS) -> None:
         """Undo `read`. Raises ValueError when the record has another length."""
-        ranges = self.layout.used_ranges(tokens)
-        if len(record) != sum(b - a for a, b in ranges):
-            raise ValueError(f"a record of {len(record)} bytes does not fill {tokens} tokens")
-        source, at = np.frombuffer(record, np.uint8), 0
-        row = self.data[slab]
-        for a, b in ranges:
-            part = source[at : at + b - a]
-            if row.device.type == "cpu":  # torch would wake its threads for every copy
-                row.numpy()[a:b] = part
-            else:
-                row[a:b] = torch.tensor(part, device=row.device)
-            at += b - a
+        write_ranges(self.data[slab], self.layout.used_ranges(tokens), record)

@@ -47,6 +47,7 @@ class Metrics:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     drafting: bool = False
@@ -59,6 +60,11 @@ class Metrics:
         """Of all prompt tokens, the part that was not computed."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
+    @property
+    def accepted_length(self) -> float:
+        """Drafted tokens that were right, on average per draft."""
+        return self.accepted_tokens / self.drafts if self.drafts else 0.0
+
     def text(self, gauges: Mapping[str, float]) -> str:
         """Everything in Prometheus' text format; `gauges` are the values of this moment."""
         counters = {
@@ -69,6 +75,7 @@ class Metrics:
             "prompt_tokens_total": self.prompt_tokens,
             "cached_tokens_total": self.cached_tokens,
             "preemptions_total": self.preemptions,
+            "drafts_total": self.drafts,
             "drafted_tokens_total": self.drafted_tokens,
             "accepted_tokens_total": self.accepted_tokens,
         }

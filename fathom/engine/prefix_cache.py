@@ -432,11 +432,6 @@ def encode_checkpoint(parent: bytes, checkpoint: Checkpoint) -> bytes:
     return parent + lengths + b"".join(parts)
 
 
-def parent_of(record: bytes) -> bytes:
-    """The parent in (the beginning of) a checkpoint's record."""
-    return record[:16]
-
-
 def decode_checkpoint(record: bytes) -> tuple[bytes, Checkpoint] | None:
     """Undo `encode_checkpoint`; None for bytes that are no such record."""
     if len(record) < 56:

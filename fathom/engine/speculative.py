@@ -95,6 +95,7 @@ class Drafter:
 
     def judge(self, proposed: int, accepted: int) -> None:
         """Take note of how many drafts were what the model drew."""
+        self._metrics.drafts += proposed > 0
         self._metrics.drafted_tokens += proposed
         self._metrics.accepted_tokens += accepted
 

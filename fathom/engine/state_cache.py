@@ -14,10 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 
-from fathom.engine.kv_cache import SlabLayout
+from fathom.engine.kv_cache import SlabLayout, read_ranges, write_ranges
 from fathom.errors import CacheFull
 from fathom.model.config import CSA_RATIO, HCA_RATIO
 
@@ -174,20 +173,8 @@ class SlotPool:
 
     def read(self, slot: int, length: int) -> bytes:
         """The checkpoint record of a sequence of `length` tokens."""
-        row = self.data[slot].cpu().numpy()
-        return b"".join(row[a:b].tobytes() for a, b in self.layout.checkpoint_ranges(length))
+        return read_ranges(self.data[slot], self.layout.checkpoint_ranges(length))
 
     def write(self, slot: int, record: bytes, length: int) -> None:
         """Undo `read`. Raises ValueError when the record has another length."""
-        ranges = self.layout.checkpoint_ranges(length)
-        if len(record) != sum(b - a for a, b in ranges):
-            raise ValueError(f"a checkpoint of {len(record)} bytes is not one of {length} tokens")
-        source, at = np.frombuffer(record, np.uint8), 0
-        row = self.data[slot]
-        for a, b in ranges:
-            part = source[at : at + b - a]
-            if row.device.type == "cpu":  # torch would wake its threads for every copy
-                row.numpy()[a:b] = part
-            else:
-                row[a:b] = torch.tensor(part, device=row.device)
-            at += b - a
+        write_ranges(self.data[slot], self.layout.checkpoint_ranges(length), record)

@@ -253,8 +253,13 @@ async def check_terminal(sandbox: Sandbox) -> None:
             if piece is None:
                 raise Failed(f"no terminal: {seen!r}")
             seen += piece[1]
-        await process.write(b"\x03")
-        seen += (await _output(process))["stdout"]
+        for _ in range(10):
+            # A shell that is just about to wait for input may take note of a signal only with the
+            # next one.
+            await process.write(b"\x03")
+            with anyio.move_on_after(3):
+                seen += (await _output(process))["stdout"]
+                break
         if b"caught" not in seen:
             raise Failed(f"^C was no signal: {seen!r}")
         _same((await process.wait()).exit_code, 5, "exit code")
@@ -368,13 +373,13 @@ async def check_pause(sandbox: Sandbox) -> None:
     results: list[bool] = []
 
     async def patient() -> None:
-        results.append((await sandbox.exec("sleep 1", timeout=2.5)).timed_out)
+        results.append((await sandbox.exec("sleep 1", timeout=2)).timed_out)
 
     async with anyio.create_task_group() as group:
         group.start_soon(patient)
         await anyio.sleep(0.3)
         await sandbox.pause()
-        await anyio.sleep(3)
+        await anyio.sleep(2)
         await sandbox.resume()
     _same(results, [False], "a timeout during a pause")
     began = time.monotonic()
@@ -389,7 +394,7 @@ async def check_pause(sandbox: Sandbox) -> None:
     beats = await sandbox.exec("sleep 0.2; cat /tmp/beat", timeout=_TIMEOUT)
     times = [float(line.split()[0]) for line in beats.stdout.splitlines()]
     gaps = [later - earlier for earlier, later in pairwise(times)]
-    if max(gaps, default=0) < 2.8:
+    if max(gaps, default=0) < 1.8:
         raise Failed(f"it went on while it was paused: the longest silence was {max(gaps)} s")
 
 
@@ -440,7 +445,7 @@ async def check_end(sandbox: Sandbox) -> None:
 
     async def waiting() -> None:
         try:
-            await sandbox.exec("sleep 100", timeout=10)
+            await sandbox.exec("sleep 100", timeout=5)
         except SandboxLost:
             lost.append(True)
 

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -314,15 +315,27 @@ class LocalHost:
         if self._is_machine(id):
             return self.machines.fork(id, count, reseed)
         known = self._find(id)
-        made: list[dict[str, Any]] = []
+
+        def copy(number: int) -> dict[str, Any]:
+            name = f"{known.spec.hostname[:50]}-{number}" if reseed else None
+            return self._start(known, name, fork=id)
+
+        if count == 1:
+            return {"made": [copy(1)]}  # it stands still for the copy alone
+        # All copies show one moment, so it stands still until the last of them is made.
+        froze = self.link.request("freeze", ids=[id])["froze"]
         try:
-            for number in range(count):
-                name = f"{known.spec.hostname[:50]}-{number + 1}" if reseed else None
-                made.append(self._start(known, name, fork=id))
-        except BaseException:
+            with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+                copies = [pool.submit(copy, number + 1) for number in range(count)]
+        finally:
+            if froze:
+                self.link.request("thaw", ids=froze)
+        problems = [error for one in copies if (error := one.exception()) is not None]
+        made = [one.result() for one in copies if one.exception() is None]
+        if problems:
             for one in made:
                 self._destroy(one["id"])
-            raise
+            raise problems[0]
         return {"made": made}
 
     # What was written --------------------------------------------------------------------------

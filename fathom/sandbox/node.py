@@ -12,6 +12,7 @@ Paper: none (a thin form of the report's edge).
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import select
@@ -26,15 +27,14 @@ from typing import TYPE_CHECKING, Any
 
 from fathom.errors import FathomError, SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import box as boxes
-from fathom.sandbox import cgroups, egress, messages, netns, syscalls
+from fathom.sandbox import cgroups, egress, messages, netns, state, syscalls
+from fathom.sandbox.substrates.choice import MACHINES
 
 if TYPE_CHECKING:
     from fathom.sandbox.vm.machine import Machine
     from fathom.sandbox.vm.saved import Saved, Shelf
 
 _THREADS = 32
-# Substrates that are virtual machines; what serves them is loaded with the first one.
-KINDS = ("microvm", "fullvm")
 
 
 class Node:
@@ -138,7 +138,7 @@ class Node:
 
     def _create(self, message: dict[str, Any]) -> dict[str, Any]:
         folder = Path(message["folder"])
-        if message["launch"]["substrate"] in KINDS:
+        if message["launch"]["substrate"] in MACHINES:
             return self._enter(self._create_machine(folder, message))
         launch = boxes.launch_in(folder, message["launch"])
         copied = self._container(message["fork"]) if message.get("fork") else None
@@ -183,7 +183,8 @@ class Node:
 
     def _adopt(self, message: dict[str, Any]) -> dict[str, Any]:
         folder = Path(message["folder"])
-        if message.get("machine"):
+        session = json.loads((folder / state.SESSION).read_text())
+        if session["launch"]["substrate"] in MACHINES:
             from fathom.sandbox.vm import machine
 
             return self._enter(machine.adopt(folder))
@@ -213,12 +214,14 @@ class Node:
         return box
 
     def _freeze(self, message: dict[str, Any]) -> dict[str, Any]:
+        froze: list[str] = []
         for name in message["ids"]:
             box = self._box(name)
+            froze += [name] if box.frozen is None else []
             _kind(box).freeze(box)
             if message.get("reclaim") and box.group is not None:
                 box.group.reclaim()
-        return {}
+        return {"froze": froze}
 
     def _thaw(self, message: dict[str, Any]) -> dict[str, Any]:
         every = [self._box(name) for name in message["ids"]]

@@ -85,9 +85,9 @@ class NodeLink:
         secret = bytes.fromhex(answer["secret"])
         self._reach[folder.name] = _Reach(folder, secret, answer["oom_file"])
 
-    def adopt(self, folder: Path, *, machine: bool = False) -> None:
+    def adopt(self, folder: Path) -> None:
         """Take over a sandbox that outlived its node. Raises SandboxError."""
-        answer = self.request("adopt", folder=str(folder), machine=machine)
+        answer = self.request("adopt", folder=str(folder))
         secret = bytes.fromhex(answer["secret"])
         self._reach[folder.name] = _Reach(folder, secret, answer["oom_file"])
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import signal as signals
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from fathom.sandbox.client import Client, Group
 from fathom.sandbox.files import DEFAULT_LIMIT, DEFAULT_TIMEOUT, FileInfo, Files
 from fathom.sandbox.fn import OUTPUT_CAP, FnResult, Functions
 from fathom.sandbox.net import Net
+from fathom.sandbox.ports import Forward
 from fathom.sandbox.process import Ended, Process, StreamName
 from fathom.sandbox.sandbox import Receipt, Sandbox
 from fathom.sandbox.substrates.choice import Wanted
@@ -152,6 +153,24 @@ class SyncProcess:
             self._portal.call(self._process.close)
 
 
+class SyncForward:
+    """A port of this machine that leads into a sandbox; see `Forward`."""
+
+    def __init__(self, forward: Forward, portal: Portal) -> None:
+        self._inside = portal.manage(forward)
+
+    def __enter__(self) -> tuple[str, int]:
+        return self._inside.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._inside.__exit__(kind, error, trace)
+
+
 class SyncSandbox:
     """One running sandbox; see `Sandbox`."""
 
@@ -242,11 +261,10 @@ class SyncSandbox:
         )
         return SyncProcess(process, self._portal)
 
-    def forward(
-        self, port: int, *, timeout: float, listen: int = 0
-    ) -> AbstractContextManager[tuple[str, int]]:
+    def forward(self, port: int, *, timeout: float, listen: int = 0) -> SyncForward:
         """Lead a port of this machine to one of the sandbox; see `Sandbox.forward`."""
-        return self._portal.manage(self._sandbox.forward(port, timeout=timeout, listen=listen))
+        made = self._sandbox.forward(port, timeout=timeout, listen=listen)
+        return SyncForward(made, self._portal)
 
     def receipt(self, op: str) -> Receipt:
         """Ask what became of an operation; see `Sandbox.receipt`."""

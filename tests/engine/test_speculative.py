@@ -76,6 +76,9 @@ def test_rejected_drafts_leave_nothing_behind(net: Transformer, right: int) -> N
         assert bits(later) == bits(same)
     accepted = quick.metrics.accepted_tokens / max(1, quick.metrics.drafted_tokens)
     assert accepted == pytest.approx(right / 3, abs=0.12)
+    assert quick.metrics.accepted_length == pytest.approx(right, abs=0.4)
+    text = f"fathom_engine_accepted_draft_length {quick.metrics.accepted_length:g}"
+    assert text in quick.metrics_text().splitlines()
 
 
 def test_accepted_drafts_save_steps(net: Transformer) -> None:

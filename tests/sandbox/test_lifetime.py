@@ -424,3 +424,17 @@ def test_a_runtime_folder_that_tenants_cannot_pass(tmp_path: Path, options):
         pytest.raises(SandboxError, match="cannot pass"),
     ):
         client.create()
+
+
+@pytest.mark.usefixtures("need_root")
+def test_all_copies_show_one_moment(client: SyncClient):
+    sandbox = client.create()
+    count = "i=0; while :; do i=$((i+1)); echo $i > a; echo $i > b; done"
+    sandbox.exec(f"({count}) > /dev/null 2>&1 &", timeout=10)
+    copies = sandbox.fork(4)
+    seen = {copy.exec("cat a b", timeout=10).stdout for copy in copies}
+    assert len(seen) == 1
+    assert len({copy.exec("hostname", timeout=10).stdout for copy in copies}) == 4
+    before = sandbox.exec("cat a", timeout=10).stdout
+    time.sleep(0.05)
+    assert sandbox.exec("cat a", timeout=10).stdout != before, "it goes on"

@@ -60,7 +60,7 @@ def test_same_methods_with_the_same_arguments(asynchronous: type, synchronous: t
         assert not inspect.iscoroutinefunction(getattr(synchronous, name)), name
         assert list(ours[name].parameters.values()) == list(theirs[name].parameters.values()), name
         wanted = str(theirs[name].return_annotation)
-        renamed = re.sub(r"\b(Sandbox|Process|Group|Functions)\b", r"Sync\1", wanted)
+        renamed = re.sub(r"\b(Sandbox|Process|Group|Functions|Forward)\b", r"Sync\1", wanted)
         assert str(ours[name].return_annotation) in (wanted, renamed)
     if asynchronous is Client:
         assert ours["__init__"].parameters == theirs["__init__"].parameters

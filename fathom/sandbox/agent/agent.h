@@ -135,14 +135,6 @@ void say(int fd, const char *step, int number);
 /* files.c: file operations, run by a process that already is the tenant. */
 int run_builtin(const char *name, char **args, int error, uint64_t mode);
 
-/* port.c: the same, for connections. Returns an errno. */
-int carry_port(const char *text);
-
-/* outside.c: programs of their own, on the host. */
-int enter_group(const char *file);
-int enter_main(int argc, char **argv);
-int copy_main(int argc, char **argv);
-
 /* memory.c */
 void memory_watch(void);
 void memory_event(void);
@@ -157,6 +149,14 @@ int guest_port(void);
 void guest_serve(void);
 const char *guest_group(const char *file);
 int guest_network(bool on);
+
+/* port.c: the same, for connections. Returns an errno. */
+int carry_port(const char *text);
+
+/* outside.c: programs of their own, on the host. */
+int enter_group(const char *file);
+int enter_main(int argc, char **argv);
+int copy_main(int argc, char **argv);
 
 /* command.c */
 typedef struct Cmd Cmd;

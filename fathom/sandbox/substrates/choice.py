@@ -17,6 +17,8 @@ Name = Literal["crun", "runc", "bubblewrap"]
 Wanted = Literal["auto", "crun", "runc", "bubblewrap"]
 
 SUBSTRATES: tuple[Name, ...] = ("crun", "runc", "bubblewrap")
+# Sandboxes that are virtual machines: see `fathom.sandbox.vm`.
+MACHINES = ("microvm", "fullvm")
 _PROGRAMS = {"crun": "crun", "runc": "runc", "bubblewrap": "bwrap"}
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 

@@ -18,6 +18,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from fathom.sandbox.vm.saved import FACTS, FORMAT
 
 VM = MicroVM | FullVM
 _MOST_TEMPLATES = 6
+_ABANDONED = 3600.0
 _SETTLE_TIMEOUT = 120.0
 
 
@@ -83,6 +85,7 @@ class Machines:
         found = emulator.find(self.cache)
         fast = accel.find(self.cache)
         guest = kernel.find(self.cache)
+        program = agent.binary(self.cache)
         full = isinstance(spec, FullVM)
         if isinstance(spec, FullVM):
             base = disks.full_disk(self.cache, spec.image, spec.disk_bytes)
@@ -95,9 +98,10 @@ class Machines:
             folder=Path("/nonexistent"),
             substrate="fullvm" if full else "microvm",
             accelerator=fast.name,
+            agent=str(program),
             tree=str(found.tree),
             kernel=str(guest.packed if full else guest.image),
-            initramfs=str(kernel.initramfs(guest, agent.binary(self.cache), self.cache)),
+            initramfs=str(kernel.initramfs(guest, program, self.cache)),
             base=str(base),
             memory=spec.memory_bytes,
             disk=spec.disk_bytes,
@@ -135,7 +139,8 @@ class Machines:
             os.utime(folder)
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _locked(folder.parent / "lock"):
+        # Of this kind alone: a full machine takes long to boot.
+        with _locked(folder.with_suffix(".lock")):
             if (folder / FACTS).is_file():
                 return folder
             self._boot(launch, folder)
@@ -246,7 +251,7 @@ class Machines:
 
     def adopt(self, folder: Path, spec: VM, caps: Caps, launch: MachineLaunch) -> None:
         """Take over a machine that outlived its node."""
-        self.link.adopt(folder, machine=True)
+        self.link.adopt(folder)
         self.known[folder.name] = KnownMachine(spec, launch, caps)
 
 
@@ -308,5 +313,8 @@ def _remove_old(folder: Path) -> None:
         (path for path in folder.iterdir() if path.is_dir()), key=lambda path: -path.stat().st_mtime
     )
     whole = [path for path in found if not path.name.startswith(".")]
-    for path in [*whole[_MOST_TEMPLATES:], *(p for p in found if p.name.startswith("."))]:
+    left = [path for path in found if path.name.startswith(".")]
+    old = [path for path in left if time.time() - path.stat().st_mtime > _ABANDONED]
+    for path in [*whole[_MOST_TEMPLATES:], *old]:
+        path.with_suffix(".lock").unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)

@@ -102,10 +102,13 @@ def start(
     launch: MachineLaunch,
     words: list[str],
     *,
+    doors: list[str],
     netns: int,
     keep: tuple[int, ...],
 ) -> subprocess.Popen[bytes]:
     """Start the emulator shut into `root`, in the namespace `netns`, with the open files `keep`.
+
+    `doors`: the files by which it enters its control groups.
 
     Raises SandboxError.
     """
@@ -114,7 +117,8 @@ def start(
     if not launch.outlive:
         less.append("--pdeathsig=KILL")
     # By a path through this process: the emulator shall not inherit the namespace as an open file.
-    command = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{netns}"]
+    command = [launch.agent, "--enter", *doors, "--", "/usr/bin/nsenter"]
+    command += ["nsenter", f"--net=/proc/{os.getpid()}/fd/{netns}"]
     command += ["unshare", "--ipc", "--uts", "--"]
     command += ["chroot", str(root), "/usr/bin/setpriv", *who, *less, *words]
     log = os.open(root / OWN / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

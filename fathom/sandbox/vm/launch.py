@@ -21,18 +21,20 @@ _COMMON_KERNEL = "quiet panic=-1 reboot=t no_timer_check random.trust_cpu=on"
 class MachineLaunch:
     """One machine. Sizes in bytes.
 
-    `accelerator`: "kvm" or "tcg". `tree`: the folder that is the emulator's root. `base`: the disk
-    that never changes; `disk`: room for writes, in the guest's memory (microvm) or as a file on
-    top of the base (fullvm). `cpus`: processors of the guest; `cpu`: how much time they get.
-    `uid`: the host's user as whom the emulator runs. `user`: as whom commands run in the guest.
-    `tsc_khz`: what the guest is told about its clock's rate, 0 to let it find out.
-    `template`: the folder of a saved machine to begin with, "" to boot. `keep`: whether the node
-    shall hold that machine's memory for the next ones. `scratch`: where disks may be put.
+    `accelerator`: "kvm" or "tcg". `agent`: the compiled agent. `tree`: the folder that is the
+    emulator's root. `base`: the disk that never changes; `disk`: room for writes, in the guest's
+    memory (microvm) or as a file on top of the base (fullvm). `cpus`: processors of the guest;
+    `cpu`: how much time they get. `uid`: the host's user as whom the emulator runs. `user`: as
+    whom commands run in the guest. `tsc_khz`: what the guest is told about its clock's rate, 0 to
+    let it find out. `template`: the folder of a saved machine to begin with, "" to boot. `keep`:
+    whether the node shall hold that machine's memory for the next ones. `scratch`: where disks
+    may be put.
     """
 
     folder: Path
     substrate: str
     accelerator: str
+    agent: str
     tree: str
     kernel: str
     initramfs: str

@@ -1,8 +1,9 @@
 """LZ4 in the "legacy" form that Linux kernels are compressed with, read only.
 
-Python's standard library has no LZ4, and this runs once per kernel.
+Python's standard library has no LZ4, and this runs once per kernel. The form is that of
+the LZ4 block and frame format descriptions.
 
-Source: the LZ4 block and frame format descriptions.
+Paper: none (a file format).
 """
 
 from __future__ import annotations

@@ -108,6 +108,7 @@ def make(launch: MachineLaunch, nets: netns.Pool | None, source: Saved | None) -
 
 def _start(machine: Machine, source: Saved | None) -> None:
     launch = machine.launch
+    assert machine.group is not None
     root = launch.folder / state.ROOTFS
     root.mkdir(mode=0o755)
     jail.prepare(root, launch)
@@ -118,16 +119,19 @@ def _start(machine: Machine, source: Saved | None) -> None:
             port = stack.enter_context(messages.listen(launch.folder, PORT))
             files = _open_files(machine, source, monitor.fileno(), port.fileno(), opened)
             words = command_line(launch, files)
+            machine.group.limit(memory=launch.group_memory, pids=_EMULATOR_PIDS, cpu=launch.cpu)
             machine.process = jail.start(
-                _STARTER, root, launch, words, netns=machine.net, keep=files.all()
+                _STARTER,
+                root,
+                launch,
+                words,
+                doors=machine.group.doors(),
+                netns=machine.net,
+                keep=files.all(),
             )
         machine.pid = machine.process.pid
         machine.pidfd = os.pidfd_open(machine.pid)
         state.note_first(launch.folder, machine.pid)
-        assert machine.group is not None
-        machine.group.enter(machine.pid)
-        cpu = None if launch.cpu is None else launch.cpu
-        machine.group.limit(memory=launch.group_memory, pids=_EMULATOR_PIDS, cpu=cpu)
         try:
             _introduce(machine, source, files.state)
         except (SandboxError, OSError) as error:
@@ -419,7 +423,9 @@ def adopt(folder: Path) -> Machine:
     """Take over a machine whose node is gone. Raises SandboxError, OSError, ValueError."""
     session = json.loads((folder / state.SESSION).read_text())
     launch = launch_in(folder, session["launch"])
-    machine = Machine(folder, launch, state.claim(folder), bytes.fromhex(session["secret"]))
+    machine = Machine(
+        folder, launch, state.claim(folder, _GONE_TIMEOUT), bytes.fromhex(session["secret"])
+    )
     machine.online = None
     try:
         pid = machine.pid = int(session["pid"])

@@ -2,9 +2,10 @@
 
 Every machine maps one such file privately, so that what it writes is its own and the file never
 changes; copies of one moment share it. The seal holds against the emulator too: one that was taken
-over cannot write into the memory of others. What a machine wrote since is found in the page table.
+over cannot write into the memory of others. What a machine wrote since is found in the page table
+(Linux admin-guide/mm/pagemap, memfd_create(2) and fcntl(2) for the seals).
 
-Source: Linux Documentation/admin-guide/mm/pagemap.rst, memfd_create(2), fcntl(2) (file sealing).
+Paper: §5.2.5 (memory snapshots of virtual machines).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,10 +30,22 @@ def need_machines(cache_dir: Path) -> None:
         pytest.skip(f"no kernel for the guest: {error}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_snapshots_left(cache_dir: Path) -> Iterator[None]:
+    """Saved machines are large; those of these tests do not stay."""
+    folder = cache_dir / "snapshots"
+    before = set(folder.iterdir()) if folder.is_dir() else set[Path]()
+    yield
+    for path in set(folder.iterdir() if folder.is_dir() else ()) - before:
+        shutil.rmtree(path)
+
+
 @pytest.fixture(scope="module")
 def machines(need_machines: None, runtime_dir: Path, cache_dir: Path) -> Iterator[SyncClient]:
     """One client for all tests of a module: its node holds the template's memory."""
     with SyncClient("local", runtime_dir=runtime_dir, cache_dir=cache_dir) as made:
+        # Otherwise the first test would be blamed for a node that it leaves.
+        made.create(SPEC).stop()
         yield made
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from fathom.errors import SandboxError
 from fathom.sandbox import Net, state
 from tests.sandbox.test_edge import Daemon, daemon  # noqa: F401
+from tests.sandbox.test_lifetime import locker_of
 from tests.sandbox.vm.conftest import SPEC
 
 TIMEOUT = 30.0
@@ -56,6 +59,24 @@ def test_a_machine_outlives_the_daemon(daemon: Daemon):  # noqa: F811
         )
         sandbox.stop()
     assert not runs(process)
+
+
+def test_a_machine_outlives_the_daemon_s_node(daemon: Daemon):  # noqa: F811
+    """The port's lines are the node's; the next one carries them on."""
+    with daemon.client() as client:
+        sandbox = client.create(SPEC)
+        sandbox.exec("echo kept > f", timeout=TIMEOUT)
+        os.kill(locker_of(daemon.folder / sandbox.id), signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                assert sandbox.exec("cat f", timeout=TIMEOUT).stdout == "kept\n"
+                break
+            except SandboxError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        (copy,) = sandbox.fork()
+        assert copy.exec("cat f", timeout=TIMEOUT).stdout == "kept\n"
 
 
 def test_a_machine_that_died_while_nobody_looked(daemon: Daemon):  # noqa: F811

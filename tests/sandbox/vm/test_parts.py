@@ -337,6 +337,7 @@ def test_a_rate_that_was_told_is_told_to_the_guest():
         folder=Path("/x"),
         substrate="microvm",
         accelerator="tcg",
+        agent="",
         tree="",
         kernel="",
         initramfs="",

@@ -164,31 +164,36 @@ def _parse(pieces: list[tuple[str, bool | None]]) -> Message:
 
 
 def _read(pieces: list[tuple[str, bool | None]], *, streams: bool) -> Message | None:
-    """Return the message as its events tell it, None if they tell prose behind a call."""
+    """Return the message as its events tell it.
+
+    None if they tell prose behind a call, more of a call than it says, or the end of a call that
+    is not whole.
+    """
     parser = StreamParser("high", stream_arguments=streams)
     events = [event for text, special in pieces for event in parser.feed(text, special)]
     events += parser.close()
     texts = {"reasoning": "", "content": ""}
     calls: list[ToolCall] = []
-    arguments: list[str] = []
+    arguments: dict[int, str] = {}
     for event in events:
         match event:
             case ReasoningDelta(text) | ContentDelta(text):
                 if arguments:
                     return None
                 texts["reasoning" if isinstance(event, ReasoningDelta) else "content"] += text
-            case CallStarted():
-                arguments.append("")
-            case ArgumentsDelta(text=text):
-                arguments[-1] += text
-            case CallFinished(call=call):
-                # One that never became complete is told at once, by its end alone.
-                told = call if call.partial and not streams else replace(call, arguments="")
-                calls.append(told)
+            case CallStarted(index=index):
+                arguments[index] = ""
+            case ArgumentsDelta(index=index, text=text):
+                arguments[index] += text
+            case CallFinished(index=index, call=call):
+                told = arguments.get(index, "")
+                if not (call.partial or call.repaired):
+                    call = replace(call, arguments=told)
+                elif _is_object(told) or not call.arguments.startswith(told):
+                    return None
+                calls.append(call)
             case _:
                 pass
-    for at, text in enumerate(arguments):
-        calls[at] = replace(calls[at], arguments=text)
     return Message(
         reasoning=texts["reasoning"],
         content=texts["content"],

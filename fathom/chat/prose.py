@@ -73,6 +73,11 @@ class ProseReader:
         """Take the start of a tag that the end of the text cut off."""
         self._hold_text(text)
 
+    def interrupt(self) -> None:
+        """Take note that something came that is not shown: a tag before it opens no calls."""
+        if self._held:
+            self._give_back()
+
     def take_held(self) -> str:
         """Return what is held, with the line breaks before it, and forget it."""
         text = "\n" * self._held_newlines + "".join(self._held)

@@ -64,6 +64,7 @@ class ResponsesWriter:
         self._begun = False
         self._output: list[dict[str, Any]] = []  # finished items
         self._open: _Open | None = None
+        self._unfinished = False  # a call began that will never be whole
 
     def stream(self) -> AsyncGenerator[bytes, None]:
         """The response as events."""
@@ -84,12 +85,13 @@ class ResponsesWriter:
         return self._end(account)
 
     def fail(self, error: Exception) -> bytes:
-        """The event that ends a stream in trouble."""
+        """The event that ends a stream in trouble, behind those that begin it."""
+        begin = "" if self._begun else self._begin()
         problem = as_problem(error)
         body = self._body("failed") | {
             "error": {"code": "server_error", "message": problem.message}
         }
-        return to_bytes(self._event("response.failed", response=body))
+        return to_bytes(begin + self._event("response.failed", response=body))
 
     def feed(self, events: list[Event], turn: Turn) -> str:
         """Some more events of the response."""
@@ -166,6 +168,11 @@ class ResponsesWriter:
             return ""
         self._open = opened  # the events name it
         text, item = "".join(opened.text), opened.item
+        if opened.kind == "call":
+            # Cut off or repaired, so it has no end: its arguments are a beginning that is no JSON.
+            self._unfinished = True
+            item |= {"arguments": text, "status": "incomplete"}
+            return self._end_item()
         if opened.kind == "reasoning":
             part: dict[str, Any] = {"type": "reasoning_text", "text": text}
             item["encrypted_content"] = pack_reasoning(text)
@@ -185,6 +192,8 @@ class ResponsesWriter:
         return out + self._item_event("response.output_item.added", item=item)
 
     def _arguments_delta(self, text: str) -> str:
+        assert self._open is not None
+        self._open.text.append(text)
         return self._item_event("response.function_call_arguments.delta", delta=text)
 
     def _finish_call(self, event: CallFinished) -> str:
@@ -237,11 +246,13 @@ class ResponsesWriter:
 
     def _end(self, account: Account) -> dict[str, Any]:
         cut = account.finish_reason == "length"
-        body = self._body("incomplete" if cut else "completed") | {
+        body = self._body("incomplete" if cut or self._unfinished else "completed") | {
             "output": self._output,
             "usage": _usage(account),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
         }
+        if self._unfinished and not cut:
+            body["incomplete_details"] = {"reason": "repaired_call"}
         report = side_report([account])
         if report:
             body["fathom"] = report

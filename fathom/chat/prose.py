@@ -27,7 +27,7 @@ class ProseReader:
         trim: bool,
         stop: Iterable[str] = (),
     ) -> None:
-        self.stage = stage
+        self.stage: Literal["reasoning", "content"] = stage
         self.reasoning: list[str] = []
         self.content: list[str] = []
         self.candidate: Tag | None = None

@@ -5,7 +5,6 @@ Paper: none (API conventions).
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -20,6 +19,7 @@ from fathom.chat import (
 from fathom.chat.requests import sign_reasoning
 from fathom.server.problems import Problem, as_problem, error_body
 from fathom.server.render import (
+    RawJson,
     dumps,
     exhaust_all,
     new_id,
@@ -33,8 +33,8 @@ from fathom.server.turn import Account, Turn
 KEEP_ALIVE = b'event: ping\ndata: {"type":"ping"}\n\n'
 _STOPS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _UNFINISHED = (
-    "a tool call that had begun is not delivered, because it was cut off or had to be repaired: run "
-    "nothing of it. The field `fathom` of message_delta says more"
+    "a tool call that had begun is not delivered, because it was cut off or had to be repaired: "
+    "run nothing of it. The field `fathom` of message_delta says more"
 )
 
 
@@ -78,7 +78,7 @@ class MessagesWriter:
                 "type": "tool_use",
                 "id": call.id,
                 "name": call.name,
-                "input": json.loads(call.arguments),
+                "input": RawJson(call.arguments),
             }
             for call in account.calls
         ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from fathom.chat import (
@@ -25,8 +25,9 @@ from fathom.chat import (
     ToolCall,
 )
 from fathom.chat.requests import PromptRequest, ToolSpec, pack_reasoning
-from fathom.server.problems import as_problem
+from fathom.server.problems import Problem, as_problem
 from fathom.server.render import (
+    RawJson,
     dumps,
     exhaust_all,
     new_id,
@@ -52,6 +53,7 @@ class ResponsesWriter:
         model: str,
         keep: Keep,
         record: Callable[[TokenRecord], dict[str, Any]],
+        echoed: dict[str, Any],
     ) -> None:
         self.id = new_id("resp_")
         self._request = request
@@ -59,6 +61,7 @@ class ResponsesWriter:
         self._model = model
         self._keep = keep
         self._record = record
+        self._echoed = echoed
         self._created = int(time.time())
         self._sequence = 0
         self._begun = False
@@ -276,7 +279,6 @@ class ResponsesWriter:
             "background": False,
             "error": None,
             "incomplete_details": None,
-            "instructions": None,
             "max_output_tokens": request.max_tokens,
             "model": self._model,
             "output": [],
@@ -286,13 +288,29 @@ class ResponsesWriter:
             "store": request.metadata.get("store") is not False,
             "temperature": request.default_sampling().temperature,
             "text": {"format": {"type": request.response_format.kind}},
-            "tool_choice": choice.mode,
-            "tools": [],
             "top_p": request.default_sampling().top_p,
             "truncation": "disabled",
             "usage": None,
-            "metadata": request.metadata.get("metadata") or {},
+            **self._echoed,
         }
+
+
+def echo(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a response repeats of its request as it was. Raises Problem for what is not JSON."""
+    found = {
+        "instructions": body.get("instructions"),
+        "tool_choice": body.get("tool_choice") or "auto",
+        "tools": body.get("tools") or [],
+        "metadata": body.get("metadata") or {},
+    }
+    for name, value in found.items():
+        try:
+            found[name] = RawJson(dumps(value))
+        except ValueError:
+            raise Problem(
+                400, f"{name} holds a number that JSON does not have", param=name
+            ) from None
+    return found
 
 
 class _Open:
@@ -311,13 +329,14 @@ class _Open:
 def _call_item(call: ToolCall, spec: ToolSpec) -> dict[str, Any]:
     name = spec.local_name or call.name
     if spec.kind == "custom":
-        given = json.loads(call.arguments)
+        # Only a string matters; Python refuses to convert very long numbers.
+        given = json.loads(call.arguments, parse_int=float)
         text = given.get("input") if isinstance(given, dict) else None
         item = {"type": "custom_tool_call", "id": new_id("ctc_"), "call_id": call.id, "name": name,
                 "input": text if isinstance(text, str) else call.arguments}  # fmt: skip
     elif spec.kind == "tool_search":
         return {"type": "tool_search_call", "id": new_id("tsc_"), "call_id": call.id,
-                "execution": "client", "arguments": json.loads(call.arguments)}  # fmt: skip
+                "execution": "client", "arguments": RawJson(call.arguments)}  # fmt: skip
     else:
         item = {"type": "function_call", "id": new_id("fc_"), "call_id": call.id, "name": name,
                 "arguments": call.arguments}  # fmt: skip

@@ -72,13 +72,19 @@ class Delivery:
 
     at_once: arguments as they are written, instead of whole calls; a call that is then not to be
     delivered stays without its end. repaired: also calls that were rebuilt by guesswork.
-    forbidden: none at all, the client asked for none. single: only the first.
+    forbidden: none at all, the client asked for none. single: only the first. names: only calls of
+    these tools, where there are any names.
     """
 
     at_once: bool = False
     repaired: bool = False
     forbidden: bool = False
     single: bool = False
+    names: frozenset[str] = frozenset()
+
+    def allows(self, name: str) -> bool:
+        """Whether a call of this tool may be delivered at all."""
+        return not self.forbidden and (not self.names or name in self.names)
 
 
 # What the server does around every completion: a slot before it, counters and the store behind it.
@@ -190,10 +196,14 @@ class Turn:
     def _call_event(self, event: CallStarted | ArgumentsDelta | CallFinished) -> list[Event]:
         delivery = self._delivery
         if not isinstance(event, CallFinished):
-            if not delivery.at_once or delivery.forbidden:
+            if isinstance(event, CallStarted):
+                if not delivery.at_once or not delivery.allows(event.name):
+                    return []
+                self._begun = (event.index, 0)
+            elif self._begun[0] != event.index:
                 return []
-            size = len(event.text) if isinstance(event, ArgumentsDelta) else 0
-            self._begun = (event.index, size + (self._begun[1] if size else 0))
+            else:
+                self._begun = (event.index, self._begun[1] + len(event.text))
             return [event]
         call = event.call
         if not self._may_deliver(call):
@@ -208,7 +218,7 @@ class Turn:
         return [event]
 
     def _may_deliver(self, call: ToolCall) -> bool:
-        if self._delivery.forbidden or call.partial:
+        if call.partial or not self._delivery.allows(call.name):
             return False
         return self._delivery.repaired or not call.repaired
 

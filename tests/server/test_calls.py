@@ -10,7 +10,8 @@ import openai
 import pytest
 
 from fathom.chat.protocol import SPECIAL_TOKENS
-from tests.server.conftest import BASH, D, Server, block, call, events
+from fathom.server.scripted import Reply
+from tests.server.conftest import BASH, D, Open, Server, block, call, events
 from tests.server.test_sdks import ANTHROPIC_BASH, RESPONSES_BASH
 
 HOLE = SPECIAL_TOKENS["fim_hole"]
@@ -42,7 +43,8 @@ def arguments_of(found: list[dict[str, Any]], api: str) -> list[str]:
         if api == "chat":
             choices = event["choices"]
             parts = [c.get("delta") or c.get("message") or {} for c in choices]
-            for number, part in enumerate(p for part in parts for p in part.get("tool_calls", [])):
+            called = [one for part in parts for one in part.get("tool_calls", [])]
+            for number, part in enumerate(called):
                 key = part.get("index", number)
                 texts[key] = texts.get(key, "") + part["function"]["arguments"]
         elif event.get("type") == "message":
@@ -189,7 +191,7 @@ def test_sdk_anthropic_makes_no_input_of_a_cut_call(server: Server):
     """It makes an object of any beginning, so only an error keeps its caller from running it."""
     server.say("x</think>" + block(call(limit=5, command="rm -rf /tmp/x")))
     client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
-    raised = 0
+    raised: list[str] = []
     for limit in range(14, 44, 3):
         with client.messages.stream(
             model="x", max_tokens=limit, tools=[ANTHROPIC_BASH],
@@ -199,12 +201,12 @@ def test_sdk_anthropic_makes_no_input_of_a_cut_call(server: Server):
             try:
                 message = stream.get_final_message()
             except anthropic.APIStatusError as error:
-                assert "run nothing of it" in str(error)
-                raised += 1
+                raised.append(str(error))
             else:
                 inputs = [part.input for part in message.content if part.type == "tool_use"]
                 assert inputs in ([], [{"limit": 5, "command": "rm -rf /tmp/x"}])
     assert raised
+    assert all("run nothing of it" in error for error in raised)
 
 
 @pytest.mark.parametrize("said", ["x</think>Hi <\uff5cUser\uff5c>", "x</think>" + DUBIOUS["later"]])
@@ -219,3 +221,108 @@ def test_every_chunk_has_a_choice_unless_usage_was_asked_for(server: Server, sai
     assert found[-1]["choices"] == []
     assert found[-1]["usage"]
     assert sum("fathom" in event for event in found) == 2
+
+
+LONG = "9" * 5_000
+NUMBERS = f"""<{D}invoke name="bash">
+<{D}parameter name="limit" string="false">{LONG}</{D}parameter>
+<{D}parameter name="command" string="false">[1e999, -0, 1.50]</{D}parameter>
+</{D}invoke>"""
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_numbers_that_python_cannot_hold_go_out_as_written(server: Server, api: str, stream: bool):
+    server.say("x</think>" + block(NUMBERS))
+    limit = {LIMITS[api]: 9_000}
+    response = getattr(server, api)(tools=[TOOLS[api]], stream=stream, **limit)
+    assert response.status_code == 200
+    assert "Infinity" not in response.text
+    assert "1e999" in response.text
+    assert "1.50" in response.text
+    assert response.text.replace('"}}', "").count("9") >= 5_000
+    assert LONG in response.text or stream
+
+
+def test_numbers_that_python_cannot_hold_for_custom_tools_and_searches(server: Server):
+    custom = {"type": "custom", "name": "bash", "description": "Run."}
+    search = {"type": "tool_search", "execution": "client", "description": "Find tools.",
+              "parameters": {"type": "object", "properties": {"limit": {}}}}  # fmt: skip
+    for tool, name in ((custom, "bash"), (search, "tool_search")):
+        server.say("x</think>" + block(NUMBERS.replace("bash", name)))
+        response = server.responses(tools=[tool])
+        assert response.status_code == 200
+        assert LONG in response.text
+        stored = server.client.get(
+            f"/v1/responses/{json.loads(response.text, parse_int=str)['id']}"
+        )
+        assert stored.text == response.text
+
+
+@pytest.mark.parametrize("field", ["metadata", "tools", "schema"])
+def test_a_number_that_is_none_is_refused(server: Server, field: str):
+    bad = '{"type": "object", "properties": {"a": {"default": 1e999}}}'
+    tool = {"type": "function", "name": "f", "parameters": "BAD"}
+    given = {"metadata": {"metadata": "BAD"}, "tools": {"tools": [{"type": "x", "n": "BAD"}]},
+             "schema": {"tools": [tool]}}[field]  # fmt: skip
+    body = json.dumps({"input": "Hello", **given}).replace('"BAD"', bad)
+    response = server.client.post(
+        "/v1/responses", content=body, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400, response.text
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_failure_behind_signs_of_life_is_a_whole_response(open_server: Open, fails: bool):
+    server = open_server(limits={"keep_alive_seconds": 0.05})
+    server.say(Reply(text="x</think>y", first_delay=0.3, fail_after=0 if fails else None))
+    response = server.responses(stream=True)
+    assert ": keep-alive" in response.text
+    found = events(response.text)
+    assert [event["type"] for event in found[:2]] == ["response.created", "response.in_progress"]
+    assert found[-1]["type"] == ("response.failed" if fails else "response.completed")
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+
+
+def test_tools_found_by_a_search_keep_their_namespace_in_later_turns(server: Server):
+    search = {"type": "tool_search", "execution": "client", "description": "Find tools.",
+              "parameters": {"type": "object", "properties": {"query": {"type": "string"}}}}  # fmt: skip
+    server.say("x</think>" + block(call("tool_search", query="mail")))
+    first = server.responses("Send it.", tools=[search]).json()
+    asked = next(item for item in first["output"] if item["type"] == "tool_search_call")
+    found = {"type": "namespace", "name": "mail", "description": "Mail.",
+             "tools": [{"type": "function", "name": "send", "parameters": {"type": "object"}}]}  # fmt: skip
+    result = {"type": "tool_search_output", "call_id": asked["call_id"], "tools": [found]}
+    server.say("x</think>" + block(call("mail__send")))
+    previous = first["id"]
+    given: Any = [result]
+    for _ in range(3):
+        reply = server.responses(given, tools=[search], previous_response_id=previous).json()
+        sent = next(item for item in reply["output"] if item["type"] == "function_call")
+        assert (sent["namespace"], sent["name"]) == ("mail", "send")
+        previous = reply["id"]
+        given = [{"type": "function_call_output", "call_id": sent["call_id"], "output": "done"}]
+
+
+def test_a_response_repeats_what_was_asked(server: Server, open_server: Open):
+    choice = {"type": "function", "name": "bash"}
+    server.say("x</think>" + WHOLE)
+    fields = {"tools": [RESPONSES_BASH], "tool_choice": choice, "instructions": "Be brief."}
+    found = events(server.responses(stream=True, **fields).text)
+    bodies = [found[0]["response"], found[-1]["response"]]
+    bodies.append(server.client.get(f"/v1/responses/{bodies[-1]['id']}").json())
+    for body in bodies:
+        assert {name: body[name] for name in fields} == fields
+    small = open_server(backend={"context_tokens": 100_000})
+    small.say("x</think>y")
+    reply = small.responses(reasoning={"effort": "max"})
+    assert reply.json()["reasoning"]["effort"] == "high"
+    assert "effort max became high" in reply.headers["x-fathom-notice"]
+
+
+def test_a_task_survives_two_user_messages_in_a_row(server: Server):
+    server.say("Search")
+    history = [{"role": "user", "content": "a"}, {"role": "user", "content": "b", "task": "action"}]
+    assert server.chat(history).status_code == 200
+    assert server.prompt.endswith(SPECIAL_TOKENS["action"])
+    assert "a\n\nb" in server.prompt

@@ -285,13 +285,17 @@ def test_a_failure_behind_signs_of_life_is_a_whole_response(open_server: Open, f
 
 
 def test_tools_found_by_a_search_keep_their_namespace_in_later_turns(server: Server):
-    search = {"type": "tool_search", "execution": "client", "description": "Find tools.",
-              "parameters": {"type": "object", "properties": {"query": {"type": "string"}}}}  # fmt: skip
+    search = {
+        "type": "tool_search",
+        "execution": "client",
+        "description": "Find tools.",
+        "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
+    }
     server.say("x</think>" + block(call("tool_search", query="mail")))
     first = server.responses("Send it.", tools=[search]).json()
     asked = next(item for item in first["output"] if item["type"] == "tool_search_call")
-    found = {"type": "namespace", "name": "mail", "description": "Mail.",
-             "tools": [{"type": "function", "name": "send", "parameters": {"type": "object"}}]}  # fmt: skip
+    inner = {"type": "function", "name": "send", "parameters": {"type": "object"}}
+    found = {"type": "namespace", "name": "mail", "description": "Mail.", "tools": [inner]}
     result = {"type": "tool_search_output", "call_id": asked["call_id"], "tools": [found]}
     server.say("x</think>" + block(call("mail__send")))
     previous = first["id"]

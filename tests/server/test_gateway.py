@@ -249,9 +249,11 @@ def test_a_completion_costs_the_gateway_no_reading_of_certificates(
     url, told = fake
     told[0] = b"200\n" + GOOD
     backend = GatewayBackend(url, model="m")
-    monkeypatch.setattr("ssl.create_default_context", lambda *_, **__: pytest.fail("read again"))
+    read: list[bool] = []
     with running(backend) as address, Gateway(address) as gateway:
+        monkeypatch.setattr("httpcore2.default_ssl_context", lambda **_: read.append(True))
         assert gateway.chat().status_code == 200
+    assert not read
 
 
 NAMED = {"type": "function", "function": {"name": "bash"}}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import secrets
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import aclosing
@@ -150,8 +151,8 @@ def logprob_entry(tokenizer: Tokenizer | None, record: TokenRecord, top: int) ->
 
 
 def finite(logprob: float) -> float:
-    """JSON has no infinity; a token that cannot come has a very small probability."""
-    return max(logprob, -9999.0)
+    """JSON has no infinity and no NaN, which stand for a token that cannot come: almost none."""
+    return logprob if -9999.0 < logprob < math.inf else -9999.0
 
 
 def _logprob(tokenizer: Tokenizer | None, token: int, logprob: float) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def decode(
     """
     if against not in (None, OTHER):
         raise typer.BadParameter(f"--against is {against!r}; there is only transformers")
-    report = _decode(model, tokens, context, _counts(threads), against, rounds)
+    report = _decode(model, tokens, context, parse_counts(threads), against, rounds)
     if as_json:
         print_json(report)
     else:
@@ -141,7 +141,8 @@ app.command()(crashes)
 app.command()(server)
 
 
-def _counts(text: str) -> list[int]:
+def parse_counts(text: str) -> list[int]:
+    """Numbers of threads, as `1,2`. Raises typer.BadParameter for anything else."""
     parts = text.split(",")
     if not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
         raise typer.BadParameter(f"--threads is {text!r}; give numbers with commas, as 1,2")
@@ -161,7 +162,7 @@ def _decode(
     import fathom
     from fathom.errors import GenerationError
     from fathom.eval import speed
-    from fathom.kernels.numba.step import PackedModel
+    from fathom.kernels.numba.packing import token_bytes
 
     llm, plain = fathom.load(name), fathom.load(name, quantized=False)
     most = llm.config.max_position_embeddings
@@ -178,7 +179,7 @@ def _decode(
     before = torch.get_num_threads()
     facts = speed.machine()
     report: dict[str, Any] = {"model": llm.name, "context": context, "tokens": count}
-    other = _other(name) if against else None
+    other = transformers_side(name) if against else None
     try:
         if other is not None:
             facts |= other.versions
@@ -191,7 +192,7 @@ def _decode(
         if other is not None:
             other.close()
     rate = speed.copy_rate()
-    token_bytes = PackedModel(llm.model).token_bytes()
+    size = token_bytes(llm.model)
     report["results"] = [r.to_json() for r in results]
     report["best"] = {s.name: _best(speed.best(results, s.name)) for s in sides}
     if other is not None:
@@ -199,9 +200,9 @@ def _decode(
             s.name: _spread(speed.ratio(results, s.name, OTHER)) for s in sides[:-1]
         }
     report["floor"] = {
-        "weight_bytes_per_token": token_bytes,
+        "weight_bytes_per_token": size,
         "copy_bytes_per_s": rate,
-        "tokens_per_s": rate / token_bytes,
+        "tokens_per_s": rate / size,
     }
     report["machine"] = facts | {"load_average_after": speed.machine()["load_average"]}
     return report
@@ -222,7 +223,8 @@ def _progress(rounds: int, number: int) -> None:
         _say(f"round {number}/{rounds}")
 
 
-def _other(name: str) -> ProcessSide:
+def transformers_side(name: str) -> ProcessSide:
+    """transformers with the weights of `name`, in its own process. Raises MissingDependency."""
     from fathom.engine.llm import _folder
     from fathom.errors import MissingDependency
     from fathom.eval.speed import ProcessSide

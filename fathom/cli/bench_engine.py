@@ -5,10 +5,8 @@ Paper: none (measurement).
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,81 +14,128 @@ import typer
 
 from fathom.cli.output import print_json, print_table
 
-_RESUME = """
-import json, sys
-from pathlib import Path
-import fathom
-from fathom.eval.engine_speed import resume_session
-model = fathom.load(sys.argv[1]).model
-print(json.dumps(resume_session(model, Path(sys.argv[2]), int(sys.argv[3]))))
-"""
+PARTS = ("rates", "log", "session", "trace", "transformers")
 
 
 def engine(
     model: Annotated[str, typer.Option(help="Checkpoint folder or shipped model.")] = "nano",
-    threads: Annotated[int, typer.Option(min=1, help="Threads for prompts and long scans.")] = 2,
+    threads: Annotated[str, typer.Option(help="Numbers of threads, with commas.")] = "1,2",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the spread is over them.")] = 5,
-    longest: Annotated[int, typer.Option(min=2048, help="Longest context.")] = 1_000_000,
+    longest: Annotated[int, typer.Option(min=4096, help="Longest context.")] = 1_000_000,
+    only: Annotated[str, typer.Option(help=f"Parts to measure: {', '.join(PARTS)}.")] = "",
     picture: Annotated[Path | None, typer.Option("--plot", help="Write a picture here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure the engine: prefill, decoding against context, batches, resuming a saved session.
+    """Measure the engine: speeds, what the log costs, resuming, an agent's cache, transformers.
 
-    Contexts beyond 2,048 tokens are made of copies of real slabs. The session is written here and
-    taken up by another process, with its files dropped from the page cache.
+    Contexts beyond 2,048 tokens are made of copies of real slabs. The session is written by a
+    process that is then killed, and taken up by others with the page cache dropped. transformers is
+    left out where it is not installed.
     """
-    report = measure(model, threads, rounds, longest)
-    if picture is not None:
+    from fathom.cli.bench import parse_counts
+
+    parts = only.split(",") if only else PARTS
+    if not set(parts) <= set(PARTS):
+        raise typer.BadParameter(f"--only is {only!r}; the parts are {', '.join(PARTS)}")
+    report = measure(model, parse_counts(threads), rounds, longest, parts)
+    if picture is not None and "rates" in report:
         from fathom.eval.engine_speed import plot
 
-        plot(report, picture)
+        plot(report["rates"], picture)
     if as_json:
         print_json(report)
-        return
-    rows = []
-    for part in ("prefill", "decode", "batch"):
-        for row in report[part]:
-            values = [f"{row[key]:,.0f}" for key in ("median", "low", "high")]
-            rows.append([part, f"{row['size']:,}", *values])
-    print_table(["tokens per second", "tokens or streams", "median", "low", "high"], rows)
-    session = report["session"]
-    resumed = session["resumed"]
-    rows = [
-        ["tokens", f"{session['tokens']:,}"],
-        ["bytes per token on disk", f"{session['saved']['bytes_per_token']:.1f}"],
-        ["seconds to save", f"{session['saved']['seconds']:.2f}"],
-        ["tokens found again", f"{resumed['cached_tokens']:,.0f}"],
-        ["seconds to the first new token", f"{resumed['first_token']:.2f}"],
-    ]
-    print_table(["session", ""], rows)
+    else:
+        _show(report)
 
 
-def measure(model: str, threads: int, rounds: int, longest: int) -> dict[str, Any]:
-    """Everything that the command reports."""
+def measure(
+    model: str, threads: list[int], rounds: int, longest: int, parts: Any = PARTS
+) -> dict[str, Any]:
+    """The parts of what the command reports."""
     import fathom
-    from fathom.eval.engine_speed import Bench, write_session
-    from fathom.eval.speed import machine
+    from fathom.eval import engine_session, engine_speed, engine_trace
+    from fathom.eval.speed import copy_rate, machine
 
-    about = machine()
-    net = fathom.load(model).model
-    longest = min(longest, net.config.max_position_embeddings - 2048)
-    bench = Bench(net, threads, rounds)
-    contexts = [c for c in (256, 2048, 16_384, 131_072, 1_000_000) if c < longest] + [longest]
-    prompts = [p for p in (512, 2048, 8192) if p <= longest]
-    report: dict[str, Any] = {
-        "model": model,
-        "threads": threads,
-        "rounds": rounds,
-        "machine": about,
-        "prefill": [{"size": p, **bench.prefill(p)} for p in prompts],
-        "decode": [{"size": c, **bench.decode(c)} for c in contexts],
-        "batch": [{"size": n, **bench.batch(n)} for n in (1, 2, 4, 8, 16)],
-    }
-    del bench
-    with tempfile.TemporaryDirectory() as folder:
-        saved = write_session(net, Path(folder), longest)
-        command = [sys.executable, "-c", _RESUME, model, folder, str(longest)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    resumed = json.loads(done.stdout)
-    report["session"] = {"tokens": longest, "saved": saved, "resumed": resumed}
+    llm = fathom.load(model)
+    longest = min(longest, llm.config.max_position_embeddings - 2048)
+    report: dict[str, Any] = {"model": model, "rounds": rounds, "machine": machine()}
+    report["machine"]["copy_bytes_per_s"] = copy_rate()
+    if "rates" in parts:
+        report["rates"] = []
+        for count in threads:
+            bench = engine_speed.Bench(llm.model, count, rounds)
+            report["rates"] += bench.all(longest)
+            del bench  # the memory of one at a time
+    if "log" in parts:
+        report["log"] = engine_speed.Bench(llm.model, 1, rounds).log()
+    if "session" in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            report["session"] = engine_session.resume_after_kill(
+                model, Path(folder), longest, max(threads), rounds
+            )
+    if "trace" in parts:
+        report["trace"] = engine_trace.replay(llm)
+    if "transformers" in parts:
+        report["transformers"] = _beside(model, llm, threads, rounds)
     return report
+
+
+def _beside(model: str, llm: Any, threads: list[int], rounds: int) -> dict[str, Any]:
+    from fathom.cli.bench import transformers_side
+    from fathom.errors import MissingDependency
+    from fathom.eval.engine_speed import beside_transformers
+
+    try:
+        with closing(transformers_side(model)) as other:
+            found = beside_transformers(llm, other, 2048, 64, threads, rounds)
+            return {**found, "versions": other.versions}
+    except MissingDependency as error:
+        return {"missing": str(error)}
+
+
+def _show(report: dict[str, Any]) -> None:
+    rows = [
+        [
+            row["part"], f"{row['size']:,}", str(row["threads"]),
+            *(f"{row[key]:,.0f}" for key in ("median", "low", "high")),
+        ]
+        for row in report.get("rates", [])
+    ]  # fmt: skip
+    other = report.get("transformers", {})
+    for row in other.get("results", []):
+        for part in ("prefill", "decode"):
+            rate = row[f"{part}_tokens_per_s"]
+            name = f"{row['side']}: {part}"
+            values = [f"{rate[key]:,.0f}" for key in ("median", "low", "high")]
+            rows.append([name, f"{other['context']:,}", str(row["threads"]), *values])
+    if rows:
+        columns = ["tokens per second", "tokens or streams", "threads", "median", "low", "high"]
+        print_table(columns, rows)
+    rows = []
+    if "times_as_fast" in other:
+        rows.append(["times as fast as transformers", *_spread(other["times_as_fast"], 1)])
+    if "log" in report:
+        rows.append(["time with the log, of that without", *_spread(report["log"], 3)])
+        rows.append(["log, bytes a token", f"{report['log']['bytes_per_token']:.1f}", "", ""])
+    if "session" in report:
+        from fathom.eval.engine_speed import spread
+
+        session = report["session"]
+        seconds = spread([r["first_token"] for r in session["resumed"]])
+        name = f"{session['tokens']:,} tokens resumed, seconds to the first"
+        rows.append([name, *_spread(seconds, 2)])
+        rows.append(["seconds to save them", f"{session['saved']['seconds']:.2f}", "", ""])
+        size = session["saved"]["bytes_per_token"]
+        rows.append(["bytes a token on disk", f"{size:.1f}", "", ""])
+    if "trace" in report:
+        trace = report["trace"]
+        name = f"agent of {trace['turns']} turns: known of all prompts"
+        rows.append([name, f"{100 * trace['hit_rate']:.2f}%", "", ""])
+        seen = f"{100 * trace['of_tokens_seen_before']:.2f}%"
+        rows.append(["known of what was seen before", seen, "", ""])
+    if rows:
+        print_table(["", "median", "low", "high"], rows)
+
+
+def _spread(values: dict[str, float], digits: int) -> list[str]:
+    return [f"{values[key]:.{digits}f}" for key in ("median", "low", "high")]

@@ -45,10 +45,11 @@ def open_model(model: str | None, url: str | None, api_key: str | None = None) -
 
 def announce_compiling() -> None:
     """Tell whoever watches a terminal why the first token on this machine takes so long."""
-    from fathom.kernels.numba import step
+    from fathom.kernels.numba import rows
+    from fathom.kernels.numba.compiled import must_compile
 
     out = console(stderr=True)
-    if out.is_terminal and step.must_compile():
+    if out.is_terminal and must_compile(rows.forward):
         out.print("compiling the decoder for this machine: once, some ten seconds", style="dim")
 
 

@@ -122,12 +122,13 @@ class LocalBackend:
                 self._fail_all(engine, error)
 
     def _fail_all(self, engine: Engine, error: Exception) -> None:
-        for completion in self._active.values():
+        failed = list(self._active.values())
+        self._active.clear()
+        for completion in failed:
             if completion.running is not None:
                 with contextlib.suppress(Exception):  # the engine may be as broken as the step
                     engine.cancel(completion.running)
-            completion.mailbox.put(error)  # behind it, so that who hears of it finds memory free
-        self._active.clear()
+            completion.mailbox.put(error)
 
     def _take_orders(self, engine: Engine) -> bool:
         """Carry out what has been asked for, waiting when there is nothing else to do."""

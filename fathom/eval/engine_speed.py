@@ -1,4 +1,4 @@
-"""How fast the engine is here: prefill, decoding against context, batches, and a saved session.
+"""How fast the engine is here: prefill, decoding against context, batches, and the log's cost.
 
 Contexts longer than a prompt that anybody wants to wait for are made of copies of real slabs: every
 entry lies in memory of its own, so a step reads what it would read, but attends to nonsense.
@@ -8,9 +8,10 @@ Paper: none (measurement).
 
 from __future__ import annotations
 
-import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,12 +21,11 @@ import torch
 from fathom.engine.batch import Batch, Piece
 from fathom.engine.engine import Engine, EngineConfig
 from fathom.engine.kv_cache import SLAB_TOKENS, slabs_for
-from fathom.engine.prefix_cache import Checkpoint
+from fathom.engine.llm import LLM
 from fathom.engine.sampler import SamplingParams
-from fathom.eval.speed import random_tokens
+from fathom.eval.engine_session import PATTERN
+from fathom.eval.speed import GenerateSide, ProcessSide, random_tokens, ratio, take_turns
 from fathom.model.transformer import Transformer
-
-PATTERN = 2048  # tokens of real slabs that long contexts are made of
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -44,6 +44,21 @@ class Bench:
         self._tokens = random_tokens(model.config.vocab_size, PATTERN)
         self._feed(0, self._tokens)  # compiled before the clock starts
         self._feed(PATTERN, self._tokens[:1])
+
+    def all(self, longest: int) -> list[dict[str, Any]]:
+        """Rows of prefill, decode and batch: part, size, threads, then the spread."""
+        contexts = [c for c in (256, 2048, 16_384, 131_072) if c < longest] + [longest]
+        prompts = [p for p in (512, 2048, 8192) if p <= longest]
+        parts = [
+            ("prefill", prompts, self.prefill),
+            ("decode", contexts, self.decode),
+            ("batch", [1, 2, 4, 8, 16], self.batch),
+        ]
+        return [
+            {"part": part, "size": size, "threads": torch.get_num_threads(), **measure(size)}
+            for part, sizes, measure in parts
+            for size in sizes
+        ]
 
     def prefill(self, tokens: int) -> dict[str, float]:
         """Tokens of one prompt per second, in the engine's pieces."""
@@ -77,6 +92,38 @@ class Bench:
         self._engine.cache.clear()
         return spread([streams * tokens / self._seconds(run) for _ in self._times])
 
+    def log(self, tokens: int = 256) -> dict[str, Any]:
+        """What the write-ahead log costs one stream: seconds with it over without, in turns.
+
+        A round takes the fastest of five runs of either kind. `bytes_per_token`: as the file grew.
+        """
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            sides = [
+                Engine(self._model, EngineConfig(cache_tokens=8192, wal=wal))
+                for wal in (None, folder)
+            ]
+            params = SamplingParams(max_tokens=tokens, seed=1, logit_bias={1: -1000.0})
+            growth = []
+
+            def run(engine: Engine, prompt: list[int]) -> float:
+                request = engine.submit(prompt, params)
+                engine.step()  # the prompt, and its first token
+                before = _size(folder)
+                seconds = self._seconds(lambda: engine.run([request]))
+                if engine.wal is not None:
+                    growth.append((_size(folder) - before) / (tokens - 1))
+                    engine.wal.forget(request.id)
+                return seconds
+
+            ratios = []
+            for i in range(self._rounds + 1):
+                prompt = self._tokens[i : i + 64]
+                times = [[run(side, prompt) for side in sides] for _ in range(5)]
+                without, logged = (min(column) for column in zip(*times, strict=True))
+                ratios.append(logged / without)
+            return {"bytes_per_token": max(growth), **spread(ratios[1:])}
+
     @property
     def _times(self) -> range:
         return range(self._rounds)
@@ -101,95 +148,49 @@ class Bench:
             slabs[i] = slabs[i % (PATTERN // SLAB_TOKENS)]
 
 
-def write_session(model: Transformer, folder: Path, tokens: int) -> dict[str, float]:
-    """Save a session of `tokens` tokens, made of copies of real slabs; what it took.
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
 
-    The last tokens are computed, so that the checkpoint is a real one.
-    """
-    config = EngineConfig(cache_tokens=tokens + 64 * SLAB_TOKENS, disk=folder)
-    engine = Engine(model, config)
-    ids = session_tokens(model, tokens)
-    memory, cache = engine.memory, engine.cache
-    full = tokens // SLAB_TOKENS
-    chain = cache.chain(ids)
-    slabs = [memory.slabs.take() for _ in range(full)]
-    memory.tables[0, :full] = torch.tensor(slabs, dtype=torch.int32)
-    pattern = PATTERN // SLAB_TOKENS
-    engine.runner.forward(Batch.of([Piece(slot=0, start=0, tokens=ids[: SLAB_TOKENS * pattern])]))
-    for i in range(pattern, full):
-        memory.slabs.data[slabs[i]] = memory.slabs.data[slabs[i % pattern]]
-    last = full * SLAB_TOKENS
-    piece = Piece(slot=0, start=last - 1024, tokens=ids[last - 1024 : last], known=last)
-    engine.runner.forward(Batch.of([piece]))
-    for name, slab in zip(chain, slabs, strict=True):
-        cache.keep_slab(name, slab)
-    state = memory.slots.read(0, last)
-    checkpoint = Checkpoint(position=last, tail=(), state=state, entries=b"")
-    cache.keep_checkpoint(chain[-1], checkpoint)
-    start = time.perf_counter()
-    engine.save_session(ids)
-    assert cache.disk is not None
+
+def beside_transformers(
+    llm: LLM, other: ProcessSide, context: int, tokens: int, threads: Sequence[int], rounds: int
+) -> dict[str, Any]:
+    """The engine and transformers in turns: `context` random tokens, then `tokens` one by one."""
+    engine = GenerateSide("engine", llm)
+    ids = random_tokens(llm.config.vocab_size, context + tokens)
+    results = take_turns([engine, other], ids[:context], ids[context:], threads, rounds)
     return {
-        "seconds": time.perf_counter() - start,
-        "bytes": float(cache.disk.size),
-        "bytes_per_token": cache.disk.size / tokens,
+        "context": context,
+        "tokens": tokens,
+        "results": [r.to_json() for r in results],
+        "times_as_fast": asdict(ratio(results, "engine", other.name)),
     }
 
 
-def session_tokens(model: Transformer, tokens: int) -> list[int]:
-    """The tokens of that session."""
-    pattern = random_tokens(model.config.vocab_size, PATTERN)
-    return (pattern * (tokens // PATTERN + 1))[:tokens]
-
-
-def resume_session(model: Transformer, folder: Path, tokens: int) -> dict[str, float]:
-    """In a process of its own: seconds from the request to its first new token.
-
-    The files are dropped from the page cache first. The engine is made before the clock starts, as
-    a server's is; `start` says how long that took.
-    """
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-    begun = time.perf_counter()
-    engine = Engine(model, EngineConfig(cache_tokens=tokens + 64 * SLAB_TOKENS, disk=folder))
-    warm = engine.submit([5, 6], SamplingParams(max_tokens=1))
-    engine.run([warm])
-    start = time.perf_counter()
-    ids = [*session_tokens(model, tokens // SLAB_TOKENS * SLAB_TOKENS), 7]
-    request = engine.submit(ids, SamplingParams(temperature=0.0, max_tokens=1))
-    engine.run([request])
-    return {
-        "start": start - begun,
-        "first_token": time.perf_counter() - start,
-        "cached_tokens": float(request.cached_tokens),
-        "token": float(request.output[0].token),
-        "logprob": request.output[0].logprob,
-    }
-
-
-def plot(report: dict[str, Any], file: Path) -> None:
-    """Decoding against context, and batches, as a picture."""
+def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Decoding against context, prefill and batches, a line per number of threads."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, part, label in (
-        (left, "decode", "tokens of context"),
-        (right, "batch", "streams at once"),
-    ):
-        rows = report[part]
-        x = [row["size"] for row in rows]
-        low = [row["median"] - row["low"] for row in rows]
-        high = [row["high"] - row["median"] for row in rows]
-        axes.errorbar(x, [r["median"] for r in rows], yerr=[low, high], marker="o", capsize=3)
+    titles = {
+        "decode": ("One stream", "tokens of context"),
+        "prefill": ("Prefill", "tokens of prompt"),
+        "batch": ("All streams together", "streams at once"),
+    }
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axes, (part, (title, label)) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+        for threads in sorted({row["threads"] for row in rows}):
+            own = [r for r in rows if (r["part"], r["threads"]) == (part, threads)]
+            middle = [r["median"] for r in own]
+            error = [
+                [r["median"] - r["low"] for r in own],
+                [r["high"] - r["median"] for r in own],
+            ]
+            name = f"{threads} thread" + ("s" if threads > 1 else "")
+            sizes = [r["size"] for r in own]
+            axes.errorbar(sizes, middle, yerr=error, marker="o", capsize=3, label=name)
         axes.set_xscale("log", base=2)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel(label)
-        axes.set_ylabel("tokens per second")
+        axes.set(title=title, xlabel=label, ylabel="tokens per second")
         axes.grid(alpha=0.3)
-    left.set_title("One stream")
-    right.set_title("All streams together")
+        axes.legend()
     figure.savefig(file, dpi=150)

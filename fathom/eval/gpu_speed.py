@@ -36,6 +36,7 @@ class LayerTime:
     """One decode step of one layer. Times in milliseconds; floor from bytes alone."""
 
     kind: str
+    batch_invariant: bool
     tokens: int
     context: int
     median: float
@@ -168,6 +169,7 @@ def layer_times(
     context: int,
     rate: float,
     repeat: int = 50,
+    batch_invariant: bool = True,
 ) -> list[LayerTime]:
     """Each layer alone, then all of them as one step (kind "all")."""
     found = []
@@ -180,7 +182,9 @@ def layer_times(
         streams = streams.bfloat16()
 
         def call(group=group, cache=cache, step=step, streams=streams) -> object:
-            return decode_layers(config, group, cache, step, streams)
+            return decode_layers(
+                config, group, cache, step, streams, batch_invariant=batch_invariant
+            )
 
         graph, launches = captured(call)
         times = times_ms(graph.replay, repeat)
@@ -188,6 +192,7 @@ def layer_times(
         found.append(
             LayerTime(
                 kind=NAMES[ratios[0]] if len(group) == 1 else "all",
+                batch_invariant=batch_invariant,
                 tokens=tokens,
                 context=context,
                 median=statistics.median(times),
@@ -219,18 +224,22 @@ def stored_layers(config: ModelConfig, seed: int = 1) -> list[StoredLayer]:
 
 
 def profile_kernels(
-    config: ModelConfig, layers: Sequence[StoredLayer], tokens: int, context: int
+    config: ModelConfig,
+    layers: Sequence[StoredLayer],
+    tokens: int,
+    context: int,
+    batch_invariant: bool = True,
 ) -> list[tuple[str, int, float]]:
     """(kernel, calls, microseconds) of one step of all layers, longest first."""
     cache = filled_cache(config, [layer.ratio for layer in layers], tokens, context)
     step = decode_step(config, tokens, context)
     streams = torch.randn(tokens, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
     for _ in range(3):
-        decode_layers(config, layers, cache, step, streams)
+        decode_layers(config, layers, cache, step, streams, batch_invariant=batch_invariant)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(5):
-            decode_layers(config, layers, cache, step, streams)
+            decode_layers(config, layers, cache, step, streams, batch_invariant=batch_invariant)
         torch.cuda.synchronize()
     rows = [
         (event.key, event.count // 5, event.self_device_time_total / 5)

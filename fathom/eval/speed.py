@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from fathom.engine import LLM
+from fathom.engine.batch import Batch, Piece
+from fathom.engine.engine import Engine, EngineConfig
 from fathom.errors import FathomError, MissingDependency
-from fathom.model.decode import decode_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,23 +51,26 @@ class Side(Protocol):
 
 
 class ModelSide:
-    """fathom's model, fed token by token: the compiled decoder where it applies."""
+    """fathom's model in the engine's compiled rows, fed token by token: no sampling, no text."""
 
     def __init__(self, name: str, llm: LLM) -> None:
         self.name, self._llm = name, llm
 
-    @torch.inference_mode()
     def measure(self, prompt: list[int], following: list[int], threads: int) -> Timing:
         """As `Side.measure`."""
         torch.set_num_threads(threads)
-        model = self._llm.model
-        tokens = torch.tensor([following])
+        room = len(prompt) + len(following)
+        engine = Engine(self._llm.model, EngineConfig(cache_tokens=room, max_sequences=1))
+        runner, step = engine.runner, engine.config.budget.tokens
+        engine.memory.tables[0] = torch.arange(engine.memory.tables.shape[1])
         start = time.perf_counter()
-        cache = model.new_cache()
-        model.head(model.hidden(model.streams(torch.tensor([prompt]), cache)[:, -1:]))
+        for at in range(0, len(prompt), step):
+            runner.forward(Batch.of([Piece(slot=0, start=at, tokens=prompt[at : at + step])]))
+        runner.logits([len(prompt[at:]) - 1])
         middle = time.perf_counter()
-        for i in range(len(following)):
-            decode_step(tokens[:, i : i + 1], model, cache)
+        for i, token in enumerate(following, len(prompt)):
+            runner.forward(Batch.of([Piece(slot=0, start=i, tokens=[token])]))
+            runner.logits([0])
         end = time.perf_counter()
         return Timing(prefill=middle - start, decode=end - middle, decoded=len(following))
 

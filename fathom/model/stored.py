@@ -25,6 +25,8 @@ from fathom.model.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from fathom.model.rope import RotaryTable
 from fathom.quant import kv_pack
 
+_chunk_linear = operation("chunk_linear")
+_chunk_moe = operation("chunk_moe")
 _entry_attention = operation("entry_attention")
 _index_scores_paged = operation("index_scores_paged")
 _mhc_boundary = operation("mhc_boundary")
@@ -298,10 +300,14 @@ def decode_layers(
     cache: StoredCache,
     step: Step,
     streams: Tensor,
+    *,
+    batch_invariant: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Feed one token of every sequence through the blocks.
 
-    streams: [tokens, streams, hidden]. Returns (streams before the last write, the last sublayer's
+    streams: [tokens, streams, hidden]; batch_invariant: a token's result is the same bits whatever
+    the batch; without it, linears and experts go through the matrix units, which is quicker from
+    about eight sequences on. Returns (streams before the last write, the last sublayer's
     output [tokens, hidden], its post [tokens, streams] and comb [tokens, streams, streams]): the
     head's read finishes the write.
     """
@@ -318,9 +324,11 @@ def decode_layers(
                 y=y, pairs=pairs, post=post, comb=comb, **constants,
             )  # fmt: skip
             if site is layer.attn_site:
-                y, pairs = _attention(config, layer, cache, index, step, x), None
+                y = _attention(config, layer, cache, index, step, x, batch_invariant)
+                pairs = None
             else:
-                pairs, y, _ = _stored_moe(
+                moe = _stored_moe if batch_invariant else _chunk_moe
+                pairs, y, _ = moe(
                     x,
                     step.token_ids,
                     layer.gate,
@@ -341,9 +349,16 @@ def decode_layers(
 
 
 def _attention(
-    config: ModelConfig, layer: StoredLayer, cache: StoredCache, index: int, step: Step, x: Tensor
+    config: ModelConfig,
+    layer: StoredLayer,
+    cache: StoredCache,
+    index: int,
+    step: Step,
+    x: Tensor,
+    batch_invariant: bool,
 ) -> Tensor:
     """x: [tokens, hidden], normed -> the attention's output [tokens, hidden]."""
+    linear = _stored_linear if batch_invariant else _chunk_linear
     c, own, ratio = config, cache.layers[index], layer.ratio
     entry_offset, index_offset = cache.layout.offsets[index]
     page = SLAB_TOKENS // ratio if ratio else 1
@@ -351,9 +366,9 @@ def _attention(
     rotation = step.rotations["yarn" if ratio else "plain"]
     paged = {"pool": cache.pool, "table": cache.table, "page_entries": page} if ratio else {}
 
-    low, projected = _stored_linear(x, *layer.low, plain=layer.plain)
+    low, projected = linear(x, *layer.low, plain=layer.plain)
     qr = low[:, : c.q_lora_rank]
-    query, _ = _stored_linear(qr, *layer.high, norm=layer.q_norm, norm_eps=c.rms_norm_eps)
+    query, _ = linear(qr, *layer.high, norm=layer.q_norm, norm_eps=c.rms_norm_eps)
     index_query = _store_entries(
         low,
         layer.kv_norm,
@@ -397,5 +412,5 @@ def _attention(
         **paged,
     )
     # Stored in FP8 but never met by a rounded input: the official converter expands wo_a.
-    low_rank, _ = _stored_linear(out, *layer.wo_a, groups=c.o_groups, quantize_input=False)
-    return _stored_linear(low_rank, *layer.wo_b)[0]
+    low_rank, _ = linear(out, *layer.wo_a, groups=c.o_groups, quantize_input=False)
+    return linear(low_rank, *layer.wo_b)[0]

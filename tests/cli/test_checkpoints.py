@@ -14,7 +14,7 @@ from fathom.cli import models
 from fathom.cli.convert import convert
 from fathom.cli.inspect import inspect
 from fathom.errors import CheckpointError, ConfigError, UnsupportedModelError
-from fathom.kernels.numba import decode, step
+from fathom.kernels.numba import rows
 
 
 def test_a_shipped_model_is_known_by_its_name(
@@ -54,6 +54,8 @@ def test_errors_of_the_configuration_name_its_file(
 class Block:
     """What numba tells of a compiled function."""
 
+    __name__ = "forward"
+
     def __init__(self, folder: Path, signatures: tuple[object, ...] = ()) -> None:
         self.signatures = signatures
         self.stats = type("Stats", (), {"cache_path": str(folder)})
@@ -67,17 +69,16 @@ def test_only_a_terminal_hears_of_the_compiler(
         models.announce_compiling()
         return "compiling" in capsys.readouterr().out
 
-    monkeypatch.setattr(decode, "decode_block", Block(tmp_path))
-    assert step.must_compile()
+    monkeypatch.setattr(rows, "forward", Block(tmp_path))
     assert told(True)
     assert not told(False)
-    (tmp_path / "decode.decode_block-1.py311.nbi").touch()
+    (tmp_path / "rows.forward-1.py311.nbi").touch()
     assert not told(True)
-    monkeypatch.setattr(decode, "decode_block", Block(tmp_path / "none", signatures=((),)))
+    monkeypatch.setattr(rows, "forward", Block(tmp_path / "none", signatures=((),)))
     assert not told(True)
 
 
 def test_where_compiled_code_lies_is_where_numba_puts_it() -> None:
     """The file names are numba's own: a change there would make the notice wrong."""
-    names = decode.decode_block._cache._impl.filename_base
-    assert names.startswith("decode.decode_block-")
+    names = rows.forward._cache._impl.filename_base
+    assert names.startswith("rows.forward-")

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fathom.engine.batch import Batch, Piece
-from fathom.engine.engine import Engine, EngineConfig
-from fathom.eval.engine_speed import (
+from fathom.engine import load
+from fathom.eval.engine_session import (
     PATTERN,
-    Bench,
-    plot,
+    drop_pages,
+    resume_after_kill,
     resume_session,
-    session_tokens,
     write_session,
 )
+from fathom.eval.engine_speed import Bench, plot
+from fathom.eval.engine_trace import replay
 from fathom.model import Transformer
 from tests.engine.helpers import model
 
@@ -31,37 +31,43 @@ def net() -> Transformer:
 def test_a_session_goes_on_in_another_engine(net: Transformer, tmp_path: Path) -> None:
     saved = write_session(net, tmp_path, TOKENS)
     assert saved["bytes"] == sum(p.stat().st_size for p in tmp_path.glob("*/*"))
+    drop_pages(tmp_path)
     resumed = resume_session(net, tmp_path, TOKENS)
     assert resumed["cached_tokens"] == TOKENS
-    again = resume_session(net, tmp_path, TOKENS)
-    assert (again["token"], again["logprob"]) == (resumed["token"], resumed["logprob"])
-    # The same by hand: one more token over the first half's entries, twice.
-    engine = Engine(net, EngineConfig(cache_tokens=3 * PATTERN))
-    ids = session_tokens(net, TOKENS)
-    engine.memory.tables[0] = torch.arange(engine.memory.tables.shape[1])
-    for at in range(0, PATTERN, 1024):
-        engine.runner.forward(Batch.of([Piece(slot=0, start=at, tokens=ids[at : at + 1024])]))
-    half = PATTERN // 256
-    engine.memory.slabs.data[half : 2 * half] = engine.memory.slabs.data[:half]
-    last = ids[TOKENS - 1024 :]
-    engine.runner.forward(Batch.of([Piece(slot=0, start=TOKENS - 1024, tokens=last, known=TOKENS)]))
-    engine.runner.forward(Batch.of([Piece(slot=0, start=TOKENS, tokens=[7])]))
-    assert int(engine.runner.logits([0])[1][0].argmax()) == resumed["token"]
+    assert (resumed["token"], resumed["logprob"]) == (saved["token"], saved["logprob"])
+
+
+def test_a_session_goes_on_after_a_kill(tmp_path: Path) -> None:
+    report = resume_after_kill("nano", tmp_path, TOKENS, 1, 2)
+    assert [r["cached_tokens"] for r in report["resumed"]] == [TOKENS, TOKENS]
+    damaged = next(tmp_path.glob("*/slab-*"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    llm = load("nano")
+    again = resume_session(llm.model, tmp_path, TOKENS)  # computed, where the copies lay before
+    assert again["cached_tokens"] < TOKENS
 
 
 def test_rates_and_their_picture(net: Transformer, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     try:
         bench = Bench(net, 1, 2)
-        report = {
-            "prefill": [{"size": 300, **bench.prefill(300)}],
-            "decode": [{"size": c, **bench.decode(c, 2)} for c in (100, TOKENS)],
-            "batch": [{"size": n, **bench.batch(n, 4)} for n in (1, 3)],
-        }
+        parts = (
+            [("prefill", 300, bench.prefill(300))]
+            + [("decode", c, bench.decode(c, 2)) for c in (100, TOKENS)]
+            + [("batch", n, bench.batch(n, 4)) for n in (1, 3)]
+        )
+        log = bench.log(8)
     finally:
         torch.set_num_threads(threads)
-    for rows in report.values():
-        for row in rows:
-            assert 0 < row["low"] <= row["median"] <= row["high"]
-    plot(report, tmp_path / "x.png")
+    rows = [{"part": part, "size": size, "threads": 1, **row} for part, size, row in parts]
+    for row in rows:
+        assert 0 < row["low"] <= row["median"] <= row["high"]
+    assert 16 <= log["bytes_per_token"] <= 16 + 16 / 7  # and the record of its end
+    plot(rows, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_agents_prompts_are_known_but_for_what_is_new() -> None:
+    found = replay(load("nano"), 5)
+    assert found["cached_tokens"] > 0.99 * (found["prompt_tokens"] - found["last_prompt"])
+    assert found["of_tokens_seen_before"] > 0.99

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +12,13 @@ from numba import njit
 from fathom.engine.batch import Batch, Memory, Piece
 from fathom.engine.kv_cache import SlabLayout, SlabPool
 from fathom.engine.state_cache import SlotLayout, SlotPool
-from fathom.kernels.numba import entries, index_scan, rows, vector
+from fathom.errors import CheckpointError
+from fathom.kernels.numba import compiled, entries, index_scan, selection, vector
 from fathom.kernels.numba.runner import CompiledRunner
 from fathom.model import Transformer
 from fathom.model.attention import SlidingWindowAttention
 from fathom.quant import fp4, kv_pack
 from tests.model.tiny import random_model
-
-PARTS = ("primitives.py", "vector.py", "entries.py", "index_scan.py")
 
 
 def runner(model: Transformer, slots: int = 2, tokens: int = 1024) -> CompiledRunner:
@@ -64,13 +62,6 @@ def stored_rope(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SlidingWindowAttention, "store", store)
 
 
-def test_compiled_files_are_told_apart() -> None:
-    """numba must compile anew when any file changes that `rows` calls into."""
-    folder = Path(rows.__file__).parent
-    digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in PARTS))
-    assert digest.hexdigest().startswith(rows.PARTS), f"PARTS = {digest.hexdigest()[:16]!r}"
-
-
 @pytest.mark.usefixtures("stored_rope")
 @pytest.mark.parametrize("quantized", [False, True])
 @torch.inference_mode()
@@ -87,7 +78,7 @@ def test_equal_to_the_torch_model(quantized: bool) -> None:
     streams = np.stack([made.streams(i) for i in range(299)])
     drafted = made.draft(Batch.of([Piece(slot=1, start=0, tokens=ids[1:])]), streams)
     guesses = np.abs(drafted - model.mtp_logits(torch.tensor([ids]))[0].numpy()).max(1)
-    assert np.median(guesses) < 2e-5
+    assert np.median(guesses) < 5e-5
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -128,24 +119,41 @@ def test_threads_share_a_long_scan(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_num_threads(threads)
 
 
+def test_a_token_may_name_an_expert_twice_but_none_that_is_not_there() -> None:
+    model = random_model(3)
+    table = model.layers[0].ffn.gate.tid2eid
+    table[:] = 1  # every row, every choice
+    ids = tokens(model, 40)
+    expected = model(torch.tensor([ids]))[0].detach().numpy()
+    assert np.abs(feed(runner(model), ids, []) - expected).max() < 1e-4
+    for wrong in (-1, model.config.n_routed_experts):
+        table[5, 0] = wrong
+        with pytest.raises(CheckpointError, match="routing table"):
+            runner(model)
+
+
 @njit
 def _store_kv(x, rope_dim, form, memory, data, scales):
-    entries.store_kv(x, rope_dim, form, 1, memory, data, scales)
+    at = memory.ctypes.data
+    entries.store_kv(x, rope_dim, form, at + data, at + scales)
 
 
 @njit
 def _load_kv(memory, data, scales, rope_dim, c, form, out):
-    entries.load_kv(memory, data, scales, rope_dim, c, form, out, 0)
+    at = memory.ctypes.data
+    entries.load_kv(at + data, at + scales, rope_dim, c, form, out.ctypes.data)
 
 
 @njit
 def _store_key(x, form, memory, data, scales):
-    entries.store_key(x, form, memory, data, scales)
+    at = memory.ctypes.data
+    entries.store_key(x, form, at + data, at + scales)
 
 
 @njit
 def _load_key(memory, data, scales, dim, form, out):
-    entries.load_key(memory, data, scales, dim, form, out, 0)
+    at = memory.ctypes.data
+    entries.load_key(at + data, at + scales, dim, form, out, 0)
 
 
 def values(count: int, cols: int) -> torch.Tensor:
@@ -189,27 +197,50 @@ def test_indexer_keys_have_the_packers_bytes(form: str, dim: int) -> None:
         assert np.array_equal(x, expected)
 
 
-@njit
-def _scan(integers, query, weights, memory, table, slab, data, scale, form, last, scores):
-    heads = weights.shape[0]
-    blocks, dim = (heads + 7) // 8, query.shape[0] // heads
-    padded = np.zeros(blocks * 8, np.float32)
-    padded[:heads] = weights
+def _scorer(integers: str) -> Any:
+    """A function that scores 64 keys with the fast path, in one of its two forms, or without it."""
     if integers:
-        index_scan._scan_integers(
-            query, padded, memory, table, slab, 0, 64 * data, data, scale, 64, 0, last, scores,
-            heads, dim, blocks,
+        score_integers = index_scan.make_score_integers(integers == "vnni")
+
+    @njit
+    def by_integers(query, weights, memory, base, size, extra, scores):
+        heads, blocks = weights.shape[0], (weights.shape[0] + 7) // 8
+        dim, padded = query.shape[0] // heads, np.zeros(blocks * 8, np.float32)
+        padded[:heads] = weights
+        groups = dim // 32
+        codes, excess = (
+            np.zeros(blocks * groups * 256, np.int8),
+            np.zeros(blocks * groups * 8, np.int32),
+        )
+        factors, keys = np.zeros(blocks * groups * 8, np.float32), np.empty(groups * 256, np.uint8)
+        key_scales = np.empty(groups * 8, np.float32)
+        index_scan.encode_query(query, heads, dim, codes, excess, factors)
+        data = memory.ctypes.data + base
+        score_integers(
+            data, size, data + 64 * size, extra, 64, data, groups, blocks, codes, excess, factors,
+            padded, keys, key_scales, scores,
         )  # fmt: skip
-    else:
-        index_scan._scan_floats(
-            query, padded, memory, table, slab, 0, 64 * data, data, scale, form, 64, 0, last,
-            scores, heads, dim, blocks,
+
+    @njit
+    def by_floats(query, weights, memory, base, size, extra, scores):
+        heads, blocks = weights.shape[0], (weights.shape[0] + 7) // 8
+        dim, padded = query.shape[0] // heads, np.zeros(blocks * 8, np.float32)
+        padded[:heads] = weights
+        turned, keys = np.zeros(dim * blocks * 8, np.float32), np.empty(64 * dim, np.float32)
+        sums, part = np.empty(64 * blocks * 8, np.float32), np.empty(64 * blocks * 8, np.float32)
+        index_scan.turn_query(query, heads, dim, turned)
+        at = memory.ctypes.data + base
+        index_scan.score_floats(
+            at, size, at + 64 * size, extra, 64, entries.FP4, dim, turned, padded, keys, sums, part,
+            scores,
         )  # fmt: skip
+
+    return by_integers if integers else by_floats
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(8, 64), (16, 32), (64, 128), (5, 32)])
 def test_integer_and_float_scans_have_the_same_bits(heads: int, dim: int) -> None:
-    vector.link()
+    compiled.link()
     generator = torch.Generator().manual_seed(2)
     count = 300
     keys = (
@@ -219,33 +250,41 @@ def test_integer_and_float_scans_have_the_same_bits(heads: int, dim: int) -> Non
     weights = torch.randn(heads, generator=generator)
     data, scales = kv_pack.pack_indexer_entries(keys, "fp4")
     size, extra = data.shape[1], scales.shape[1]
-    table = np.array([3, 0, 4, 1, 2], np.int32)
     memory = np.zeros((5, 64 * (size + extra)), np.uint8)
     for e in range(count):
-        row = memory[table[e // 64]]
+        row = memory[e // 64]
         row[(e % 64) * size : (e % 64 + 1) * size] = data[e].numpy()
         at = 64 * size + (e % 64) * extra
         row[at : at + extra] = scales[e].numpy()
     found = {}
-    for integers in (False, True) if index_scan.INTEGER else (False,):
-        scores = np.zeros(count, np.float32)
-        _scan(integers, query.flatten().numpy(), weights.numpy(), memory.reshape(-1), table,
-              memory.shape[1], size, extra, entries.FP4, count, scores)  # fmt: skip
-        found[integers] = scores
+    for kind in (
+        "",
+        *(["pairs"] if index_scan.INTEGER else []),
+        *(["vnni"] if index_scan.VNNI else []),
+    ):
+        scorer, scores = _scorer(kind), np.zeros((5, 64), np.float32)
+        for slab in range(5):
+            scorer(query.flatten().numpy(), weights.numpy(), memory.reshape(-1),
+                   slab * memory.shape[1], size, extra, scores[slab])  # fmt: skip
+        found[kind] = scores.reshape(-1)[:count]
     stored = kv_pack.unpack_indexer_entries(data, scales, "fp4").double()
     expected = ((query.double() @ stored.T).relu() * weights.double()[:, None]).sum(0).numpy()
     scale = np.abs(expected) + (query.double().norm() * stored.norm(dim=1)).numpy()
     for scores in found.values():
         assert np.all(np.abs(scores - expected) <= 1e-6 * scale)
-        assert np.array_equal(scores, found[False])
+        assert np.array_equal(scores, found[""])
 
 
 @njit
-def _best(scores, count, k, picks):
-    return index_scan.best(scores, count, k, picks)
+def _best(scores, k, values, places):
+    held, least = 0, np.uint32(0)
+    for first in range(0, scores.shape[0], 64):
+        part = scores[first : first + 64]
+        held, least = selection.offer(part, part.shape[0], first, k, values, places, held, least)
+    return selection.keep_best(values, places, held, k)
 
 
-@pytest.mark.parametrize("count", [3, 130, 131, 1000])
+@pytest.mark.parametrize("count", [3, 130, 131, 1000, 20_000])
 def test_the_best_entries_with_ties(count: int) -> None:
     generator = torch.Generator().manual_seed(count)
     for scores in (
@@ -253,11 +292,14 @@ def test_the_best_entries_with_ties(count: int) -> None:
         torch.randint(-2, 3, (count,), generator=generator).float(),
         torch.zeros(count),
         torch.linspace(-1e-40, 1e-40, count),
+        torch.arange(count).float(),  # every entry is better than all before it
+        -torch.arange(count).float(),
     ):
-        picks = np.zeros(max(128, count), np.int64)
-        found = _best(scores.numpy(), count, 128, picks)
+        room = selection.capacity(128)
+        values, places = np.zeros(room, np.uint32), np.zeros(room, np.int64)
+        found = _best(scores.numpy(), 128, values, places)
         expected = scores.sort(descending=True, stable=True).indices[:128].sort().values
-        assert picks[:found].tolist() == expected.tolist()
+        assert places[:found].tolist() == expected.tolist()
 
 
 @njit
@@ -287,7 +329,7 @@ def _product(rows_, cols, count, x, w, out, add):
 
 @pytest.mark.parametrize("cols", [8, 16, 24, 32, 72, 96])
 def test_products_of_any_shape_sum_in_one_order(cols: int) -> None:
-    vector.link()
+    compiled.link()
     generator = np.random.default_rng(0)
     x = generator.standard_normal((27, 50)).astype(np.float32)
     w = generator.standard_normal((50, cols)).astype(np.float32)

@@ -52,6 +52,12 @@ def fp8(x: Array, group: int) -> Array:
     return round_groups(x, group, E4M3, 1e-4)
 
 
+def bf16(x: Array) -> Array:
+    """Eight bits of significand, ties to even."""
+    significand, exponent = np.frexp(x)
+    return np.ldexp(np.rint(significand * 256), exponent - 8)
+
+
 def fp4(x: Array) -> Array:
     """MXFP4: one scale per 32 values."""
     return round_groups(x, 32, E2M1, 6 * 2.0**-126)
@@ -158,6 +164,7 @@ class Oracle:
     weights: Mapping[str, Array]
     rounds_cache: bool = False
     rounds_inputs: bool = False
+    rounds_rotated: bool = False  # the rotated part of an entry is stored as BF16
 
     # The whole model ------------------------------------------------------------------------
 
@@ -258,7 +265,8 @@ class Oracle:
         if not self.rounds_cache:
             return kv
         still = len(kv) - self.config.qk_rope_head_dim
-        return np.concatenate([fp8(kv[:still], 64), kv[still:]])
+        rotated = bf16(kv[still:]) if self.rounds_rotated else kv[still:]
+        return np.concatenate([fp8(kv[:still], 64), rotated])
 
     def compress(self, p: str, ratio: int, xs: list[Array]) -> list[Array]:
         """The entries of all complete windows, normed and rotated."""

@@ -1,8 +1,8 @@
-"""Compiled CPU kernels: one token through the blocks, and batches of rows for the engine.
+"""Compiled CPU kernels: batches of rows for the engine.
 
 Paper: none (infrastructure).
 """
 
-from fathom.kernels.numba import runner, step
+from fathom.kernels.numba import runner
 
-__all__ = ["runner", "step"]
+__all__ = ["runner"]

@@ -15,22 +15,29 @@ from typing import Any
 
 import numpy as np
 
+from fathom.kernels.numba.compiled import inner
 from fathom.kernels.numba.primitives import (
     E4M3_RECIPROCAL,
     FP4_RECIPROCAL,
     ceil_power_of_two,
+    copy,
     power_of_two,
 )
 from fathom.kernels.numba.vector import (
+    LANES,
     bits_of_float,
+    decode_lanes,
     float_of_bits,
-    inner,
+    greatest,
     peek_byte,
     peek_float,
     peek_half,
     poke_byte,
     poke_float,
     poke_half,
+    round_lanes,
+    view_float32,
+    widen_lanes,
 )
 
 RAW, FP8, FP4 = 0, 1, 2
@@ -66,15 +73,19 @@ def _e4m3_step(value: Any) -> Any:
 def round_group(x: Any, first: int, last: int) -> int:
     """Round x[first:last] in place to FP8 with one power-of-two scale; returns its exponent.
 
-    The same as primitives.round_e4m3; written so that it runs in vectors.
+    The same as primitives.round_e4m3, in vectors.
     """
-    top = np.uint32(0)
-    for j in range(first, last):
-        top = max(top, bits_of_float(x[j]) & np.uint32(0x7FFFFFFF))
-    amax = max(float_of_bits(top), np.float32(1e-4))
+    start, lanes = x.ctypes.data + 4 * first, (last - first) // LANES * LANES
+    amax = np.float32(1e-4)
+    if lanes:
+        amax = max(amax, greatest(start, lanes))
+    for j in range(first + lanes, last):
+        amax = max(amax, abs(x[j]))
     exponent = ceil_power_of_two(amax * E4M3_RECIPROCAL)
     scale, inverse = power_of_two(exponent), power_of_two(-exponent)
-    for j in range(first, last):
+    for j in range(0, lanes, LANES):
+        round_lanes(start + 4 * j, inverse, scale)
+    for j in range(first + lanes, last):
         v = x[j] * inverse
         e = _e4m3_step(v)
         x[j] = np.float32(np.rint(v * power_of_two(-e))) * power_of_two(e) * scale
@@ -89,62 +100,73 @@ def round_fp8(x: Any, group: int) -> None:
 
 
 @inner
-def _store_e4m3(x: Any, first: int, last: int, at: int, memory: Any, data: int) -> int:
+def _store_e4m3(x: Any, first: int, last: int, data: int) -> int:
     """Round x[first:last] in place with one scale and write its codes; returns the exponent.
 
-    With at < 0 nothing is written.
+    With data = 0 nothing is written.
     """
     exponent = round_group(x, first, last)
-    if at >= 0:
+    if data:
         factor = power_of_two(-exponent)
         for j in range(first, last):
             bits = bits_of_float(x[j] * factor * DOWN)
             code = ((bits >> np.uint32(20)) & np.uint32(0x7F)) | (
                 (bits >> np.uint32(24)) & np.uint32(0x80)
             )
-            poke_byte(memory, data + at + j - first, np.uint8(code))
+            poke_byte(data + j - first, np.uint8(code))
     return exponent
 
 
 @inner
-def store_kv(x: Any, rope_dim: int, form: int, write: int, memory: Any, data: int, scales: int):
-    """Round a main entry x [c] in place to its stored value, and write its bytes if `write`."""
+def store_kv(x: Any, rope_dim: int, form: int, data: int, scales: int) -> None:
+    """Round a main entry x [c] in place to its stored value, and write its bytes to two addresses.
+
+    With data = 0 nothing is written.
+    """
     c = x.shape[0]
     if form == RAW:
-        if write:
-            for j in range(c):
-                poke_float(memory, data + 4 * j, x[j])
+        if data:
+            copy(x, view_float32(data, c))
         return
     nope = c - rope_dim
     for first in range(0, nope, KV_GROUP):
-        last = min(first + KV_GROUP, nope)
-        exponent = _store_e4m3(x, first, last, first if write else -1, memory, data)
-        if write:
-            poke_byte(memory, scales + first // KV_GROUP, np.uint8(exponent + 127))
+        exponent = _store_e4m3(x, first, min(first + KV_GROUP, nope), data + first if data else 0)
+        if data:
+            poke_byte(scales + first // KV_GROUP, np.uint8(exponent + 127))
     for j in range(nope, c):
         x[j] = round_half(x[j])
-        if write:
+        if data:
             half = np.uint16(bits_of_float(x[j]) >> np.uint32(16))
-            poke_half(memory, data + nope + 2 * (j - nope), half)
+            poke_half(data + nope + 2 * (j - nope), half)
 
 
 @inner
-def load_kv(
-    memory: Any, data: int, scales: int, rope_dim: int, c: int, form: int, out: Any, at: int
-):
-    """out[at : at + c] = a stored main entry as float32."""
+def _load_e4m3(data: int, count: int, scale: Any, to: int) -> None:
+    """`count` values of codes, times their scale, as float32 at `to`."""
+    lanes = count // LANES * LANES
+    for j in range(0, lanes, LANES):
+        decode_lanes(data + j, to + 4 * j, scale)
+    for j in range(lanes, count):
+        poke_float(to + 4 * j, decode_e4m3(peek_byte(data + j)) * scale)
+
+
+@inner
+def load_kv(data: int, scales: int, rope_dim: int, c: int, form: int, to: int) -> None:
+    """A stored main entry as float32 [c] at the address `to`."""
     if form == RAW:
-        for j in range(c):
-            out[at + j] = peek_float(memory, data + 4 * j)
+        copy(view_float32(data, c), view_float32(to, c))
         return
     nope = c - rope_dim
     for first in range(0, nope, KV_GROUP):
-        scale = power_of_two(np.int32(peek_byte(memory, scales + first // KV_GROUP)) - 127)
-        for j in range(first, min(first + KV_GROUP, nope)):
-            out[at + j] = decode_e4m3(peek_byte(memory, data + j)) * scale
-    for j in range(rope_dim):
-        half = np.uint32(peek_half(memory, data + nope + 2 * j))
-        out[at + nope + j] = float_of_bits(half << np.uint32(16))
+        scale = power_of_two(np.int32(peek_byte(scales + first // KV_GROUP)) - 127)
+        _load_e4m3(data + first, min(KV_GROUP, nope - first), scale, to + 4 * first)
+    source, to = data + nope, to + 4 * nope
+    lanes = rope_dim // LANES * LANES
+    for j in range(0, lanes, LANES):
+        widen_lanes(source + 2 * j, to + 4 * j)
+    for j in range(lanes, rope_dim):
+        bits = np.uint32(peek_half(source + 2 * j)) << np.uint32(16)
+        poke_float(to + 4 * j, float_of_bits(bits))
 
 
 @inner
@@ -182,47 +204,42 @@ def _negative(value: Any) -> bool:
 
 
 @inner
-def store_key(x: Any, form: int, memory: Any, data: int, scales: int):
+def store_key(x: Any, form: int, data: int, scales: int) -> None:
     """Write an indexer key x [index_dim]; afterwards x holds what it is stored as."""
     dim = x.shape[0]
     if form == RAW:
-        for j in range(dim):
-            poke_float(memory, data + 4 * j, x[j])
+        copy(x, view_float32(data, dim))
         return
     if form == FP8:
-        exponent = _store_e4m3(x, 0, dim, 0, memory, data)
-        poke_float(memory, scales, power_of_two(exponent))
+        poke_float(scales, power_of_two(_store_e4m3(x, 0, dim, data)))
         return
     codes = np.empty(FP4_GROUP, np.int8)
     for first in range(0, dim, FP4_GROUP):
         exponent = fp4_codes(x, first, codes, 0)
-        poke_byte(memory, scales + first // FP4_GROUP, np.uint8(exponent + 127))
+        poke_byte(scales + first // FP4_GROUP, np.uint8(exponent + 127))
         half = power_of_two(exponent) * np.float32(0.5)
         for j in range(0, FP4_GROUP, 2):
             low = _fp4_nibble(codes[j], _negative(x[first + j]))
             high = _fp4_nibble(codes[j + 1], _negative(x[first + j + 1]))
-            poke_byte(memory, data + (first + j) // 2, np.uint8(low | (high << np.int32(4))))
+            poke_byte(data + (first + j) // 2, np.uint8(low | (high << np.int32(4))))
         for j in range(FP4_GROUP):
             x[first + j] = np.float32(codes[j]) * half
 
 
 @inner
-def load_key(memory: Any, data: int, scales: int, dim: int, form: int, out: Any, at: int):
+def load_key(data: int, scales: int, dim: int, form: int, out: Any, at: int) -> None:
     """out[at : at + dim] = a stored indexer key as float32."""
     if form == RAW:
-        for j in range(dim):
-            out[at + j] = peek_float(memory, data + 4 * j)
+        copy(view_float32(data, dim), out[at : at + dim])
         return
     if form == FP8:
-        scale = peek_float(memory, scales)
-        for j in range(dim):
-            out[at + j] = decode_e4m3(peek_byte(memory, data + j)) * scale
+        _load_e4m3(data, dim, peek_float(scales), out.ctypes.data + 4 * at)
         return
     for first in range(0, dim, FP4_GROUP):
-        exponent = np.int32(peek_byte(memory, scales + first // FP4_GROUP)) - np.int32(127)
+        exponent = np.int32(peek_byte(scales + first // FP4_GROUP)) - np.int32(127)
         half = power_of_two(exponent) * np.float32(0.5)
         for j in range(0, FP4_GROUP, 2):
-            byte = np.int32(peek_byte(memory, data + (first + j) // 2))
+            byte = np.int32(peek_byte(data + (first + j) // 2))
             out[at + first + j] = _fp4_twice(byte & np.int32(15)) * half
             out[at + first + j + 1] = _fp4_twice(byte >> np.int32(4)) * half
 

@@ -1,8 +1,10 @@
-"""The lightning indexer over stored keys: a score per entry, and the positions of the best.
+"""The lightning indexer over stored keys: the positions of the entries that score best.
 
-Keys lie in slabs, up to 64 a slab and layer. Between FP4 codes every product of 32 dimensions is a
-small integer, so the fast path multiplies bytes and the general path float32 values, and both give
-the same bits: exact sums per group of 32, then groups, then heads in eight lanes.
+Keys lie in slabs, up to 64 a slab and layer. Scores are computed slab by slab, and only what may
+still be among the best is kept: a scan of a million tokens writes next to nothing. Between FP4
+codes every product of 32 dimensions is a small integer: the fast path multiplies bytes, eight keys
+side by side, the general path float32 values. Both give the same bits: exact sums per group of 32,
+then groups, then heads in eight sums.
 
 Paper: §2.3.1, eq. 13-17 (lightning indexer); §2.3.4 (FP4 indexer).
 """
@@ -15,13 +17,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fathom.kernels.numba.compiled import external, inner
 from fathom.kernels.numba.entries import FP4, FP4_GROUP, fp4_codes, load_key
 from fathom.kernels.numba.primitives import power_of_two
+from fathom.kernels.numba.selection import INTS, compiled_capacity, keep_best, offer
 from fathom.kernels.numba.vector import (
     FLOAT,
     I8,
@@ -29,350 +33,360 @@ from fathom.kernels.numba.vector import (
     I32,
     I64,
     LANES,
-    _data,
     _load,
     _splat,
     _store,
-    bits_of_float,
     fma,
-    has_integer_products,
-    inner,
-    peek_byte,
+    prefetch,
     product,
+    view_float32,
+    view_int32,
+    view_int64,
+    view_uint32,
 )
 
-INTEGER = has_integer_products()
+FEATURES = binding.get_host_cpu_features()
+INTEGER = bool(FEATURES.get("avx2"))  # byte products
+VNNI = bool(FEATURES.get("avx512vnni") and FEATURES.get("avx512vl"))  # and their sums in one step
 OFFSET = 12  # keys are multiplied as unsigned bytes: twice their value plus this
+BYTES32, SHORTS = ir.VectorType(I8, 32), ir.VectorType(I16, 16)
+FLOATS = ir.VectorType(FLOAT, LANES)
 
 
 @intrinsic
-def _unpack_group(typingctx: Any, memory: Any, data: Any, out: Any, to: Any) -> Any:
-    """16 bytes of FP4 codes at `data` -> 16 even, then 16 odd, bytes 12 + 2 * value."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = ir.VectorType(I8, 16)
-        twice = [0, 1, 2, 3, 4, 6, 8, 12]
-        table = ir.Constant(vector, [OFFSET + v for v in twice] + [OFFSET - v for v in twice])
-        lookup = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, [vector] * 2), "llvm.x86.ssse3.pshuf.b.128"
-        )
-        packed = _load(
-            builder, _data(context, builder, signature.args[0], args[0]), args[1], vector
-        )
-        out = _data(context, builder, signature.args[2], args[2])
-        low = builder.and_(packed, ir.Constant(vector, [15] * 16))
-        high = builder.lshr(packed, ir.Constant(vector, [4] * 16))
-        for part, codes in enumerate((low, high)):
-            place = builder.add(args[3], ir.Constant(I64, 16 * part))
-            _store(builder, builder.call(lookup, [table, codes]), out, place)
-        return context.get_dummy_value()
-
-    return types.void(memory, types.int64, out, types.int64), generate
-
-
-@intrinsic
-def _add_lanes(
-    typingctx: Any,
-    keys: Any,
-    codes: Any,
-    code0: Any,
-    excess: Any,
-    scales: Any,
-    lane0: Any,
-    key_scales: Any,
-    groups: Any,
-    weights: Any,
-    total: Any,
+def _unpack_eight(
+    typingctx: Any, data: Any, row: Any, scale: Any, scale_row: Any, keys: Any, scales: Any
 ) -> Any:
-    """total[8] += weight * relu(query head . key) for eight heads and one unpacked key.
+    """A group of 32 dimensions of eight FP4 keys, `row` bytes apart, key by key in four lanes.
 
-    codes: int8 [groups, 8 quads, 8 heads, 4] from code0; excess, scales: [groups, 8] from lane0,
-    int32 12 * sum of codes and float32; weights: float32, from the same head.
+    keys: bytes 12 + 2 * value, [4, even or odd, 8 keys, 4]: quarters of eight dimensions, of each
+    the even ones, then the odd ones. scales: float32 [8 keys].
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        keys, codes, code0, excess, scales, lane0, key_scales, groups, weights, total = args
-        kinds = signature.args
-        bytes32, shorts, ints = ir.VectorType(I8, 32), ir.VectorType(I16, 16), ir.VectorType(I32, 8)
-        floats = ir.VectorType(FLOAT, LANES)
-        multiply = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(shorts, [bytes32] * 2),
-            "llvm.x86.avx2.pmadd.ub.sw",
+        data, row, scale, scale_row, keys, scales = args
+        zero = ir.Constant(I64, 0)
+        memory, scale_memory = (builder.inttoptr(value, I8.as_pointer()) for value in (data, scale))
+        rows = []
+        exponents = ir.Constant(ir.VectorType(I8, LANES), ir.Undefined)
+        for e in range(LANES):
+            at = builder.mul(row, ir.Constant(I64, e))
+            rows.append(_load(builder, memory, at, ir.VectorType(I32, 4)))
+            at = builder.mul(scale_row, ir.Constant(I64, e))
+            exponent = builder.load(builder.gep(scale_memory, [at]))
+            exponents = builder.insert_element(exponents, exponent, ir.Constant(I32, e))
+        powers = builder.shl(builder.zext(exponents, INTS), ir.Constant(INTS, [23] * LANES))
+        _store(builder, powers, builder.inttoptr(scales, I8.as_pointer()), zero)
+
+        def shuffle(a: Any, b: Any, order: list[int]) -> Any:
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(order)), order))
+
+        # Keys e and e + 4 side by side, then the transpose of four by four within each half.
+        wide = [shuffle(rows[e], rows[e + 4], list(range(8))) for e in range(4)]
+        low = [shuffle(wide[e], wide[e + 1], [0, 8, 1, 9, 4, 12, 5, 13]) for e in (0, 2)]
+        high = [shuffle(wide[e], wide[e + 1], [2, 10, 3, 11, 6, 14, 7, 15]) for e in (0, 2)]
+        columns = []
+        for pair in (low, high):
+            columns.append(shuffle(*pair, [0, 1, 8, 9, 4, 5, 12, 13]))
+            columns.append(shuffle(*pair, [2, 3, 10, 11, 6, 7, 14, 15]))
+        twice = [0, 1, 2, 3, 4, 6, 8, 12]
+        table = [OFFSET + v for v in twice] + [OFFSET - v for v in twice]
+        lookup = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(BYTES32, [BYTES32] * 2), "llvm.x86.avx2.pshuf.b"
         )
-        widen = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ints, [shorts] * 2), "llvm.x86.avx2.pmadd.wd"
+        target = builder.inttoptr(keys, I8.as_pointer())
+        for c, column in enumerate(columns):
+            packed = builder.bitcast(column, BYTES32)
+            even = builder.and_(packed, ir.Constant(BYTES32, [15] * 32))
+            odd = builder.lshr(packed, ir.Constant(BYTES32, [4] * 32))
+            for part, codes in enumerate((even, odd)):
+                values = builder.call(lookup, [ir.Constant(BYTES32, table * 2), codes])
+                _store(builder, values, target, ir.Constant(I64, 64 * c + 32 * part))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), generate
+
+
+class _Sums:
+    """Byte products of unsigned keys and signed codes, added up: four to a 32-bit lane.
+
+    With `vnni` one instruction does it; otherwise pairs add up in 16 bits, which eight times
+    2 * 24 * 12 do not exceed.
+    """
+
+    def __init__(self, builder: Any, vnni: bool) -> None:
+        self._builder, self._vnni = builder, vnni
+        if vnni:
+            kind, name = ir.FunctionType(INTS, [INTS] * 3), "llvm.x86.avx512.vpdpbusd.256"
+        else:
+            kind, name = ir.FunctionType(SHORTS, [BYTES32] * 2), "llvm.x86.avx2.pmadd.ub.sw"
+        self._multiply = cgutils.get_or_insert_function(builder.module, kind, name)
+        self._widen = None if vnni else cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(INTS, [SHORTS] * 2), "llvm.x86.avx2.pmadd.wd"
+        )  # fmt: skip
+
+    def start(self) -> Any:
+        """Nothing yet."""
+        return ir.Constant(INTS if self._vnni else SHORTS, None)
+
+    def add(self, sums: Any, keys: Any, codes: Any) -> Any:
+        """sums + keys * codes; both int32 [8 keys]."""
+        b = self._builder
+        if self._vnni:
+            return b.call(self._multiply, [sums, keys, codes])
+        pairs = b.call(self._multiply, [b.bitcast(keys, BYTES32), b.bitcast(codes, BYTES32)])
+        return b.add(sums, pairs)
+
+    def finish(self, sums: Any) -> Any:
+        """The sums as int32 [8 keys]."""
+        if self._vnni:
+            return sums
+        return self._builder.call(self._widen, [sums, ir.Constant(SHORTS, [1] * 16)])
+
+
+def _make_score_eight(vnni: bool) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        keys, key_scales, groups, codes, excess, factors, weights, blocks, out = args
+        kp, xp, cp, ep, fp, wp, op = (
+            builder.inttoptr(value, I8.as_pointer())
+            for value in (keys, key_scales, codes, excess, factors, weights, out)
         )
+        sums = _Sums(builder, vnni)
         fused = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(floats, [floats] * 3), "llvm.fma.v8f32"
+            builder.module, ir.FunctionType(FLOATS, [FLOATS] * 3), "llvm.fma.v8f32"
         )
-        kp, cp = _data(context, builder, kinds[0], keys), _data(context, builder, kinds[1], codes)
-        ep, sp = (
-            _data(context, builder, kinds[3], excess),
-            _data(context, builder, kinds[4], scales),
-        )
-        xp = _data(context, builder, kinds[6], key_scales)
-        wp, tp = (
-            _data(context, builder, kinds[8], weights),
-            _data(context, builder, kinds[9], total),
-        )
+        nothing, zero, one = ir.Constant(FLOATS, None), ir.Constant(I64, 0), ir.Constant(I64, 1)
+
+        def at(base: Any, scale: int, offset: int = 0) -> Any:
+            scaled = builder.mul(base, ir.Constant(I64, scale))
+            return builder.add(scaled, ir.Constant(I64, offset))
+
+        def lane(pointer: Any, offset: Any, kind: Any) -> Any:
+            return _splat(builder, _load(builder, pointer, offset, kind), LANES)
 
         before = builder.basic_block
-        loop, done = builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(loop)
-        builder.position_at_end(loop)
+        heads, inside, after, done = (builder.append_basic_block() for _ in range(4))
+        builder.branch(heads)
+        builder.position_at_end(heads)  # eight heads at a time
+        block = builder.phi(I64)
+        totals = [builder.phi(FLOATS) for _ in range(LANES)]
+        builder.branch(inside)
+        builder.position_at_end(inside)  # a group of 32 dimensions
         g = builder.phi(I64)
-        g.add_incoming(ir.Constant(I64, 0), before)
-        score = builder.phi(floats)
-        score.add_incoming(ir.Constant(floats, None), before)
-        sums = ir.Constant(shorts, None)
-        for quad in range(8):
-            at = builder.add(builder.mul(g, ir.Constant(I64, 32)), ir.Constant(I64, 4 * quad))
-            four = _splat(builder, _load(builder, kp, at, I32), 8)
-            place = builder.add(
-                code0,
-                builder.add(builder.mul(g, ir.Constant(I64, 256)), ir.Constant(I64, 32 * quad)),
-            )
-            query = _load(builder, cp, place, bytes32)
-            pairs = builder.call(multiply, [builder.bitcast(four, bytes32), query])
-            sums = builder.add(sums, pairs)
-        whole = builder.call(widen, [sums, ir.Constant(shorts, [1] * 16)])
-        lane = builder.add(lane0, builder.mul(g, ir.Constant(I64, 8)))
-        whole = builder.sub(whole, _load(builder, ep, lane, ints))
-        factor = builder.fmul(
-            _load(builder, sp, lane, floats),
-            _splat(builder, builder.load(builder.gep(xp, [g])), LANES),
-        )
-        grown = builder.call(fused, [builder.sitofp(whole, floats), factor, score])
-        following = builder.add(g, ir.Constant(I64, 1))
-        g.add_incoming(following, loop)
-        score.add_incoming(grown, loop)
-        builder.cbranch(builder.icmp_signed("<", following, groups), loop, done)
+        scores = [builder.phi(FLOATS) for _ in range(LANES)]
+        place = builder.add(builder.mul(block, groups), g)
+        whole = [sums.start() for _ in range(LANES)]
+        for v in range(8):
+            key = _load(builder, kp, at(g, 256, 32 * v), INTS)
+            for h in range(LANES):
+                code = lane(cp, at(place, 256, 32 * v + 4 * h), I32)
+                whole[h] = sums.add(whole[h], key, code)
+        scale = _load(builder, xp, at(g, 32), FLOATS)
+        grown = []
+        for h in range(LANES):
+            exact = builder.sub(sums.finish(whole[h]), lane(ep, at(place, 32, 4 * h), I32))
+            factor = builder.fmul(lane(fp, at(place, 32, 4 * h), FLOAT), scale)
+            grown.append(builder.call(fused, [builder.sitofp(exact, FLOATS), factor, scores[h]]))
+        following = builder.add(g, one)
+        for phi, start, then in (
+            (g, zero, following),
+            *zip(scores, [nothing] * 8, grown, strict=True),
+        ):
+            phi.add_incoming(start, heads)
+            phi.add_incoming(then, inside)
+        builder.cbranch(builder.icmp_signed("<", following, groups), inside, after)
+        builder.position_at_end(after)
+        added = []
+        for h in range(LANES):
+            positive = builder.fcmp_ordered(">", grown[h], nothing)
+            positive = builder.select(positive, grown[h], nothing)
+            weight = lane(wp, at(block, 32, 4 * h), FLOAT)
+            added.append(builder.call(fused, [positive, weight, totals[h]]))
+        following = builder.add(block, one)
+        for phi, start, then in (
+            (block, zero, following),
+            *zip(totals, [nothing] * 8, added, strict=True),
+        ):
+            phi.add_incoming(start, before)
+            phi.add_incoming(then, after)
+        builder.cbranch(builder.icmp_signed("<", following, blocks), heads, done)
         builder.position_at_end(done)
-        zero = ir.Constant(floats, None)
-        positive = builder.select(builder.fcmp_ordered(">", grown, zero), grown, zero)
-        zero_place = ir.Constant(I64, 0)
-        weight = _load(builder, wp, zero_place, floats)
-        old = _load(builder, tp, zero_place, floats)
-        _store(builder, builder.call(fused, [positive, weight, old]), tp, zero_place)
+        fours = [builder.fadd(added[h], added[h + 4]) for h in range(4)]
+        even, odd = builder.fadd(fours[0], fours[2]), builder.fadd(fours[1], fours[3])
+        _store(builder, builder.fadd(even, odd), op, zero)
         return context.get_dummy_value()
 
-    i = types.int64
-    return (
-        types.void(keys, codes, i, excess, scales, i, key_scales, i, weights, total),
-        generate,
-    )
+    @intrinsic
+    def score_eight(
+        typingctx: Any, keys: Any, key_scales: Any, groups: Any, codes: Any, excess: Any,
+        factors: Any, weights: Any, blocks: Any, out: Any,
+    ) -> Any:  # fmt: skip
+        """out [8] = sum over heads of weight * relu(query head . key), for eight unpacked keys.
+
+        All addresses. codes: int8 [blocks, groups, 8, 8 heads, 4], as keys are laid out; excess:
+        int32, factors: float32, [blocks, groups, 8 heads]: 12 * the sum of codes, their scales;
+        weights: [blocks, 8 heads].
+        """
+        return types.void(*[types.int64] * 9), generate
+
+    return score_eight
 
 
 @inner
-def _across(total: Any) -> Any:
-    return ((total[0] + total[4]) + (total[2] + total[6])) + (
-        (total[1] + total[5]) + (total[3] + total[7])
-    )
-
-
-@inner
-def scan(
-    query: Any,
-    weights: Any,
-    factor: Any,
-    memory: Any,
-    table: Any,
-    slab_bytes: int,
-    data0: int,
-    scale0: int,
-    data_bytes: int,
-    scale_bytes: int,
-    form: int,
-    per_slab: int,
-    first: int,
-    last: int,
-    scores: Any,
-) -> None:
-    """scores[first:last] = sum over heads of weight * relu(query . key), for those entries.
-
-    query: [heads * index_dim] float32, already rounded to FP4 where keys are; weights: [heads];
-    table: slab numbers of the sequence; `first` is a multiple of per_slab.
-    """
-    heads = weights.shape[0]
-    dim = query.shape[0] // heads
-    blocks = (heads + LANES - 1) // LANES
-    scaled = np.zeros(blocks * LANES, np.float32)
-    for h in range(heads):
-        scaled[h] = weights[h] * factor
-    if form == FP4 and INTEGER:
-        _scan_integers(
-            query, scaled, memory, table, slab_bytes, data0, scale0, data_bytes, scale_bytes,
-            per_slab, first, last, scores, heads, dim, blocks,
-        )  # fmt: skip
-    else:
-        _scan_floats(
-            query, scaled, memory, table, slab_bytes, data0, scale0, data_bytes, scale_bytes,
-            form, per_slab, first, last, scores, heads, dim, blocks,
-        )  # fmt: skip
-
-
-@inner
-def _scan_integers(
-    query: Any,
-    weights: Any,
-    memory: Any,
-    table: Any,
-    slab_bytes: int,
-    data0: int,
-    scale0: int,
-    data_bytes: int,
-    scale_bytes: int,
-    per_slab: int,
-    first: int,
-    last: int,
-    scores: Any,
-    heads: int,
-    dim: int,
-    blocks: int,
-) -> None:
+def encode_query(query: Any, heads: int, dim: int, codes: Any, excess: Any, factors: Any) -> None:
+    """The rounded query [heads * dim] as _score_eight takes it; the outputs begin as zeros."""
     groups = dim // FP4_GROUP
-    lanes = groups * LANES
-    codes = np.zeros(blocks * groups * 256, np.int8)
-    excess = np.zeros(blocks * lanes, np.int32)
-    scales = np.zeros(blocks * lanes, np.float32)
     own = np.empty(FP4_GROUP, np.int8)
     for h in range(heads):
         block, lane = h // LANES, h % LANES
         for g in range(groups):
             exponent = fp4_codes(query, h * dim + g * FP4_GROUP, own, 0)
             total = np.int32(0)
+            at = block * groups + g
             for j in range(FP4_GROUP):
-                place = (j % 2) * 16 + j // 2  # even dimensions first, as unpacked keys
-                codes[((block * groups + g) * 8 + place // 4) * 32 + lane * 4 + place % 4] = own[j]
+                vector = 2 * (j // 8) + j % 2
+                codes[(at * 8 + vector) * 32 + lane * 4 + j % 8 // 2] = own[j]
                 total += np.int32(own[j])
-            excess[block * lanes + g * LANES + lane] = np.int32(OFFSET) * total
-            scales[block * lanes + g * LANES + lane] = power_of_two(exponent) * np.float32(0.25)
-    keys = np.empty(groups * 32, np.uint8)
-    key_scales = np.empty(groups, np.float32)
-    total = np.empty(LANES, np.float32)
-    entry = first
-    while entry < last:
-        base = np.int64(table[entry // per_slab]) * slab_bytes
-        for e in range(min(per_slab, last - entry)):
+            excess[at * LANES + lane] = np.int32(OFFSET) * total
+            factors[at * LANES + lane] = power_of_two(exponent) * np.float32(0.25)
+
+
+def make_score_integers(vnni: bool) -> Any:
+    """The fast path, with one kind of byte products or the other; x86 processors only."""
+    score_eight = _make_score_eight(vnni)
+
+    @inner
+    def score_integers(
+        data: int, data_bytes: int, scale: int, scale_bytes: int, count: int, ahead: int,
+        groups: int, blocks: int, codes: Any, excess: Any, factors: Any, weights: Any, keys: Any,
+        key_scales: Any, scores: Any,
+    ) -> None:  # fmt: skip
+        """scores[:count] of the FP4 keys at an address; `ahead`: where the next slab's keys lie."""
+        for e in range(0, count, LANES):
+            for line in range(0, LANES * data_bytes, 64):
+                prefetch(ahead + e * data_bytes + line)
+            prefetch(ahead + scale - data + e * scale_bytes)
             for g in range(groups):
-                _unpack_group(memory, base + data0 + e * data_bytes + 16 * g, keys, 32 * g)
-                byte = peek_byte(memory, base + scale0 + e * scale_bytes + g)
-                key_scales[g] = power_of_two(np.int32(byte) - np.int32(127))
-            for i in range(LANES):
-                total[i] = np.float32(0)
-            for block in range(blocks):
-                _add_lanes(
-                    keys, codes, block * groups * 256, excess, scales, block * lanes,
-                    key_scales, groups, weights[block * LANES : (block + 1) * LANES], total,
+                _unpack_eight(
+                    data + e * data_bytes + 16 * g, data_bytes, scale + e * scale_bytes + g,
+                    scale_bytes, keys.ctypes.data + 256 * g, key_scales.ctypes.data + 32 * g,
                 )  # fmt: skip
-            scores[entry + e] = _across(total)
-        entry += per_slab
+            score_eight(
+                keys.ctypes.data, key_scales.ctypes.data, groups, codes.ctypes.data,
+                excess.ctypes.data, factors.ctypes.data, weights.ctypes.data, blocks,
+                scores.ctypes.data + 4 * e,
+            )  # fmt: skip
+
+    return score_integers
 
 
 @inner
-def _scan_floats(
-    query: Any,
-    weights: Any,
-    memory: Any,
-    table: Any,
-    slab_bytes: int,
-    data0: int,
-    scale0: int,
-    data_bytes: int,
-    scale_bytes: int,
-    form: int,
-    per_slab: int,
-    first: int,
-    last: int,
+def _no_integers(
+    data: int, data_bytes: int, scale: int, scale_bytes: int, count: int, ahead: int, groups: int,
+    blocks: int, codes: Any, excess: Any, factors: Any, weights: Any, keys: Any, key_scales: Any,
     scores: Any,
-    heads: int,
-    dim: int,
-    blocks: int,
-) -> None:
-    lanes = blocks * LANES
-    group = FP4_GROUP if form == FP4 else dim
-    turned = np.zeros(dim * lanes, np.float32)
+) -> None:  # fmt: skip
+    pass
+
+
+score_integers = make_score_integers(VNNI) if INTEGER else _no_integers
+
+
+@inner
+def turn_query(query: Any, heads: int, dim: int, turned: Any) -> None:
+    """turned [dim, lanes] = query [heads, dim], for score_floats; it begins as zeros."""
+    lanes = turned.shape[0] // dim
     for h in range(heads):
         for j in range(dim):
             turned[j * lanes + h] = query[h * dim + j]
-    keys = np.empty(per_slab * dim, np.float32)
-    sums, part = np.empty(per_slab * lanes, np.float32), np.empty(per_slab * lanes, np.float32)
+
+
+@inner
+def score_floats(
+    data: int, data_bytes: int, scale: int, scale_bytes: int, count: int, form: int,
+    dim: int, turned: Any, weights: Any, keys: Any, sums: Any, part: Any, scores: Any,
+) -> None:  # fmt: skip
+    """scores[:count] of keys of any format at an address, by float32 products."""
+    lanes, blocks = weights.shape[0], weights.shape[0] // LANES
+    group = FP4_GROUP if form == FP4 else dim
     total = np.empty(LANES, np.float32)
-    entry = first
-    while entry < last:
-        base = np.int64(table[entry // per_slab]) * slab_bytes
-        count = min(per_slab, last - entry)
-        for e in range(count):
-            load_key(
-                memory, base + data0 + e * data_bytes, base + scale0 + e * scale_bytes,
-                dim, form, keys, e * dim,
-            )  # fmt: skip
+    for e in range(count):
+        load_key(data + e * data_bytes, scale + e * scale_bytes, dim, form, keys, e * dim)
+    for g in range(dim // group):
         product(
-            count, lanes, group, keys.ctypes.data, dim, 1, turned.ctypes.data, lanes,
-            sums.ctypes.data, lanes, 0,
+            count, lanes, group, keys.ctypes.data + 4 * g * group, dim, 1,
+            turned.ctypes.data + 4 * g * group * lanes, lanes,
+            part.ctypes.data if g else sums.ctypes.data, lanes, 0,
         )  # fmt: skip
-        for g in range(1, dim // group):
-            product(
-                count, lanes, group, keys.ctypes.data + 4 * g * group, dim, 1,
-                turned.ctypes.data + 4 * g * group * lanes, lanes, part.ctypes.data, lanes, 0,
-            )  # fmt: skip
+        if g:
             for i in range(count * lanes):
                 sums[i] += part[i]
-        for e in range(count):
-            for i in range(LANES):
-                total[i] = np.float32(0)
-            for block in range(blocks):
-                for i in range(LANES):
-                    value = max(sums[e * lanes + block * LANES + i], np.float32(0))
-                    total[i] = fma(value, weights[block * LANES + i], total[i])
-            scores[entry + e] = _across(total)
-        entry += per_slab
-
-
-@inner
-def _ordered(value: Any) -> Any:
-    """Bits that compare as the floats do; both zeros are equal."""
-    bits = bits_of_float(value + np.float32(0))
-    if bits >> np.uint32(31):
-        return ~bits
-    return bits | np.uint32(0x80000000)
-
-
-@inner
-def best(scores: Any, count: int, k: int, picks: Any) -> int:
-    """picks[:k] = the k best of scores[:count] in ascending position, ties to the lower one.
-
-    Eleven bits of the score at a time decide where the k-th best lies.
-    """
-    if count <= k:
-        for i in range(count):
-            picks[i] = i
-        return count
-    prefix, known, left = np.uint32(0), 0, k
-    histogram = np.empty(2048, np.int64)
-    for width, shift in ((11, 21), (11, 10), (10, 0)):
-        for i in range(2048):
-            histogram[i] = 0
-        mask = np.uint32((1 << width) - 1)
-        for e in range(count):
-            bits = _ordered(scores[e])
-            if known == 0 or (bits >> np.uint32(32 - known)) == prefix:
-                histogram[(bits >> np.uint32(shift)) & mask] += 1
-        digit = np.int64(mask)
-        while histogram[digit] < left:
-            left -= histogram[digit]
-            digit -= 1
-        prefix = (prefix << np.uint32(width)) | np.uint32(digit)
-        known += width
-    found = 0
     for e in range(count):
-        bits = _ordered(scores[e])
-        if bits > prefix:
-            picks[found] = e
-            found += 1
-        elif bits == prefix and left > 0:
-            picks[found] = e
-            found += 1
-            left -= 1
-    return found
+        for i in range(LANES):
+            total[i] = np.float32(0)
+        for block in range(blocks):
+            for i in range(LANES):
+                value = max(sums[e * lanes + block * LANES + i], np.float32(0))
+                total[i] = fma(value, weights[block * LANES + i], total[i])
+        scores[e] = ((total[0] + total[4]) + (total[2] + total[6])) + (
+            (total[1] + total[5]) + (total[3] + total[7])
+        )
+
+
+def _search(
+    query_at: int, weights_at: int, heads: int, dim: int, slabs: int,
+    table_at: int, slab_bytes: int, data0: int, scale0: int, data_bytes: int, scale_bytes: int,
+    form: int, per_slab: int, first: int, last: int, k: int, values_at: int, places_at: int,
+    held_at: int,
+) -> None:  # fmt: skip
+    query, given = view_float32(query_at, heads * dim), view_float32(weights_at, heads)
+    table = view_int32(table_at, (last + per_slab - 1) // per_slab)
+    room = compiled_capacity(k)
+    values, places = view_uint32(values_at, room), view_int64(places_at, room)
+    blocks = (heads + LANES - 1) // LANES
+    lanes, groups = blocks * LANES, max(1, dim // FP4_GROUP)
+    factor = np.float32(float(dim) ** -0.5 * float(heads) ** -0.5)
+    weights = np.zeros(lanes, np.float32)
+    for h in range(heads):
+        weights[h] = given[h] * factor
+    scores = np.empty(per_slab, np.float32)
+    integers = form == FP4 and INTEGER
+    size = blocks * groups if integers else 1
+    codes, excess = np.zeros(size * 256, np.int8), np.zeros(size * LANES, np.int32)
+    factors, unpacked = np.zeros(size * LANES, np.float32), np.empty(groups * 256, np.uint8)
+    key_scales = np.empty(groups * LANES, np.float32)
+    size = 0 if integers else 1
+    turned = np.zeros(size * dim * lanes, np.float32)
+    keys = np.empty(size * per_slab * dim, np.float32)
+    sums = np.empty(size * per_slab * lanes, np.float32)
+    part = np.empty(size * per_slab * lanes, np.float32)
+    if integers:
+        encode_query(query, heads, dim, codes, excess, factors)
+    else:
+        turn_query(query, heads, dim, turned)
+    held, least = 0, np.uint32(0)
+    for entry in range(first, last, per_slab):
+        base = slabs + np.int64(table[entry // per_slab]) * slab_bytes
+        count = min(per_slab, last - entry)
+        if integers:
+            following = np.int64(table[min(entry + per_slab, last - 1) // per_slab]) * slab_bytes
+            score_integers(
+                base + data0, data_bytes, base + scale0, scale_bytes,
+                count, slabs + following + data0, groups, blocks, codes, excess, factors,
+                weights, unpacked, key_scales, scores,
+            )  # fmt: skip
+        else:
+            score_floats(
+                base + data0, data_bytes, base + scale0, scale_bytes, count, form, dim,
+                turned, weights, keys, sums, part, scores,
+            )  # fmt: skip
+        held, least = offer(scores, count, entry, k, values, places, held, least)
+    view_int64(held_at, 1)[0] = keep_best(values, places, held, k)
+
+
+# search(query, weights, heads, dim, slabs, table, slab_bytes, data0, scale0, data_bytes,
+# scale_bytes, form, per_slab, first, last, k, values, places, held): the k best of the entries
+# first .. last - 1, ascending, and their number. query: [heads, dim] float32, already rounded to
+# FP4 where keys are; weights: [heads]; table: slab numbers of the sequence; `first` is a multiple
+# of per_slab; values, places: uint32 and int64 [capacity(k)]; held: int64.
+search = external("fathom_search", _search, 19)

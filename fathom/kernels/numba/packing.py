@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fathom.kernels.numba import rows
+from fathom.errors import CheckpointError
+from fathom.kernels.numba import layout as at
 from fathom.kernels.numba.vector import PANEL
 
 
 class Packed(NamedTuple):
-    """Parameters as the compiled functions take them; see rows.Env."""
+    """Parameters as the compiled functions take them; see at.Env."""
 
     half: np.ndarray
     full: np.ndarray
@@ -33,7 +34,7 @@ class Packer:
     def __init__(self, layers: int) -> None:
         self._parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])  # bfloat16, float32
         self._sizes = [0, 0]
-        self.meta = np.zeros((layers, rows.COLUMNS), np.int64)
+        self.meta = np.zeros((layers, at.COLUMNS), np.int64)
 
     def matrix(self, layer: int, which: int, weight: torch.Tensor, parts: int = 1) -> None:
         """weight: [rows, cols], or [parts * rows, cols] or [parts, rows, cols] for several."""
@@ -47,18 +48,18 @@ class Packer:
             flat = half.view(torch.int16).flatten().numpy().view(np.uint16)
         else:
             flat = panels.flatten().numpy()
-        column = rows.matrix_column(which)
+        column = at.matrix_column(which)
         self.meta[layer, column : column + 4] = self._add(flat, not exact), exact, count, cols
 
     def vector(self, layer: int, which: int, values: torch.Tensor) -> None:
         """values: any shape, flattened, as float32."""
         flat = values.detach().float().flatten().numpy()
-        column = rows.vector_column(which)
+        column = at.vector_column(which)
         self.meta[layer, column : column + 2] = self._add(flat, True), flat.size
 
     def rounds(self, layer: int, *which: bool) -> None:
-        """Which inputs are rounded, in the order of rows.R_*."""
-        self.meta[layer, rows.ROUND_0 : rows.ROUND_0 + len(which)] = which
+        """Which inputs are rounded, in the order of at.R_*."""
+        self.meta[layer, at.ROUND_0 : at.ROUND_0 + len(which)] = which
 
     def _add(self, flat: np.ndarray, full: bool) -> int:
         start = self._sizes[full]
@@ -79,22 +80,50 @@ class Packer:
 
 
 def pack(model: Any) -> Packed:
-    """All blocks of a Transformer, MTP blocks after the main ones; the head lies with layer 0."""
+    """All blocks of a Transformer, MTP blocks after the main ones; the head lies with layer 0.
+
+    Raises CheckpointError for a routing table that names experts that there are not.
+    """
     blocks = [*model.layers, *model.mtp]
     packer = Packer(len(blocks))
     for layer, block in enumerate(blocks):
         _pack_block(packer, layer, block, model.quantized)
     _pack_head(packer, 0, model)
-    packer.matrix(0, rows.HEAD, model.head.weight)
+    packer.matrix(0, at.HEAD, model.head.weight)
     for layer, block in enumerate(model.mtp, len(model.layers)):
         _pack_head(packer, layer, block)
-        packer.matrix(layer, rows.E_PROJ, block.e_proj.weight)
-        packer.matrix(layer, rows.H_PROJ, block.h_proj.weight)
-        packer.vector(layer, rows.E_NORM, block.enorm.weight)
-        packer.vector(layer, rows.H_NORM, block.hnorm.weight)
-        packer.meta[layer, rows.ROUND_0 + rows.R_MTP] = block.e_proj.quantize_input
+        packer.matrix(layer, at.E_PROJ, block.e_proj.weight)
+        packer.matrix(layer, at.H_PROJ, block.h_proj.weight)
+        packer.vector(layer, at.E_NORM, block.enorm.weight)
+        packer.vector(layer, at.H_NORM, block.hnorm.weight)
+        packer.meta[layer, at.ROUND_0 + at.R_MTP] = block.e_proj.quantize_input
     hashed = [block.ffn.gate.tid2eid.flatten().numpy() for block in blocks if _is_hashed(block)]
+    for table in hashed:  # compiled code does not look whether an expert exists
+        if table.size and not 0 <= table.min() <= table.max() < model.config.n_routed_experts:
+            raise CheckpointError(
+                f"a routing table names experts {table.min()} to {table.max()}; the model has "
+                f"{model.config.n_routed_experts}: the checkpoint is damaged"
+            )
     return packer.packed(model.embed.weight, np.concatenate([*hashed, np.zeros(1, np.int64)]))
+
+
+def token_bytes(model: Any) -> int:
+    """Bytes of parameters that decoding one token reads: of routed experts, the chosen ones."""
+    packed, config = pack(model), model.config
+    chosen = config.num_experts_per_tok / config.n_routed_experts
+    total = 4 * config.hidden_size  # the embedding's row
+    for layer in range(config.num_hidden_layers):
+        meta = packed.meta[layer]
+        for which in range(at.MATRICES):
+            column = at.matrix_column(which)
+            _, half, rows, cols = meta[column : column + 4]
+            if which == at.WO_A:
+                rows *= config.o_groups
+            elif which in (at.W1, at.W2, at.W3):
+                rows *= config.n_routed_experts * chosen
+            total += int(rows * cols) * (2 if half else 4)
+        total += 4 * int(sum(meta[at.vector_column(v) + 1] for v in range(at.VECTORS)))
+    return total + config.num_hash_layers * 8 * config.num_experts_per_tok
 
 
 def _is_hashed(block: Any) -> bool:
@@ -102,64 +131,64 @@ def _is_hashed(block: Any) -> bool:
 
 
 def _pack_head(packer: Packer, layer: int, owner: Any) -> None:
-    packer.matrix(layer, rows.HEAD_FN, owner.hc_head_fn)
-    packer.vector(layer, rows.HEAD_BASE, owner.hc_head_base)
-    packer.vector(layer, rows.HEAD_SCALE, owner.hc_head_scale)
-    packer.vector(layer, rows.NORM, owner.norm.weight)
+    packer.matrix(layer, at.HEAD_FN, owner.hc_head_fn)
+    packer.vector(layer, at.HEAD_BASE, owner.hc_head_base)
+    packer.vector(layer, at.HEAD_SCALE, owner.hc_head_scale)
+    packer.vector(layer, at.NORM, owner.norm.weight)
 
 
 def _pack_block(packer: Packer, layer: int, block: Any, quantized: bool) -> None:
     a, ffn = block.attn, block.ffn
     indexer = getattr(a, "indexer", None)
     matrices = {
-        rows.ATTN_FN: block.hc_attn_fn,
-        rows.FFN_FN: block.hc_ffn_fn,
-        rows.WQ_A: a.wq_a.weight,
-        rows.WQ_B: a.wq_b.weight,
-        rows.WKV: a.wkv.weight,
-        rows.WO_B: a.wo_b.weight,
-        rows.GATE: ffn.gate.weight,
-        rows.SHARED_1: ffn.shared_experts.w1.weight,
-        rows.SHARED_2: ffn.shared_experts.w2.weight,
-        rows.SHARED_3: ffn.shared_experts.w3.weight,
+        at.ATTN_FN: block.hc_attn_fn,
+        at.FFN_FN: block.hc_ffn_fn,
+        at.WQ_A: a.wq_a.weight,
+        at.WQ_B: a.wq_b.weight,
+        at.WKV: a.wkv.weight,
+        at.WO_B: a.wo_b.weight,
+        at.GATE: ffn.gate.weight,
+        at.SHARED_1: ffn.shared_experts.w1.weight,
+        at.SHARED_2: ffn.shared_experts.w2.weight,
+        at.SHARED_3: ffn.shared_experts.w3.weight,
     }
     vectors = {
-        rows.ATTN_BASE: block.hc_attn_base,
-        rows.ATTN_SCALE: block.hc_attn_scale,
-        rows.FFN_BASE: block.hc_ffn_base,
-        rows.FFN_SCALE: block.hc_ffn_scale,
-        rows.ATTN_NORM: block.attn_norm.weight,
-        rows.FFN_NORM: block.ffn_norm.weight,
-        rows.Q_NORM: a.q_norm.weight,
-        rows.KV_NORM: a.kv_norm.weight,
-        rows.SINK: a.attn_sink,
+        at.ATTN_BASE: block.hc_attn_base,
+        at.ATTN_SCALE: block.hc_attn_scale,
+        at.FFN_BASE: block.hc_ffn_base,
+        at.FFN_SCALE: block.hc_ffn_scale,
+        at.ATTN_NORM: block.attn_norm.weight,
+        at.FFN_NORM: block.ffn_norm.weight,
+        at.Q_NORM: a.q_norm.weight,
+        at.KV_NORM: a.kv_norm.weight,
+        at.SINK: a.attn_sink,
     }
     if a.ratio:
         matrices |= {
-            rows.COMP_KV: a.compressor.wkv.weight,
-            rows.COMP_GATE: a.compressor.wgate.weight,
+            at.COMP_KV: a.compressor.wkv.weight,
+            at.COMP_GATE: a.compressor.wgate.weight,
         }
-        vectors |= {rows.COMP_APE: a.compressor.ape, rows.COMP_NORM: a.compressor.norm.weight}
+        vectors |= {at.COMP_APE: a.compressor.ape, at.COMP_NORM: a.compressor.norm.weight}
     if indexer is not None:
         matrices |= {
-            rows.INDEX_KV: indexer.compressor.wkv.weight,
-            rows.INDEX_GATE: indexer.compressor.wgate.weight,
-            rows.INDEX_Q: indexer.wq_b.weight,
-            rows.INDEX_W: indexer.weights_proj.weight,
+            at.INDEX_KV: indexer.compressor.wkv.weight,
+            at.INDEX_GATE: indexer.compressor.wgate.weight,
+            at.INDEX_Q: indexer.wq_b.weight,
+            at.INDEX_W: indexer.weights_proj.weight,
         }
         vectors |= {
-            rows.INDEX_APE: indexer.compressor.ape,
-            rows.INDEX_NORM: indexer.compressor.norm.weight,
+            at.INDEX_APE: indexer.compressor.ape,
+            at.INDEX_NORM: indexer.compressor.norm.weight,
         }
     if not _is_hashed(block):
-        vectors[rows.GATE_BIAS] = ffn.gate.bias
+        vectors[at.GATE_BIAS] = ffn.gate.bias
     for which, weight in matrices.items():
         packer.matrix(layer, which, weight)
     for which, values in vectors.items():
         packer.vector(layer, which, values)
-    packer.matrix(layer, rows.WO_A, a.wo_a.weight, parts=a.groups)
+    packer.matrix(layer, at.WO_A, a.wo_a.weight, parts=a.groups)
     experts = ffn.experts
-    for which, weight in ((rows.W1, experts.w1), (rows.W2, experts.w2), (rows.W3, experts.w3)):
+    for which, weight in ((at.W1, experts.w1), (at.W2, experts.w2), (at.W3, experts.w3)):
         packer.matrix(layer, which, weight, parts=weight.shape[0])
     packer.rounds(
         layer,
@@ -171,3 +200,24 @@ def _pack_block(packer: Packer, layer: int, block: Any, quantized: bool) -> None
         indexer is not None and indexer.wq_b.quantize_input,
         quantized,
     )
+
+
+def is_uniform(model: Any) -> bool:
+    """Whether inputs that compiled rows round once serve matrices that agree on it."""
+    for layer in model.layers:
+        a, shared = layer.attn, layer.ffn.shared_experts
+        pairs = [(a.wq_a, a.wkv), (shared.w1, shared.w2), (shared.w1, shared.w3)]
+        indexer = getattr(a, "indexer", None)
+        if indexer is not None:
+            pairs.append((a.wq_b, indexer.wq_b))
+            if indexer.weights_proj.quantize_input:
+                return False
+        if any(x.quantize_input != y.quantize_input for x, y in pairs):
+            return False
+        if any(name.endswith("tile_scale") for name, _ in layer.named_buffers()):
+            return False  # FP8 tiles with float32 scales: the reference multiplies their codes
+        if a.wo_a.quantize_input or any(
+            m.simulate_weight for m in (a.wq_a, a.wq_b, a.wkv, a.wo_a, a.wo_b, layer.ffn.experts)
+        ):
+            return False
+    return True

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from fathom.kernels.numba import rows
+from fathom.kernels.numba import layout, rows
+from fathom.kernels.numba.compiled import link
 from fathom.kernels.numba.entries import FP4, FP8, RAW
-from fathom.kernels.numba.packing import pack
-from fathom.kernels.numba.step import _uniform
-from fathom.kernels.numba.vector import PANEL, link
+from fathom.kernels.numba.packing import is_uniform, pack
+from fathom.kernels.numba.selection import capacity
+from fathom.kernels.numba.vector import PANEL
 from fathom.kernels.registry import register
 
 FORMS = {"float32": RAW, "fp8": FP8, "fp4": FP4}
 CSA_RATIO, SLAB_ENTRIES = 4, 64
 SPLIT_ROWS = 16  # fewer rows than this are not worth a second thread
 SPLIT_ENTRIES = 8192  # fewer entries than this are scored by one thread
-EVERYTHING = rows.PROJECT | rows.ABSORB | rows.ATTEND | rows.REMEMBER
 
 
 def _accepts(device: torch.Tensor, model: Any, memory: Any, max_rows: int) -> bool:
@@ -35,7 +35,7 @@ def _accepts(device: torch.Tensor, model: Any, memory: Any, max_rows: int) -> bo
         and (config.index_head_dim % 32 == 0 or memory.slabs.layout.key_format != "fp4")
         and memory.slabs.layout.kv_format in FORMS
         and memory.slabs.layout.key_format in FORMS
-        and _uniform(model)
+        and is_uniform(model)
     )
 
 
@@ -49,55 +49,68 @@ class CompiledRunner:
         self._layers = model.config.num_hidden_layers
         self._places = _places(memory.slabs.layout, memory.slots.layout)
         self._numbers = _numbers(model.config, memory.slabs.layout, memory.slots.layout)
-        # Views of the pools, which must not move.
-        slots = memory.slots.data.flatten().numpy()
-        self._memory = {
+        self._arrays: dict[str, np.ndarray] = {
+            # Views of the pools, which must not move.
             "slabs": memory.slabs.data.flatten().numpy(),
-            "slots": slots,
-            "slots32": slots.view(np.float32),
+            "slots": memory.slots.data.flatten().numpy(),
             "tables": memory.tables.numpy(),
         }
         self._pool: ThreadPoolExecutor | None = None
         self._workers_made = 0
         self._allocated, self._exporting = 0, False
         self.export = False
+        self._make_found(1)
         self.reload()
 
     def reload(self) -> None:
         """Read the model's weights again."""
-        self._packed = pack(self.model)
-        self._packed.meta[: len(self._places), rows.PLACE_0 :] = self._places
+        packed = pack(self.model)
+        packed.meta[: len(self._places), layout.PLACE_0 :] = self._places
+        self._arrays |= packed._asdict()
         self._allocate(max(64, self._allocated))
 
     def _allocate(self, count: int) -> None:
         """Buffers for steps of up to `count` rows."""
         self._allocated, self._exporting = count, self.export
         config = self.model.config
-        self._sizes, floats = _buffers(self._numbers, count, self.export)
         tables = (self.model._rotary[far].frequencies.cpu().numpy() for far in (False, True))
         layers, lines = (self._layers + config.num_mtp_layers, count) if self.export else (1, 1)
-        self._env = rows.Env(
-            *self._packed,
-            **self._memory,
-            work=np.zeros(floats, np.float32),
-            scores=np.empty(1, np.float32),
-            frequencies=np.stack(list(tables)),
-            rows=np.zeros((5, count), np.int64),
-            chosen=np.full((layers, lines, config.num_experts_per_tok), -1, np.int16),
-            picked=np.full((layers, lines, config.index_topk), -1, np.int32),
-        )
+        self._arrays |= {
+            "frequencies": np.stack(list(tables)),
+            "rows": np.zeros((5, count), np.int64),
+            "chosen": np.full((layers, lines, config.num_experts_per_tok), -1, np.int16),
+            "picked": np.full((layers, lines, config.index_topk), -1, np.int32),
+        }
+        self._widths = {name: _padded(width) for name, width in _widths(self._numbers).items()}
+        self._work = np.zeros(count * sum(self._widths.values()), np.float32)
+        self._write_record()
+
+    def _write_record(self) -> None:
+        """What compiled code gets: all sizes, and where every array lies."""
+        record = self._record = np.zeros(1, layout.RECORD)
+        for name, value in self._numbers.items():
+            record[name] = value
+        for name in layout.ARRAYS:
+            record[name] = self._arrays[name].ctypes.data
+        at = self._work.ctypes.data
+        for name, width in self._widths.items():
+            record[name], record[f"w_{name}"] = at, width
+            at += 4 * self._allocated * width
+        record["capacity"], record["export"] = self._allocated, self.export
+        record["table_columns"] = self._arrays["tables"].shape[1]
+        record["room"] = capacity(self.model.config.index_topk)
 
     def forward(self, batch: Any) -> None:
         """All main layers for a batch; `logits` and `streams` then read its rows."""
         count = self._take(batch)
-        rows.prepare(self._env, self._sizes, 0, count, 1)
+        rows.prepare(self._record, count, 1)
         threads = torch.get_num_threads()
         if threads > 1 and count >= SPLIT_ROWS:
             self._forward_split(count, threads)
-        elif threads > 1 and int(self._env.rows[1, :count].max()) // 4 >= SPLIT_ENTRIES:
+        elif threads > 1 and int(self._positions(count).max()) // CSA_RATIO >= SPLIT_ENTRIES:
             self._forward_long(count, threads)
         else:
-            self._forward(0, self._layers, EVERYTHING, 0, count)
+            self._forward(0, self._layers, rows.EVERYTHING, 0, count)
 
     def logits(self, which: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """For rows of the last batch: final hidden states [rows, hidden], logits [rows, vocab]."""
@@ -110,7 +123,7 @@ class CompiledRunner:
         padded = np.zeros((count, _padded(config.hidden_size)), np.float32)
         padded[:, : config.hidden_size] = hidden
         logits = np.empty((count, _padded(config.vocab_size)), np.float32)
-        rows.output(self._env, self._sizes, count, padded.reshape(-1), logits.reshape(-1))
+        rows.output(self._record, count, padded.reshape(-1), logits.reshape(-1))
         return logits[:, : config.vocab_size]
 
     def streams(self, row: int) -> np.ndarray:
@@ -124,30 +137,32 @@ class CompiledRunner:
         """
         count = self._take(batch)
         self._flow()[:count] = streams
-        rows.prepare(self._env, self._sizes, 0, count, 0)
-        parts = EVERYTHING | rows.COMBINE
+        rows.prepare(self._record, count, 0)
+        parts = rows.EVERYTHING | rows.COMBINE
         self._forward(self._layers, self._layers + 1, parts, 0, count)
         return self.head(self._merge(self._layers, list(range(count))))
 
     def routing(self, count: int) -> np.ndarray:
         """With `export`: experts chosen, [layers, rows, topk] int16."""
-        return self._env.chosen[: self._layers, :count].copy()
+        return self._arrays["chosen"][: self._layers, :count].copy()
 
     def selection(self, count: int) -> np.ndarray:
         """With `export`: entries picked, ascending, [layers, rows, index_topk] int32, -1 = none."""
-        return self._env.picked[: self._layers, :count].copy()
+        return self._arrays["picked"][: self._layers, :count].copy()
 
     def _flow(self) -> np.ndarray:
-        config = self.model.config
-        at, width = int(self._sizes["at_flow"][0]), int(self._sizes["w_flow"][0])
-        flow = self._env.work[at : at + self._allocated * width].reshape(self._allocated, width)
+        config, width = self.model.config, self._widths["flow"]  # the first of the buffers
+        flow = self._work[: self._allocated * width].reshape(self._allocated, width)
         used = flow[:, : config.hc_mult * config.hidden_size]
         return used.reshape(self._allocated, config.hc_mult, config.hidden_size)
+
+    def _positions(self, count: int) -> np.ndarray:
+        return self._arrays["rows"][layout.POSITION, :count]
 
     def _merge(self, layer: int, which: list[int]) -> np.ndarray:
         size = self.model.config.hidden_size
         hidden = np.zeros((len(which), _padded(size)), np.float32)
-        rows.merge(self._env, self._sizes, layer, np.array(which, np.int64), hidden.reshape(-1))
+        rows.merge(self._record, layer, np.array(which, np.int64), hidden.reshape(-1))
         return hidden[:, :size]
 
     def _take(self, batch: Any) -> int:
@@ -155,12 +170,12 @@ class CompiledRunner:
         if count > self._allocated or self._exporting != self.export:
             self._allocate(max(count, min(self.max_rows, 2 * count)))
         columns = (batch.tokens, batch.positions, batch.slots, batch.firsts, batch.known)
-        for row, column in zip(self._env.rows, columns, strict=True):
+        for row, column in zip(self._arrays["rows"], columns, strict=True):
             row[:count] = column.numpy()
         return count
 
-    def _forward(self, *numbers: int, scored: int = 0) -> None:
-        rows.forward(self._env, self._sizes, *numbers, scored)
+    def _forward(self, *numbers: int, shares: int = 0) -> None:
+        rows.forward(self._record, *numbers, shares)
 
     def _forward_split(self, count: int, threads: int) -> None:
         """Threads share the rows; between a layer's halves one of them moves the state on."""
@@ -184,31 +199,41 @@ class CompiledRunner:
 
     def _forward_long(self, count: int, threads: int) -> None:
         """Few rows, many entries: threads share each scan."""
-        config, positions = self.model.config, self._env.rows[1, :count]
-        longest = int(positions.max()) // 4 + 64
-        if len(self._env.scores) < longest:
-            self._env = self._env._replace(scores=np.empty(longest * 5 // 4, np.float32))
+        config, positions = self.model.config, self._positions(count)
+        if len(self._arrays["held"]) < threads:
+            self._make_found(threads)
+            self._write_record()
         for layer, ratio in enumerate(config.compress_ratios):
             if ratio != CSA_RATIO:
-                self._forward(layer, layer + 1, EVERYTHING, 0, count)
+                self._forward(layer, layer + 1, rows.EVERYTHING, 0, count)
                 continue
             self._forward(layer, layer + 1, rows.PROJECT | rows.ABSORB, 0, count)
             for t in range(count):
                 entries = (int(positions[t]) + 1) // CSA_RATIO
-                scored = entries >= SPLIT_ENTRIES and entries > config.index_topk
-                if scored:
-                    self._score(layer, t, entries, threads)
-                self._forward(layer, layer + 1, rows.ATTEND, t, t + 1, scored=int(scored))
+                shares = 0
+                if entries >= SPLIT_ENTRIES and entries > config.index_topk:
+                    shares = threads
+                    self._search(layer, t, entries, threads)
+                self._forward(layer, layer + 1, rows.ATTEND, t, t + 1, shares=shares)
             self._forward(layer, layer + 1, rows.REMEMBER, 0, count)
 
-    def _score(self, layer: int, t: int, entries: int, threads: int) -> None:
+    def _make_found(self, threads: int) -> None:
+        room = threads * capacity(self.model.config.index_topk)
+        self._arrays |= {
+            "values": np.empty(room, np.uint32),
+            "places": np.empty(room, np.int64),
+            "held": np.zeros(threads, np.int64),
+        }
+
+    def _search(self, layer: int, t: int, entries: int, threads: int) -> None:
         slabs = -(-entries // SLAB_ENTRIES)
         cuts = [slabs * i // threads * SLAB_ENTRIES for i in range(threads)] + [entries]
         futures = [
-            self._workers(threads).submit(rows.score, self._env, self._sizes, layer, t, *share)
-            for share in list(pairwise(cuts))[1:]
+            self._workers(threads).submit(rows.search_share, self._record, layer, t, *cut, i)
+            for i, cut in enumerate(pairwise(cuts))
+            if i
         ]
-        rows.score(self._env, self._sizes, layer, t, *cuts[:2])
+        rows.search_share(self._record, layer, t, *cuts[:2], 0)
         for future in futures:
             future.result()
 
@@ -225,7 +250,7 @@ def _padded(cols: int) -> int:
 
 
 def _numbers(config: Any, layout: Any, state: Any) -> dict[str, float]:
-    """The numbers of rows.INTEGERS and rows.REALS."""
+    """The numbers of layout.INTEGERS and layout.REALS."""
     return {
         "streams": config.hc_mult,
         "hidden": config.hidden_size,
@@ -264,23 +289,23 @@ def _numbers(config: Any, layout: Any, state: Any) -> dict[str, float]:
     }
 
 
-def _places(layout: Any, state: Any) -> np.ndarray:
-    table = np.zeros((len(state.layers), rows.PLACES), np.int64)
-    for i, s in enumerate(state.layers):
-        table[i, rows.WINDOW_DATA : rows.WINDOW_SCALES + 1] = s.window_data, s.window_scales
-        rings = (s.tail_kv, s.tail_gate, s.key_tail_kv, s.key_tail_gate, s.online)
-        table[i, rows.TAIL_KV : rows.ONLINE + 1] = [ring // 4 for ring in rings]
-        table[i, rows.RATIO] = s.ratio
-        if s.ratio:
-            p = layout.layers[i]
-            table[i, : rows.KEY_SCALES + 1] = p.kv_data, p.kv_scales, p.key_data, p.key_scales
+def _places(slabs: Any, slots: Any) -> np.ndarray:
+    table = np.zeros((len(slots.layers), layout.PLACES), np.int64)
+    for row, s in zip(table, slots.layers, strict=True):
+        row[layout.WINDOW_DATA : layout.RATIO] = (
+            s.window_data, s.window_scales, s.tail_kv, s.tail_gate, s.key_tail_kv, s.key_tail_gate,
+            s.online,
+        )  # fmt: skip
+        row[layout.RATIO] = s.ratio
+    for row, p in zip(table, slabs.layers, strict=False):  # MTP blocks have no entries
+        row[: layout.WINDOW_DATA] = p.kv_data, p.kv_scales, p.key_data, p.key_scales
     return table
 
 
-def _buffers(numbers: dict[str, float], count: int, export: bool) -> tuple[np.ndarray, int]:
-    """The record that compiled code reads sizes from, and the work array's length in numbers."""
-    n = numbers
-    widths = {
+def _widths(n: dict[str, Any]) -> dict[str, int]:
+    """Numbers in a line of each buffer, in the order of layout.BUFFERS."""
+    pairs = n["rope_dim"] // 2
+    return {
         "flow": n["streams"] * n["hidden"],
         "mixes": n["streams"] * (2 + n["streams"]),
         "post": n["streams"],
@@ -299,17 +324,8 @@ def _buffers(numbers: dict[str, float], count: int, export: bool) -> tuple[np.nd
         "attended": n["heads"] * n["head_dim"],
         "low": n["groups"] * n["o_rank"] + PANEL,  # the last group's panel may reach beyond
         "y": n["hidden"],
-        "plain_cos": n["rope_dim"] // 2,
-        "plain_sin": n["rope_dim"] // 2,
-        "far_cos": n["rope_dim"] // 2,
-        "far_sin": n["rope_dim"] // 2,
+        "plain_cos": pairs,
+        "plain_sin": pairs,
+        "far_cos": pairs,
+        "far_sin": pairs,
     }
-    record, end = np.zeros(1, rows.SIZES), 0
-    for name, value in numbers.items():
-        record[name] = value
-    record["export"] = export
-    for name in rows.BUFFERS:
-        width = _padded(int(widths[name]))
-        record[f"at_{name}"], record[f"w_{name}"] = end, width
-        end += count * width
-    return record, end

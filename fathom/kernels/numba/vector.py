@@ -15,26 +15,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
-from numba import cfunc, njit, types
+from llvmlite import ir
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from fathom.kernels.numba.compiled import external, inner
 
 LANES = 8  # columns of one vector
 PANEL = 32  # columns that stored weights keep together
 FLOAT, I8, I16, I32, I64 = (ir.FloatType(), *(ir.IntType(n) for n in (8, 16, 32, 64)))
-
-# Like primitives.inner, for functions that are only called from compiled code; roundings stay.
-inner = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")
-
-
-def has_integer_products() -> bool:
-    """Whether this processor has AVX2, whose byte products the index scan uses."""
-    return bool(binding.get_host_cpu_features().get("avx2"))
-
-
-def _data(context: Any, builder: Any, array_type: Any, value: Any) -> Any:
-    return context.make_array(array_type)(context, builder, value).data
 
 
 def _load(builder: Any, pointer: Any, offset: Any, kind: Any) -> Any:
@@ -157,32 +147,6 @@ _tile_1x4, _tile_2x4 = _make_tile(1, 4), _make_tile(2, 4)
 _tile_1x4_half, _tile_2x4_half = _make_tile(1, 4, True), _make_tile(2, 4, True)
 
 
-_pending: dict[str, tuple[Any, Any]] = {}
-_kept: list[Any] = []
-
-
-def external(name: str, function: Any, arguments: int) -> Any:
-    """Let compiled code call `function` (integers in, nothing out) by its name, after `link`.
-
-    Callers compile without it: numba would otherwise optimise it again within each of them.
-    """
-    signature = types.void(*[types.int64] * arguments)
-    _pending[name] = (function, signature)
-    return types.ExternalFunction(name, signature)
-
-
-def link() -> None:
-    """Compile what `external` announced, or load it from numba's files; once per process."""
-    for name, (function, signature) in list(_pending.items()):
-        try:
-            compiled = cfunc(signature, cache=True, error_model="numpy")(function)
-        except RuntimeError:  # no place to keep it
-            compiled = cfunc(signature, error_model="numpy")(function)
-        binding.add_symbol(name, compiled.address)
-        _kept.append(compiled)
-        del _pending[name]
-
-
 def _product(
     rows: int, cols: int, count: int, x: int, x_row: int, x_col: int, w: int, w_row: int,
     out: int, out_row: int, add: int,
@@ -229,6 +193,110 @@ def _product(
 product = external("fathom_product", _product, 11)
 
 
+@intrinsic
+def widen_lanes(typingctx: Any, source: Any, target: Any) -> Any:
+    """Eight bfloat16 numbers at one address to eight float32 numbers at another."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = ir.VectorType(I32, LANES)
+        pointer = builder.inttoptr(args[0], I16.as_pointer())
+        bits = builder.zext(
+            _load(builder, pointer, ir.Constant(I64, 0), ir.VectorType(I16, LANES)), wide
+        )
+        bits = builder.shl(bits, ir.Constant(wide, [16] * LANES))
+        out = builder.inttoptr(args[1], I32.as_pointer())
+        _store(builder, bits, out, ir.Constant(I64, 0))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def decode_lanes(typingctx: Any, source: Any, target: Any, scale: Any) -> Any:
+    """Eight e4m3 codes at one address to their values times `scale`, float32, at another."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        ints, zero = ir.VectorType(I32, LANES), ir.Constant(I64, 0)
+
+        def every(value: int) -> Any:
+            return ir.Constant(ints, [value] * LANES)
+
+        codes = _load(builder, builder.inttoptr(args[0], I8.as_pointer()), zero,
+                      ir.VectorType(I8, LANES))  # fmt: skip
+        codes = builder.zext(codes, ints)
+        size = builder.shl(builder.and_(codes, every(0x7F)), every(20))
+        sign = builder.shl(builder.and_(codes, every(0x80)), every(24))
+        floats = ir.VectorType(FLOAT, LANES)
+        value = builder.bitcast(builder.or_(size, sign), floats)
+        value = builder.fmul(value, ir.Constant(floats, [2.0**120] * LANES))
+        value = builder.fmul(value, _splat(builder, args[2], LANES))
+        _store(builder, value, builder.inttoptr(args[1], FLOAT.as_pointer()), zero)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def greatest(typingctx: Any, x: Any, count: Any) -> Any:
+    """The greatest magnitude among `count` float32 numbers at an address, a multiple of 8."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, count = args
+        ints, zero = ir.VectorType(I32, LANES), ir.Constant(I64, 0)
+        pointer = builder.inttoptr(x, I32.as_pointer())
+        before = builder.basic_block
+        loop, done = builder.append_basic_block(), builder.append_basic_block()
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        j, high = builder.phi(I64), builder.phi(ints)
+        bits = builder.and_(_load(builder, pointer, j, ints), ir.Constant(ints, [2**31 - 1] * 8))
+        higher = builder.select(builder.icmp_unsigned(">", bits, high), bits, high)
+        following = builder.add(j, ir.Constant(I64, LANES))
+        for phi, start, then in ((j, zero, following), (high, ir.Constant(ints, None), higher)):
+            phi.add_incoming(start, before)
+            phi.add_incoming(then, loop)
+        builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
+        builder.position_at_end(done)
+        parts = [builder.extract_element(higher, ir.Constant(I32, n)) for n in range(LANES)]
+        while len(parts) > 1:
+            a, b = parts[:2]
+            parts = [*parts[2:], builder.select(builder.icmp_unsigned(">", a, b), a, b)]
+        return builder.bitcast(parts[0], FLOAT)
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
+def round_lanes(typingctx: Any, x: Any, inverse: Any, scale: Any) -> Any:
+    """Eight float32 numbers at an address, rounded to e4m3 in units of `scale`, a power of two.
+
+    Three mantissa bits down to 2^-6, then a fixed step of 2^-9.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        floats, ints = ir.VectorType(FLOAT, LANES), ir.VectorType(I32, LANES)
+        pointer, zero = builder.inttoptr(args[0], FLOAT.as_pointer()), ir.Constant(I64, 0)
+
+        def every(value: int) -> Any:
+            return ir.Constant(ints, [value] * LANES)
+
+        nearest = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(floats, [floats]), f"llvm.rint.v{LANES}f32"
+        )
+        v = builder.fmul(_load(builder, pointer, zero, floats), _splat(builder, args[1], LANES))
+        e = builder.and_(builder.lshr(builder.bitcast(v, ints), every(23)), every(255))
+        e = builder.select(builder.icmp_signed(">", e, every(121)), e, every(121))  # exponent + 127
+        step = builder.bitcast(builder.shl(builder.sub(e, every(3)), every(23)), floats)
+        finer = builder.bitcast(builder.shl(builder.sub(every(257), e), every(23)), floats)
+        whole = builder.call(nearest, [builder.fmul(v, finer)])
+        value = builder.fmul(builder.fmul(whole, step), _splat(builder, args[2], LANES))
+        _store(builder, value, pointer, zero)
+        return context.get_dummy_value()
+
+    f = types.float32
+    return types.void(types.int64, f, f), generate
+
+
 def _panels(
     half: int, rows: int, count: int, cols: int, x: int, x_row: int, w: int, scratch: int, out: int,
     out_row: int,
@@ -238,7 +306,7 @@ def _panels(
         if rows >= 4:
             if half:
                 for j in range(0, cols * PANEL, LANES):
-                    _widen_lanes(base + 2 * j, scratch + 4 * j)
+                    widen_lanes(base + 2 * j, scratch + 4 * j)
                 base = scratch
             product(rows, PANEL, cols, x, x_row, 1, base, PANEL, left, out_row, 0)
             continue
@@ -256,24 +324,6 @@ def _panels(
                 _tile_1x4_half(at, x_row, 1, base, PANEL, cols, to, out_row, 0)
             else:
                 _tile_1x4(at, x_row, 1, base, PANEL, cols, to, out_row, 0)
-
-
-@intrinsic
-def _widen_lanes(typingctx: Any, source: Any, target: Any) -> Any:
-    """Eight bfloat16 numbers at one address to eight float32 numbers at another."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        wide = ir.VectorType(I32, LANES)
-        pointer = builder.inttoptr(args[0], I16.as_pointer())
-        bits = builder.zext(
-            _load(builder, pointer, ir.Constant(I64, 0), ir.VectorType(I16, LANES)), wide
-        )
-        bits = builder.shl(bits, ir.Constant(wide, [16] * LANES))
-        out = builder.inttoptr(args[1], I32.as_pointer())
-        _store(builder, bits, out, ir.Constant(I64, 0))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
 
 
 # panels(half, rows, panels, cols, x, x_row, w, scratch, out, out_row): x times stored weights,
@@ -317,31 +367,72 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 
 def _make_peek(kind: Any, number: Any) -> Any:
     @intrinsic
-    def peek(typingctx: Any, data: Any, offset: Any) -> Any:
-        """The number at a byte offset of a uint8 array."""
+    def peek(typingctx: Any, address: Any) -> Any:
+        """The number at an address."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer = _data(context, builder, signature.args[0], args[0])
-            return _load(builder, pointer, args[1], kind)
+            pointer = builder.inttoptr(args[0], I8.as_pointer())
+            return _load(builder, pointer, ir.Constant(I64, 0), kind)
 
-        return number(data, types.int64), generate
+        return number(types.int64), generate
 
     return peek
 
 
 def _make_poke(number: Any) -> Any:
     @intrinsic
-    def poke(typingctx: Any, data: Any, offset: Any, value: Any) -> Any:
-        """Write a number at a byte offset of a uint8 array."""
+    def poke(typingctx: Any, address: Any, value: Any) -> Any:
+        """Write a number at an address."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer = _data(context, builder, signature.args[0], args[0])
-            _store(builder, args[2], pointer, args[1])
+            pointer = builder.inttoptr(args[0], I8.as_pointer())
+            _store(builder, args[1], pointer, ir.Constant(I64, 0))
             return context.get_dummy_value()
 
-        return types.void(data, types.int64, number), generate
+        return types.void(types.int64, number), generate
 
     return poke
+
+
+@intrinsic
+def pointer(typingctx: Any, address: Any) -> Any:
+    """An address as a pointer, for carray."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], I8.as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+def _make_view(dtype: Any) -> Any:
+    @inner
+    def view(address: int, count: int) -> Any:
+        """The array [count] that lies at an address."""
+        return carray(pointer(address), (count,), dtype)
+
+    return view
+
+
+view_float32, view_int16 = _make_view(np.float32), _make_view(np.int16)
+view_int32, view_int64 = _make_view(np.int32), _make_view(np.int64)
+view_uint32 = _make_view(np.uint32)
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at an address; any address will do."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], I8.as_pointer())
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32]),
+            "llvm.prefetch.p0",
+        )
+        builder.call(function, [pointer, *(ir.Constant(I32, n) for n in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 peek_byte, poke_byte = _make_peek(I8, types.uint8), _make_poke(types.uint8)

@@ -232,10 +232,10 @@ def _two_windows(state: torch.Tensor, position: int, cols: int) -> torch.Tensor:
     return (torch.stack(kvs) * torch.stack(gates).softmax(0)).sum(0)
 
 
-def _read_rows(
+def read_rows(
     block: torch.Tensor, count: int, head_dim: int, rope_dim: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """All entries of a block of bytes: [count, head_dim]."""
+    """All entries of a block. block: [bytes] uint8. Returns [entries, head_dim]."""
     size = head_dim + rope_dim
     scale_size = kv_pack.kv_entry_bytes(head_dim, rope_dim) - size
     data = block[: count * size].view(count, size)
@@ -275,7 +275,7 @@ def entry_attention(
     q = rope(q.unsqueeze(1), rotation[:, 0:1], rotation[:, 1:2])
     out = torch.empty_like(q)
     for token, position in enumerate(positions.tolist()):
-        near = _read_rows(ring[token], window, head_dim, rope_dim, q.dtype)
+        near = read_rows(ring[token], window, head_dim, rope_dim, q.dtype)
         rows = near[: min(position + 1, window)]
         if kind:
             assert pool is not None
@@ -283,7 +283,7 @@ def entry_attention(
             count = (position + 1) // kind
             pages = table[token, : -(-count // page_entries)].long()
             blocks = [
-                _read_rows(pool[p, entry_offset:], page_entries, head_dim, rope_dim, q.dtype)
+                read_rows(pool[p, entry_offset:], page_entries, head_dim, rope_dim, q.dtype)
                 for p in pages
             ]
             far = torch.cat(blocks)[:count] if blocks else rows[:0]

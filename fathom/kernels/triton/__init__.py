@@ -5,6 +5,12 @@ Paper: §3.1 (fused kernels).
 
 from fathom.kernels.triton import (
     attention,
+    chunk_attention,
+    chunk_entries,
+    chunk_experts,
+    chunk_index,
+    chunk_linear,
+    chunk_mhc,
     entries,
     experts,
     index,
@@ -16,6 +22,12 @@ from fathom.kernels.triton import (
 
 __all__ = [
     "attention",
+    "chunk_attention",
+    "chunk_entries",
+    "chunk_experts",
+    "chunk_index",
+    "chunk_linear",
+    "chunk_mhc",
     "entries",
     "experts",
     "index",

@@ -23,7 +23,7 @@ QUERY_HEADS = 16  # index heads of one program
 
 
 @triton.jit
-def _turn(even, odd, cos, sin, PAIRS: tl.constexpr, TURNED: tl.constexpr):
+def turn(even, odd, cos, sin, PAIRS: tl.constexpr, TURNED: tl.constexpr):
     """Rotate the last TURNED of PAIRS pairs; the others pass through unchanged."""
     pair = tl.arange(0, PAIRS)
     live = pair >= PAIRS - TURNED
@@ -33,7 +33,7 @@ def _turn(even, odd, cos, sin, PAIRS: tl.constexpr, TURNED: tl.constexpr):
 
 
 @triton.jit
-def _finish_entry(
+def finish_entry(
     value, norm, cos, sin, eps, dtype: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr
 ):
     """RMSNorm and rotation of one entry [COLS] float32, rounded to the arithmetic's dtype."""
@@ -42,12 +42,12 @@ def _finish_entry(
     weight = tl.load(norm + tl.arange(0, COLS)).to(tl.float32)
     value = (value * r * weight).to(dtype).to(tl.float32)
     even, odd = tl.split(tl.reshape(value, [COLS // 2, 2]))
-    even, odd = _turn(even, odd, cos, sin, COLS // 2, ROPE // 2)
+    even, odd = turn(even, odd, cos, sin, COLS // 2, ROPE // 2)
     return tl.reshape(tl.join(even, odd), [COLS]).to(dtype).to(tl.float32)
 
 
 @triton.jit
-def _store_entry(value, data, scales, COLS: tl.constexpr, ROPE: tl.constexpr):
+def store_entry(value, data, scales, COLS: tl.constexpr, ROPE: tl.constexpr):
     """Pack one entry [COLS]: e4m3 in groups of 64, the rotated part in BF16."""
     groups = tl.reshape(value, [COLS // 64, 64])
     group, col = tl.arange(0, COLS // 64), tl.arange(0, 64)
@@ -121,7 +121,7 @@ def _accumulated(projected, ape, state, position, COLS: tl.constexpr):
 
 
 @triton.jit
-def _signs(DIM: tl.constexpr):
+def signs(DIM: tl.constexpr):
     """The Hadamard matrix in natural order, without its factor: [DIM, DIM] of +-1."""
     i, j = tl.arange(0, DIM), tl.arange(0, DIM)
     x = i[:, None] & j[None, :]
@@ -150,10 +150,10 @@ def _prepare(
     sin = cos + ROPE // 2
     if role == 0:
         raw = tl.load(low + token * low_stride + kv_first + tl.arange(0, COLS)).to(tl.float32)
-        value = _finish_entry(raw, kv_norm, cos, sin, eps, dtype, COLS, ROPE)
+        value = finish_entry(raw, kv_norm, cos, sin, eps, dtype, COLS, ROPE)
         slot = position % WINDOW
         own = ring + token * ring_stride
-        _store_entry(value, own + slot * DATA, own + WINDOW * DATA + slot * SCALES, COLS, ROPE)
+        store_entry(value, own + slot * DATA, own + WINDOW * DATA + slot * SCALES, COLS, ROPE)
     if KIND > 0:
         entry = position // KIND
         entry_cos = entry_rotation + token * ROPE
@@ -169,9 +169,9 @@ def _prepare(
             else:
                 value = _accumulated(row, ape, state + token * 3 * COLS, position, COLS)
             if complete:
-                value = _finish_entry(value, norm, entry_cos, entry_sin, eps, dtype, COLS, ROPE)
+                value = finish_entry(value, norm, entry_cos, entry_sin, eps, dtype, COLS, ROPE)
                 data = pool + page * page_stride + entry_offset
-                _store_entry(
+                store_entry(
                     value, data + place * DATA, data + PAGE * DATA + place * SCALES, COLS, ROPE
                 )
     if KIND == 4:
@@ -183,10 +183,10 @@ def _prepare(
                 INDEX_COLS,
             )  # fmt: skip
             if complete:
-                value = _finish_entry(
+                value = finish_entry(
                     value, index_norm, entry_cos, entry_sin, eps, dtype, INDEX_COLS, ROPE
                 )
-                value = tl.sum(value[None, :] * _signs(INDEX_COLS), axis=1) * INDEX_COLS**-0.5
+                value = tl.sum(value[None, :] * signs(INDEX_COLS), axis=1) * INDEX_COLS**-0.5
                 value = value.to(dtype).to(tl.float32)
                 groups = tl.reshape(value, [INDEX_COLS // 32, 32])
                 amax = tl.maximum(tl.max(tl.abs(groups), axis=1), f.FP4_FLOOR)
@@ -204,9 +204,9 @@ def _prepare(
             at = head[:, None] * INDEX_COLS + col[None, :]
             q = tl.load(query + token * query_stride + query_first + at).to(tl.float32)
             even, odd = tl.split(tl.reshape(q, [HEADS, INDEX_COLS // 2, 2]))
-            even, odd = _turn(even, odd, cos, sin, INDEX_COLS // 2, ROPE // 2)
+            even, odd = turn(even, odd, cos, sin, INDEX_COLS // 2, ROPE // 2)
             q = tl.reshape(tl.join(even, odd), [HEADS, INDEX_COLS]).to(dtype)
-            q = tl.dot(q.to(DOT), _signs(INDEX_COLS).to(DOT), input_precision="ieee")
+            q = tl.dot(q.to(DOT), signs(INDEX_COLS).to(DOT), input_precision="ieee")
             q = (q * INDEX_COLS**-0.5).to(dtype).to(tl.float32)
             groups = tl.reshape(q, [HEADS, INDEX_COLS // 32, 32])
             amax = tl.maximum(tl.max(tl.abs(groups), axis=2), f.FP4_FLOOR)

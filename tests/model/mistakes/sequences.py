@@ -1,19 +1,22 @@
 """Mistakes that show only when a sequence comes in pieces, after another one, beside one, or packed
-for the compiled decoder.
+for the compiled rows.
 """
 
 from __future__ import annotations
 
-import weakref
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fathom.kernels.numba import decode, step
+from fathom.engine.state_cache import SlotLayout
+from fathom.kernels.numba import layout as at
+from fathom.kernels.numba import packing
+from fathom.kernels.numba.runner import CompiledRunner
 from fathom.model import Cache, Transformer
 from fathom.model.attention import SlidingWindowAttention
-from fathom.model.cache import CompressorState, EntryBuffer, LayerCache
+from fathom.model.cache import CompressorState, EntryBuffer
 from fathom.model.compressor import Compressor
 from fathom.model.context import Context
 from fathom.model.indexer import LightningIndexer
@@ -139,23 +142,18 @@ def entries_not_rolled_back(m: pytest.MonkeyPatch) -> None:
 
 
 @caught_by("rejected_decodes")
-def window_not_rolled_back(m: pytest.MonkeyPatch) -> None:
-    """The compiled decoder writes in place, so that sharing tensors is enough of a mistake."""
-
-    def wrong(right, self):
-        copy = right(self)
-        copy.window = self.window
-        return copy
-
-    wrong_method(m, LayerCache, "clone", wrong)
+def window_without_room_for_drafts(m: pytest.MonkeyPatch) -> None:
+    m.setattr(SlotLayout, "ring", property(lambda self: self.slabs.config.sliding_window))
 
 
 @caught_by("rejected_decodes")
-def decoded_compressor_rows_not_rolled_back(m: pytest.MonkeyPatch) -> None:
-    def wrong(right, self):
-        return CompressorState(self.kv, self.gate, self.previous_kv, self.previous_gate)
+def tails_without_room_for_drafts(m: pytest.MonkeyPatch) -> None:
+    m.setattr(SlotLayout, "tail", property(lambda self: 8))
 
-    wrong_method(m, CompressorState, "clone", wrong)
+
+@caught_by("rejected_decodes")
+def running_softmax_without_room_for_drafts(m: pytest.MonkeyPatch) -> None:
+    m.setattr(SlotLayout, "online", property(lambda self: 1))
 
 
 # Documents packed into one row, and passes that train the indexer ---------------------------------
@@ -197,132 +195,103 @@ def every_entry_attended_to_in_training(m: pytest.MonkeyPatch) -> None:
     wrong_method(m, Context, "create", wrong)
 
 
-# The compiled decoder ---------------------------------------------------------------------------
-# Its loops are compiled and cannot be altered here: the packed weights and constants are.
+# The compiled rows ------------------------------------------------------------------------------
+# Their loops are compiled and cannot be altered here: the packed weights and tables are.
 
 
-def wrong_packing(m: pytest.MonkeyPatch, wrong) -> None:
-    """Alter every packed block by `wrong(block)`."""
-    m.setattr(step, "_packed", weakref.WeakKeyDictionary())
-    wrong_method(m, step, "_pack_block", lambda right, *a: wrong(right(*a)))
+def wrong_packing(m: pytest.MonkeyPatch, kind: str, change: dict[int, Any]) -> None:
+    """Alter "matrix" or "vector" of the packer: by place, another place or what to make of it."""
+
+    def altered(right, self, layer, which, values, *a, **k):
+        wrong = change.get(int(which), int(which))
+        if callable(wrong):
+            return right(self, layer, which, wrong(values), *a, **k)
+        return right(self, layer, wrong, values, *a, **k)
+
+    wrong_method(m, packing.Packer, kind, altered)
+
+
+def swapped(a: int, b: int) -> dict[int, Any]:
+    return {int(a): int(b), int(b): int(a)}
 
 
 @caught_by("decode")
 def packed_gate_and_up_swapped(m: pytest.MonkeyPatch) -> None:
-    wrong_packing(m, lambda b: b._replace(w1=b.w3, w3=b.w1))
+    wrong_packing(m, "matrix", swapped(at.W1, at.W3))
 
 
 @caught_by("decode")
 def packed_shared_gate_and_up_swapped(m: pytest.MonkeyPatch) -> None:
-    wrong_packing(m, lambda b: b._replace(shared_w1=b.shared_w3, shared_w3=b.shared_w1))
+    wrong_packing(m, "matrix", swapped(at.SHARED_1, at.SHARED_3))
 
 
 @caught_by("decode")
 def packed_sink_missing(m: pytest.MonkeyPatch) -> None:
-    wrong_packing(m, lambda b: b._replace(sink=np.full_like(b.sink, -1e9)))
+    wrong_packing(m, "vector", {at.SINK: lambda sink: torch.full_like(sink, -1e9)})
 
 
 @caught_by("decode")
 def packed_router_bias_missing(m: pytest.MonkeyPatch) -> None:
-    wrong_packing(m, lambda b: b._replace(gate_bias=np.zeros_like(b.gate_bias)))
+    wrong_packing(m, "vector", {at.GATE_BIAS: torch.zeros_like})
 
 
 @caught_by("decode")
 def packed_hash_table_shifted(m: pytest.MonkeyPatch) -> None:
-    wrong_packing(m, lambda b: b._replace(tid2eid=np.roll(b.tid2eid, 1, axis=0)))
+    def wrong(right, self, embed, hashes):
+        return right(self, embed, np.roll(hashes, CONFIG.num_experts_per_tok))
+
+    wrong_method(m, packing.Packer, "packed", wrong)
 
 
 @caught_by("decode")
 def packed_sites_swapped(m: pytest.MonkeyPatch) -> None:
-    wrong_packing(m, lambda b: b._replace(attn_site=b.ffn_site, ffn_site=b.attn_site))
+    wrong_packing(m, "matrix", swapped(at.ATTN_FN, at.FFN_FN))
 
 
 @caught_by("decode")
 def packed_comb_transposed(m: pytest.MonkeyPatch) -> None:
     n = CONFIG.hc_mult
     order = np.r_[: 2 * n, 2 * n + np.arange(n * n).reshape(n, n).T.ravel()]
-
-    def wrong(b):
-        site = decode.Site(b.attn_site.fn[order].copy(), b.attn_site.base[order], b.attn_site.scale)
-        return b._replace(attn_site=site)
-
-    wrong_packing(m, wrong)
-
-
-def packed_compressor(m: pytest.MonkeyPatch, field: str, wrong) -> None:
-    def altered(b):
-        c = getattr(b, field)
-        return b._replace(**{field: c._replace(**wrong(c))}) if c.ape.size else b
-
-    wrong_packing(m, altered)
+    wrong_packing(m, "matrix", {at.ATTN_FN: lambda fn: fn[order]})
 
 
 @caught_by("decode")
 def packed_ape_shifted(m: pytest.MonkeyPatch) -> None:
-    packed_compressor(m, "compressor", lambda c: {"ape": np.roll(c.ape, 1, axis=0)})
+    wrong_packing(m, "vector", {at.COMP_APE: lambda ape: ape.roll(1, 0)})
 
 
 @caught_by("decode")
 def packed_index_ape_shifted(m: pytest.MonkeyPatch) -> None:
-    packed_compressor(m, "index_compressor", lambda c: {"ape": np.roll(c.ape, 1, axis=0)})
+    wrong_packing(m, "vector", {at.INDEX_APE: lambda ape: ape.roll(1, 0)})
 
 
 @caught_by("decode")
 def packed_halves_swapped(m: pytest.MonkeyPatch) -> None:
-    def wrong(c):
-        if len(c.wkv) == len(c.norm):
-            return {}
-        parts = {"wkv": c.wkv, "wgate": c.wgate, "ape": c.ape.T}
-        turned = {k: np.roll(v, len(c.norm), axis=0) for k, v in parts.items()}
-        return {**turned, "ape": np.ascontiguousarray(turned["ape"].T)}
+    def wrong(weight):
+        return weight.roll(CONFIG.head_dim, 0)
 
-    packed_compressor(m, "compressor", wrong)
+    wrong_packing(m, "matrix", {at.COMP_KV: wrong, at.COMP_GATE: wrong})
 
 
 @caught_by("decode")
 def packed_index_weights_missing(m: pytest.MonkeyPatch) -> None:
-    wrong_packing(m, lambda b: b._replace(index_weights=b.index_weights[::-1].copy()))
-
-
-def wrong_angles(m: pytest.MonkeyPatch, wrong) -> None:
-    """Alter (cos, sin, entry cos, entry sin) of layers with entries by `wrong(model, position)`."""
-
-    def replaced(right, model, position):
-        out = right(model, position)
-        return {ratio: wrong(model, position, ratio, *angles) for ratio, angles in out.items()}
-
-    wrong_method(m, step, "_rotations", replaced)
+    wrong_packing(m, "matrix", {at.INDEX_W: lambda weight: weight.flip(0)})
 
 
 @caught_by("decode")
-def decoded_entries_rotated_at_their_last_token(m: pytest.MonkeyPatch) -> None:
-    wrong_angles(m, lambda model, p, ratio, cos, sin, *_: (cos, sin, cos, sin))
+def compiled_with_one_rope_base(m: pytest.MonkeyPatch) -> None:
+    def wrong(right, self):
+        self._arrays["frequencies"][1] = self._arrays["frequencies"][0]
+        return right(self)
 
-
-@caught_by("decode")
-def decoded_entries_not_rotated(m: pytest.MonkeyPatch) -> None:
-    def wrong(model, p, ratio, cos, sin, *_):
-        return cos, sin, np.ones_like(cos), np.zeros_like(sin)
-
-    wrong_angles(m, wrong)
-
-
-@caught_by("decode")
-def decoded_with_one_rope_base(m: pytest.MonkeyPatch) -> None:
-    def wrong(right, model, position):
-        out = right(model, position)
-        return {**out, 0: out[4]}
-
-    wrong_method(m, step, "_rotations", wrong)
+    wrong_method(m, CompiledRunner, "_write_record", wrong)
 
 
 def wrong_rounding(m: pytest.MonkeyPatch, place: int) -> None:
-    def wrong(b):
-        rounds = b.rounds.copy()
-        rounds[place] = False
-        return b._replace(rounds=rounds)
+    def wrong(right, self, layer, *which):
+        return right(self, layer, *(value and i != place for i, value in enumerate(which)))
 
-    wrong_packing(m, wrong)
+    wrong_method(m, packing.Packer, "rounds", wrong)
 
 
 @caught_by("decode_q")

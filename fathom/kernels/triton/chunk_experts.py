@@ -1,0 +1,370 @@
+"""Routed experts in their stored FP4 form, and the shared one, for many tokens.
+
+(token, choice) pairs are sorted by expert, and their inputs, rounded to FP8 (exact in BF16), are
+laid out in that order. A program of `_grouped` owns ROWS rows of one expert's matrix and up to
+TOKENS of its pairs: FP4 codes become BF16 on their way into the matrix units, as the operand that
+may come from registers, so that no widened weight is ever stored and, with at most TOKENS pairs on
+an expert, every code is unpacked once. Columns of inputs are in the order in which codes are
+unpacked: of every 128, those of the lowest place in a word of eight codes first, and words in the
+order that suits the operand's registers.
+
+FLOP at 8,192 tokens of V4-Flash: 8,192 x 6 x 3 x 2 x 4,096 x 2,048 = 2.5e12, 3.2 ms at 770 TFLOP/s;
+uniform routing gives an expert 192 pairs, which fill three quarters of a tile. Bytes: 3.4 GB of
+weights, 1.1 ms; 2.4 GB of inputs, activations and outputs, 0.8 ms.
+
+Paper: §2.1 (DeepSeekMoE: sqrt-softplus affinity, hash routing); §3.4 (FP4 experts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fathom.kernels.registry import register
+from fathom.kernels.triton import formats as f
+from fathom.kernels.triton.chunk_linear import (
+    chunk_linear,
+    float_product,
+    round_group,
+    rounded_rows,
+    store_groups,
+)
+
+ROWS, TOKENS = 128, 256  # of one program's tile
+WARPS, STAGES = 8, 3
+FEW = 64  # tokens up to which an expert has a few at most
+FEW_ROWS, FEW_TOKENS, FEW_WARPS, FEW_STAGES = 64, 16, 4, 4
+
+
+@triton.jit
+def _planes_bf16(words, factor):
+    """int32 of eight codes and BF16 factors -> the codes at each of the eight places, as BF16.
+
+    They come out as times 2**-126 and the factor: a code's exponent and mantissa, shifted to bits 6
+    to 8, are a BF16 number 2**126 too small. Two neighbouring words make a pair of BF16.
+    """
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, s, t;
+        prmt.b32 a, $8, $9, 0x4400;
+        shr.b32 t, a, 2;
+        shl.b32 s, a, 4;
+        and.b32 t, t, 0x01C001C0;
+        lop3.b32 t, s, 0x80008000, t, 0xEA;
+        mul.rn.bf16x2 $0, t, $10;
+        shr.b32 t, a, 6;
+        and.b32 t, t, 0x01C001C0;
+        lop3.b32 t, a, 0x80008000, t, 0xEA;
+        mul.rn.bf16x2 $1, t, $10;
+        prmt.b32 a, $8, $9, 0x5511;
+        shr.b32 t, a, 2;
+        shl.b32 s, a, 4;
+        and.b32 t, t, 0x01C001C0;
+        lop3.b32 t, s, 0x80008000, t, 0xEA;
+        mul.rn.bf16x2 $2, t, $10;
+        shr.b32 t, a, 6;
+        and.b32 t, t, 0x01C001C0;
+        lop3.b32 t, a, 0x80008000, t, 0xEA;
+        mul.rn.bf16x2 $3, t, $10;
+        prmt.b32 a, $8, $9, 0x6622;
+        shr.b32 t, a, 2;
+        shl.b32 s, a, 4;
+        and.b32 t, t, 0x01C001C0;
+        lop3.b32 t, s, 0x80008000, t, 0xEA;
+        mul.rn.bf16x2 $4, t, $10;
+        shr.b32 t, a, 6;
+        and.b32 t, t, 0x01C001C0;
+        lop3.b32 t, a, 0x80008000, t, 0xEA;
+        mul.rn.bf16x2 $5, t, $10;
+        prmt.b32 a, $8, $9, 0x7733;
+        shr.b32 t, a, 2;
+        shl.b32 s, a, 4;
+        and.b32 t, t, 0x01C001C0;
+        lop3.b32 t, s, 0x80008000, t, 0xEA;
+        mul.rn.bf16x2 $6, t, $10;
+        shr.b32 t, a, 6;
+        and.b32 t, t, 0x01C001C0;
+        lop3.b32 t, a, 0x80008000, t, 0xEA;
+        mul.rn.bf16x2 $7, t, $10;
+        }
+        """,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
+        [words, factor],
+        dtype=(tl.bfloat16,) * 8,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _plane(words, factor, place: tl.constexpr):
+    return f.decode_e2m1((words >> (4 * place)) & 15).to(tl.float32) * factor
+
+
+@triton.jit
+def _unpacked(words, factor, BF16: tl.constexpr):
+    """Words of eight codes [rows, 16] -> [rows, 128]: all codes of the lowest place first."""
+    if BF16:
+        p0, p1, p2, p3, p4, p5, p6, p7 = _planes_bf16(words, factor)
+    else:
+        p0, p1 = _plane(words, factor, 0), _plane(words, factor, 1)
+        p2, p3 = _plane(words, factor, 2), _plane(words, factor, 3)
+        p4, p5 = _plane(words, factor, 4), _plane(words, factor, 5)
+        p6, p7 = _plane(words, factor, 6), _plane(words, factor, 7)
+    even = tl.join(tl.join(p0, p4), tl.join(p2, p6))
+    odd = tl.join(tl.join(p1, p5), tl.join(p3, p7))
+    planes = tl.reshape(tl.join(even, odd), [words.shape[0], 16, 8])
+    return tl.reshape(tl.permute(planes, (0, 2, 1)), [words.shape[0], 128])
+
+
+@triton.jit
+def _factor(byte, BF16: tl.constexpr):
+    if BF16:
+        # 2**64 too large, against the 2**126 that codes are too small; 2**62 is left for the end.
+        return (tl.minimum(byte + 64, 254) << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return f.decode_e8m0(byte) * f.E2M1_UNIT
+
+
+@triton.jit
+def _ordered(words):
+    """Words [rows, 16] so that a thread of the matrix units' operand has one of each four.
+
+    Every four of a row share a scale; word 8a + 4b + c goes to place 8a + 2c + b.
+    """
+    words = tl.reshape(words, [words.shape[0], 2, 2, 4])
+    return tl.reshape(tl.permute(words, (0, 1, 3, 2)), [words.shape[0], 16])
+
+
+@triton.jit
+def _factors(scales, BF16: tl.constexpr):
+    """Four scale bytes of each row -> a factor for each of 16 words as `_ordered`: [rows, 16].
+
+    Only operations without an index: the compiler then lets the operand stay in registers.
+    """
+    first, second = _factor(scales & 0xFF, BF16), _factor((scales >> 8) & 0xFF, BF16)
+    third, fourth = _factor((scales >> 16) & 0xFF, BF16), _factor((scales >> 24) & 0xFF, BF16)
+    unit = tl.join(tl.join(first, third), tl.join(second, fourth))
+    unit = tl.reshape(unit, [scales.shape[0], 2, 1, 2])
+    unit = tl.broadcast_to(unit, [scales.shape[0], 2, 4, 2])
+    return tl.reshape(unit, [scales.shape[0], 16])
+
+
+@triton.jit
+def _settled(total, BF16: tl.constexpr):
+    """The same numbers, once the products that make them are complete.
+
+    Without this the compiler lets up to seven products run on into the next step, while it hands
+    their operand's registers to that step's unpacking: some of them then read other values.
+    """
+    if BF16:
+        total = tl.inline_asm_elementwise(
+            "", "=r,0", [total], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return total
+
+
+@triton.jit
+def _grouped(
+    x, codes, scale, out, order, starts, tile_expert, tile_first, rows, out_stride, experts,
+    SCATTER: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    BF16: tl.constexpr,
+):  # fmt: skip
+    """out[place] = x[place] times the expert's matrix [rows, COLS]; a place is a pair's in the
+    order by expert. SCATTER: out[pair] instead. x: a descriptor of [pairs, COLS], of tiles
+    [TOKENS, 128].
+
+    COLS is a constant for speed: with a loop that might not run at all, the assembler would wait
+    for every product before it issues the next.
+    """
+    # Row blocks of one tile follow one another, since they read the same inputs.
+    block, tile = tl.program_id(0), tl.program_id(1)
+    expert = tl.load(tile_expert + tile)
+    if expert < experts:
+        first = tl.load(tile_first + tile)
+        row, place = tl.arange(0, ROWS), tl.arange(0, TOKENS)
+        start = expert.to(tl.int64) * rows + block * ROWS
+        words = codes.to(tl.pointer_type(tl.int32)) + start * (COLS // 8)
+        words = words + row[:, None] * (COLS // 8) + tl.arange(0, 16)[None, :]
+        scales = scale.to(tl.pointer_type(tl.int32)) + start * (COLS // 128)
+        scales = scales + row * (COLS // 128)
+        total = tl.zeros([ROWS, TOKENS], tl.float32)
+        for k in range(COLS // 128):
+            word = _ordered(tl.load(words + k * 16))
+            factor = _factors(tl.load(scales + k), BF16)
+            weight = _unpacked(word, factor, BF16)
+            # Behind the expert's last place are another's inputs: their products are not stored.
+            value = x.load([first, k * 128])
+            total = tl.dot(weight, tl.trans(value), total, input_precision="ieee")
+            total = _settled(total, BF16)
+        if BF16:
+            total *= 4611686018427387904.0  # 2**62
+        place += first
+        live = place < tl.load(starts + expert + 1)
+        target = place
+        if SCATTER:
+            target = tl.load(order + place, mask=live, other=0)
+        own = block * ROWS + row
+        at = out + target[:, None].to(tl.int64) * out_stride + own[None, :]
+        tl.store(at, tl.trans(total.to(out.dtype.element_ty)), mask=live[:, None])
+
+
+@triton.jit
+def _swiglu_rounded(
+    both, weights, order, out, groups, limit,
+    WEIGHED: tl.constexpr, PLANES: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Rows of gate | up -> silu(min(gate, limit)) * clamp(up) * weight, rounded to FP8."""
+    row = tl.program_id(0).to(tl.int64)
+    group, col = tl.arange(0, GROUPS), tl.arange(0, 128)
+    live = group < groups
+    at = both + row * 2 * groups * 128 + group[:, None] * 128 + col[None, :]
+    gate = tl.load(at, mask=live[:, None], other=0.0).to(tl.float32)
+    up = tl.load(at + groups * 128, mask=live[:, None], other=0.0).to(tl.float32)
+    gate = tl.minimum(gate, limit)
+    up = tl.minimum(tl.maximum(up, -limit), limit)
+    values = gate / (1.0 + tl.exp(-gate)) * up
+    if WEIGHED:
+        values *= tl.load(weights + tl.load(order + row))
+    values = values.to(out.dtype.element_ty).to(tl.float32)
+    store_groups(out + row * groups * 128, round_group(values), group, live, PLANES)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertOrder:
+    """Pairs sorted by expert, and the tiles of up to `tile_tokens` of them, all on the device.
+
+    order: [pairs] int32, the pair (token * topk + choice) at each place; starts: [experts + 1]
+    int32, each expert's first place; tile_expert, tile_first: [tiles] int32, as many as there can
+    be at most; a surplus tile's expert is the number of experts.
+    """
+
+    order: torch.Tensor
+    starts: torch.Tensor
+    tile_expert: torch.Tensor
+    tile_first: torch.Tensor
+    tile_tokens: int
+
+    @classmethod
+    def of(cls, indices: torch.Tensor, experts: int, tokens: int) -> ExpertOrder:
+        """indices: [tokens, topk]; experts: how many there are; tokens: of a tile. No waiting."""
+        flat = indices.flatten()
+        by_expert, order = flat.sort(stable=True)
+        every = torch.arange(experts + 1, device=flat.device)
+        starts = torch.searchsorted(by_expert, every.to(by_expert.dtype))
+        tiles = (starts.diff() + tokens - 1) // tokens
+        ends = tiles.cumsum(0)
+        most = -(-len(flat) // tokens) + min(experts, len(flat))
+        number = torch.arange(most, device=flat.device)
+        expert = torch.searchsorted(ends, number, right=True)
+        within = number - (ends - tiles)[expert.clamp(max=experts - 1)]
+        first = starts[expert.clamp(max=experts - 1)] + within * tokens
+        return cls(order.int(), starts.int(), expert.int(), first.int(), tokens)
+
+
+def grouped_fp4(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    plan: ExpertOrder,
+    out: torch.Tensor,
+    *,
+    scatter: bool,
+) -> None:
+    """Each pair's input times its expert's matrix.
+
+    x: [tokens, cols], one for each pair by place, rounded, its columns in the order of planes;
+    codes: [experts, rows, cols / 2] uint8; scale: [experts, rows, cols / 32] uint8; out: [tokens,
+    rows], rows apart by any stride, one for each pair by place or (scatter) by pair.
+    """
+    experts, rows, half = codes.shape
+    small = x.dtype == torch.float32
+    few = plan.tile_tokens == FEW_TOKENS
+    tile = 16 if small else FEW_ROWS if few else ROWS
+    _grouped[(rows // tile, len(plan.tile_expert))](
+        TensorDescriptor.from_tensor(x, [plan.tile_tokens, 128]), codes, scale, out, plan.order,
+        plan.starts, plan.tile_expert, plan.tile_first, rows, out.stride(0), experts,
+        SCATTER=scatter, COLS=2 * half, ROWS=tile, TOKENS=plan.tile_tokens, BF16=not small,
+        num_warps=FEW_WARPS if few else WARPS, num_stages=FEW_STAGES if few else STAGES,
+    )  # fmt: skip
+
+
+def _rounded_act(
+    both: torch.Tensor,
+    limit: float,
+    weights: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """both: [rows, 2 * cols], gate | up; weights: [pairs] float32; order: [rows]. Returns [rows,
+    cols], with weights in the order of planes.
+    """
+    rows, cols = both.shape[0], both.shape[1] // 2
+    out = torch.empty(rows, cols, dtype=both.dtype, device=both.device)
+    _swiglu_rounded[(rows,)](
+        both, weights if weights is not None else both, order if order is not None else both, out,
+        cols // 128, limit, WEIGHED=weights is not None, PLANES=weights is not None,
+        GROUPS=triton.next_power_of_2(cols // 128), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def routed_experts(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    routed: tuple[torch.Tensor, ...],
+    limit: float,
+) -> torch.Tensor:
+    """x: [tokens, hidden]; indices, weights: [tokens, topk]; routed: [experts, ...] each, as in
+    `chunk_moe`. Returns [tokens, topk, hidden].
+    """
+    w1, s1, w3, s3, w2, s2 = routed
+    (tokens, hidden), topk, (experts, inner) = x.shape, indices.shape[1], w1.shape[:2]
+    plan = ExpertOrder.of(indices, experts, FEW_TOKENS if tokens <= FEW else TOKENS)
+    rounded = rounded_rows(x, planes=True, source=plan.order // topk)
+    both = torch.empty(tokens * topk, 2 * inner, dtype=x.dtype, device=x.device)
+    grouped_fp4(rounded, w1, s1, plan, both[:, :inner], scatter=False)
+    grouped_fp4(rounded, w3, s3, plan, both[:, inner:], scatter=False)
+    del rounded
+    act = _rounded_act(both, limit, weights, plan.order)
+    del both
+    out = torch.empty(tokens * topk, hidden, dtype=x.dtype, device=x.device)
+    grouped_fp4(act, w2, s2, plan, out, scatter=True)
+    return out.unflatten(0, (tokens, topk))
+
+
+@register("chunk_moe", "triton")
+def chunk_moe(
+    x: torch.Tensor,
+    token_ids: torch.Tensor,
+    gate: torch.Tensor,
+    routed: tuple[torch.Tensor, ...],
+    shared: tuple[torch.Tensor, ...],
+    *,
+    topk: int,
+    scaling_factor: float,
+    limit: float,
+    bias: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the reference. x: [tokens, hidden]; token_ids: [tokens] int64; gate: [experts, hidden];
+    routed, shared, bias, table: the same as there. Returns (pairs [tokens, topk, hidden], shared
+    output [tokens, hidden], indices [tokens, topk] int32).
+    """
+    scores = F.softplus(float_product(x, gate)).sqrt()
+    chosen = table[token_ids] if table is not None else None
+    if chosen is None:
+        chosen = (scores if bias is None else scores + bias).topk(topk, dim=-1).indices
+    weights = scores.gather(-1, chosen)
+    weights = weights / weights.sum(-1, keepdim=True) * scaling_factor
+    both, _ = chunk_linear(x, *shared[:2])
+    # Rounded here already; rounding once more changes nothing.
+    shared_out, _ = chunk_linear(_rounded_act(both, limit), *shared[2:])
+    del both
+    return routed_experts(x, chosen, weights, routed, limit), shared_out, chosen.int()

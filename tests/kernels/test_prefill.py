@@ -1,0 +1,288 @@
+"""Operations of a prefill chunk: the CUDA kernels against their references.
+
+As in test_stored.py, Triton's interpreter runs them in float32 where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fathom.kernels import operation, use_backend
+from fathom.kernels.reference import stored as reference
+from tests.kernels import stored_cases as cases
+from tests.kernels.stored_cases import Draw, Sizes
+from tests.kernels.test_stored import DEVICE, DTYPES, GPU, SIZES, both, cases_of, distance, near
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+chunk_experts = importlib.import_module("fathom.kernels.triton.chunk_experts")
+chunk_index = importlib.import_module("fathom.kernels.triton.chunk_index")
+
+pytestmark = [pytest.mark.parametrize("dtype", DTYPES), pytest.mark.parametrize("s", SIZES)]
+
+
+@pytest.mark.parametrize("tokens", cases_of([1, 20, 64, 70, 257], [3, 70]))
+@pytest.mark.parametrize("norm", [False, True])
+def test_linear(s: Sizes, dtype: torch.dtype, tokens: int, norm: bool) -> None:
+    d = Draw(tokens, dtype, DEVICE)
+    codes, scale = d.fp8(256, s.hidden)
+    x = d.normal(tokens, s.hidden + 128)[:, : s.hidden]  # rows further apart than they are long
+    (expected, other), (found, found_other) = both(
+        "chunk_linear",
+        x,
+        codes,
+        scale,
+        norm=1 + d.normal(s.hidden, scale=0.2) if norm else None,
+        plain=None if norm else d.normal(72, s.hidden, scale=s.hidden**-0.5),
+    )
+    assert distance(found, expected) < near(dtype)
+    if not norm:
+        assert distance(found_other, other) < near(dtype)
+
+
+def test_grouped_linear_reads_its_own_columns(s: Sizes, dtype: torch.dtype) -> None:
+    d = Draw(3, dtype, DEVICE)
+    codes, scale = d.fp8(128 * s.groups, 256)
+    x = d.normal(5, 256 * s.groups)
+    (expected, _), (found, _) = both(
+        "chunk_linear", x, codes, scale, groups=s.groups, quantize_input=False
+    )
+    assert distance(found, expected) < near(dtype)
+
+
+@pytest.mark.parametrize("tokens", cases_of([1, 300], [2]))
+@pytest.mark.parametrize("mode", ["first", "attention", "experts"])
+def test_mhc_boundary(s: Sizes, dtype: torch.dtype, tokens: int, mode: str) -> None:
+    d = Draw(tokens, dtype, DEVICE)
+    kwargs: dict[str, object] = {}
+    if mode != "first":
+        comb = d.normal(tokens, 4, 4, dtype=torch.float32).softmax(-1)
+        post = d.normal(tokens, 4, dtype=torch.float32).sigmoid()
+        kwargs = {"y": d.normal(tokens, s.hidden), "post": post, "comb": comb}
+    if mode == "experts":
+        kwargs["pairs"] = d.normal(tokens, s.chosen, s.hidden)
+    expected, found = both(
+        "chunk_mhc_boundary",
+        d.normal(tokens, 4, s.hidden),
+        d.normal(24, 4 * s.hidden, scale=0.02, dtype=torch.float32),
+        d.normal(24, dtype=torch.float32),
+        d.normal(3, dtype=torch.float32),
+        1 + d.normal(s.hidden, scale=0.2),
+        iterations=20,
+        eps=1e-6,
+        norm_eps=1e-6,
+        **kwargs,
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert distance(a, b) < near(dtype)
+
+
+@pytest.mark.parametrize("kind", [0, 4, 128])
+@pytest.mark.parametrize(
+    ("start", "tokens"),
+    cases_of(
+        [(0, 1), (0, 9), (3, 6), (5, 2), (120, 9), (126, 131), (256, 300)],
+        [(0, 2), (5, 2), (119, 19)],
+    ),
+)
+def test_entries(s: Sizes, dtype: torch.dtype, kind: int, start: int, tokens: int) -> None:
+    if not GPU:
+        s = replace(s, window=16)  # so that a short chunk wraps the ring
+    results = []
+    for backend in ("reference", "triton"):
+        d = Draw(kind + start + tokens, dtype, DEVICE)
+        store = cases.pages(d, s, kind or 4, 1, 256)
+        kept = cases.ring(d, s, 1)[0]
+        kwargs: dict[str, object] = {}
+        states: list[torch.Tensor] = []
+        if kind:
+            width = 4 * s.head_dim + 4 * s.index_dim + 16 if kind == 4 else 2 * s.head_dim
+            ape, norm, state = cases.compressor(d, kind, s.head_dim, 1)
+            states.append(state[0])
+            touched = (start + tokens - 1) // kind - start // kind + 1
+            kwargs = dict(
+                projected=d.normal(tokens, width, dtype=torch.float32),
+                compressor=(ape, norm, state[0]),
+                entry_rotation=d.rotation(touched, s.rope_dim),
+                table=store.table[0],
+                pool=store.pool,
+                offsets=store.offsets,
+                page_entries=store.page_entries,
+            )
+        if kind == 4:
+            ape, norm, state = cases.compressor(d, 4, s.index_dim, 1)
+            states.append(state[0])
+            kwargs |= dict(
+                index_compressor=(ape, norm, state[0]),
+                index_heads=s.index_heads,
+                query=d.normal(tokens, 96 + s.index_heads * s.index_dim),
+            )
+        with use_backend(backend):
+            recent, query = operation("chunk_entries")(
+                d.normal(tokens, 64 + s.head_dim),
+                1 + d.normal(s.head_dim, scale=0.2),
+                start,
+                d.rotation(tokens, s.rope_dim),
+                kept,
+                kind=kind,
+                window=s.window,
+                norm_eps=1e-6,
+                **kwargs,
+            )
+        results.append((kept, store.pool, recent, states, query))
+    (ring_a, pool_a, recent_a, states_a, query_a), (ring_b, pool_b, recent_b, states_b, query_b) = (
+        results
+    )
+    # A value at a rounding boundary may fall either way: a few codes in thousands.
+    assert (ring_a != ring_b).float().mean() < 1e-3
+    assert (pool_a != pool_b).float().mean() < 1e-3
+    assert distance(recent_b, recent_a) < 5e-3
+    for a, b in zip(states_a, states_b, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    if query_a is not None:
+        assert distance(query_b, query_a) < 5e-3
+
+
+@pytest.mark.parametrize("kind", [0, 4, 128])
+@pytest.mark.parametrize(
+    ("start", "tokens"), cases_of([(0, 1), (0, 70), (125, 7), (700, 130)], [(0, 3), (254, 3)])
+)
+def test_attention(s: Sizes, dtype: torch.dtype, kind: int, start: int, tokens: int) -> None:
+    d = Draw(start + tokens, dtype, DEVICE)
+    store = cases.pages(d, s, kind or 4, 1, 256)
+    kwargs: dict[str, object] = {}
+    if kind:
+        kwargs = dict(
+            pool=store.pool,
+            table=store.table[0],
+            entry_offset=store.offsets[0],
+            page_entries=store.page_entries,
+        )
+    if kind == 4:
+        rows = []
+        for position in range(start, start + tokens):
+            visible = (position + 1) // 4
+            own = d.permutation(max(1, visible))[: min(visible, s.topk)].sort().values
+            rows.append(torch.nn.functional.pad(own, (0, s.topk - own.shape[0]), value=-1))
+        kwargs["picks"] = torch.stack(rows).contiguous()
+    recent = d.normal(s.window + tokens, s.head_dim)
+    query = d.normal(tokens, s.heads * s.head_dim + 32)
+    rotation, sink = d.rotation(tokens, s.rope_dim), d.normal(s.heads, dtype=torch.float32)
+    out = []
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            out.append(
+                operation("chunk_attention")(
+                    query.clone(), start, rotation, recent, sink, kind=kind, head_dim=s.head_dim,
+                    window=s.window, norm_eps=1e-6, **kwargs,
+                )
+            )  # fmt: skip
+    assert distance(out[1], out[0]) < near(dtype)
+
+
+@pytest.mark.parametrize(
+    ("start", "tokens"),
+    cases_of([(0, 60), (2043, 90), (3000, 50), (4090, 9)], [(120, 12), (509, 5)]),
+)
+def test_picks(s: Sizes, dtype: torch.dtype, start: int, tokens: int) -> None:
+    """Equal scores but for sums in another order: compare what was picked by its scores."""
+    d = Draw(start, dtype, DEVICE)
+    store = cases.pages(d, s, 4, 1, 1200)
+    query = d.normal(tokens, s.index_heads, s.index_dim)
+    weights = d.normal(tokens, 8 + s.index_heads, dtype=torch.float32)
+    kwargs = dict(index_offset=store.offsets[1], page_entries=store.page_entries, ratio=4, k=s.topk)
+    expected, found = both(
+        "chunk_picks", query, weights, start, store.pool, store.table[0], **kwargs
+    )
+    positions = torch.arange(start, start + tokens, dtype=torch.int32, device=DEVICE)
+    scores, _ = reference.index_scores_paged(
+        query, weights, positions, store.pool, store.table.expand(tokens, -1),
+        index_offset=store.offsets[1], page_entries=store.page_entries, ratio=4, most_entries=1200,
+    )  # fmt: skip
+    assert ((found >= 0) == (expected >= 0)).all()
+    worst = scores.gather(1, expected.clamp(min=0).long()).masked_fill(expected < 0, torch.inf)
+    own = scores.gather(1, found.clamp(min=0).long()).masked_fill(found < 0, torch.inf)
+    assert torch.allclose(own.amin(1), worst.amin(1), rtol=near(dtype), atol=near(dtype))
+    ordered = found.masked_fill(found < 0, 2**30)
+    assert (ordered.diff(dim=1)[ordered[:, 1:] < 2**30] > 0).all()
+    assert (found == expected).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("shape", ["random", "ties", "all equal", "few", "signs of zero"])
+def test_select(s: Sizes, dtype: torch.dtype, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    d = Draw(1, torch.float32, DEVICE)
+    if not GPU:
+        monkeypatch.setattr(chunk_index, "SELECT_BLOCK", 256)
+    entries = 20_000 if GPU else 700
+    scores = d.normal(3, entries)
+    if shape == "ties":
+        scores = (scores * 4).round() / 4
+    elif shape == "all equal":
+        scores[:] = 0.0
+    elif shape == "signs of zero":
+        scores = torch.where(scores > 0, 0.0, -0.0)
+    start = 4 * (s.topk - 1) if shape == "few" else 4 * entries - 4
+    positions = torch.arange(start, start + 3, dtype=torch.int32, device=DEVICE)
+    picks = torch.full((3, s.topk), -7, dtype=torch.int32, device=DEVICE)
+    chunk_index.select(scores, start, picks, 4)
+    expected = reference.topk_positions(scores, scores, positions, k=s.topk, ratio=4)
+    none = 2**30
+    ascending = expected.masked_fill(expected < 0, none).sort(dim=1).values
+    assert torch.equal(picks, ascending.masked_fill(ascending == none, -1))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "routing"),
+    cases_of(
+        [
+            (1, "bias"),
+            (20, "one expert"),
+            (64, "hash"),
+            (70, "bias"),
+            (70, "hash"),
+            (130, "one expert"),
+        ],
+        [(1, "bias"), (7, "hash"), (21, "one expert")],
+    ),
+)
+def test_moe(
+    s: Sizes, dtype: torch.dtype, tokens: int, routing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not GPU:
+        monkeypatch.setattr(chunk_experts, "TOKENS", 16)
+    d = Draw(tokens, dtype, DEVICE)
+    bias = d.normal(s.experts, scale=0.1, dtype=torch.float32)
+    table = None
+    if routing == "hash":
+        rows = [d.permutation(s.experts)[: s.chosen] for _ in range(s.vocab)]
+        table = torch.stack(rows).long()
+    elif routing == "one expert":
+        bias[: s.chosen] += 100
+    routed = (
+        *d.fp4(s.experts, s.inner, s.hidden),
+        *d.fp4(s.experts, s.inner, s.hidden),
+        *d.fp4(s.experts, s.hidden, s.inner),
+    )
+    shared = (*d.fp8(2 * s.inner, s.hidden), *d.fp8(s.hidden, s.inner))
+    expected, found = both(
+        "chunk_moe",
+        d.normal(tokens, s.hidden),
+        d.integers(s.vocab, tokens, dtype=torch.int64),
+        d.normal(s.experts, s.hidden, scale=0.1),
+        routed,
+        shared,
+        topk=s.chosen,
+        scaling_factor=1.5,
+        limit=10.0,
+        bias=None if table is not None else bias,
+        table=table,
+    )
+    same = (found[2] == expected[2]).all(1)
+    assert same.float().mean() > 0.98  # two experts whose scores are equal to the last bits
+    assert distance(found[0][same], expected[0][same]) < near(dtype)
+    assert distance(found[1], expected[1]) < near(dtype)

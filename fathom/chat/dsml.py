@@ -78,9 +78,14 @@ def render_calls(
     return [*segments, Segment("\n"), *_close(tags.block)]
 
 
+def fits_tag(name: str) -> bool:
+    """Whether the name of a tool can be written in a tag."""
+    return bool(name) and not re.search('["<>\r\n]|' + DSML, name)
+
+
 def _render_call(call: ToolCall, revision: Revision, blank_line: bool) -> list[Segment]:
     tags = revision.tags
-    if not call.name or re.search('["<>\r\n]|' + DSML, call.name):
+    if not fits_tag(call.name):
         raise ChatError(f"tool name {call.name!r} cannot be written in a tag: rename the tool")
     segments = _open(f'{tags.invoke} name="{call.name}">\n')
     arguments = read_arguments(call, revision)

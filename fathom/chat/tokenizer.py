@@ -42,6 +42,7 @@ _SPLIT = "|".join(
     )
 )
 _CACHED_LENGTH = 64
+_LONG = 4096  # characters: beyond, the library must not keep other threads of Python waiting
 _CACHE_SIZE = 1 << 16
 _REPLACEMENT = "\ufffd".encode()
 
@@ -62,6 +63,7 @@ class Tokenizer:
         self._special: dict[str, int] = added
         self._special_ids = frozenset(added.values())
         self._pieces = _make_pieces(vocab, added)
+        self.longest_token = max((len(piece) for piece in self._pieces if piece), default=1)
         longest_first = sorted(added, key=len, reverse=True)
         self._finder = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._cache: dict[str, list[int]] = {}
@@ -236,6 +238,8 @@ class Tokenizer:
             return []
         ids = self._cache.get(text)
         if ids is None:
+            if len(text) > _LONG:
+                return self.encode_batch([text])[0]
             ids = self._plain.encode(_well_formed(text), add_special_tokens=False).ids
             self._remember(text, ids)
         return ids

@@ -21,12 +21,12 @@ SCRIPTED = "scripted"
 
 def serve(
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Checkpoint folder or shipped model; `scripted` answers without a model, for "
-            "trying clients."
+            help="Checkpoint folder or shipped model (default: nano); `scripted` answers without "
+            "a model, for trying clients."
         ),
-    ] = "nano",
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -53,7 +53,7 @@ def serve(
             "Without it they go out as text."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="Where the model runs (default: cpu).")] = None,
     revision: Annotated[str, typer.Option(help="Prompts of 0424 or 0731 models.")] = "0424",
     stream_arguments: Annotated[
         bool, typer.Option(help="Pass on arguments of calls while they are written.")
@@ -74,7 +74,7 @@ def serve(
             "holds whole conversations."
         ),
     ] = None,
-    max_request_bytes: Annotated[int, typer.Option(min=1)] = 32 << 20,
+    max_request_bytes: Annotated[int, typer.Option(min=1)] = 8 << 20,
     max_messages: Annotated[int, typer.Option(min=1)] = 10_000,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Largest reply.")] = 393_216,
@@ -87,6 +87,7 @@ def serve(
     Listens on this machine only unless an API key is set. Stops with Ctrl-C.
     """
     from fathom.chat.protocol import find_revision
+    from fathom.errors import ServerError
     from fathom.server.run import serve as run
     from fathom.server.settings import Limits, Settings, check_settings
 
@@ -113,9 +114,15 @@ def serve(
     )
     check_settings(settings)  # before a large model is loaded
     if upstream is not None:
+        for option, value in (("--model", model), ("--device", device)):
+            if value is not None:
+                raise ServerError(
+                    f"{option} and --upstream exclude each other: the upstream runs the model; "
+                    "--upstream-model names it"
+                )
         backend = _gateway(upstream, upstream_model, context, tokenizer)
     else:
-        backend = _local(model, device)
+        backend = _local(model or "nano", device or "cpu")
 
     def listening(address: str) -> None:
         sys.stderr.write(f"{backend.info.name} answers at {address} (Ctrl-C ends)\n")

@@ -33,20 +33,21 @@ def create_app(backend: Backend, settings: Settings | None = None) -> FastAPI:
         title="fathom",
         version=VERSION,
         description="DeepSeek-V4 behind the APIs that existing clients speak.",
+        redirect_slashes=False,  # a redirect would lead to whatever the Host header names
         docs_url=None,
         redoc_url=None,
         default_response_class=Json,
     )
     app.state.service = service
-    app.add_middleware(Guard, settings=settings)
-    _add_errors(app, service)
+    app.add_middleware(Guard, settings=settings, metrics=service.metrics)
+    _add_errors(app)
     add_routes(app, service)
     add_inspection(app, service)
     add_page(app)
     return app
 
 
-def _add_errors(app: FastAPI, service: Service) -> None:
+def _add_errors(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             problem = _http_problem(request, error)
@@ -59,7 +60,6 @@ def _add_errors(app: FastAPI, service: Service) -> None:
             )
         api = api_of(request.url.path)
         status = status_for(problem, api)
-        service.metrics.requests.labels(_label(request.url.path), status).inc()
         body = error_body(problem, api, request.state.request_id)
         return Json(body, status, problem.headers)
 
@@ -75,15 +75,3 @@ def _http_problem(request: Request, error: HTTPException) -> Problem:
         message = f"{request.method} is not a method of {request.url.path[:200]!r}"
         return Problem(405, message, code="method_not_allowed", headers=headers)
     return Problem(error.status_code, str(error.detail), code="http_error", headers=headers)
-
-
-_LABELS = {
-    "/v1/chat/completions": "chat",
-    "/v1/completions": "completions",
-    "/v1/messages": "messages",
-    "/v1/responses": "responses",
-}
-
-
-def _label(path: str) -> str:
-    return _LABELS.get(path, "other")

@@ -1,4 +1,7 @@
-"""Reading a request body without trusting it: size, time, JSON depth, and the shape of schemas.
+"""Reading a request body without trusting it: size, time, JSON depth, and how much it holds.
+
+Counts and sizes are looked at first, and whatever takes long runs outside the event loop, so that
+no body keeps the server from answering others.
 
 Paper: none (security).
 """
@@ -7,17 +10,44 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, cast
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn, TypeVar, cast
 
 import anyio
+import anyio.lowlevel
+import anyio.to_thread
 from starlette.requests import ClientDisconnect, Request
 
 from fathom.chat.requests import PromptRequest
 from fathom.server.problems import Problem
+from fathom.server.schemas import check_schema
 from fathom.server.settings import Limits
 
-_BRACKETS = re.compile(rb'[\[\]{}]|"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+T = TypeVar("T")
+
+_PARTS = re.compile(rb'[\[\]{}]|"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_LARGE = 16 << 10  # bytes: a smaller body is dealt with in less time than a thread takes to wake
+_READERS = 2  # large bodies at the same time: each takes time from the event loop
+_readers: anyio.lowlevel.RunVar[anyio.CapacityLimiter] = anyio.lowlevel.RunVar("readers")
+
+
+class Body(dict[str, Any]):
+    """A decoded body that knows how many bytes it came in."""
+
+    size = 0
+
+
+async def off_loop(size: int, work: Callable[..., T], *arguments: Any) -> T:
+    """`work(*arguments)`, outside the event loop if it is about a body of many bytes."""
+    if size < _LARGE:
+        return work(*arguments)
+    try:
+        readers = _readers.get()
+    except LookupError:
+        readers = anyio.CapacityLimiter(_READERS)
+        _readers.set(readers)
+    return await anyio.to_thread.run_sync(partial(work, *arguments), limiter=readers)
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
@@ -50,23 +80,27 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     return b"".join(chunks)
 
 
-async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
+async def read_json(request: Request, limits: Limits) -> Body:
     """The body as a JSON object. Raises Problem."""
-    return decode_json(await read_body(request, limits), limits)
+    data = await read_body(request, limits)
+    return await off_loop(len(data), decode_json, data, limits)
 
 
-def decode_json(data: bytes, limits: Limits) -> dict[str, Any]:
-    """Decode a JSON object of bounded depth. Raises Problem."""
-    if _depth(data) > limits.json_depth:
-        raise Problem(400, f"the JSON is nested deeper than {limits.json_depth} levels",
-                      code="json_too_deep")  # fmt: skip
+def decode_json(data: bytes, limits: Limits) -> Body:
+    """Decode a JSON object of bounded depth and number of parts, in UTF-8. Raises Problem."""
+    _measure(data, limits)
     try:
-        value = json.loads(data, parse_constant=_no_constant)
+        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise Problem(400, f"the body is not UTF-8, as JSON must be: byte {error.start}",
+                      code="invalid_json") from None  # fmt: skip
     except (ValueError, RecursionError) as error:
         raise Problem(400, f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise Problem(400, "the body must be a JSON object", code="invalid_json")
-    return cast("dict[str, Any]", value)
+    body = Body(cast("dict[str, Any]", value))
+    body.size = len(data)
+    return body
 
 
 def check_body(body: Mapping[str, Any], limits: Limits) -> None:
@@ -83,9 +117,9 @@ def check_request(request: PromptRequest, limits: Limits) -> None:
     """Bounds on schemas and stop strings, which the reply is held to. Raises Problem."""
     check_stops(request.stop, limits)
     if request.response_format.schema is not None:
-        check_schema(request.response_format.schema, "response_format", limits)
+        check_schema(request.response_format.schema, "response_format", limits, enforced=True)
     for at, tool in enumerate(request.tools):
-        check_schema(tool.parameters, f"tools[{at}]", limits)
+        check_schema(tool.parameters, f"tools[{at}]", limits, enforced=tool.strict)
 
 
 def check_stops(stops: Sequence[str], limits: Limits) -> None:
@@ -95,40 +129,27 @@ def check_stops(stops: Sequence[str], limits: Limits) -> None:
                       "characters are allowed", code="too_many_items", param="stop")  # fmt: skip
 
 
-def check_schema(schema: Any, param: str, limits: Limits) -> None:
-    """Raises Problem for a schema that is too deep or too long."""
-    level, depth = [schema], 0
-    while level:
-        depth += 1
-        if depth > limits.schema_depth:
-            raise Problem(400, f"the schema is nested deeper than {limits.schema_depth} levels",
-                          code="schema_too_deep", param=param)  # fmt: skip
-        level = [child for node in level for child in _children(node)]
-    size = len(json.dumps(schema))
-    if size > limits.schema_bytes:
-        raise Problem(400, f"the schema has {size} bytes; at most {limits.schema_bytes} are "
-                      "allowed", code="schema_too_large", param=param)  # fmt: skip
+def _measure(data: bytes, limits: Limits) -> None:
+    """Raises Problem for too deep nesting or too many parts; whether it is JSON is not asked here.
 
-
-def _children(node: Any) -> list[Any]:
-    if isinstance(node, Mapping):
-        return list(cast("Mapping[str, Any]", node).values())
-    return cast("list[Any]", node) if isinstance(node, list) else []
-
-
-def _depth(data: bytes) -> int:
-    """How deep brackets nest outside strings; whether it is JSON is not asked here."""
-    depth = deepest = 0
-    if data.count(b"[") + data.count(b"{") < 64:
-        return 0
-    for found in _BRACKETS.finditer(data):
+    Lists and objects take a hundred times the memory of their bytes, and the decoder cannot be
+    interrupted.
+    """
+    depth = parts = 0
+    for found in _PARTS.finditer(data):
         character = found[0][:1]
+        parts += 1
         if character in b"[{":
             depth += 1
-            deepest = max(deepest, depth)
+            if depth > limits.json_depth:
+                raise Problem(400, f"the JSON is nested deeper than {limits.json_depth} levels",
+                              code="json_too_deep")  # fmt: skip
         elif character in b"]}":
             depth -= 1
-    return deepest
+            parts -= 1
+        if parts > limits.json_parts:
+            raise Problem(400, f"the JSON holds more than {limits.json_parts} strings, lists and "
+                          "objects", code="too_many_items")  # fmt: skip
 
 
 def _no_constant(name: str) -> NoReturn:

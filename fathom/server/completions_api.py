@@ -15,15 +15,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import anyio.to_thread
-
 from fathom.chat.protocol import BOS, SPECIAL_TOKENS
 from fathom.chat.requests.common import warn_unknown
 from fathom.chat.requests.fields import Fields
 from fathom.chat.stops import StopFinder
-from fathom.chat.tokenizer import Tokenizer
 from fathom.server.backend import Backend, GenerationRequest, Prefilled, TokenOutput
-from fathom.server.bounds import check_stops
+from fathom.server.bounds import check_stops, off_loop
 from fathom.server.problems import Problem, as_problem, error_body
 from fathom.server.render import (
     dumps,
@@ -69,7 +66,8 @@ class RawRequest:
 async def read_completions(service: Service, body: Mapping[str, Any]) -> RawRequest:
     """Read a body. Raises RequestError or Problem."""
     fields = Fields(body)
-    texts, prompts = await _read_prompts(service.backend.tokenizer, fields)
+    size = getattr(body, "size", 0)
+    texts, prompts = await off_loop(size, _read_prompts, service, fields)
     limits = service.settings.limits
     room = min(service.check_length(len(prompt), "prompt") for prompt in prompts)
     wanted = fields.integer("max_tokens", 0, _MOST_TOKENS)
@@ -121,15 +119,25 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
 
 
-async def _read_prompts(
-    tokenizer: Tokenizer | None, fields: Fields
-) -> tuple[list[str], list[list[int]]]:
+def _read_prompts(service: Service, fields: Fields) -> tuple[list[str], list[list[int]]]:
+    tokenizer = service.backend.tokenizer
     value: Any = fields.take("prompt")
     suffix = fields.text("suffix")
+    # Sizes first: looking at every item of a long list takes a while.
+    most = service.settings.limits.choices
+    for item in [value, *(value[:most] if _is_list(value) else [])]:
+        if _is_list(item):
+            service.check_length(len(item), "prompt")
+        elif isinstance(item, str) and tokenizer is not None:
+            service.check_length(len(item) // tokenizer.longest_token, "prompt")
     if isinstance(value, list) and value and all(_is_id(i) for i in cast("list[Any]", value)):
         value = [value]
     items: list[Any] = (
@@ -140,6 +148,8 @@ async def _read_prompts(
     if tokenizer is None:
         raise Problem(400, "this gateway has no tokenizer: ask its upstream for completions",
                       code="no_tokenizer", param="prompt")  # fmt: skip
+    if len(items) > most:
+        fields.fail("prompt", f"{len(items)} prompts; at most {most} are allowed")
     texts: list[str] = []
     prompts: list[list[int]] = []
     for item in items:
@@ -149,7 +159,7 @@ async def _read_prompts(
                 t = SPECIAL_TOKENS
                 text = f"{t['fim_begin']}{item}{t['fim_hole']}{suffix}{t['fim_end']}"
             text = text if text.startswith(BOS) else BOS + text
-            ids = await anyio.to_thread.run_sync(tokenizer.encode, text, True)
+            ids = tokenizer.encode(text, special=True)
         elif isinstance(item, list) and item and all(_is_id(i) for i in cast("list[Any]", item)):
             ids = cast("list[int]", item)
             if max(ids) >= tokenizer.vocab_size:

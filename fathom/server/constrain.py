@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
@@ -20,6 +21,7 @@ from fathom.errors import GenerationError
 from fathom.server.backend import TokenMask
 from fathom.server.grammar import GrammarBuilder
 from fathom.server.problems import Problem
+from fathom.server.schemas import run_on_deep_stack
 
 _KEPT = 64  # compiled grammars
 
@@ -34,6 +36,7 @@ class Constrainer:
         self._everything = _bits(tokenizer.vocab_size)
         self._no_call = self._without(self._marker)
         self._lock = threading.Lock()
+        self._library_lock = threading.Lock()
         self._library: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
@@ -53,7 +56,7 @@ class Constrainer:
                 return None
             # No call can come, so no text need be thrown away later.
             return _Constant(self._no_call)
-        matcher = _Grammar(self._compile(grammar, param))
+        matcher = _Grammar(self._compile(grammar, param), param)
         if not request.reasons:
             return matcher
         must_answer = (
@@ -83,21 +86,36 @@ class Constrainer:
         return None, ""
 
     def _compile(self, grammar: str, param: str) -> LLMatcher:
-        with self._lock:
-            found = self._compiled.get(grammar)
-            if found is None:
-                if self._library is None:
-                    self._library = _library_tokenizer(self._tokenizer)
-                found = LLMatcher(self._library, grammar, log_level=0)
-                if found.is_error():
-                    reason = found.get_error().split("\n")[0][:300]
-                    raise Problem(400, f"the schema cannot be enforced: {reason}",
-                                  code="unsupported_schema", param=param)  # fmt: skip
+        found = self._known(grammar)
+        if found is None:
+            # Its compiler is recursive, and a crash there would end the whole server.
+            found = run_on_deep_stack(partial(self._build, grammar))
+            if found.is_error():
+                reason = found.get_error().split("\n")[0][:300]
+                raise Problem(400, f"the schema cannot be enforced: {reason}",
+                              code="unsupported_schema", param=param)  # fmt: skip
+            with self._lock:
                 self._compiled[grammar] = found
                 while len(self._compiled) > _KEPT:
                     self._compiled.popitem(last=False)
-            self._compiled.move_to_end(grammar)
-            return found.deep_copy()
+        return found.deep_copy()
+
+    def _known(self, grammar: str) -> LLMatcher | None:
+        with self._lock:
+            found = self._compiled.get(grammar)
+            if found is not None:
+                self._compiled.move_to_end(grammar)
+            return found
+
+    def _build(self, grammar: str) -> LLMatcher:
+        """Compile without the lock: nobody else waits for one client's schema."""
+        with self._library_lock:
+            if self._library is None:
+                self._library = _library_tokenizer(self._tokenizer)
+        built = LLMatcher(self._library, grammar, log_level=0)
+        if not built.is_error():
+            built.compute_bitmask()  # makes much of what later masks need, and shows what is wrong
+        return built
 
     def _without(self, *tokens: int) -> bytes:
         bits = bytearray(self._everything)
@@ -109,6 +127,14 @@ class Constrainer:
 def _narrow(request: PromptRequest) -> bool:
     """Whether even voluntary calls are bound: strict tools, or a choice among some."""
     return bool(request.tool_choice.names) or any(tool.strict for tool in request.tools)
+
+
+class SchemaFailed(GenerationError):
+    """A schema turned out too complex while the reply was written; `param` is its field."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class _Constant:
@@ -127,8 +153,9 @@ class _Constant:
 class _Grammar:
     """Follows a grammar from the first token."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, param: str) -> None:
         self._matcher = matcher
+        self._param = param
 
     def allowed(self) -> bytes | None:
         bits = self._matcher.compute_bitmask()
@@ -141,9 +168,14 @@ class _Grammar:
             self._check()
 
     def _check(self) -> None:
-        if self._matcher.is_error():
-            reason = self._matcher.get_error().split("\n")[0][:300]
-            raise GenerationError(f"the reply cannot be held to its schema: {reason}")
+        reason = self._failed()
+        if reason is not None:
+            raise SchemaFailed(f"the reply cannot be held to its schema: {reason}", self._param)
+
+    def _failed(self) -> str | None:
+        if not self._matcher.is_error():
+            return None
+        return self._matcher.get_error().split("\n")[0][:300]
 
 
 class _AfterThought:

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from fathom.chat.requests import ToolSpec
 from fathom.server.problems import Problem
+from fathom.server.strict import enumerated, root_of, split
 
 # As the prompt shows JSON, and without room for endless blanks.
 _LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -71,56 +72,56 @@ class GrammarBuilder:
         tail = f'"</" {tag} "invoke>"'
         if not strict:
             return self._rule(f"{head} {self._free_parameter()}* {tail}")
-        schema = tool.parameters
-        raw = schema.get("properties")
-        properties = cast("Mapping[str, Any]", raw) if isinstance(raw, Mapping) else {}
-        required = cast("list[Any]", schema.get("required") or [])
+        schema = root_of(tool)
+        properties = cast("Mapping[str, Any]", schema.get("properties", {}))
+        required = cast("list[str]", schema.get("required", []))
         shared = {key: schema[key] for key in _SPECIAL_KEYS if key in schema}
         parts: list[str] = []
         for name, form in properties.items():
+            if form is False and name not in required:
+                continue  # an argument that may not be there
             parameter = self._parameter(tool, name, form, shared)
             parts.append(parameter if name in required else f"{parameter}?")
         return self._rule(" ".join([head, *parts, tail]))
 
     def _parameter(self, tool: ToolSpec, name: str, form: Any, shared: Mapping[str, Any]) -> str:
         if not name or re.search('["<>\r\n\uff5c]', name):
-            raise Problem(
-                400,
-                f"tool {tool.name!r}: the argument name {name!r} cannot be enforced: rename it",
-                code="unsupported_schema",
-                param="tools",
-            )
+            raise _unsupported(tool, f"the argument name {name!r} cannot be enforced: rename it")
         tag = self._marker
-        form = _resolve(form, shared)
-        strings, others = _split(form)
+        strings, others = split(form, shared)
         ways: list[str] = []
-        if strings is not None:
+        for string in strings:
             opening = _literal(f'parameter name="{name}" string="true">')
-            ways.append(f"{opening} {self._string(strings)}")
+            ways.append(f"{opening} {self._string(tool, name, string)}")
         if others is not None:
             opening = _literal(f'parameter name="{name}" string="false">')
-            value = self.json({**others, **shared} if isinstance(others, dict) else others)
+            value = self.json({**others, **shared})
             ways.append(f'{opening} {value} "</"')
+        if not ways:
+            raise _unsupported(tool, f"no value fits the argument {name!r}")
         body = " | ".join(ways)
         return self._rule(f'"<" {tag} ({body}) {tag} "parameter>\\n"')
 
-    def _string(self, form: Mapping[str, Any]) -> str:
+    def _string(self, tool: ToolSpec, name: str, form: Mapping[str, Any]) -> str:
         """A raw string with the `</` behind it."""
-        values = _enumerated(form)
+        low, high = form.get("minLength", 0), form.get("maxLength")
+        values = enumerated(form)
         if values is not None:
-            options = " | ".join(_literal(f"{value}</") for value in values)
-            return f"({options})"
-        low, high = form.get("minLength"), form.get("maxLength")
-        body = _ANY_STRING
-        if isinstance(low, int) or isinstance(high, int):
-            first = low if isinstance(low, int) else 0
-            last = str(high) if isinstance(high, int) else ""
-            body = f"(?s:.){{{first},{last}}}"
+            values = [v for v in values if low <= len(v) and (high is None or len(v) <= high)]
+            if not values:
+                raise _unsupported(tool, f"no value fits the argument {name!r}")
+            body = f"({' | '.join(map(_literal, values))})"
+        elif "minLength" in form or high is not None:
+            body = f"/(?s:.){{{low},{'' if high is None else high}}}/"
+        else:
+            body = f"/{_ANY_STRING}/"
         pattern = form.get("pattern")
-        if not isinstance(pattern, str):
-            return self._terminal(f"/{body}<\\//")
+        if pattern is None and values is None:
+            return self._terminal(f"{body[:-1]}<\\//")
+        if pattern is None:
+            return f'{body} "</"'
         wanted = self._terminal(f"/{_anchored(pattern)}/")
-        both = self._terminal(f"{wanted} & /{body}/")
+        both = self._terminal(f"{wanted} & {self._terminal(body)}")
         return self._terminal(f'{both} "</"')
 
     def _free_parameter(self) -> str:
@@ -157,66 +158,18 @@ def _quoted(name: str) -> str:
 
 def _anchored(pattern: str) -> str:
     """A JSON Schema pattern, which may match anywhere, as an expression for the whole string."""
-    inner = pattern.replace("/", "\\/") if "\\/" not in pattern else pattern
+    inner = _DELIMITERS.sub(lambda found: _ESCAPES.get(found[0], found[0]), pattern)
     start = "" if inner.startswith("^") else _ANY_STRING
-    end = "" if inner.endswith("$") and not inner.endswith("\\$") else _ANY_STRING
+    backslashes = len(inner) - 1 - len(inner[:-1].rstrip("\\"))
+    end = "" if inner.endswith("$") and backslashes % 2 == 0 else _ANY_STRING
     inner = inner.removeprefix("^")
     inner = inner if end else inner.removesuffix("$")
     return f"{start}({inner}){end}"
 
 
-def _resolve(form: Any, shared: Mapping[str, Any]) -> Any:
-    """Follow a reference to one of the shared definitions, so that strings are seen as such."""
-    for _ in range(16):
-        reference = form.get("$ref") if isinstance(form, dict) else None
-        match = re.fullmatch(r"#/(\$defs|definitions)/([^/]+)", reference or "")
-        target = shared.get(match[1], {}).get(match[2]) if match else None
-        if target is None:
-            return form
-        form = target
-    return form
+_DELIMITERS = re.compile(r"\\.|[/\n\r]", re.DOTALL)  # what would end the expression
+_ESCAPES = {"/": "\\/", "\n": "\\n", "\r": "\\r", "\\\n": "\\n", "\\\r": "\\r"}
 
 
-def _enumerated(form: Mapping[str, Any]) -> list[str] | None:
-    if isinstance(form.get("const"), str):
-        return [form["const"]]
-    values = form.get("enum")
-    return [v for v in values if isinstance(v, str)] if isinstance(values, list) else None
-
-
-def _split(form: Any) -> tuple[dict[str, Any] | None, Any]:
-    """The string part of a schema and the part for everything else; None where there is none."""
-    if form is True or form == {} or not isinstance(form, dict):
-        return {}, form if isinstance(form, dict) and form else {"not": {"type": "string"}}
-    kind = form.get("type")
-    for word in ("anyOf", "oneOf"):
-        if isinstance(form.get(word), list) and kind is None:
-            parts = [_split(option) for option in form[word]]
-            strings = [s for s, _ in parts if s is not None]
-            others = [o for _, o in parts if o is not None]
-            joined = {word: others} if others else None
-            return (_merge(strings) if strings else None), joined
-    if isinstance(kind, list):
-        rest = [k for k in kind if k != "string"]
-        others = {**form, "type": rest} if rest else None
-        if others is not None and isinstance(form.get("enum"), list):
-            others["enum"] = [v for v in form["enum"] if not isinstance(v, str)]
-        return ({**form, "type": "string"} if "string" in kind else None), others
-    if kind == "string":
-        return form, None
-    if kind is None and ("enum" in form or "const" in form):
-        values = [form["const"]] if "const" in form else form["enum"]
-        strings = [v for v in values if isinstance(v, str)]
-        others = [v for v in values if not isinstance(v, str)]
-        return ({"enum": strings} if strings else None), ({"enum": others} if others else None)
-    return None, form
-
-
-def _merge(strings: list[dict[str, Any]]) -> dict[str, Any]:
-    """One string schema that takes what any of several do."""
-    if len(strings) == 1:
-        return strings[0]
-    values = [_enumerated(form) for form in strings]
-    if all(v is not None for v in values):
-        return {"enum": [value for found in values for value in found or []]}
-    return {}
+def _unsupported(tool: ToolSpec, message: str) -> Problem:
+    return Problem(400, f"tool {tool.name!r}: {message}", code="unsupported_schema", param="tools")

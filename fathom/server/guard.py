@@ -1,8 +1,8 @@
 """Who may talk to the server, and how slowly.
 
 `Guard` stands before every route: host names, origins, keys. `GuardedProtocol` is uvicorn's HTTP
-protocol with three bounds that it lacks: a number of connections, a time for the request's head,
-and a way to drop a client that never reads.
+protocol with bounds that it lacks: a number of connections, a time and a size for the request's
+head, and a time for reading the answer.
 
 A server on loopback without a key is open to every program of this machine, but must not be to web
 pages in its browser. A page cannot send JSON to another origin without asking, so only JSON is
@@ -13,6 +13,7 @@ Paper: none (security).
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -26,6 +27,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from fathom.server.metrics import Metrics
 from fathom.server.problems import Problem, api_of, as_problem, error_body, status_for
 from fathom.server.render import Json, new_id
 from fathom.server.settings import Settings, is_loopback
@@ -34,13 +36,16 @@ log = logging.getLogger(__name__)
 
 _OPEN_PATHS = ("/", "/health")  # no secret, no work; the page asks for the key itself
 _PAGE = "/page/"
+_SEND_BUFFER = 256 << 10  # in a larger one the kernel would hide how slowly a client reads
+_LOOKS = 8  # at what waits for a client that does not read, before it is dropped
 
 
 class Guard:
     """ASGI middleware that lets through what may reach the routes."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app = app
+        self._metrics = metrics
         self._settings = settings
         self._keys = [_digest(key) for key in settings.api_keys]
         self._local_only = is_loopback(settings.host) and not self._keys
@@ -61,6 +66,7 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                self._metrics.answered(scope["path"], message["status"])
                 extra = [
                     (b"x-request-id", request_id.encode()),
                     (b"request-id", request_id.encode()),
@@ -155,36 +161,152 @@ def guarded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
     limits = settings.limits
 
     class GuardedProtocol(HttpToolsProtocol):
-        """Counts connections, times request heads, and can drop a client that never reads."""
+        """Bounds the number of connections, and what one may send and leave unread.
+
+        No state of a connection lasts for ever: a head has a time, a body another one, an answer
+        that is not read a third, and what lies between two requests a fourth.
+        """
 
         _head_timer: TimerHandle | None = None
+        _write_timer: TimerHandle | None = None
+        _unread = 0  # bytes that waited for the client when that was last looked at
+        _taken = 0  # bytes that it took since the count of looks began
+        _looks = 0
+        _framing = 0  # bytes of this request that are not its body
+        _deaf = False  # what comes in is thrown away: the connection ends with the present answer
 
         def connection_made(self, transport: Any) -> None:
+            self._stopping = asyncio.Event()
             super().connection_made(transport)
             if len(self.connections) > limits.connections:
                 transport.abort()
                 return
-            self.app_state = {**self.app_state, "abort": self._drop}
+            connection = transport.get_extra_info("socket")
+            if connection is not None:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            self.app_state = {**self.app_state, "abort": self._drop, "stopping": self._stopping}
             self._start_timer()
 
         def data_received(self, data: bytes) -> None:
             idle = self.cycle is None or self.cycle.response_complete
             if idle and self._head_timer is None:
                 self._start_timer()
-            super().data_received(data)
+            self._framing += len(data)
+            if not self._deaf:
+                super().data_received(data)
+            if self._framing > limits.header_bytes and not self.transport.is_closing():
+                self._refuse()
+
+        def on_message_begin(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                # Answers to requests that do not wait for one another would pile up unread.
+                self._deaf = True
+                self.cycle.keep_alive = False
+                return
+            super().on_message_begin()
+
+        def on_url(self, url: bytes) -> None:
+            if not self._deaf:
+                super().on_url(url)
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if not self._deaf:
+                super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
+            if self._deaf:
+                return
+            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if size > limits.header_bytes:
+                self._deaf = True  # more came with it in one piece: `data_received` refuses it
+                self._framing = max(self._framing, size)
+                return
             self._stop_timer()
             super().on_headers_complete()
 
+        def on_body(self, body: bytes) -> None:
+            if self._deaf:
+                return
+            # A length stands before every chunk, and a line's end behind it.
+            self._framing -= len(body) + 16
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            if self._deaf:
+                return
+            self._framing = 0
+            super().on_message_complete()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch_writing()  # also what is less than the transport complains about
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._watch_writing()
+
+        def resume_writing(self) -> None:
+            self._taken += limits.write_bytes  # the transport's buffer is nearly empty
+            super().resume_writing()
+
+        def shutdown(self) -> None:
+            super().shutdown()
+            self._stopping.set()
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
+            if self._write_timer is not None:
+                self._write_timer.cancel()
             super().connection_lost(exc)
+
+        def _refuse(self) -> None:
+            """Answer a request whose head, or what frames its body, is too large."""
+            if self.cycle is None or self.cycle.response_complete:
+                body = b"the head of the request is larger than %d bytes" % limits.header_bytes
+                self.transport.write(
+                    b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n"
+                    b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n\r\n%b"
+                    % (len(body), body)
+                )
+                self._deaf = True
+                self.transport.close()
+                self._watch_writing()
+            else:
+                self._drop()
+
+        def _watch_writing(self) -> None:
+            if self._write_timer is None:
+                self._unread = self.transport.get_write_buffer_size()
+                self._taken = self._looks = 0
+                self._look_later()
+
+        def _look_later(self) -> None:
+            wait = limits.write_seconds / _LOOKS
+            self._write_timer = self.loop.call_later(wait, self._check_writing)
+
+        def _check_writing(self) -> None:
+            """Drop a client that took too little of what waits for it, time after time."""
+            self._write_timer = None
+            left = self.transport.get_write_buffer_size()
+            answering = self.cycle is not None and not self.cycle.response_complete
+            if not left or (answering and not self.flow.write_paused):
+                return
+            self._looks += 1
+            self._taken += max(0, self._unread - left)
+            self._unread = left
+            if self._looks < _LOOKS:
+                self._look_later()
+            elif self._taken < limits.write_bytes:
+                self._drop()
+            else:
+                self._watch_writing()
 
         def _start_timer(self) -> None:
             self._head_timer = self.loop.call_later(limits.header_seconds, self._drop)
 
         def _drop(self) -> None:
+            if self.cycle is not None:
+                self.cycle.disconnected = True  # or its next write would fail with a trace
             # Without lingering, or the kernel would keep what the client does not read.
             connection = self.transport.get_extra_info("socket")
             if connection is not None:
@@ -195,5 +317,8 @@ def guarded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
             if self._head_timer is not None:
                 self._head_timer.cancel()
                 self._head_timer = None
+
+        def _unsupported_upgrade_warning(self) -> None:
+            log.info("a client asked for another protocol: answered as HTTP")
 
     return GuardedProtocol

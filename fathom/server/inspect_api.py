@@ -8,16 +8,16 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import anyio.to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from fathom.chat.requests.fields import Fields
 from fathom.chat.tokenizer import Tokenizer
 from fathom.server import documents
-from fathom.server.bounds import read_json
+from fathom.server.bounds import off_loop, read_json
 from fathom.server.metrics import CONTENT_TYPE
 from fathom.server.problems import Problem
+from fathom.server.render import Json
 from fathom.server.service import Service
 from fathom.server.settings import VERSION
 
@@ -69,7 +69,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 def _add_prompts(app: FastAPI, service: Service) -> None:
     @app.post("/v1/render", **documents.RENDER)
-    async def render(request: Request) -> dict[str, Any]:
+    async def render(request: Request) -> Response:
         """The exact prompt of a request: text, token ids, mode, and what would be said in headers.
 
         The body is that of Chat Completions, Messages or Responses; `api` says which.
@@ -79,13 +79,12 @@ def _add_prompts(app: FastAPI, service: Service) -> None:
         if api not in _APIS:
             raise Problem(400, f"api must be one of {', '.join(_APIS)}", param="api")
         prepared = await service.prepare(api, body, request.state.owner)
+        segments = await off_loop(body.size, prepared.request.segments)
         known = service.backend.tokenizer is not None
-        return {
+        shown = {
             "prompt": prepared.text,
             # Text that merely spells a special token is not one: only this list can tell.
-            "segments": [
-                {"text": part.text, "special": part.special} for part in prepared.request.segments()
-            ],
+            "segments": [{"text": part.text, "special": part.special} for part in segments],
             "token_ids": prepared.prompt if known else None,
             "tokens": len(prepared.prompt),
             "thinking": prepared.request.thinking,
@@ -95,6 +94,7 @@ def _add_prompts(app: FastAPI, service: Service) -> None:
             "restored_reasoning": prepared.request.restored,
             "notices": list(prepared.notices),
         }
+        return await off_loop(len(prepared.prompt), Json, shown)
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
@@ -106,28 +106,44 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         return found
 
     @app.post("/tokenize", **documents.TOKENIZE)
-    async def tokenize(request: Request) -> dict[str, Any]:
+    async def tokenize(request: Request) -> Response:
         """Token ids of a text; `special` recognises special tokens that it spells."""
-        fields = Fields(await read_json(request, service.settings.limits))
+        body = await read_json(request, service.settings.limits)
+        fields = Fields(body)
         text = fields.required_text("prompt")
         special = fields.boolean("special") or False
-        ids = await anyio.to_thread.run_sync(tokenizer().encode, text, special)
-        if len(ids) > _MOST_TOKENS:
-            fields.fail("prompt", f"must be at most {_MOST_TOKENS} tokens")
-        decode = tokenizer().decode
-        pieces = await anyio.to_thread.run_sync(lambda: [decode([token]) for token in ids])
-        context = service.backend.info.context_tokens
-        return {"count": len(ids), "tokens": ids, "token_strs": pieces, "max_model_len": context}
+        found = tokenizer()
+
+        def work() -> Response:
+            ids = found.encode(text, special)
+            if len(ids) > _MOST_TOKENS:
+                fields.fail("prompt", f"must be at most {_MOST_TOKENS} tokens")
+            pieces = [found.decode([token]) for token in ids]
+            context = service.backend.info.context_tokens
+            return Json({"count": len(ids), "tokens": ids, "token_strs": pieces,
+                         "max_model_len": context})  # fmt: skip
+
+        return await off_loop(body.size, work)
 
     @app.post("/detokenize", **documents.DETOKENIZE)
-    async def detokenize(request: Request) -> dict[str, str]:
+    async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        fields = Fields(await read_json(request, service.settings.limits))
+        body = await read_json(request, service.settings.limits)
+        fields = Fields(body)
         ids = fields.items("tokens") or []
-        fits = len(ids) <= _MOST_TOKENS
-        if not fits or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            fields.fail("tokens", f"must be at most {_MOST_TOKENS} token ids")
-        return {"prompt": await anyio.to_thread.run_sync(tokenizer().decode, ids)}
+        found = tokenizer()
+
+        def work() -> Response:
+            if len(ids) > _MOST_TOKENS or not all(_is_token(i, found.vocab_size) for i in ids):
+                fields.fail("tokens", f"must be at most {_MOST_TOKENS} token ids, each from 0 to "
+                            f"{found.vocab_size - 1}")  # fmt: skip
+            return Json({"prompt": found.decode(ids)})
+
+        return await off_loop(body.size, work)
+
+
+def _is_token(value: Any, vocab_size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:

@@ -15,13 +15,24 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
+_APIS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completions",
+    "/v1/messages": "messages",
+    "/v1/responses": "responses",
+}
+
+
 class Metrics:
     """What happened so far. Labels come from fixed sets: no client can add one."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
         self.requests = Counter(
-            "fathom_requests", "Requests answered.", ["api", "status"], registry=registry
+            "fathom_requests", "Answers by HTTP status.", ["api", "status"], registry=registry
+        )
+        self.streams = Counter(
+            "fathom_streams", "Streams by how they ended.", ["api", "outcome"], registry=registry
         )
         self.tokens = Counter("fathom_tokens", "Tokens by kind.", ["kind"], registry=registry)
         self.finished = Counter(
@@ -48,6 +59,10 @@ class Metrics:
             registry=registry,
             buckets=_SECONDS,
         )
+
+    def answered(self, path: str, status: int) -> None:
+        """Add an answer, whoever gave it: a route, the guard or a failure."""
+        self.requests.labels(_APIS.get(path, "other"), str(status)).inc()
 
     def count(self, account: Account, reason: str, started: float) -> None:
         """Add a completion that ended for `reason`; `started` is a `time.perf_counter` value."""

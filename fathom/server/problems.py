@@ -74,7 +74,8 @@ def api_of(path: str) -> Api:
 def error_body(problem: Problem, api: Api, request_id: str) -> dict[str, Any]:
     """The error in the shape of `api`."""
     if api == "anthropic":
-        kind = _ANTHROPIC_TYPES.get(problem.status, "api_error")
+        default = "invalid_request_error" if problem.status < 500 else "api_error"
+        kind = _ANTHROPIC_TYPES.get(problem.status, default)
         message = problem.message
         if problem.param and problem.param not in message:
             message = f"{problem.param}: {message}"

@@ -69,7 +69,7 @@ async def reply(
 ) -> Response:
     """The reply as the request wants it: whole, or as a stream."""
     if not streams:
-        return await whole_response(service, request, api, writer.complete, headers)
+        return await whole_response(request, writer.complete, headers)
     return stream_response(
         service,
         writer.stream(),
@@ -96,7 +96,8 @@ def stream_response(
         service.metrics.first_token.observe(time.perf_counter() - started)
 
     def failed(error: Exception) -> bytes:
-        log.error("api=%s stream failed", api, exc_info=error)
+        trace = None if isinstance(error, Problem) else error
+        log.error("api=%s stream failed: %s", api, type(error).__name__, exc_info=trace)
         return fail(error)
 
     return EventStream(
@@ -107,19 +108,17 @@ def stream_response(
         fail=failed,
         headers=headers,
         on_first=first,
-        on_end=lambda outcome: service.metrics.requests.labels(api, outcome).inc(),
+        on_end=lambda outcome: service.metrics.streams.labels(api, outcome).inc(),
     )
 
 
 async def whole_response(
-    service: Service, request: Request, api: str, work: Callable[[], Any], headers: dict[str, str]
+    request: Request, work: Callable[[], Any], headers: dict[str, str]
 ) -> Response:
     """The JSON that `work` makes, unless the client leaves first."""
-    body = await until_disconnect(request.receive, work)
+    body = await until_disconnect(request, work)
     if body is None:
-        service.metrics.requests.labels(api, "left").inc()
         return Response(status_code=499)  # nobody reads it
-    service.metrics.requests.labels(api, "200").inc()
     return Json(body, headers=headers)
 
 

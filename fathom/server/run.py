@@ -5,6 +5,7 @@ Paper: none (operations).
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -75,8 +76,10 @@ def open_listener(settings: Settings) -> socket.socket:
         listener.bind((host, settings.port))
     except OSError as error:
         listener.close()
+        port_taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
         raise ServerError(
-            f"cannot listen on {host}:{settings.port}: {error.strerror}; choose another --port"
+            f"cannot listen on {host}:{settings.port}: {error.strerror}; choose another "
+            f"{'--port' if port_taken else '--host: an address or name of this machine'}"
         ) from None
     listener.listen(min(1024, settings.limits.connections))
     return listener

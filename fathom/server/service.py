@@ -26,8 +26,9 @@ from fathom.chat.requests import (
     read_responses,
 )
 from fathom.chat.segments import Segment, join_text
+from fathom.errors import ChatError
 from fathom.server.backend import Backend, GenerationRequest, TokenMask
-from fathom.server.bounds import check_body, check_request
+from fathom.server.bounds import check_body, check_request, off_loop
 from fathom.server.constrain import Constrainer
 from fathom.server.forced import ForcedBackend
 from fathom.server.gateway import safe_text
@@ -41,7 +42,6 @@ from fathom.server.turn import Delivery, Turn
 log = logging.getLogger(__name__)
 
 _CALL_PREFIX = {"chat": "call_", "messages": "toolu_", "responses": "call_"}
-_LARGE_PROMPT = 20_000  # characters: beyond, tokenizing leaves the event loop
 
 
 def notice_header(notices: Iterable[str]) -> dict[str, str]:
@@ -109,15 +109,20 @@ class Service:
 
     async def prepare(self, api: str, body: Mapping[str, Any], owner: str) -> Prepared:
         """Read, restore, render and measure. Raises Problem for a prompt that does not fit."""
-        request, notice = self._check_effort(self.read(api, body, owner))
+        size = getattr(body, "size", 0)
+        request, notice = self._check_effort(await off_loop(size, self.read, api, body, owner))
         if request.top_logprobs is not None and not self.backend.info.logprobs:
             request = replace(request, top_logprobs=None)
             notice = (*notice, NO_LOGPROBS)
         if request.restored:
             self.metrics.restored.inc(request.restored)
-        segments = request.segments()
-        prompt = await self.tokenize(segments)
-        room = self.check_length(len(prompt), "input" if api == "responses" else "messages")
+        param = "input" if api == "responses" else "messages"
+        try:
+            segments = await off_loop(size, request.segments)
+        except ChatError as error:  # about the conversation as a whole
+            raise Problem(400, str(error), code=error.code, param=param) from None
+        prompt = await self.tokenize(segments, param)
+        room = self.check_length(len(prompt), param)
         wanted = request.max_tokens or request.default_max_tokens()
         masks, force, unenforced = await self._bind(request)
         return Prepared(
@@ -142,9 +147,13 @@ class Service:
         """
         if self._constrainer is not None:
             make = partial(self._constrainer.mask, request)
+
+            def masks() -> tuple[TokenMask | None, ...]:
+                return tuple(make() for _ in range(request.n))
+
             if self._constrainer.needs_grammar(request):
-                await anyio.to_thread.run_sync(make)  # compiles; the ones below are copies
-            return tuple(make() for _ in range(request.n)), False, ()
+                return await anyio.to_thread.run_sync(masks), False, ()
+            return masks(), False, ()
         choice, told = request.tool_choice, list[str]()
         force = choice.mode == "required" and request.start != "content"
         if choice.mode == "required" and not force:
@@ -199,15 +208,18 @@ class Service:
                 headers={"retry-after": "2"},
             )
 
-    async def tokenize(self, segments: list[Segment]) -> list[int]:
-        """The ids of a prompt; a long one is made outside the event loop."""
+    async def tokenize(self, segments: list[Segment], param: str) -> list[int]:
+        """The ids of a prompt; a long one is made outside the event loop.
+
+        Raises Problem, and makes none, for one that cannot fit whatever its tokens are.
+        """
         tokenizer = self.backend.tokenizer
         if tokenizer is None:
             # Only its length matters, and only roughly: the upstream counts for itself.
             return [0] * (sum(len(segment.text) for segment in segments) // 4 + 1)
-        if sum(len(segment.text) for segment in segments) < _LARGE_PROMPT:
-            return tokenizer.encode_segments(segments)
-        return await anyio.to_thread.run_sync(tokenizer.encode_segments, segments)
+        size = sum(len(segment.text) for segment in segments)
+        self.check_length(size // tokenizer.longest_token, param)
+        return await off_loop(size, tokenizer.encode_segments, segments)
 
     def _turn(self, prepared: Prepared, owner: str, at: int) -> Turn:
         request, settings = prepared.request, self.settings

@@ -20,11 +20,14 @@ MAX_THINKING_FLOOR = 393_216  # tokens of context that Think Max asks for
 class Limits:
     """What one client, and all together, may ask of the server. Times are in seconds."""
 
-    request_bytes: int = 32 << 20
+    request_bytes: int = 8 << 20  # a prompt of a million tokens has 4 to 7 MB
+    json_parts: int = 400_000  # strings, lists and objects of one body
     messages: int = 10_000
     tools: int = 1_024
     schema_bytes: int = 256 << 10  # of one schema that replies are held to
     schema_depth: int = 64
+    schema_levels: int = 8_192  # depth times references: how deep following them could lead
+    pattern_size: int = 100_000  # characters of a pattern with its repetitions written out
     json_depth: int = 128
     prompt_tokens: int | None = None  # None: what the model's context holds
     max_tokens: int = 393_216
@@ -34,9 +37,11 @@ class Limits:
     connections: int = 512
     running: int = 64  # completions at the same time
     waiting: int = 256  # completions that wait for one of those to end
+    header_bytes: int = 64 << 10  # of one request: its head, and all that frames its body
     header_seconds: float = 15.0
     body_seconds: float = 60.0
-    write_seconds: float = 60.0  # how long a client may leave its stream unread
+    write_bytes: int = 16 << 10  # that a slow reader takes in that time at least
+    write_seconds: float = 60.0  # how long a client may leave its answer unread
     idle_seconds: float = 75.0  # between two requests of one connection
     keep_alive_seconds: float = 10.0  # between two signs of life in a silent stream
 

@@ -15,16 +15,18 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import anyio
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from fathom.server.problems import as_problem
+from fathom.server.problems import Problem, as_problem
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # or proxies collect the events
 ]
+_LAST_WORD = 2.0  # seconds for the event that tells of a failure
 
 
 class EventStream(Response):
@@ -60,6 +62,7 @@ class EventStream(Response):
         self._direct: Send | None = None
         self._last = 0.0  # when something was written
         self._writing: float | None = None  # since when a write is under way
+        self._stopped = False  # by the end of the server
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the request."""
@@ -71,6 +74,7 @@ class EventStream(Response):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._watch, receive, tasks.cancel_scope)
             tasks.start_soon(self._tick, send, scope, tasks.cancel_scope)
+            tasks.start_soon(self._end_with_server, scope, tasks.cancel_scope)
             try:
                 await self._write_all(send)
                 outcome = "done"
@@ -80,6 +84,8 @@ class EventStream(Response):
                 with anyio.CancelScope(shield=True):
                     await self._source.aclose()
             tasks.cancel_scope.cancel()
+        if self._stopped and outcome == "left":
+            error, outcome = stopping_problem(), "stopped"
         self._on_end(outcome)
         if error is not None:
             await self._report(error, send)
@@ -110,13 +116,19 @@ class EventStream(Response):
         if not self._started:
             raise as_problem(error) from error
         body = self._fail(error)
-        await send({"type": "http.response.body", "body": body})
+        with anyio.move_on_after(_LAST_WORD):  # for a client that does not read
+            await send({"type": "http.response.body", "body": body})
 
     async def _watch(self, receive: Receive, scope: anyio.CancelScope) -> None:
         message: Message = {}
         while message.get("type") != "http.disconnect":
             message = await receive()
         scope.cancel()
+
+    async def _end_with_server(self, scope: Scope, cancel: anyio.CancelScope) -> None:
+        await _stopping(scope)
+        self._stopped = True
+        cancel.cancel()
 
     async def _tick(self, send: Send, scope: Scope, cancel: anyio.CancelScope) -> None:
         loop = asyncio.get_running_loop()
@@ -140,21 +152,28 @@ class EventStream(Response):
                 )
 
 
-async def until_disconnect(receive: Receive, work: Callable[[], Awaitable[Any]]) -> Any:
+async def until_disconnect(request: Request, work: Callable[[], Awaitable[Any]]) -> Any:
     """Await `work()`, cancelling it when the client leaves; the request body must be read.
 
-    Returns None for a client that left.
+    Returns None for a client that left. Raises Problem when the server ends first.
     """
     result: Any = None
     failure: Exception | None = None
     async with anyio.create_task_group() as tasks:
 
         async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
+            while (await request.receive())["type"] != "http.disconnect":
                 pass
             tasks.cancel_scope.cancel()
 
+        async def end_with_server() -> None:
+            nonlocal failure
+            await _stopping(request.scope)
+            failure = stopping_problem()
+            tasks.cancel_scope.cancel()
+
         tasks.start_soon(watch)
+        tasks.start_soon(end_with_server)
         try:
             result = await work()
         except Exception as error:  # out of the group, which would wrap it
@@ -163,3 +182,14 @@ async def until_disconnect(receive: Receive, work: Callable[[], Awaitable[Any]])
     if failure is not None:
         raise failure
     return result
+
+
+async def _stopping(scope: Scope) -> None:
+    """Returns when the server begins to end."""
+    stopping = scope.get("state", {}).get("stopping")
+    await (stopping.wait() if stopping is not None else anyio.sleep_forever())
+
+
+def stopping_problem() -> Problem:
+    """What is told to a client whose reply the end of the server cuts off."""
+    return Problem(503, "the server is shutting down", code="shutting_down")

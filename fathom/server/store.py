@@ -9,6 +9,7 @@ Paper: §5.1.1 (reasoning is kept across tool calls).
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class Bounded(Generic[V]):
         self._size = size
         self._used = 0
         self._items: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()
+        self._lock = threading.RLock()  # large requests are read in threads
 
     def __len__(self) -> int:
         """How many entries there are."""
@@ -35,30 +37,33 @@ class Bounded(Generic[V]):
 
     def put(self, key: Hashable, value: V, size: int) -> None:
         """Keep `value`; one that is larger than everything allowed together is not kept."""
-        self.pop(key)
-        if size > self._size or not self._entries:
-            return
-        self._items[key] = (value, size)
-        self._used += size
-        while self._used > self._size or len(self._items) > self._entries:
-            _, (_, freed) = self._items.popitem(last=False)
-            self._used -= freed
+        with self._lock:
+            self.pop(key)
+            if size > self._size or not self._entries:
+                return
+            self._items[key] = (value, size)
+            self._used += size
+            while self._used > self._size or len(self._items) > self._entries:
+                _, (_, freed) = self._items.popitem(last=False)
+                self._used -= freed
 
     def get(self, key: Hashable) -> V | None:
         """The value, which is the most recently used one from now on."""
-        item = self._items.get(key)
-        if item is None:
-            return None
-        self._items.move_to_end(key)
-        return item[0]
+        with self._lock:
+            item = self._items.get(key)
+            if item is None:
+                return None
+            self._items.move_to_end(key)
+            return item[0]
 
     def pop(self, key: Hashable) -> V | None:
         """Forget an entry and return its value."""
-        item = self._items.pop(key, None)
-        if item is None:
-            return None
-        self._used -= item[1]
-        return item[0]
+        with self._lock:
+            item = self._items.pop(key, None)
+            if item is None:
+                return None
+            self._used -= item[1]
+            return item[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

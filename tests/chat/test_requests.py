@@ -343,8 +343,8 @@ def test_choices_of_tools() -> None:
     some = read({"type": "allowed_tools", "allowed_tools": allowed})
     assert (some.tool_choice, len(some.tools)) == (ToolChoice(names=("f",)), 2)
     assert read("auto", parallel_tool_calls=False).tool_choice.parallel is False
-    # Without tools nothing can be required.
-    assert read_chat(chat(tool_choice="required")).tool_choice.mode == "auto"
+    with pytest.raises(RequestError, match="no tool to call"):
+        read_chat(chat(tool_choice="required"))
 
 
 def test_choices_of_messages() -> None:

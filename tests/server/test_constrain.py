@@ -244,3 +244,107 @@ def test_schemas_that_cannot_be_enforced_are_refused(constrainer: Constrainer):
             constrainer.mask(replace(request(response_format=form), thinking="off"))
         assert refused.value.status == 400
         assert refused.value.code == "unsupported_schema"
+
+
+def strict_tool(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}
+
+
+def arguments_drawn(
+    constrainer: Constrainer, tokenizer: Tokenizer, seed: int, form: Any, **more: Any
+) -> Any:
+    """What random tokens make of a strict tool's one argument, required."""
+    schema = {"type": "object", "properties": {"a": form}, "required": ["a"], **more}
+    tools = [strict_tool(schema)]
+    asked = request(tools=tools, tool_choice="required", thinking={"type": "disabled"})
+    mask = constrainer.mask(asked)
+    assert mask is not None
+    opening = tokenizer.encode('<\uff5cDSML\uff5cinvoke name="f">\n', special=True)
+    drawn = draw(mask, tokenizer, random.Random(seed), opening)
+    made = parsed(asked, tokenizer, drawn).tool_calls[0]
+    assert not made.repaired
+    assert not made.partial
+    return json.loads(made.arguments)["a"]
+
+
+# Each schema with what tells whether a value fits it.
+HELD: dict[str, tuple[Any, Any]] = {
+    "enum and length": (
+        {"type": "string", "enum": ["a", "abcdef"], "maxLength": 3}, lambda v: v == "a"),
+    "enum and pattern": (
+        {"type": "string", "enum": ["a/b", "x", "y"], "pattern": "^[a-x]"},
+        lambda v: v in ("a/b", "x")),
+    "enum and const": ({"enum": ["a", "b", 5], "const": "b"}, lambda v: v == "b"),
+    "two strings": (
+        {"anyOf": [{"type": "string", "maxLength": 2}, {"type": "string", "pattern": "^[xyz]+$"}]},
+        lambda v: len(v) <= 2 or set(v) <= set("xyz")),
+    "slashes": ({"type": "string", "pattern": "^\\/a/b$"}, lambda v: v == "/a/b"),
+    "newline": ({"type": "string", "pattern": "^a\nb$"}, lambda v: v == "a\nb"),
+    "dollar": ({"type": "string", "pattern": "^a\\$"}, lambda v: v.startswith("a$")),
+    "pattern and kinds": (
+        {"type": ["string", "integer"], "pattern": "^[ab]$"},
+        lambda v: v in ("a", "b") or isinstance(v, int)),
+    "length without a kind": ({"maxLength": 2}, lambda v: not isinstance(v, str) or len(v) <= 2),
+    "allOf of one": (
+        {"allOf": [{"$ref": "#/$defs/s"}], "description": "x"}, lambda v: v in ("p", "q")),
+    "a string in two schemas": (
+        {"allOf": [{"type": "string", "maxLength": 3}, {"type": "string", "minLength": 2}]},
+        lambda v: 2 <= len(v) <= 3),
+    "reference written with escapes": ({"$ref": "#/$defs/%73"}, lambda v: v in ("p", "q")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", HELD)
+def test_a_strict_argument_is_held_to_all_that_its_schema_says(
+    constrainer: Constrainer, tokenizer: Tokenizer, name: str, seed: int
+):
+    form, fits = HELD[name]
+    definitions = {"s": {"type": "string", "enum": ["p", "q"]}}
+    value = arguments_drawn(constrainer, tokenizer, seed, form, **{"$defs": definitions})
+    assert fits(value), value
+
+
+@pytest.mark.parametrize("form", [{}, True, {"description": "Anything."}], ids=json.dumps)
+def test_a_strict_argument_may_be_anything(
+    constrainer: Constrainer, tokenizer: Tokenizer, form: Any
+):
+    kinds = {
+        type(arguments_drawn(constrainer, tokenizer, seed, form)).__name__ for seed in range(6)
+    }
+    assert len(kinds) > 1
+
+
+def test_a_strict_schema_may_be_a_reference(constrainer: Constrainer, tokenizer: Tokenizer):
+    inner = {"type": "object", "properties": {"a": {"const": "z"}}, "required": ["a"]}
+    schema = {"$ref": "#/$defs/all", "$defs": {"all": inner}}
+    tools = [strict_tool(schema)]
+    asked = request(tools=tools, tool_choice="required", thinking={"type": "disabled"})
+    mask = constrainer.mask(asked)
+    assert mask is not None
+    (made, *_) = parsed(asked, tokenizer, draw(mask, tokenizer, random.Random(1))).tool_calls
+    assert json.loads(made.arguments) == {"a": "z"}
+
+
+@pytest.mark.parametrize("more", [
+    {"allOf": [{"required": ["a"]}, {"minProperties": 1}]}, {"anyOf": [{"required": ["a"]}]},
+    {"oneOf": [{"required": ["a"]}]}, {"not": {"required": ["a"]}}, {"$ref": "#/$defs/x"},
+    {"additionalProperties": {"type": "string"}}, {"additionalProperties": True},
+    {"required": ["b"]}, {"patternProperties": {"^x": {}}}, {"minProperties": 1},
+    {"properties": {"a": False}, "required": ["a"]},
+    {"properties": {"a": {"type": "string", "not": {"const": "x"}}}},
+    {"properties": {"a": {"type": "string", "if": {"const": "x"}}}},
+    {"properties": {"a": {"type": "string", "enum": ["abc"], "maxLength": 2}}},
+    {"properties": {"a": {"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 2}]}}},
+], ids=json.dumps)  # fmt: skip
+def test_strict_schemas_that_cannot_be_enforced_are_refused(
+    constrainer: Constrainer, more: dict[str, Any]
+):
+    """None of them is taken for something weaker, or for a tool without arguments."""
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, **more}
+    tools = [strict_tool(schema)]
+    with pytest.raises(Problem) as refused:
+        constrainer.mask(request(tools=tools, tool_choice="required"))
+    assert refused.value.status == 400
+    assert refused.value.code == "unsupported_schema"
+    assert refused.value.param == "tools"

@@ -26,7 +26,7 @@ CHECKS: list[Any] = [not_a_server_error, status_code_conformance]
 @pytest.mark.filterwarnings("ignore")  # of the library's own
 @SCHEMA.parametrize()
 @settings(
-    max_examples=6,
+    max_examples=10,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
     derandomize=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import statistics
 import threading
 import time
 import zlib
@@ -266,7 +265,7 @@ def test_checking_the_depth_takes_linear_time():
             with pytest.raises(Problem):
                 decode_json(body, Limits())
             times.append(time.perf_counter() - started)
-        return statistics.median(times)
+        return min(times)  # of the least disturbed run
 
     assert seconds(400_000) < 30 * max(seconds(40_000), 1e-4)
 

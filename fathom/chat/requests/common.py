@@ -68,6 +68,34 @@ def warn_unknown(body: Fields, warnings: list[str]) -> None:
 
 
 def take_metadata(body: Fields, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return those of the named fields that are there."""
-    found = {name: body.take(name) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
+    """Return those of the named fields that are there. Raises RequestError for a wrong kind."""
+    found: dict[str, Any] = {}
+    for name in names:
+        match _KINDS.get(name):
+            case "object":
+                inner = body.object(name)
+                value = None if inner is None else inner.mapping
+            case "list":
+                value = body.items(name)
+            case "truth":
+                value = body.boolean(name)
+            case "text":
+                value = body.text(name)
+            case _:
+                value = body.take(name)
+        if value is not None:
+            found[name] = value
+    return found
+
+
+_KINDS = {
+    "metadata": "object",
+    "client_metadata": "object",
+    "include": "list",
+    "store": "truth",
+    "user": "text",
+    "safety_identifier": "text",
+    "prompt_cache_key": "text",
+    "service_tier": "text",
+    "truncation": "text",
+}

@@ -5,7 +5,6 @@ Paper: none (a matter of the APIs).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, cast
 
@@ -93,12 +92,7 @@ class Fields:
         if value is None:
             return None
         fits = isinstance(value, int | float) and not isinstance(value, bool)
-        if (
-            not fits
-            or not math.isfinite(value)
-            or not low <= value <= high
-            or (above and value == low)
-        ):
+        if not fits or not low <= value <= high or (above and value == low):
             first = "above" if above else "from"
             self.fail(name, f"must be a number {first} {low} to {high}: got {_short(value)}")
         return float(value)

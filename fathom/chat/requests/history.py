@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from fathom.chat.dsml import refuse_constant
+from fathom.chat.dsml import fits_tag, refuse_constant
 from fathom.chat.messages import Message
 from fathom.chat.protocol import SYSTEM_REMINDER
 from fathom.chat.requests.types import RequestOptions
@@ -64,6 +64,10 @@ def finish_conversation(
     if not entries:
         raise RequestError("must hold at least one message", field)
     _check_results(entries)
+    for message, path, _ in entries:
+        for call in message.tool_calls:
+            if not fits_tag(call.name):
+                raise RequestError(f"calls {call.name!r:.100}, which is no name of a tool", path)
     for message, path, _ in entries[:-1]:
         if message.prefix:
             raise RequestError("only the last message can be continued", f"{path}.prefix")

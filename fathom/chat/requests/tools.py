@@ -166,7 +166,8 @@ def choose(
 ) -> tuple[list[ToolSpec], ToolChoice]:
     """Return the tools that the prompt shows and the choice that is left.
 
-    Raises RequestError, with `param`, if the choice names a tool that was not declared.
+    Raises RequestError, with `param`, if the choice names a tool that was not declared or demands a
+    call where there is none.
     """
     known = {tool.name for tool in tools}
     for name in choice.names:
@@ -174,6 +175,8 @@ def choose(
             raise RequestError(f"names the tool {name!r}, which is not among the tools", param)
     if choice.mode == "none":
         return (tools if keep_when_none else []), choice
+    if not tools and choice.mode == "required":
+        raise RequestError("demands a call, and there is no tool to call: send tools", param)
     if not tools:
         return tools, replace(choice, mode="auto")
     if choice.mode == "required" and len(choice.names) == 1 and not thinks:

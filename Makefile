@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs sizes bench clean
+.PHONY: help setup demo test test-all lint docs sizes bench clean
 
 PY := .venv/bin/python
 # One compute thread per process: several tests share the cores, and results do not depend on them.
@@ -10,7 +10,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 TOKENIZERS_P
 JOBS ?= 2
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: ## system programs, .venv and pinned packages
 	@scripts/setup.sh
@@ -20,6 +20,11 @@ demo: setup ## an agent with the shipped model solves tasks in a sandbox
 
 test: setup ## the whole CPU test suite
 	@$(TEST_ENV) $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
+
+test-all: ## the same with everything that tests can use: QEMU, a browser, a registry; full VMs
+	@scripts/setup.sh everything
+	@$(TEST_ENV) $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
+	@$(TEST_ENV) $(PY) -m pytest -q -m full_vm $(ARGS)
 
 lint: ## style, types and import layers
 	@scripts/setup.sh lint

@@ -4,6 +4,7 @@
 #   scripts/setup.sh            what the demo and the tests need
 #   scripts/setup.sh lint       and node, which the type checker runs on
 #   scripts/setup.sh vm         and QEMU, for virtual machines; their tests are skipped without it
+#   scripts/setup.sh everything and what else any test wants: a browser, a registry
 #
 # Exit code 3 means that the machine lacks something; the last line says how to get it.
 set -euo pipefail
@@ -31,11 +32,17 @@ if [ "${1:-}" = lint ]; then
   command -v node >/dev/null || missing+=(nodejs)
 fi
 
-if [ "${1:-}" = vm ]; then
+if [ "${1:-}" = vm ] || [ "${1:-}" = everything ]; then
   command -v qemu-system-x86_64 >/dev/null || missing+=(qemu-system-x86 seabios)
   command -v qemu-img >/dev/null || missing+=(qemu-utils)
   command -v mke2fs >/dev/null || missing+=(e2fsprogs)
   command -v mmdebstrap >/dev/null || missing+=(mmdebstrap)
+fi
+
+if [ "${1:-}" = everything ]; then
+  for program in chromium docker-registry skopeo fuse-overlayfs make git; do
+    command -v "$program" >/dev/null || missing+=("$program")
+  done
 fi
 
 find_python() { # the first Python >= 3.11 that can make a virtual environment

@@ -95,8 +95,9 @@ class CallReader:
     """Reads one or more blocks of calls.
 
     Text arrives by `add_text` and tags by `handle`; `finish` ends it. What is neither layout nor
-    part of a call is reported. Unless it `streams`, a call is reported when it is complete, and one
-    that never is only by its `CallFinished`.
+    part of a call is reported. A call is reported when it is complete, or if it `streams` as it
+    comes. One that is cut off or repaired is reported by its `CallFinished`; what was told of it
+    before that became known is a beginning that no JSON ends, so that nobody takes it for whole.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class CallReader:
         self._streams = streams
         self._block_name = tags.block
         self._id = ""  # of the open call
+        self._started = False  # the open call was reported, with some of its arguments
         self._doubtful = False  # calls of this block are not where calls belong
         self._call: CallBuilder | None = None
         self._junk: list[str] = []
@@ -155,9 +157,9 @@ class CallReader:
         if self._call is not None:
             if self._suspended is not None:
                 text, self._suspended = "".join(self._suspended), None
-                self._add(self._call.add(text))
+                self._call.add(text)
             if self.stage == "value":
-                self._add(self._call.close(cut=True))
+                self._call.close(cut=True)
             self._report.diagnose("truncated_call")
             self._close_call(self._call, partial=True)
         elif self.stage == "block" and self._block_name != self._tags.invoke:
@@ -238,9 +240,7 @@ class CallReader:
         repaired = self._doubtful or not tag.exact
         call = CallBuilder(tag.attributes["name"], repaired=repaired)
         self._id = self._make_id(len(self.calls))
-        if self._streams:
-            self._report.add(CallStarted(len(self.calls), self._id, call.name))
-        self._call = call
+        self._call, self._started = call, False
         self.stage = "invoke"
         if tag.self_closing:
             self._close_call(call)
@@ -253,22 +253,35 @@ class CallReader:
         index = len(self.calls)
         body = "".join(self._junk).strip()
         if call.is_empty and body.startswith("{") and is_json(body) and body[1:-1].strip():
-            self._add(call.replace_all(body))
+            call.replace_all(body)
             self._junk = []
         call.repaired |= self._flush_junk()
-        self._add(call.finish())
+        ending = call.finish()
         finished = call.call(self._id, partial=partial)
+        if not partial:
+            self._tell(ending if self._streams else finished.arguments)
         self.calls.append(finished)
-        if not self._streams and not partial:
-            self._report.add(CallStarted(index, self._id, call.name))
-            self._report.add(ArgumentsDelta(index, finished.arguments))
         self._report.add(CallFinished(index, finished))
         self._call = None
         self.stage = "block"
 
     def _add(self, fragment: str) -> None:
         if fragment and self._streams:
-            self._report.add(ArgumentsDelta(len(self.calls), fragment))
+            self._tell(fragment)
+
+    def _tell(self, fragment: str) -> None:
+        """Report more of the open call, as long as it is what it seems to be.
+
+        A call begins with its first argument: a client would take a name alone, which may be all
+        that ever comes, for a call without arguments.
+        """
+        call, index = self._call, len(self.calls)
+        if call is None or call.repaired:
+            return
+        if not self._started:
+            self._started = True
+            self._report.add(CallStarted(index, self._id, call.name))
+        self._report.add(ArgumentsDelta(index, fragment))
 
     def _report_unread(self, tag: Tag) -> None:
         if tag.unread:

@@ -352,7 +352,7 @@ def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _json(value: Any, what: str) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ChatError(f"{what} cannot be written as JSON: {error}") from None
 

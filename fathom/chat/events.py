@@ -1,6 +1,7 @@
 """What `StreamParser` reports while a completion arrives.
 
-Joined in order, the texts of the events are the fields of the final message.
+Joined in order, the texts of the events are the fields of the final message, but for calls that
+are partial or repaired: of these only `CallFinished` tells all.
 
 Paper: none (streaming is a matter of the API).
 """
@@ -28,7 +29,7 @@ class ContentDelta:
 
 @dataclass(frozen=True, slots=True)
 class CallStarted:
-    """A tool call begins; its arguments follow."""
+    """A tool call begins; its arguments follow. None for one that is in doubt from the start."""
 
     index: int
     id: str
@@ -37,7 +38,10 @@ class CallStarted:
 
 @dataclass(frozen=True, slots=True)
 class ArgumentsDelta:
-    """More of a call's arguments. All of them joined are `ToolCall.arguments`."""
+    """More of a call's arguments. All of them joined are `ToolCall.arguments`.
+
+    Of a call that turns out to be partial or repaired they are a beginning that is no JSON.
+    """
 
     index: int
     text: str

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +24,7 @@ from fathom.chat.events import (
     ReasoningDelta,
 )
 from fathom.chat.messages import Message, ToolCall
-from fathom.chat.protocol import DSML, EOS, THINK, THINK_END, find_revision
+from fathom.chat.protocol import DSML, EOS, SPECIAL_TOKENS, THINK, THINK_END, find_revision
 from fathom.chat.segments import Segment
 from fathom.chat.stream import StreamParser
 
@@ -40,8 +41,9 @@ _DAMAGE: tuple[str, ...] = (
     DSML, f"<{DSML}", f"</{DSML}", f"<{DSML}tool_calls>", f"</{DSML}tool_calls>",
     f'<{DSML}invoke name="f">', f"</{DSML}invoke>", f"</{DSML}parameter>", f"<{DSML}toolcalls>",
     f'<{DSML}parameter name="q" string="false">', f"<{DSML}parameter name='q'>", THINK, THINK_END,
-    EOS, "<", "</", ">", '"', "\n\n",
+    SPECIAL_TOKENS["fim_hole"], EOS, "<", "</", ">", '"', "\n\n",
 )  # fmt: skip
+_SPELLED = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS.values()))})")
 
 
 @dataclass(slots=True)
@@ -164,31 +166,36 @@ def _parse(pieces: list[tuple[str, bool | None]]) -> Message:
 
 
 def _read(pieces: list[tuple[str, bool | None]], *, streams: bool) -> Message | None:
-    """Return the message as its events tell it, None if they tell prose behind a call."""
+    """Return the message as its events tell it.
+
+    None if they tell prose behind a call, more of a call than it says, or the end of a call that
+    is not whole.
+    """
     parser = StreamParser("high", stream_arguments=streams)
     events = [event for text, special in pieces for event in parser.feed(text, special)]
     events += parser.close()
     texts = {"reasoning": "", "content": ""}
     calls: list[ToolCall] = []
-    arguments: list[str] = []
+    arguments: dict[int, str] = {}
     for event in events:
         match event:
             case ReasoningDelta(text) | ContentDelta(text):
                 if arguments:
                     return None
                 texts["reasoning" if isinstance(event, ReasoningDelta) else "content"] += text
-            case CallStarted():
-                arguments.append("")
-            case ArgumentsDelta(text=text):
-                arguments[-1] += text
-            case CallFinished(call=call):
-                # One that never became complete is told at once, by its end alone.
-                told = call if call.partial and not streams else replace(call, arguments="")
-                calls.append(told)
+            case CallStarted(index=index):
+                arguments[index] = ""
+            case ArgumentsDelta(index=index, text=text):
+                arguments[index] += text
+            case CallFinished(index=index, call=call):
+                told = arguments.get(index, "")
+                if not (call.partial or call.repaired):
+                    call = replace(call, arguments=told)
+                elif _is_object(told) or not call.arguments.startswith(told):
+                    return None
+                calls.append(call)
             case _:
                 pass
-    for at, text in enumerate(arguments):
-        calls[at] = replace(calls[at], arguments=text)
     return Message(
         reasoning=texts["reasoning"],
         content=texts["content"],
@@ -272,16 +279,9 @@ def _damage(rng: random.Random, text: str) -> str:
 
 
 def _divide(text: str) -> list[Segment]:
-    """Return text in which every spelled marker is a special token, as a model would write it."""
-    segments: list[Segment] = []
-    while text:
-        found = [(at, m) for m in (THINK_END, DSML, EOS) if (at := text.find(m)) >= 0]
-        if not found:
-            return [*segments, Segment(text)]
-        at, marker = min(found)
-        segments += [Segment(text[:at]), Segment(marker, special=True)]
-        text = text[at + len(marker) :]
-    return segments
+    """Return text in which every spelled token is a special one, as a model would write it."""
+    pieces = _SPELLED.split(text)
+    return [Segment(piece, special=at % 2 == 1) for at, piece in enumerate(pieces) if piece]
 
 
 def _is_object(arguments: str) -> bool:

@@ -27,7 +27,7 @@ class ProseReader:
         trim: bool,
         stop: Iterable[str] = (),
     ) -> None:
-        self.stage = stage
+        self.stage: Literal["reasoning", "content"] = stage
         self.reasoning: list[str] = []
         self.content: list[str] = []
         self.candidate: Tag | None = None
@@ -72,6 +72,11 @@ class ProseReader:
     def hold_cut(self, text: str) -> None:
         """Take the start of a tag that the end of the text cut off."""
         self._hold_text(text)
+
+    def interrupt(self) -> None:
+        """Take note that something came that is not shown: a tag before it opens no calls."""
+        if self._held:
+            self._give_back()
 
     def take_held(self) -> str:
         """Return what is held, with the line breaks before it, and forget it."""

@@ -51,6 +51,10 @@ SPECIAL_TOKENS: dict[str, str] = {
     "search_end": "<\uff5csearch\u2581end\uff5c>",
 }
 
+# Of the model's vocabulary, but of no use here. In a prompt that goes out as text, where a reader
+# would take them for tokens, data must not spell them either.
+UNUSED_TOKENS: tuple[str, ...] = ("<|EOT|>", "<dsml:")
+
 TOOL_RESULT = ("<tool_result>", "</tool_result>")
 
 RESPONSE_FORMAT_HEAD = (

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from fathom.chat.calls import CallReader
 from fathom.chat.dsml import Tag, TagReader
 from fathom.chat.events import Event, Report
 from fathom.chat.messages import Message
 from fathom.chat.prose import ProseReader
-from fathom.chat.protocol import DSML, EOS, THINK_END, Tags, check_thinking
+from fathom.chat.protocol import DSML, EOS, THINK, THINK_END, Tags, check_thinking
 from fathom.errors import ChatError
 
 _MARKERS = (THINK_END, DSML, EOS)
@@ -54,7 +55,8 @@ class StreamParser:
             Without it the message holds exactly what was written.
         make_id: gives the id of the n-th call; the ids are "call_0", "call_1", ... by default.
         stream_arguments: report a call and its arguments while they come. By default it is reported
-            once it is complete: clients repair and execute calls that were cut off.
+            once it is complete: clients repair and execute calls that were cut off. What is told
+            of a call that is cut off, or turns out to need repair, stays without its end.
         stop: texts that end the content where they appear in it; reasoning and calls may hold them.
             `stopped` tells which one was met, and what follows it is ignored.
 
@@ -88,7 +90,8 @@ class StreamParser:
         self._in_calls = start == "tool_calls"
 
         self._hold = ""  # the end of the text, while it may be the start of a marker
-        self._eos = False  # an EOS was read; it is text after all if more text follows
+        self._eos = False  # an EOS was read; it is no end after all if more text follows
+        self._eos_by_id = False
         self._angle = ""  # "<" or "</" at the end, while a marker may follow
         self._tag: TagReader | None = None
 
@@ -100,6 +103,11 @@ class StreamParser:
         return self._message
 
     @property
+    def stage(self) -> Literal["reasoning", "content", "tool_calls"]:
+        """Where the completion is."""
+        return "tool_calls" if self._in_calls else self._prose.stage
+
+    @property
     def stopped(self) -> str | None:
         """The stop text that was met, None if none was."""
         return self._prose.stopped
@@ -109,7 +117,9 @@ class StreamParser:
 
         With `special` the caller knows token ids: True says that the piece is one special token,
         False that it is ordinary text, in which nothing is markup. None means that only text is
-        known, and markup is recognised by its spelling. Raises ChatError after `close`.
+        known, and markup is recognised by its spelling. Of the other special tokens `<think>` is
+        text anywhere, and all are text inside the block of calls, values above all; in reasoning
+        and content they have no place and become a diagnostic. Raises ChatError after `close`.
         """
         if self._message is not None:
             raise ChatError("the parser is closed: make a new one for the next completion")
@@ -119,6 +129,8 @@ class StreamParser:
             self._flush_hold()
             if special and piece in _MARKERS:
                 self._mark(piece, by_id=True)
+            elif special:
+                self._special(piece)
             elif piece:
                 self._text(piece)
         return self._report.take()
@@ -167,7 +179,7 @@ class StreamParser:
             return
         self._flush_eos()
         if marker == EOS:
-            self._eos = True
+            self._eos, self._eos_by_id = True, by_id
             return
         if self._tag is not None:
             if marker == THINK_END and self._in_calls:
@@ -186,6 +198,21 @@ class StreamParser:
             self._angle = ""
         else:
             self._flush_angle(marker)
+
+    def _special(self, token: str) -> None:
+        """Place a special token, known by its id, that is no markup."""
+        if self.stopped is not None:
+            return
+        self._flush_eos()
+        if self._tag is not None and not self._in_calls:
+            self._end_tag(self._tag)
+        if self._in_calls or token == THINK:
+            self._text(token)
+        else:
+            # A role or search token has no place in an answer, and no reader a use for it.
+            self._flush_angle()
+            self._prose.interrupt()
+            self._report.diagnose("special_token", token)
 
     def _begins_tag(self, by_id: bool) -> bool:
         if not self._tools or not self._angle:
@@ -223,7 +250,7 @@ class StreamParser:
     def _flush_eos(self) -> None:
         if self._eos:
             self._eos = False
-            self._text(EOS)
+            (self._special if self._eos_by_id else self._text)(EOS)
 
     def _flush_angle(self, following: str = "") -> None:
         text, self._angle = self._angle + following, ""

@@ -1,7 +1,8 @@
 """Chat Completions as it goes out: chunks of a stream, or one whole completion.
 
-The first chunk carries the role, every call delta its index, arguments are always JSON, and the
-last chunk one of the finish reasons that clients know: an unknown one makes some loop without end.
+The first chunk carries the role, every call delta its index, the arguments of a delivered call are
+JSON, and the last chunk of a choice has its side report and one of the finish reasons that clients
+know: an unknown one makes some loop without end.
 
 Paper: none (API conventions).
 """
@@ -70,12 +71,9 @@ class ChatWriter:
             async for data in source:
                 yield data
         tail = ""
-        accounts = [turn.account for turn in self._turns]
-        report = side_report(accounts)
-        if self._ask.include_usage or report:
-            usage = f',"usage":{dumps(openai_usage(accounts))}' if self._ask.include_usage else ""
-            extra = f',"fathom":{dumps(report)}' if report else ""
-            tail = f'{self._head},"choices":[]{usage}{extra}}}\n\n'
+        if self._ask.include_usage:
+            usage = openai_usage([turn.account for turn in self._turns])
+            tail = f'{self._head},"choices":[],"usage":{dumps(usage)}}}\n\n'
         yield to_bytes(tail + "data: [DONE]\n\n")
 
     async def complete(self) -> dict[str, Any]:
@@ -117,11 +115,19 @@ class ChatWriter:
             "finish_reason": account.finish_reason,
         }
 
-    def chunk(self, index: int, delta: str, finish: str = "null", logprobs: str = "null") -> str:
+    def chunk(
+        self,
+        index: int,
+        delta: str,
+        finish: str = "null",
+        logprobs: str = "null",
+        report: dict[str, Any] | None = None,
+    ) -> str:
         """One event; `delta`, `finish` and `logprobs` are JSON already."""
+        extra = f',"fathom":{dumps(report)}' if report else ""
         return (
             f'{self._head},"choices":[{{"index":{index},"delta":{delta},'
-            f'"logprobs":{logprobs},"finish_reason":{finish}}}]}}\n\n'
+            f'"logprobs":{logprobs},"finish_reason":{finish}}}]{extra}}}\n\n'
         )
 
     def logprobs(self, records: list[TokenRecord]) -> dict[str, Any]:
@@ -202,7 +208,9 @@ class _Choice:
         finish = self._turn.account.finish_reason
         records = self._turn.take_records() if self._wants_logprobs else []
         found = dumps(self._writer.logprobs(records)) if records else "null"
-        return self._writer.chunk(self._index, "{}", f'"{finish}"', found)
+        # On this chunk, because clients that asked for no usage expect a choice in every one.
+        report = side_report([self._turn.account])
+        return self._writer.chunk(self._index, "{}", f'"{finish}"', found, report)
 
 
 def call_object(call: ToolCall) -> dict[str, Any]:

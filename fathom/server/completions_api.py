@@ -12,20 +12,30 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from fathom.chat.protocol import BOS, SPECIAL_TOKENS
+from fathom.chat.requests.common import warn_unknown
 from fathom.chat.requests.fields import Fields
 from fathom.chat.stops import StopFinder
 from fathom.server.backend import Backend, GenerationRequest, Prefilled, TokenOutput
 from fathom.server.bounds import check_stops, off_loop
 from fathom.server.problems import Problem, as_problem, error_body
-from fathom.server.render import dumps, finite, merged, new_id, openai_usage, to_bytes
-from fathom.server.service import Service, read_top_k
+from fathom.server.render import (
+    dumps,
+    finite,
+    merged,
+    new_id,
+    openai_usage,
+    side_by_side,
+    to_bytes,
+)
+from fathom.server.service import NO_LOGPROBS, Service, read_top_k
 from fathom.server.turn import Account
 
 _MOST_TOKENS = 393_216
+_IGNORED = ("user", "top_k", "add_special_tokens")  # said elsewhere, or the same either way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +60,7 @@ class RawRequest:
     keep_special: bool
     token_ids: bool
     tokens_as_ids: bool
+    notices: tuple[str, ...]
 
 
 async def read_completions(service: Service, body: Mapping[str, Any]) -> RawRequest:
@@ -73,7 +84,12 @@ async def read_completions(service: Service, body: Mapping[str, Any]) -> RawRequ
         fields.fail("prompt", f"{choices * len(prompts)} completions; at most {limits.choices}")
     keep = fields.boolean("skip_special_tokens")
     check_stops(stops, limits)
-    return RawRequest(
+    logprobs = fields.integer("logprobs", 0, 20)
+    notices = list[str]()
+    if logprobs is not None and not service.backend.info.logprobs:
+        logprobs = None
+        notices.append(NO_LOGPROBS)
+    raw = RawRequest(
         model=fields.text("model"),
         prompts=prompts,
         texts=texts,
@@ -85,14 +101,18 @@ async def read_completions(service: Service, body: Mapping[str, Any]) -> RawRequ
         choices=choices,
         stop=tuple(s for s in stops if s),
         stop_token_ids=tuple(cast("list[int]", stop_ids)),
-        logprobs=fields.integer("logprobs", 0, 20),
+        logprobs=logprobs,
         echo=fields.boolean("echo") or False,
         stream=fields.boolean("stream") or False,
         include_usage=bool(options and options.boolean("include_usage")),
         keep_special=keep is False,
         token_ids=fields.boolean("return_token_ids") or False,
         tokens_as_ids=fields.boolean("return_tokens_as_token_ids") or False,
+        notices=(),
     )
+    fields.ignore(_IGNORED)
+    warn_unknown(fields, notices)
+    return replace(raw, notices=tuple(notices))
 
 
 def _or(value: float | None, default: float) -> float:
@@ -164,6 +184,7 @@ class RawTurn:
     ) -> None:
         self.account = Account(prompt_tokens=len(request.prompt))
         self.prompt = request.prompt
+        self.offset = 0  # in the text of the choice, of the next token that is told
         self._backend = backend
         self._request = request
         self._watch = watch
@@ -246,22 +267,19 @@ class CompletionsWriter:
 
     async def complete(self) -> dict[str, Any]:
         """All choices as one object."""
-        results: list[dict[str, Any]] = [{} for _ in self._turns]
 
-        async def run(at: int, turn: RawTurn) -> None:
+        async def run(at: int, turn: RawTurn) -> dict[str, Any]:
             text, tokens = "", list[TokenOutput]()
             async with aclosing(turn.outputs()) as outputs:
                 async for shown, new in outputs:
                     text += shown
                     tokens += new
-            results[at] = self._choice(at, turn, text, tokens, first=True) | {
-                "finish_reason": turn.account.finish_reason
-            }
+            choice = self._choice(at, turn, text, tokens, first=True)
+            return choice | {"finish_reason": turn.account.finish_reason}
 
-        for at, turn in enumerate(self._turns):
-            await run(at, turn)
+        choices = await side_by_side(run(at, turn) for at, turn in enumerate(self._turns))
         return self._head() | {
-            "choices": results,
+            "choices": choices,
             "usage": openai_usage([turn.account for turn in self._turns]),
         }
 
@@ -290,11 +308,12 @@ class CompletionsWriter:
     ) -> dict[str, Any]:
         raw = self._raw
         if raw.echo and first:
-            text = raw.texts[at // raw.choices].removeprefix(BOS) + text
+            shown = raw.texts[at // raw.choices].removeprefix(BOS)
+            text, turn.offset = shown + text, len(shown)
         choice: dict[str, Any] = {
             "index": at,
             "text": text,
-            "logprobs": self._logprobs(tokens) if raw.logprobs is not None else None,
+            "logprobs": self._logprobs(turn, tokens) if raw.logprobs is not None else None,
             "finish_reason": None,
         }
         if raw.token_ids:
@@ -303,11 +322,11 @@ class CompletionsWriter:
                 choice["prompt_token_ids"] = list(turn.prompt)
         return choice
 
-    def _logprobs(self, tokens: list[TokenOutput]) -> dict[str, Any]:
-        offsets, at = list[int](), 0
+    def _logprobs(self, turn: RawTurn, tokens: list[TokenOutput]) -> dict[str, Any]:
+        offsets = list[int]()
         for token in tokens:
-            offsets.append(at)
-            at += len(token.text)
+            offsets.append(turn.offset)
+            turn.offset += len(token.text)
         return {
             "tokens": [self._name(t.token_id, t.text) for t in tokens],
             "token_logprobs": [finite(t.logprob) for t in tokens],

@@ -75,6 +75,7 @@ _STATUSES = {
     408: "The body took too long.",
     413: "The body is too large.",
     415: "The body is not declared as JSON.",
+    429: "The upstream has too much to do; `retry-after` says for how long, if it did.",
     500: "The server failed.",
     502: "The engine failed.",
     503: "Too many completions are waiting.",
@@ -117,7 +118,7 @@ def _route(
     }
 
 
-_POST = (400, 401, 403, 408, 413, 415, 500, 502, 503)
+_POST = (400, 401, 403, 408, 413, 415, 429, 500, 502, 503)
 _GET = (401, 403)
 
 CHAT = _route(

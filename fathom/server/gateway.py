@@ -17,6 +17,7 @@ from typing import Any, cast
 import anyio
 import httpx2
 
+from fathom.chat.protocol import SPECIAL_TOKENS, UNUSED_TOKENS
 from fathom.chat.segments import Segment
 from fathom.chat.tokenizer import Tokenizer
 from fathom.errors import BackendError, GenerationError
@@ -28,11 +29,19 @@ from fathom.server.backend import (
     Prefilled,
     TokenOutput,
 )
+from fathom.server.problems import Problem
 
 _CONTEXT = 131_072  # where neither the upstream nor its user says
 _LARGEST_LINE = 1 << 20
 _TOKEN_NAME = re.compile(r"token_id:(\d+)")
-_SPELLED = re.compile(r"<(?=\uff5c|/?think>)|\uff5c(?=DSML\uff5c)")
+# The first character of a special token: of each known one, and of any other in the usual form.
+_SPELLED = re.compile(
+    "|".join(
+        f"{re.escape(token[0])}(?={re.escape(token[1:])})"
+        for token in (*SPECIAL_TOKENS.values(), *UNUSED_TOKENS, "<\uff5c")
+    )
+)
+_WAIT = re.compile(r"[\w,: +-]{1,40}", re.ASCII)  # seconds or a date
 _FINISHES = {"stop": "stop", "length": "length", "eos": "stop", "stop_sequence": "stop",
              "tool_calls": "stop", "max_tokens": "length"}  # fmt: skip
 
@@ -63,6 +72,8 @@ class GatewayBackend:
         )
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = httpx2.Timeout(timeout, connect=min(timeout, 10.0))
+        # Reading the certificates for each completion anew would cost it tens of milliseconds.
+        self._tls = httpx2.create_ssl_context(trust_env=False)
 
     @property
     def info(self) -> BackendInfo:
@@ -77,12 +88,15 @@ class GatewayBackend:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Output, None]:
         """Generate upstream; closing the generator closes the connection, which ends the work.
 
-        Raises GenerationError for a prompt that the upstream refuses, BackendError for the rest.
+        Raises GenerationError for a prompt that the upstream refuses, Problem when it has too much
+        to do, BackendError for the rest.
         """
         body = self._body(request)
         try:
             async with (
-                httpx2.AsyncClient(timeout=self._timeout, trust_env=False) as client,
+                httpx2.AsyncClient(
+                    timeout=self._timeout, trust_env=False, verify=self._tls
+                ) as client,
                 client.stream(
                     "POST", f"{self._url}/completions", json=body, headers=self._headers
                 ) as response,
@@ -200,6 +214,14 @@ async def _check(response: httpx2.Response) -> None:
     text = raw[:500].decode("utf-8", "replace")
     if response.status_code in (400, 413, 422):
         raise GenerationError(f"the upstream refused the request: {text}")
+    if response.status_code in (429, 503):
+        wait = response.headers.get("retry-after", "")
+        raise Problem(
+            response.status_code,
+            f"the upstream has too much to do: {text}",
+            code="overloaded",
+            headers={"retry-after": wait} if _WAIT.fullmatch(wait) else {},
+        )
     raise BackendError(f"the upstream answered {response.status_code}: {text}")
 
 

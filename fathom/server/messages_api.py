@@ -5,7 +5,6 @@ Paper: none (API conventions).
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -18,8 +17,9 @@ from fathom.chat import (
     ReasoningDelta,
 )
 from fathom.chat.requests import sign_reasoning
-from fathom.server.problems import as_problem, error_body
+from fathom.server.problems import Problem, as_problem, error_body
 from fathom.server.render import (
+    RawJson,
     dumps,
     exhaust_all,
     new_id,
@@ -32,6 +32,10 @@ from fathom.server.turn import Account, Turn
 
 KEEP_ALIVE = b'event: ping\ndata: {"type":"ping"}\n\n'
 _STOPS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_UNFINISHED = (
+    "a tool call that had begun is not delivered, because it was cut off or had to be repaired: "
+    "run nothing of it. The field `fathom` of message_delta says more"
+)
 
 
 class MessagesWriter:
@@ -47,6 +51,7 @@ class MessagesWriter:
         self._open: str | None = None  # the kind of the block that is being written
         self._thought: list[str] = []
         self._call: int | None = None  # the parser's index of a call that is being written
+        self._unfinished = False  # a call began that will never be whole
 
     def stream(self) -> AsyncGenerator[bytes, None]:
         """The message as events."""
@@ -73,7 +78,7 @@ class MessagesWriter:
                 "type": "tool_use",
                 "id": call.id,
                 "name": call.name,
-                "input": json.loads(call.arguments),
+                "input": RawJson(call.arguments),
             }
             for call in account.calls
         ]
@@ -101,8 +106,8 @@ class MessagesWriter:
                     f'{{"type":"thinking_delta","thinking":{text_json(event.text)}}}'
                 )
             elif isinstance(event, CallStarted):
-                self._call = event.index
                 out += self._leave() + self._enter_call(event.id, event.name)
+                self._call = event.index
             elif isinstance(event, ArgumentsDelta):
                 out += self._arguments(event.text)
             elif isinstance(event, CallFinished):
@@ -110,12 +115,16 @@ class MessagesWriter:
                     call = event.call
                     out += self._leave() + self._enter_call(call.id, call.name)
                     out += self._arguments(call.arguments)
-                self._call = None
+                self._call = None  # now the block has an end
                 out += self._leave()
         return out
 
     def finish(self, turn: Turn) -> str:
-        """The end of the message."""
+        """The end of the message: an error where a call began that is not delivered.
+
+        Clients make an object of any beginning of an input, and run it; only an error, and no end
+        of its block, keeps them from that.
+        """
         account = turn.account
         out = "" if self._begun else self._begin(account)
         out += self._leave()
@@ -126,6 +135,8 @@ class MessagesWriter:
             "usage": _usage(account),
         }
         out += _event(event | ({"fathom": report} if report else {}))
+        if self._unfinished:
+            return out + self.fail(Problem(500, _UNFINISHED)).decode()
         return out + _event({"type": "message_stop"})
 
     def _begin(self, account: Account) -> str:
@@ -175,6 +186,9 @@ class MessagesWriter:
         if self._open == "thinking":
             signature = sign_reasoning("".join(self._thought))
             out = self._delta(dumps({"type": "signature_delta", "signature": signature}))
+        if self._open == "tool_use" and self._call is not None:
+            self._open, self._call, self._unfinished = None, None, True
+            return ""
         self._open = None
         return out + _event({"type": "content_block_stop", "index": self._index})
 

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from json.encoder import encode_basestring
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
 
 from fathom.chat import Event
 from fathom.chat.tokenizer import Tokenizer
 from fathom.server.turn import Account, TokenRecord, Turn
+
+T = TypeVar("T")
+
+_RAW = secrets.token_hex(16)  # stands for raw JSON until it is put in; nobody else can know it
 
 
 class Renderer(Protocol):
@@ -37,9 +43,37 @@ def text_json(text: str) -> str:
     return encode_basestring(text)
 
 
+@dataclass(frozen=True, slots=True)
+class RawJson:
+    """A value that is JSON text already, and goes out as it is.
+
+    A model's arguments are JSON but not always what Python can hold: numbers of any length and
+    beyond any float.
+    """
+
+    text: str
+
+
 def dumps(value: Any) -> str:
-    """Compact JSON that keeps non-ASCII characters."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """Compact JSON that keeps non-ASCII characters; `RawJson` in it is put in as it is.
+
+    Raises ValueError for an infinity, which JSON does not have.
+    """
+    raw: list[str] = []
+
+    def stand_in(item: Any) -> str:
+        if not isinstance(item, RawJson):
+            raise TypeError(f"{type(item).__name__} is not JSON")
+        raw.append(item.text)
+        return _RAW
+
+    text = json.dumps(
+        value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=stand_in
+    )
+    if not raw:
+        return text
+    first, *rest = text.split(f'"{_RAW}"')
+    return first + "".join(a + b for a, b in zip(raw, rest, strict=True))
 
 
 def to_bytes(text: str) -> bytes:
@@ -117,8 +151,8 @@ def logprob_entry(tokenizer: Tokenizer | None, record: TokenRecord, top: int) ->
 
 
 def finite(logprob: float) -> float:
-    """JSON has no infinity; a token that cannot come has a very small probability."""
-    return max(logprob, -9999.0)
+    """JSON has no infinity and no NaN, which stand for a token that cannot come: almost none."""
+    return logprob if -9999.0 < logprob < math.inf else -9999.0
 
 
 def _logprob(tokenizer: Tokenizer | None, token: int, logprob: float) -> dict[str, Any]:
@@ -139,9 +173,14 @@ async def render_events(turn: Turn, renderer: Renderer) -> AsyncGenerator[bytes,
 
 async def exhaust_all(turns: list[Turn]) -> None:
     """Run completions side by side to their ends; the first error ends all of them."""
-    tasks = [asyncio.ensure_future(_exhaust(turn)) for turn in turns]
+    await side_by_side(_exhaust(turn) for turn in turns)
+
+
+async def side_by_side(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, which run at the same time; the first error ends all of them."""
+    tasks = [asyncio.ensure_future(work) for work in works]
     try:
-        await asyncio.gather(*tasks)
+        return await asyncio.gather(*tasks)
     finally:
         await _cancel(tasks)
 
@@ -181,7 +220,7 @@ async def _exhaust(turn: Turn) -> None:
             pass
 
 
-async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from fathom.chat import (
@@ -25,8 +25,9 @@ from fathom.chat import (
     ToolCall,
 )
 from fathom.chat.requests import PromptRequest, ToolSpec, pack_reasoning
-from fathom.server.problems import as_problem
+from fathom.server.problems import Problem, as_problem
 from fathom.server.render import (
+    RawJson,
     dumps,
     exhaust_all,
     new_id,
@@ -52,6 +53,7 @@ class ResponsesWriter:
         model: str,
         keep: Keep,
         record: Callable[[TokenRecord], dict[str, Any]],
+        echoed: dict[str, Any],
     ) -> None:
         self.id = new_id("resp_")
         self._request = request
@@ -59,11 +61,13 @@ class ResponsesWriter:
         self._model = model
         self._keep = keep
         self._record = record
+        self._echoed = echoed
         self._created = int(time.time())
         self._sequence = 0
         self._begun = False
         self._output: list[dict[str, Any]] = []  # finished items
         self._open: _Open | None = None
+        self._unfinished = False  # a call began that will never be whole
 
     def stream(self) -> AsyncGenerator[bytes, None]:
         """The response as events."""
@@ -84,12 +88,13 @@ class ResponsesWriter:
         return self._end(account)
 
     def fail(self, error: Exception) -> bytes:
-        """The event that ends a stream in trouble."""
+        """The event that ends a stream in trouble, behind those that begin it."""
+        begin = "" if self._begun else self._begin()
         problem = as_problem(error)
         body = self._body("failed") | {
             "error": {"code": "server_error", "message": problem.message}
         }
-        return to_bytes(self._event("response.failed", response=body))
+        return to_bytes(begin + self._event("response.failed", response=body))
 
     def feed(self, events: list[Event], turn: Turn) -> str:
         """Some more events of the response."""
@@ -166,6 +171,11 @@ class ResponsesWriter:
             return ""
         self._open = opened  # the events name it
         text, item = "".join(opened.text), opened.item
+        if opened.kind == "call":
+            # Cut off or repaired, so it has no end: its arguments are a beginning that is no JSON.
+            self._unfinished = True
+            item |= {"arguments": text, "status": "incomplete"}
+            return self._end_item()
         if opened.kind == "reasoning":
             part: dict[str, Any] = {"type": "reasoning_text", "text": text}
             item["encrypted_content"] = pack_reasoning(text)
@@ -185,6 +195,8 @@ class ResponsesWriter:
         return out + self._item_event("response.output_item.added", item=item)
 
     def _arguments_delta(self, text: str) -> str:
+        assert self._open is not None
+        self._open.text.append(text)
         return self._item_event("response.function_call_arguments.delta", delta=text)
 
     def _finish_call(self, event: CallFinished) -> str:
@@ -237,11 +249,13 @@ class ResponsesWriter:
 
     def _end(self, account: Account) -> dict[str, Any]:
         cut = account.finish_reason == "length"
-        body = self._body("incomplete" if cut else "completed") | {
+        body = self._body("incomplete" if cut or self._unfinished else "completed") | {
             "output": self._output,
             "usage": _usage(account),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
         }
+        if self._unfinished and not cut:
+            body["incomplete_details"] = {"reason": "repaired_call"}
         report = side_report([account])
         if report:
             body["fathom"] = report
@@ -265,7 +279,6 @@ class ResponsesWriter:
             "background": False,
             "error": None,
             "incomplete_details": None,
-            "instructions": None,
             "max_output_tokens": request.max_tokens,
             "model": self._model,
             "output": [],
@@ -275,13 +288,29 @@ class ResponsesWriter:
             "store": request.metadata.get("store") is not False,
             "temperature": request.default_sampling().temperature,
             "text": {"format": {"type": request.response_format.kind}},
-            "tool_choice": choice.mode,
-            "tools": [],
             "top_p": request.default_sampling().top_p,
             "truncation": "disabled",
             "usage": None,
-            "metadata": request.metadata.get("metadata") or {},
+            **self._echoed,
         }
+
+
+def echo(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a response repeats of its request as it was. Raises Problem for what is not JSON."""
+    found = {
+        "instructions": body.get("instructions"),
+        "tool_choice": body.get("tool_choice") or "auto",
+        "tools": body.get("tools") or [],
+        "metadata": body.get("metadata") or {},
+    }
+    for name, value in found.items():
+        try:
+            found[name] = RawJson(dumps(value))
+        except ValueError:
+            raise Problem(
+                400, f"{name} holds a number that JSON does not have", param=name
+            ) from None
+    return found
 
 
 class _Open:
@@ -300,13 +329,14 @@ class _Open:
 def _call_item(call: ToolCall, spec: ToolSpec) -> dict[str, Any]:
     name = spec.local_name or call.name
     if spec.kind == "custom":
-        given = json.loads(call.arguments)
+        # Only a string matters; Python refuses to convert very long numbers.
+        given = json.loads(call.arguments, parse_int=float)
         text = given.get("input") if isinstance(given, dict) else None
         item = {"type": "custom_tool_call", "id": new_id("ctc_"), "call_id": call.id, "name": name,
                 "input": text if isinstance(text, str) else call.arguments}  # fmt: skip
     elif spec.kind == "tool_search":
         return {"type": "tool_search_call", "id": new_id("tsc_"), "call_id": call.id,
-                "execution": "client", "arguments": json.loads(call.arguments)}  # fmt: skip
+                "execution": "client", "arguments": RawJson(call.arguments)}  # fmt: skip
     else:
         item = {"type": "function_call", "id": new_id("fc_"), "call_id": call.id, "name": name,
                 "arguments": call.arguments}  # fmt: skip

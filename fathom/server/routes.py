@@ -23,8 +23,8 @@ from fathom.server.completions_api import CompletionsWriter, read_completions
 from fathom.server.messages_api import MessagesWriter
 from fathom.server.problems import Problem
 from fathom.server.render import Json, logprob_entry
-from fathom.server.responses_api import ResponsesWriter
-from fathom.server.service import Prepared, Service
+from fathom.server.responses_api import ResponsesWriter, echo
+from fathom.server.service import Prepared, Service, notice_header
 from fathom.server.sse import EventStream, until_disconnect
 from fathom.server.store import StoredResponse
 from fathom.server.turn import TokenRecord
@@ -180,7 +180,8 @@ def _add_responses(app: FastAPI, service: Service) -> None:
         (turn,) = service.start(prepared, owner)
 
         def keep(response_id: str, messages: list[Message], made: dict[str, Any]) -> None:
-            stored = StoredResponse(messages=messages, body=made)
+            found = prepared.request.found_tools
+            stored = StoredResponse(messages=messages, body=made, found_tools=found)
             service.store.keep_response(owner, response_id, stored)
 
         def record(found: TokenRecord) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def _add_responses(app: FastAPI, service: Service) -> None:
             )
 
         model = _model(service, prepared)
-        writer = ResponsesWriter(prepared.request, turn, model, keep, record)
+        writer = ResponsesWriter(prepared.request, turn, model, keep, record, echo(body))
         return await reply(
             service,
             request,
@@ -214,12 +215,12 @@ def _add_stored(app: FastAPI, service: Service) -> None:
         return Problem(404, message, code="response_not_found", param="response_id")
 
     @app.get("/v1/responses/{response_id}", **documents.STORED)
-    async def get_response(request: Request, response_id: str) -> dict[str, Any]:
+    async def get_response(request: Request, response_id: str) -> Response:
         """A response that was made before, as long as the server remembers it."""
         stored = service.store.response(request.state.owner, response_id)
         if stored is None:
             raise missing(response_id)
-        return stored.body
+        return Json(stored.body)
 
     @app.delete("/v1/responses/{response_id}", **documents.STORED)
     async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
@@ -235,7 +236,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         """Go on from a prompt, given as text or token ids."""
         body = await read_json(request, service.settings.limits)
         raw = await read_completions(service, body)
-        service.check_queue()
+        service.check_queue(len(raw.prompts) * raw.choices)
         writer = CompletionsWriter(service, raw, request.state.owner)
         return await reply(
             service,
@@ -244,7 +245,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
             api="completions",
             keep_alive=chat_api.KEEP_ALIVE,
             streams=raw.stream,
-            headers={},
+            headers=notice_header(raw.notices),
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,6 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from fathom.chat.messages import Message
 from fathom.chat.requests import (
     PromptRequest,
     RequestOptions,
@@ -37,12 +36,19 @@ from fathom.server.metrics import Metrics
 from fathom.server.problems import Problem
 from fathom.server.render import new_id
 from fathom.server.settings import MAX_THINKING_FLOOR, Settings
-from fathom.server.store import TurnStore
+from fathom.server.store import StoredResponse, TurnStore
 from fathom.server.turn import Delivery, Turn
 
 log = logging.getLogger(__name__)
 
 _CALL_PREFIX = {"chat": "call_", "messages": "toolu_", "responses": "call_"}
+
+
+def notice_header(notices: Iterable[str]) -> dict[str, str]:
+    """The header that tells a client what was ignored or changed, if anything was."""
+    joined = "; ".join(notices).encode("ascii", "replace").decode()
+    text = "".join(c for c in joined if c.isprintable())[:1000]
+    return {"x-fathom-notice": text} if text else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +70,7 @@ class Prepared:
         headers: dict[str, str] = {}
         if self.request.restored:
             headers["x-fathom-restored-reasoning"] = str(self.request.restored)
-        if self.notices:
-            joined = "; ".join(self.notices)[:1000].encode("ascii", "replace").decode()
-            headers["x-fathom-notice"] = "".join(c for c in joined if c.isprintable())
-        return headers
+        return headers | notice_header(self.notices)
 
 
 class Service:
@@ -85,7 +88,8 @@ class Service:
         self._waiting = 0
         self._options = RequestOptions(
             revision=settings.revision,
-            keep_tools_when_none=True,
+            # Without masks nothing but their absence keeps the model from calling.
+            keep_tools_when_none=self._constrainer is not None,
             most_choices=settings.limits.choices,
             require_reasoning=settings.require_reasoning,
         )
@@ -96,7 +100,8 @@ class Service:
         known = {name: value for name, value in body.items() if name not in OWN_FIELDS}
         options = replace(self._options, recall=partial(self.store.recall, owner))
         if api == "responses":
-            request = read_responses(known, options, history=self._history(owner, body))
+            past = self._past(owner, body)
+            request = read_responses(known, options, past.messages, past.found_tools)
         else:
             request = (read_chat if api == "chat" else read_messages)(known, options)
         check_request(request, self.settings.limits)
@@ -106,6 +111,9 @@ class Service:
         """Read, restore, render and measure. Raises Problem for a prompt that does not fit."""
         size = getattr(body, "size", 0)
         request, notice = self._check_effort(await off_loop(size, self.read, api, body, owner))
+        if request.top_logprobs is not None and not self.backend.info.logprobs:
+            request = replace(request, top_logprobs=None)
+            notice = (*notice, NO_LOGPROBS)
         if request.restored:
             self.metrics.restored.inc(request.restored)
         param = "input" if api == "responses" else "messages"
@@ -146,10 +154,13 @@ class Service:
             if self._constrainer.needs_grammar(request):
                 return await anyio.to_thread.run_sync(masks), False, ()
             return masks(), False, ()
-        force = request.tool_choice.mode == "required" and request.reasons
-        asked = request.response_format.kind != "text" or any(t.strict for t in request.tools)
-        told = ("schemas are not enforced: the upstream offers no constrained decoding",)
-        return (None,) * request.n, force, told if asked else ()
+        choice, told = request.tool_choice, list[str]()
+        force = choice.mode == "required" and request.start != "content"
+        if choice.mode == "required" and not force:
+            told.append("tool_choice is not enforced: the answer goes on from its content")
+        if request.response_format.kind != "text" or any(t.strict for t in request.tools):
+            told.append("schemas are not enforced: the upstream offers no constrained decoding")
+        return (None,) * request.n, force, tuple(told)
 
     def check_length(self, tokens: int, param: str) -> int:
         """How many tokens fit behind a prompt. Raises Problem for one that leaves no room."""
@@ -164,11 +175,12 @@ class Service:
             )
         return context - tokens
 
-    def _history(self, owner: str, body: Mapping[str, Any]) -> list[Message]:
+    def _past(self, owner: str, body: Mapping[str, Any]) -> StoredResponse:
         """The conversation that a Responses request goes on from."""
         previous = body.get("previous_response_id")
         if not isinstance(previous, str):
-            return []  # the reader says what is wrong with anything but null
+            # The reader says what is wrong with anything but null.
+            return StoredResponse(messages=[], body={})
         stored = self.store.response(owner, previous)
         if stored is None:
             raise Problem(
@@ -178,17 +190,17 @@ class Service:
                 code="previous_response_not_found",
                 param="previous_response_id",
             )
-        return stored.messages
+        return stored
 
     def start(self, prepared: Prepared, owner: str) -> list[Turn]:
         """The completions of a request, not yet running. Raises Problem when too many wait."""
-        self.check_queue()
+        self.check_queue(prepared.request.n)
         return [self._turn(prepared, owner, at) for at in range(prepared.request.n)]
 
-    def check_queue(self) -> None:
-        """Raises Problem when as many completions wait as may."""
-        full = self._slots.value == 0
-        if full and self._waiting >= self.settings.limits.waiting:
+    def check_queue(self, completions: int) -> None:
+        """Raises Problem when more completions would wait than may."""
+        waiting = self._waiting + completions - self._slots.value
+        if waiting > self.settings.limits.waiting:
             raise Problem(
                 503,
                 f"{self._waiting} completions are waiting already: try again later",
@@ -229,6 +241,7 @@ class Service:
             repaired=prepared.repaired_calls,
             forbidden=request.tool_choice.mode == "none" or not request.tools,
             single=not request.tool_choice.parallel,
+            names=frozenset(request.tool_choice.names),
         )
         prefix = _CALL_PREFIX[request.api]
         ids: dict[int, str] = {}
@@ -236,7 +249,7 @@ class Service:
         def make_id(index: int) -> str:
             return ids.setdefault(index, new_id(prefix))
 
-        backend = ForcedBackend(self.backend) if prepared.force else self.backend
+        backend = ForcedBackend(self.backend, request) if prepared.force else self.backend
         return Turn(backend, generation, request, delivery, make_id, self.watch(owner))
 
     def watch(self, owner: str) -> Callable[[Any], Any]:
@@ -283,8 +296,10 @@ class Service:
             f"effort max became high: it needs a context of {MAX_THINKING_FLOOR} tokens, this "
             f"model has {context}"
         )
-        return replace(request, thinking="high"), (note,)
+        return replace(request, thinking="high", effort="high"), (note,)
 
+
+NO_LOGPROBS = "there are no logprobs: the upstream gives them by token id only"
 
 # Fields that only this server knows; the readers of the APIs never see them.
 OWN_FIELDS = ("repaired_calls", "top_k")

@@ -12,10 +12,11 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from fathom.chat import Message
+from fathom.chat.requests import ToolSpec
 
 V = TypeVar("V")
 
@@ -67,10 +68,14 @@ class Bounded(Generic[V]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredResponse:
-    """A finished response: the conversation with its answer, and the object the client got."""
+    """A finished response: the conversation with its answer, and the object the client got.
+
+    found_tools: those that searches of the conversation found, which no request names again.
+    """
 
     messages: list[Message]
     body: dict[str, Any]
+    found_tools: list[ToolSpec] = field(default_factory=list[ToolSpec])
 
 
 class TurnStore:
@@ -91,7 +96,7 @@ class TurnStore:
 
     def keep_response(self, owner: str, response_id: str, response: StoredResponse) -> None:
         """Remember a response."""
-        size = len(repr(response.messages)) + len(repr(response.body))
+        size = len(repr(response))
         self._responses.put((owner, response_id), response, size)
 
     def response(self, owner: str, response_id: str) -> StoredResponse | None:

@@ -28,6 +28,7 @@ from fathom.chat import (
     Tokenizer,
     ToolCall,
 )
+from fathom.chat.protocol import THINK
 from fathom.chat.requests import PromptRequest
 from fathom.server.backend import Backend, GenerationEnd, GenerationRequest, Prefilled, TokenOutput
 
@@ -69,14 +70,21 @@ class TokenRecord:
 class Delivery:
     """Which calls a client gets, and when.
 
-    at_once: arguments as they are written, instead of whole calls. repaired: also calls that were
-    rebuilt by guesswork. forbidden: none at all, the client asked for none. single: only the first.
+    at_once: arguments as they are written, instead of whole calls; a call that is then not to be
+    delivered stays without its end. repaired: also calls that were rebuilt by guesswork.
+    forbidden: none at all, the client asked for none. single: only the first. names: only calls of
+    these tools, where there are any names.
     """
 
     at_once: bool = False
     repaired: bool = False
     forbidden: bool = False
     single: bool = False
+    names: frozenset[str] = frozenset()
+
+    def allows(self, name: str) -> bool:
+        """Whether a call of this tool may be delivered at all."""
+        return not self.forbidden and (not self.names or name in self.names)
 
 
 # What the server does around every completion: a slot before it, counters and the store behind it.
@@ -103,8 +111,7 @@ class Turn:
         self._watch = watch
         self._parser = ask.parser(make_id=make_id, stream_arguments=delivery.at_once)
         self._markers = _markers(backend.tokenizer)
-        self._think_end, self._markup = _markup(backend.tokenizer)
-        self._thinks = ask.reasons
+        self._begun = (-1, 0)  # the call that the client sees come, and how much of its arguments
         self._stops = bool(ask.stop)
         self._wants_records = ask.top_logprobs is not None
         self._pending: deque[TokenRecord] = deque()
@@ -142,39 +149,32 @@ class Turn:
     def _take(self, output: TokenOutput) -> list[Event]:
         account, token = self.account, output.token_id
         account.completion_tokens += 1
-        if self._thinks:
+        thinks = self._parser.stage == "reasoning"
+        if thinks:
             account.reasoning_tokens += 1
         if token is None:
             events = self._parser.feed(output.text)
         elif token not in self._markers:
             events = self._parser.feed(output.text, False)
         else:
-            events = self._feed_marker(output.text, token)
-            self._thinks = self._thinks and token != self._think_end
-        if self._wants_records and token is not None and token not in self._markers:
+            events = self._feed_marker(output.text, self._markers[token])
+        if self._wants_records and token is not None and self._markers.get(token, THINK) == THINK:
             self._pending.append(
-                TokenRecord(token, output.text, output.logprob, output.top, self._thinks)
+                TokenRecord(token, output.text, output.logprob, output.top, thinks)
             )
         return self._shown(events)
 
-    def _feed_marker(self, text: str, token: int) -> list[Event]:
+    def _feed_marker(self, text: str, marker: str) -> list[Event]:
         # Only the id tells markup from text that spells it. A character that was unfinished when
         # the marker came stands before it, and the stop token has no text at all.
-        marker = self._markers[token]
         before = text.removesuffix(marker)
         events = self._parser.feed(before, False) if before else []
-        if token in self._markup:
-            events += self._parser.feed(marker, True)
-        elif before != text:
-            # A role or search token has no place in a reply, and no client a use for it.
-            self.account.diagnostics.append(Diagnostic("special_token", marker))
-        return events
+        return events if before == text else events + self._parser.feed(marker, True)
 
     def _shown(self, events: list[Event]) -> list[Event]:
         account, shown = self.account, []
         for event in events:
             if isinstance(event, ContentDelta):
-                self._thinks = False
                 account.content.append(event.text)
                 shown.append(event)
                 self._cover(len(event.text), reasoning=False)
@@ -194,20 +194,31 @@ class Turn:
         return shown
 
     def _call_event(self, event: CallStarted | ArgumentsDelta | CallFinished) -> list[Event]:
-        self._thinks = False
         delivery = self._delivery
         if not isinstance(event, CallFinished):
-            return [event] if delivery.at_once and not delivery.forbidden else []
-        call = event.call
-        if self._may_deliver(call):
-            self.account.calls.append(call)
-            self._over = delivery.single
+            if isinstance(event, CallStarted):
+                if not delivery.at_once or not delivery.allows(event.name):
+                    return []
+                self._begun = (event.index, 0)
+            elif self._begun[0] != event.index:
+                return []
+            else:
+                self._begun = (event.index, self._begun[1] + len(event.text))
             return [event]
-        self.account.withheld.append(call)
-        return []
+        call = event.call
+        if not self._may_deliver(call):
+            self.account.withheld.append(call)
+            return []
+        self.account.calls.append(call)
+        self._over = delivery.single
+        index, size = self._begun
+        if index == event.index and size < len(call.arguments):
+            # Repaired: the parser told only its beginning.
+            return [ArgumentsDelta(index, call.arguments[size:]), event]
+        return [event]
 
     def _may_deliver(self, call: ToolCall) -> bool:
-        if self._delivery.forbidden or call.partial:
+        if call.partial or not self._delivery.allows(call.name):
             return False
         return self._delivery.repaired or not call.repaired
 
@@ -225,10 +236,11 @@ class Turn:
 
     def _finish(self, reason: str) -> list[Event]:
         account = self.account
-        events = [] if self._over else self._shown(self._parser.close())
+        cut = reason == "length"
+        events = [] if self._over else self._shown(self._parser.close(truncated=cut))
         if account.stop_string is not None:
             account.finish_reason = "stop"
-        elif reason == "length" and not self._over:
+        elif cut and not self._over:
             account.finish_reason = "length"
         else:
             account.finish_reason = "tool_calls" if account.calls else "stop"
@@ -248,11 +260,3 @@ def _markers(tokenizer: Tokenizer | None) -> dict[int, str]:
     if tokenizer is None:
         return {}
     return {token: tokenizer.decode([token]) for token in tokenizer.special_ids}
-
-
-def _markup(tokenizer: Tokenizer | None) -> tuple[int | None, frozenset[int]]:
-    """The id that ends a thought, and all ids that mean something to the parser."""
-    if tokenizer is None:
-        return None, frozenset()
-    think_end = tokenizer.token_id("think_end")
-    return think_end, frozenset({think_end, tokenizer.token_id("dsml")})

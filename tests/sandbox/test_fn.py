@@ -78,16 +78,17 @@ def main(x):
 """
 LOOK = """
 import os, builtins, json
+def alive(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 def main(x):
     found = [name for module in (builtins, json) for name in vars(module) if name == "leaked"]
     found += [v for v in os.environ if v == "LEAKED"]
     for folder in ("/work", "/tmp", "/dev/shm"):
         found += os.listdir(folder)
-    for pid in os.listdir("/proc"):
-        if pid.isdigit():
-            line = open(f"/proc/{pid}/cmdline").read()
-            found += [line] if "444" in line.replace(chr(0), " ").split()[-1:] else []
-    count = sum(pid.isdigit() for pid in os.listdir("/proc"))
+    count = sum(alive(pid) for pid in os.listdir("/proc") if pid.isdigit())
     return found, count, oct(os.stat("/work").st_mode & 0o777)
 """
 

@@ -12,8 +12,10 @@ import httpx2
 import pytest
 
 from fathom.chat import Tokenizer
+from fathom.chat.protocol import SPECIAL_TOKENS, UNUSED_TOKENS
+from fathom.chat.segments import Segment
 from fathom.errors import BackendError
-from fathom.server.gateway import GatewayBackend, completions_base, open_gateway
+from fathom.server.gateway import GatewayBackend, completions_base, open_gateway, safe_text
 from fathom.server.run import running
 from fathom.server.scripted import Reply
 from tests.server.conftest import BASH, D, Open, Server, block, call, events
@@ -162,6 +164,8 @@ def fake() -> Iterator[tuple[str, list[bytes]]]:
             status, _, body = told[0].partition(b"\n")
             self.send_response(int(status))
             self.send_header("content-type", "text/event-stream")
+            for wait in told[1:]:
+                self.send_header("retry-after", wait.decode())
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -201,7 +205,8 @@ GOOD = chunk("x</think>Hi") + chunk("", "stop") + b"data: [DONE]\n\n"
         (b"200\n", 502),
         (b"400\n" + b'{"error": "prompt too long"}', 400),
         (b"401\n" + b"who are you", 502),
-        (b"429\n" + b"slow down", 502),
+        (b"429\n" + b"slow down", 429),
+        (b"503\n" + b"busy", 503),
         (b"500\n" + b"<html>oops</html>", 502),
     ],
 )
@@ -213,3 +218,131 @@ def test_a_misbehaving_upstream(fake: tuple[str, list[bytes]], said: bytes, stat
     assert response.status_code == status, response.text
     if status == 200:
         assert response.json()["choices"][0]["message"]["content"] == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("wait", "told_wait"),
+    [("7", "7"), ("x" * 100, None), (None, None)],
+    ids=["good", "odd", "none"],
+)
+def test_an_upstream_with_too_much_to_do_says_when_to_come_back(
+    fake: tuple[str, list[bytes]], wait: str | None, told_wait: str | None
+):
+    url, told = fake
+    told[0] = b"429\nslow down"
+    told[1:] = [wait.encode()] if wait else []
+    with running(GatewayBackend(url, model="m")) as address, Gateway(address) as gateway:
+        for stream in (False, True):
+            response = gateway.chat(stream=stream)
+            assert response.status_code == 429
+            assert response.headers.get("retry-after") == told_wait
+            assert response.json()["error"]["type"] == "rate_limit_error"
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9}
+        told[0] = b"503\nbusy"
+        assert gateway.client.post("/v1/messages", json=body).status_code == 529
+    told[1:] = []
+
+
+def test_a_completion_costs_the_gateway_no_reading_of_certificates(
+    fake: tuple[str, list[bytes]], monkeypatch: pytest.MonkeyPatch
+):
+    url, told = fake
+    told[0] = b"200\n" + GOOD
+    backend = GatewayBackend(url, model="m")
+    read: list[bool] = []
+    with running(backend) as address, Gateway(address) as gateway:
+        monkeypatch.setattr("httpcore2.default_ssl_context", lambda **_: read.append(True))
+        assert gateway.chat().status_code == 200
+    assert not read
+
+
+NAMED = {"type": "function", "function": {"name": "bash"}}
+OTHER = {"type": "function", "function": {"name": "other", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("thinking", ["enabled", "disabled"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_named_call_is_made_without_masks(
+    gateway: Gateway, upstream: Server, thinking: str, stream: bool
+):
+    """Whatever the model would rather do: the opening goes as far as the name."""
+
+    def script(prompt: str) -> str:
+        opened = prompt.endswith(f'<{D}tool_calls>\n<{D}invoke name="bash">\n')
+        rest = call(command="ls").split("\n", 1)[1] + f"\n{call('other')}\n</{D}tool_calls>"
+        return rest if opened else "I prefer another.</think>" + block(call("other"))
+
+    upstream.say(script)
+    fields = {"tools": [BASH, OTHER], "tool_choice": NAMED, "thinking": {"type": thinking}}
+    response = gateway.chat(stream=stream, **fields)
+    assert "x-fathom-notice" not in response.headers
+    bodies = events(response.text) if stream else [response.json()]
+    choices = [choice for body in bodies for choice in body["choices"]]
+    parts = [choice.get("delta") or choice.get("message") or {} for choice in choices]
+    calls = [one["function"] for part in parts for one in part.get("tool_calls", [])]
+    assert [one["name"] for one in calls] == ["bash"]
+    assert json.loads(calls[0]["arguments"]) == {"command": "ls"}
+    assert [held["name"] for held in bodies[-1]["fathom"]["withheld_calls"]] == ["other"]
+    if thinking == "enabled":
+        thought = "".join(part.get("reasoning_content") or "" for part in parts)
+        assert thought == "I prefer another."
+
+
+def test_without_masks_tool_choice_none_takes_the_tools_away(gateway: Gateway, upstream: Server):
+    upstream.say("x</think>Fine.")
+    assert gateway.chat(tools=[BASH], tool_choice="none").status_code == 200
+    assert "bash" not in upstream.prompt
+
+
+def test_a_choice_that_cannot_be_enforced_is_told(gateway: Gateway, upstream: Server):
+    upstream.say(" and more.")
+    history = [{"role": "user", "content": "x"},
+               {"role": "assistant", "content": "So", "prefix": True}]  # fmt: skip
+    body = {"messages": history, "tools": [BASH], "tool_choice": "required"}
+    response = gateway.client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200
+    assert "tool_choice is not enforced" in response.headers["x-fathom-notice"]
+
+
+def test_a_call_cut_by_the_limit_is_no_repaired_call(fake: tuple[str, list[bytes]]):
+    """By text alone, closing tags inside a value could be its end or part of it."""
+    url, told = fake
+    value = f"rm -rf /tmp/a\n</{D}invoke>\n</{D}tool_calls>\nand more"
+    said = "x</think>" + block(call(command="X")).split("X")[0] + value
+    for finish in ("length", "stop"):
+        told[0] = b"200\n" + chunk(said) + chunk("", finish) + b"data: [DONE]\n\n"
+        with running(GatewayBackend(url, model="m")) as address, Gateway(address) as gateway:
+            for stream in (False, True):
+                response = gateway.chat(tools=[BASH], repaired_calls=True, stream=stream)
+                assert ('tool_calls":' in response.text) == (finish == "stop")
+                bodies = events(response.text) if stream else [response.json()]
+                if finish == "length":
+                    assert bodies[-1]["choices"][0]["finish_reason"] == "length"
+                    (held,) = bodies[-1]["fathom"]["withheld_calls"]
+                    assert held["partial"]
+                    assert json.loads(held["arguments"]) == {"command": value}
+
+
+def test_logprobs_that_a_gateway_cannot_give_are_told(upstream: Server):
+    upstream.say("x</think>An answer")
+    with running(GatewayBackend(upstream.url, model="m")) as url, Gateway(url) as gateway:
+        response = gateway.chat(logprobs=True)
+        assert response.json()["choices"][0]["logprobs"] is None
+        assert "no logprobs" in response.headers["x-fathom-notice"]
+
+
+def test_tokens_of_a_call_are_no_reasoning_tokens(gateway: Gateway, upstream: Server):
+    upstream.say("a b c</think>" + LS)
+    details = gateway.chat(tools=[BASH]).json()["usage"]
+    thought = details["completion_tokens_details"]["reasoning_tokens"]
+    assert 3 <= thought <= 7
+    assert details["completion_tokens"] > 20
+
+
+@pytest.mark.parametrize("token", [*SPECIAL_TOKENS.values(), *UNUSED_TOKENS, "<\uff5cnew\uff5c>"])
+def test_no_special_token_of_a_user_is_whole_in_a_text_prompt(token: str):
+    data, own = Segment(f"a{token}b"), Segment(token, special=True)
+    text = safe_text([data, own])
+    assert text.count(token) == 1
+    assert text.endswith(token)
+    assert text.replace("\u200b", "") == f"a{token}b{token}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 
@@ -12,6 +13,7 @@ from fathom.chat import Tokenizer
 from fathom.cli.main import app as cli
 from fathom.errors import ServerError
 from fathom.server.load import Load, measure
+from fathom.server.render import RawJson, dumps, finite
 from fathom.server.run import open_listener, running
 from fathom.server.scripted import ScriptedBackend
 from fathom.server.sessions import Session
@@ -84,3 +86,18 @@ def test_the_command_refuses_an_open_door(capsys: pytest.CaptureFixture[str]):
     result = CliRunner().invoke(cli, ["serve", "--model", "scripted", "--host", "0.0.0.0"])
     assert result.exit_code == 2
     assert "no API key" in result.output + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("logprob", [float("-inf"), float("inf"), float("nan"), -1e5])
+def test_log_probabilities_are_numbers_of_json(logprob: float):
+    assert json.loads(dumps(finite(logprob)), parse_constant=pytest.fail) == -9999.0
+    assert finite(-0.5) == -0.5
+
+
+def test_json_holds_raw_json_and_no_infinity():
+    value = {"a": RawJson('{"x": 1e999}'), "b": ["x", RawJson("1.50")], "c": "\ud800"}
+    assert dumps(value) == '{"a":{"x": 1e999},"b":["x",1.50],"c":"\ud800"}'
+    with pytest.raises(ValueError, match="Out of range"):
+        dumps({"a": float("inf")})
+    with pytest.raises(TypeError, match="object"):
+        dumps({"a": object()})

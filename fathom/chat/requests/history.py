@@ -159,13 +159,18 @@ def _settle_system(messages: list[Message], *, hoist: bool) -> list[Message]:
 
 
 def _join_questions(messages: list[Message]) -> list[Message]:
-    """Join user messages in a row, leaving out the empty ones, as the hosted API does."""
+    """Join user messages in a row, leaving out the empty ones, as the hosted API does.
+
+    A message with a task ends its turn, because the model answers at its token.
+    """
     joined: list[Message] = []
     for message in messages:
         last = joined[-1] if joined else None
-        if message.role == "user" and last is not None and last.role == "user":
+        follows = last is not None and last.role == "user" and last.task is None
+        if message.role == "user" and last is not None and follows:
             texts = (join_content(last.content), join_content(message.content))
-            joined[-1] = replace(last, content=BLANK.join(text for text in texts if text))
+            content = BLANK.join(text for text in texts if text)
+            joined[-1] = replace(last, content=content, task=message.task)
         else:
             joined.append(message)
     return joined

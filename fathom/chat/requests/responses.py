@@ -50,11 +50,12 @@ def read_responses(
     body: Mapping[str, Any],
     options: RequestOptions | None = None,
     history: Sequence[Message] = (),
+    found_tools: Sequence[ToolSpec] = (),
 ) -> PromptRequest:
     """Read the body of a Responses request. Raises RequestError.
 
     `history` are the messages of `previous_response_id`: `carried` of the request that led to it,
-    and its answer.
+    and its answer. `found_tools` are those of that request.
     """
     options = options or RequestOptions()
     fields, warnings = Fields(body), list[str]()
@@ -90,7 +91,7 @@ def read_responses(
         carried=talk.carried,
         restored=talk.restored,
         tools=tools,
-        found_tools=reader.found_tools,
+        found_tools=[*reader.found_tools, *found_tools],
         tool_choice=tool_choice,
         thinking=thinking,
         effort=effort,

@@ -135,6 +135,8 @@ def _measure(data: bytes, limits: Limits) -> None:
     Lists and objects take a hundred times the memory of their bytes, and the decoder cannot be
     interrupted.
     """
+    commas = data.count(b",")
+    many = commas > limits.json_values  # unless most of them are in strings
     depth = parts = 0
     for found in _PARTS.finditer(data):
         character = found[0][:1]
@@ -147,9 +149,14 @@ def _measure(data: bytes, limits: Limits) -> None:
         elif character in b"]}":
             depth -= 1
             parts -= 1
+        elif many:
+            commas -= data.count(b",", found.start(), found.end())
         if parts > limits.json_parts:
             raise Problem(400, f"the JSON holds more than {limits.json_parts} strings, lists and "
                           "objects", code="too_many_items")  # fmt: skip
+    if commas > limits.json_values:
+        raise Problem(400, f"the JSON holds more than {limits.json_values} values",
+                      code="too_many_items")  # fmt: skip
 
 
 def _no_constant(name: str) -> NoReturn:

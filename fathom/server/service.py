@@ -46,8 +46,8 @@ _CALL_PREFIX = {"chat": "call_", "messages": "toolu_", "responses": "call_"}
 
 def notice_header(notices: Iterable[str]) -> dict[str, str]:
     """The header that tells a client what was ignored or changed, if anything was."""
-    joined = "; ".join(notices).encode("ascii", "replace").decode()
-    text = "".join(c for c in joined if c.isprintable())[:1000]
+    joined = "; ".join(notices)[:1000].encode("ascii", "replace").decode()
+    text = "".join(c for c in joined if c.isprintable())
     return {"x-fathom-notice": text} if text else {}
 
 

@@ -22,6 +22,7 @@ class Limits:
 
     request_bytes: int = 8 << 20  # a prompt of a million tokens has 4 to 7 MB
     json_parts: int = 400_000  # strings, lists and objects of one body
+    json_values: int = 1_200_000  # and all its values: a prompt of a million token ids
     messages: int = 10_000
     tools: int = 1_024
     schema_bytes: int = 256 << 10  # of one schema that replies are held to

@@ -15,6 +15,7 @@ import pytest
 
 from fathom.chat import Tokenizer
 from fathom.chat.requests import read_chat
+from fathom.server.bounds import decode_json
 from fathom.server.constrain import Constrainer
 from fathom.server.problems import Problem
 from fathom.server.schemas import check_schema, pattern_size
@@ -178,6 +179,14 @@ def test_patterns_are_measured_with_their_repetitions():
     assert pattern_size("a{5") == 3
 
 
+def test_values_are_counted_and_commas_in_text_are_not():
+    limits = Limits(json_values=10)
+    decode_json(b'{"a": [' + b"1," * 9 + b'1], "b": "' + b"," * 100 + b'"}', limits)
+    with pytest.raises(Problem) as refused:
+        decode_json(b'{"a": [' + b"1," * 11 + b"1]}", limits)
+    assert refused.value.code == "too_many_items"
+
+
 # --- connections that never end ---------------------------------------------------------------
 
 
@@ -231,8 +240,8 @@ def test_an_answer_that_is_never_read_is_cut_off(hasty: Server, caplog: pytest.L
 
 
 def test_a_slow_reader_gets_its_whole_answer(hasty: Server):
-    """One that reads little by little, for several times the patience, is no attacker."""
-    body = {"messages": [{"role": "user", "content": "word " * 200_000}]}
+    """One that reads little by little, for twice the patience, is no attacker."""
+    body = {"messages": [{"role": "user", "content": "word " * 100_000}]}
     with unread(hasty, post("/v1/render", body), window=1 << 16) as connection:
         got, steps = b"", 0
         while b"\r\n\r\n" not in got:
@@ -245,7 +254,7 @@ def test_a_slow_reader_gets_its_whole_answer(hasty: Server):
             assert part, "cut off"
             have += len(part)
             steps += 1
-            if steps <= 60:
+            if steps <= 40:
                 time.sleep(0.02)
     assert have == length
 

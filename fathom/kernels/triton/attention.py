@@ -1,6 +1,6 @@
 """Decode attention over stored entries: the window's ring and compressed entries of paged blocks.
 
-`_attend` gives every chunk of entries and every 16 or 64 heads a program, which reads the 584-byte
+`_attend` gives every chunk of entries and every 16 or 32 heads a program, which reads the 584-byte
 entries once, decodes them in registers and keeps an online softmax; `_combine` joins the chunks
 in a fixed order, adds the sink and turns the outputs back. Chunks are cut by position alone, never
 by the batch or the longest context, so that a sequence's result does not depend on its company.
@@ -36,11 +36,11 @@ class _Tiles:
 
 
 # By the layer's compress ratio. Few entries: small programs keep the whole device busy with a
-# single token. HCA sees thousands in a long context: all heads share what was decoded.
+# single token. HCA sees thousands in a long context: more heads share what was decoded.
 TILES = {
     0: _Tiles(heads=16, near=32, far=32, step=32),
     4: _Tiles(heads=16, near=32, far=32, step=32),
-    128: _Tiles(heads=64, near=64, far=64, step=64),
+    128: _Tiles(heads=32, near=32, far=64, step=32),
 }
 WARPS = 8
 PART = 128  # columns of one program of _combine

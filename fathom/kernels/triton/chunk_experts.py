@@ -41,6 +41,26 @@ FEW = 64  # tokens up to which an expert has a few at most
 FEW_ROWS, FEW_TOKENS, FEW_WARPS, FEW_STAGES = 64, 16, 4, 4
 
 
+def _two_places(byte: int) -> str:
+    """The codes in one byte of two words: the low one's and the high one's pair of BF16."""
+    return f"""
+prmt.b32 a, $8, $9, 0x{4 + byte}{4 + byte}{byte}{byte};
+shr.b32 t, a, 2;
+shl.b32 s, a, 4;
+and.b32 t, t, 0x01C001C0;
+lop3.b32 t, s, 0x80008000, t, 0xEA;
+mul.rn.bf16x2 ${2 * byte}, t, $10;
+shr.b32 t, a, 6;
+and.b32 t, t, 0x01C001C0;
+lop3.b32 t, a, 0x80008000, t, 0xEA;
+mul.rn.bf16x2 ${2 * byte + 1}, t, $10;"""
+
+
+_PLANES = tl.constexpr(
+    "{\n.reg .b32 a, s, t;" + "".join(_two_places(byte) for byte in range(4)) + "\n}"
+)
+
+
 @triton.jit
 def _planes_bf16(words, factor):
     """int32 of eight codes and BF16 factors -> the codes at each of the eight places, as BF16.
@@ -49,51 +69,7 @@ def _planes_bf16(words, factor):
     to 8, are a BF16 number 2**126 too small. Two neighbouring words make a pair of BF16.
     """
     return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 a, s, t;
-        prmt.b32 a, $8, $9, 0x4400;
-        shr.b32 t, a, 2;
-        shl.b32 s, a, 4;
-        and.b32 t, t, 0x01C001C0;
-        lop3.b32 t, s, 0x80008000, t, 0xEA;
-        mul.rn.bf16x2 $0, t, $10;
-        shr.b32 t, a, 6;
-        and.b32 t, t, 0x01C001C0;
-        lop3.b32 t, a, 0x80008000, t, 0xEA;
-        mul.rn.bf16x2 $1, t, $10;
-        prmt.b32 a, $8, $9, 0x5511;
-        shr.b32 t, a, 2;
-        shl.b32 s, a, 4;
-        and.b32 t, t, 0x01C001C0;
-        lop3.b32 t, s, 0x80008000, t, 0xEA;
-        mul.rn.bf16x2 $2, t, $10;
-        shr.b32 t, a, 6;
-        and.b32 t, t, 0x01C001C0;
-        lop3.b32 t, a, 0x80008000, t, 0xEA;
-        mul.rn.bf16x2 $3, t, $10;
-        prmt.b32 a, $8, $9, 0x6622;
-        shr.b32 t, a, 2;
-        shl.b32 s, a, 4;
-        and.b32 t, t, 0x01C001C0;
-        lop3.b32 t, s, 0x80008000, t, 0xEA;
-        mul.rn.bf16x2 $4, t, $10;
-        shr.b32 t, a, 6;
-        and.b32 t, t, 0x01C001C0;
-        lop3.b32 t, a, 0x80008000, t, 0xEA;
-        mul.rn.bf16x2 $5, t, $10;
-        prmt.b32 a, $8, $9, 0x7733;
-        shr.b32 t, a, 2;
-        shl.b32 s, a, 4;
-        and.b32 t, t, 0x01C001C0;
-        lop3.b32 t, s, 0x80008000, t, 0xEA;
-        mul.rn.bf16x2 $6, t, $10;
-        shr.b32 t, a, 6;
-        and.b32 t, t, 0x01C001C0;
-        lop3.b32 t, a, 0x80008000, t, 0xEA;
-        mul.rn.bf16x2 $7, t, $10;
-        }
-        """,
+        _PLANES,
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
         [words, factor],
         dtype=(tl.bfloat16,) * 8,

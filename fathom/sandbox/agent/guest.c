@@ -25,6 +25,7 @@
 #include <sys/sysmacros.h>
 
 #define PORT "fathom.agent"
+#define SYSROOT "/sysroot" /* where the system to be is put together */
 /* Modules that are wanted later: the tenant's network has no device before a policy allows one. */
 #define LATER "/run/fathom/modules"
 #define UPPER GUEST_FOLDER "/writes/upper"
@@ -150,47 +151,47 @@ static void mount_small_root(const char *writes) {
   snprintf(data, sizeof data, "size=%llu,nr_inodes=%llu,mode=711", size, size / 4096 + 1024);
   must_mount("tmpfs", "/writes", "tmpfs", MS_NOSUID | MS_NODEV, data);
   if (mkdir("/writes/upper", 0755) || mkdir("/writes/work", 0700)) die("writes");
-  must_mount("overlay", "/root", "overlay", MS_NOSUID | MS_NODEV,
+  must_mount("overlay", SYSROOT, "overlay", MS_NOSUID | MS_NODEV,
              "lowerdir=/base,upperdir=/writes/upper,workdir=/writes/work");
   const char *folders[] = {"work", "tmp", "proc", "sys", "dev", "run"};
   for (int i = 0; i < 6; i++) {
     char path[64];
-    snprintf(path, sizeof path, "/root/%s", folders[i]);
+    snprintf(path, sizeof path, SYSROOT "/%s", folders[i]);
     struct stat s;
     /* In an image that somebody made these may be anything, a link to elsewhere included. */
     if (lstat(path, &s)) mkdir(path, 0755);
     else if (!S_ISDIR(s.st_mode)) errno = ENOTDIR, die(path);
   }
-  if (chown("/root/work", 1000, 1000) || chmod("/root/tmp", 01777)) die("work");
-  must_mount("/root/work", "/root/work", NULL, MS_BIND, NULL);
-  must_mount("/root/tmp", "/root/tmp", NULL, MS_BIND, NULL);
+  if (chown(SYSROOT "/work", 1000, 1000) || chmod(SYSROOT "/tmp", 01777)) die("work");
+  must_mount(SYSROOT "/work", SYSROOT "/work", NULL, MS_BIND, NULL);
+  must_mount(SYSROOT "/tmp", SYSROOT "/tmp", NULL, MS_BIND, NULL);
   /* The rest of the root is closed by its owner; this closes it for everybody. */
-  if (mount(NULL, "/root", NULL, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV, NULL))
+  if (mount(NULL, SYSROOT, NULL, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV, NULL))
     die("read-only root");
 }
 
 static void enter_small_root(const char *writes) {
-  must_mount("proc", "/root/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
-  must_mount("sysfs", "/root/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY, NULL);
-  must_mount("devtmpfs", "/root/dev", "devtmpfs", MS_NOSUID | MS_NOEXEC, "mode=755");
-  mkdir("/root/dev/pts", 0755);
-  must_mount("devpts", "/root/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC,
+  must_mount("proc", SYSROOT "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
+  must_mount("sysfs", SYSROOT "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY, NULL);
+  must_mount("devtmpfs", SYSROOT "/dev", "devtmpfs", MS_NOSUID | MS_NOEXEC, "mode=755");
+  mkdir(SYSROOT "/dev/pts", 0755);
+  must_mount("devpts", SYSROOT "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC,
              "newinstance,ptmxmode=0666,mode=0620");
-  unlink("/root/dev/ptmx");
-  if (symlink("pts/ptmx", "/root/dev/ptmx")) die("ptmx");
+  unlink(SYSROOT "/dev/ptmx");
+  if (symlink("pts/ptmx", SYSROOT "/dev/ptmx")) die("ptmx");
   /* udev makes these elsewhere; a program that was given a file as /dev/stdin needs them. */
-  if (symlink("/proc/self/fd", "/root/dev/fd") || symlink("fd/0", "/root/dev/stdin") ||
-      symlink("fd/1", "/root/dev/stdout") || symlink("fd/2", "/root/dev/stderr"))
+  if (symlink("/proc/self/fd", SYSROOT "/dev/fd") || symlink("fd/0", SYSROOT "/dev/stdin") ||
+      symlink("fd/1", SYSROOT "/dev/stdout") || symlink("fd/2", SYSROOT "/dev/stderr"))
     die("standard streams");
   char data[96];
   unsigned long long size = writes ? strtoull(writes, NULL, 10) : 0;
   snprintf(data, sizeof data, "mode=1777,size=%llu", size / 4);
-  mkdir("/root/dev/shm", 01777);
-  must_mount("tmpfs", "/root/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, data);
-  must_mount("tmpfs", "/root/run", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=16m,mode=755");
-  mkdir("/root" GUEST_FOLDER, 0700);
-  must_mount("/writes", "/root" GUEST_FOLDER "/writes", NULL, MS_BIND, NULL);
-  copy_folder("/later", "/root" LATER);
+  mkdir(SYSROOT "/dev/shm", 01777);
+  must_mount("tmpfs", SYSROOT "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, data);
+  must_mount("tmpfs", SYSROOT "/run", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=16m,mode=755");
+  mkdir(SYSROOT GUEST_FOLDER, 0700);
+  must_mount("/writes", SYSROOT GUEST_FOLDER "/writes", NULL, MS_BIND, NULL);
+  copy_folder("/later", SYSROOT LATER);
 }
 
 static unsigned long long memory(const char *what) {
@@ -252,7 +253,7 @@ static void read_programs(void) {
 }
 
 static void switch_root(void) {
-  if (chdir("/root") || mount(".", "/", NULL, MS_MOVE, NULL) || chroot(".") || chdir("/"))
+  if (chdir(SYSROOT) || mount(".", "/", NULL, MS_MOVE, NULL) || chroot(".") || chdir("/"))
     die("new root");
 }
 
@@ -278,12 +279,12 @@ int guest_start(int *journal) {
   char *hostname = option(line, "fathom.hostname=");
   if (hostname && sethostname(hostname, strlen(hostname))) die("hostname");
   if (init) {
-    must_mount("/dev/vda", "/root", "ext4", 0, NULL);
-    must_mount("tmpfs", "/root/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755");
-    mkdir("/root" GUEST_FOLDER, 0700);
-    copy_folder("/later", "/root" LATER);
-    copy_file("/init", "/root" GUEST_FOLDER "/agent");
-    chmod("/root" GUEST_FOLDER "/agent", 0700);
+    must_mount("/dev/vda", SYSROOT, "ext4", 0, NULL);
+    must_mount("tmpfs", SYSROOT "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755");
+    mkdir(SYSROOT GUEST_FOLDER, 0700);
+    copy_folder("/later", SYSROOT LATER);
+    copy_file("/init", SYSROOT GUEST_FOLDER "/agent");
+    chmod(SYSROOT GUEST_FOLDER "/agent", 0700);
     const char *keep[] = {"/proc", "/sys", "/dev"};
     for (int i = 0; i < 3; i++) umount2(keep[i], MNT_DETACH);
     switch_root();

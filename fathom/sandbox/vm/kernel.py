@@ -192,7 +192,7 @@ def _needs(module: bytes) -> list[str]:
 def initramfs(kernel: Kernel, agent: Path, cache: Path) -> Path:
     """Return the initramfs for this kernel and agent, making it when it is missing."""
     parts: list[tuple[str, int, bytes]] = [
-        (name, 0o40755, b"") for name in ("dev", "proc", "sys", "root", "modules", "later")
+        (name, 0o40755, b"") for name in ("dev", "proc", "sys", "sysroot", "modules", "later")
     ]
     parts.append(("init", 0o100755, agent.read_bytes()))
     early = module_order(kernel.modules, MODULES)

@@ -38,6 +38,11 @@ VM = MicroVM | FullVM
 _MOST_TEMPLATES = 6
 _ABANDONED = 3600.0
 _SETTLE_TIMEOUT = 120.0
+# The login on the screen begins when nothing else is left to start, so it is not waited for by the
+# first line. A system without one goes on after ten seconds.
+_SYSTEM_AT_REST = """systemctl is-system-running --wait
+for i in $(seq 50); do pgrep -x agetty && break; sleep 0.2; done
+sleep 1"""
 
 
 @dataclass(slots=True)
@@ -159,7 +164,7 @@ class Machines:
 
     def _warm(self, id: str, launch: MachineLaunch) -> None:
         """Let a fresh machine come to rest, and read what every command reads."""
-        words = "true" if launch.substrate == "microvm" else "systemctl is-system-running --wait"
+        words = "true" if launch.substrate == "microvm" else _SYSTEM_AT_REST
         # An image without a shell has nothing to warm, and a system that runs degraded still runs.
         with contextlib.suppress(SandboxError):
             talk.execute(self.runtime / id, self.link.secret_of(id), words, timeout=_SETTLE_TIMEOUT)

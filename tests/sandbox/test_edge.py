@@ -20,13 +20,13 @@ from fathom.sandbox.edge import SOCKET
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SERVE = """
-import sys, anyio
+import sys
 from pathlib import Path
-from fathom.sandbox.edge import Edge
+from fathom.sandbox.edge.keeper import Keeper
+from fathom.sandbox.edge.parent import Parent
 from fathom.sandbox.host import LocalHost
 folder, cache, most = sys.argv[1:]
-edge = Edge(LocalHost("auto", Path(cache), Path(folder)), most=int(most), spare=0)
-anyio.run(edge.serve_until_told)
+Parent(Keeper(LocalHost("auto", Path(cache), Path(folder)), most=int(most), spare=0)).run()
 """
 
 

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from fathom.errors import DaemonLost, PolicyDenied, SandboxLost, Unsupported
 from fathom.sandbox.edge import MESSAGE_LIMIT
 
 HEAD_LIMIT = 16 << 10
@@ -30,7 +31,12 @@ _REASONS = {
     503: "Service Unavailable",
 }
 # What errors of the sandbox's own look like to whoever knows HTTP alone.
-_STATUS = {"policy_denied": 403, "unsupported": 501, "sandbox_lost": 410, "daemon_lost": 503}
+_STATUS = {
+    PolicyDenied.code: 403,
+    Unsupported.code: 501,
+    SandboxLost.code: 410,
+    DaemonLost.code: 503,
+}
 _FIRST = re.compile(r"([A-Z]{1,16}) (/[!-~]{0,1000}) HTTP/1\.1")
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}):[ \t]*([ -~\t]*)")
 _HEADERS = (

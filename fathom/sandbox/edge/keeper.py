@@ -101,7 +101,8 @@ class Keeper:
     def _allowed(self, spec: Kept) -> Kept:
         """Return a specification with its work folder resolved. Raises PolicyDenied."""
         if isinstance(spec, Container) and spec.workdir is not None:
-            folder = Path(os.path.realpath(spec.workdir))
+            # Whether there is such a folder elsewhere is not told either.
+            folder = _resolved(str(spec.workdir))
             if not any(folder == one or one in folder.parents for one in self._work):
                 raise PolicyDenied(
                     f"the work folder {str(spec.workdir)[:200]!r} is not one that this daemon may "
@@ -343,3 +344,11 @@ class Keeper:
             except FathomError as error:
                 event(_log, logging.WARNING, "not_adopted", id=entry.id, error=error)
                 self._destroy(entry.id)
+
+
+def _resolved(path: str) -> Path:
+    """Return a path without links; the root, which is never allowed by chance, for none."""
+    try:
+        return Path(os.path.realpath(path)) if os.path.isabs(path) else Path("/")
+    except OSError:
+        return Path("/")

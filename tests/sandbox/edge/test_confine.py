@@ -78,7 +78,7 @@ attempts = {
     "out of the root": lambda: open("../../../../etc/passwd").read(),
     "trace the parent": lambda: call(101, ctypes.c_long(16), ctypes.c_long(parent), zero, zero),
     "read the parent's memory": lambda: open(f"/proc/{parent}/mem", "rb"),
-    "keys": lambda: call(250, zero, zero, zero),
+    "keys": lambda: call(250, zero, ctypes.c_long(-3), ctypes.c_long(1)),
     "bpf": lambda: call(321, zero, zero, zero),
     "io_uring": lambda: call(425, ctypes.c_long(8), ctypes.create_string_buffer(200)),
     "userfaultfd": lambda: call(323, zero),

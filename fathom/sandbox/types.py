@@ -19,6 +19,8 @@ DEFAULT_CAP = 1 << 20
 MINIMUM_MEMORY = 16 << 20
 WORKDIR = "/work"
 
+# What snapshots are called.
+SNAPSHOT = re.compile(r"snap-[0-9a-f]{16}")
 _SIZE = re.compile(r"(\d+)(?:\s*(B|KiB|MiB|GiB))?")
 _UNITS = {None: 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 

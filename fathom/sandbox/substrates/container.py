@@ -303,12 +303,14 @@ def _run(launch: Launch, ends: Ends, group: cgroups.Group) -> int:
 
 def _bind_work(source: str, target: Path, base: int) -> None:
     """Bind the work folder so that its owner is the tenant inside. Raises Unsupported."""
-    owner = os.stat(source)
+    # It was resolved before it was judged: a link in it now was put there since, to lead elsewhere.
+    folder = syscalls.open_folder(source)
     ids = base + TENANT
     try:
+        owner = os.stat(folder)
         namespace = userns.make(f"{owner.st_uid} {ids} 1", f"{owner.st_gid} {ids} 1")
         try:
-            syscalls.bind_mapped(source, str(target), namespace)
+            syscalls.bind_mapped(f"/proc/self/fd/{folder}", str(target), namespace)
         finally:
             os.close(namespace)
     except OSError as error:
@@ -318,3 +320,5 @@ def _bind_work(source: str, target: Path, base: int) -> None:
             f"the folder {source} cannot be bound: its file system or this kernel (5.12 or newer "
             "is needed) cannot translate file owners; put the folder on ext4, xfs, btrfs or tmpfs"
         ) from error
+    finally:
+        os.close(folder)

@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
 import typer
@@ -27,9 +27,12 @@ from fathom.agent import Agent, Episode, Limits, Model, RecordedModel
 from fathom.agent.tool import arguments_of
 from fathom.chat.reply import Sampling
 from fathom.cli.models import check_thinking, default_sampling, open_model
-from fathom.cli.sandboxes import KINDS, check_kind, substrate_of
+from fathom.cli.sandboxes import KINDS, check_kind, spec_of, substrate_of
 from fathom.cli.terminal import TASK_FAILED, console, visible
 from fathom.cli.trace import Trace
+
+if TYPE_CHECKING:
+    from fathom.sandbox.types import Kept
 
 LATEST = "last"
 ON_LOST = ("fail", "continue", "rebuild")
@@ -113,7 +116,8 @@ def agent(
     something, such as a sandbox or a model server that can be reached.
     """
     check_thinking(thinking)
-    check_kind(sandbox)
+    check_kind(sandbox, KINDS)
+    spec = spec_of(sandbox, workdir if workdir is None else workdir.resolve())
     task = sys.stdin.read() if task == "-" else task
     if not task.strip():
         raise typer.BadParameter("the task is empty")
@@ -150,6 +154,7 @@ def agent(
         _work,
         worker,
         fields,
+        spec,
         trace,
         resume=resume,
         name=name,
@@ -163,14 +168,19 @@ def agent(
 
 
 async def _work(
-    worker: Agent, fields: dict[str, Any], trace: Trace, *, resume: str | None, **options: Any
+    worker: Agent,
+    fields: dict[str, Any],
+    spec: Kept,
+    trace: Trace,
+    *,
+    resume: str | None,
+    **options: Any,
 ) -> Episode:
     from fathom.sandbox.trajectory.recorded import RecordedSandbox
     from fathom.sandbox.trajectory.store import Store
 
     store = Store()
     resume = store.last(fields) if resume == LATEST else resume
-    spec = {"workdir": fields["workdir"]}
     substrate = substrate_of(fields["sandbox"])
     async with store.work(fields, spec, resume=resume, substrate=substrate, **options) as opened:
         trace.begins(opened.id, opened.resumed, replaced=opened.replaced)

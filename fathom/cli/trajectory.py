@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fathom.cli.output import print_json, print_table
-from fathom.cli.sandboxes import KINDS, check_kind, substrate_of
+from fathom.cli.sandboxes import KINDS, check_kind, spec_of, substrate_of
 from fathom.cli.terminal import TASK_FAILED, console, shortened, visible
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def replay(
 
     store = Store()
     if again:
-        check_kind(sandbox)
+        check_kind(sandbox, KINDS)
         folder = None if workdir is None else str(workdir.resolve())
         repeats = anyio.run(partial(_again, store, run, sandbox, folder, as_json))
         if any(repeat.verdict == "different" for repeat in repeats):
@@ -262,7 +262,7 @@ async def _again(
     with store.read(run) as log, tempfile.TemporaryDirectory(prefix="fathom-") as name:
         executor = await hold(
             Path(name) / "holder-1",
-            {"workdir": workdir},
+            spec_of(kind, workdir),
             substrate=substrate_of(kind),
             cache_dir=paths.cache_folder(),
             runtime_dir=paths.runtime_folder(),

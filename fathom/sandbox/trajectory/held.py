@@ -20,6 +20,7 @@ import anyio
 import anyio.to_thread
 
 from fathom.errors import SandboxError, SandboxLost, Unsupported
+from fathom.sandbox import plain
 from fathom.sandbox.trajectory.errors import OperationConflict, TrajectoryError
 from fathom.sandbox.trajectory.executor import (
     Answer,
@@ -35,6 +36,7 @@ from fathom.sandbox.trajectory.log import Reader
 from fathom.sandbox.trajectory.operation import Outcome, Request, from_wire
 from fathom.sandbox.trajectory.record import Kind, Record
 from fathom.sandbox.trajectory.tape import read_outcome
+from fathom.sandbox.types import Kept
 
 DEFAULT_IDLE = 1800.0
 ALIVE = "alive"
@@ -187,21 +189,21 @@ class DeadJournal:
 
 async def hold(
     folder: Path,
-    spec: Mapping[str, Any],
+    spec: Kept,
     *,
     substrate: str = "auto",
     cache_dir: Path,
     runtime_dir: Path,
     idle: float = DEFAULT_IDLE,
 ) -> HeldExecutor:
-    """Start a holder in `folder` with a sandbox by `spec`, the arguments of `Container`.
+    """Start a holder in `folder` with a sandbox by `spec`.
 
     Without a client and an operation for `idle` seconds it ends. Raises SandboxError or Unsupported
     when the sandbox does not start; then no process is left.
     """
     order = {
         "folder": str(folder),
-        "spec": dict(spec),
+        "spec": plain.spec_out(spec),
         "substrate": substrate,
         "cache_dir": str(cache_dir),
         "runtime_dir": str(runtime_dir),

@@ -25,7 +25,7 @@ import anyio
 from anyio.abc import SocketStream, TaskGroup
 
 from fathom.errors import FathomError, SandboxError, SandboxLost
-from fathom.sandbox import Client, Container, Sandbox, state
+from fathom.sandbox import Client, Sandbox, plain, state
 from fathom.sandbox.trajectory.changes import Change, Watcher
 from fathom.sandbox.trajectory.frames import SOCKET, Frame, Line, is_own_user
 from fathom.sandbox.trajectory.log import Log
@@ -208,7 +208,7 @@ async def _hold(order: dict[str, Any]) -> None:
     journal = Log(folder / JOURNAL, segment_size=JOURNAL_SEGMENT, durability="process")
     with journal:
         async with client:
-            sandbox = await client.create(Container(**order["spec"]))
+            sandbox = await client.create(plain.spec_in(order["spec"]))
             journal.append(Kind.CREATE, HELD, fields={"epoch": epoch, "sandbox": sandbox.id})
             listener = await anyio.create_unix_listener(SOCKET, mode=0o600)
             watcher = Watcher(root) if (root := _root_of(order, sandbox)) else None
@@ -226,6 +226,8 @@ async def _hold(order: dict[str, Any]) -> None:
 
 def _root_of(order: dict[str, Any], sandbox: Sandbox) -> Path | None:
     """Where the file system of a sandbox can be seen from here; None where it cannot."""
+    if sandbox.caps.accelerator:
+        return None  # the emulator's files are not the guest's
     pid = state.first_process(Path(order["runtime_dir"]) / sandbox.id)
     root = None if pid is None else Path(f"/proc/{pid}/root")
     try:

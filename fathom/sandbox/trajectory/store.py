@@ -33,6 +33,7 @@ from fathom.sandbox.trajectory.log import Durability, Log, Reader, is_locked
 from fathom.sandbox.trajectory.record import Kind
 from fathom.sandbox.trajectory.session import Session
 from fathom.sandbox.trajectory.tape import read_outcome, read_request, read_tape
+from fathom.sandbox.types import Container, Kept
 
 LOG = "log"
 SEGMENT_SIZE = 1 << 19
@@ -151,7 +152,7 @@ class Store:
     async def work(
         self,
         fields: Mapping[str, Any],
-        spec: Mapping[str, Any],
+        spec: Kept,
         *,
         resume: str | None = None,
         name: str | None = None,
@@ -161,8 +162,8 @@ class Store:
     ) -> AsyncGenerator[Open]:
         """A trajectory to work on: a new one (called `name`), or the one named `resume`.
 
-        `fields` say what is done and must be the same when it is resumed; `spec` are the arguments
-        of `Container`. Afterwards the trajectory has ended and the sandbox is gone; when an error
+        `fields` say what is done and must be the same when it is resumed; `spec` says what
+        sandbox it needs. Afterwards the trajectory has ended and the sandbox is gone; when an error
         leaves this block, both stay for `idle` seconds, so that it can be resumed, unless nothing
         had happened yet. Raises TrajectoryError, SandboxLost by `on_lost`, SandboxError.
         """
@@ -210,7 +211,7 @@ class _Beginning:
     log: Log
     id: str
     path: Path
-    spec: Mapping[str, Any]
+    spec: Kept
     substrate: str
     idle: float
 
@@ -292,7 +293,7 @@ class _Beginning:
 
     async def _rebuild(self, executor: HeldExecutor) -> None:
         """Bring a fresh sandbox into the recorded state by doing everything again."""
-        if self.spec.get("workdir") is not None:
+        if isinstance(self.spec, Container) and self.spec.workdir is not None:
             raise TrajectoryError(
                 f"{self.id} works in a folder of this machine, which has kept what was done: say "
                 "--on-lost continue"

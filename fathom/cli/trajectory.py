@@ -100,7 +100,7 @@ def replay(
         if as_json:
             print(json.dumps(event.to_json()), flush=True)
         else:
-            _show_event(out, event)
+            show_event(out, event)
 
 
 def forget(run: Id) -> None:
@@ -216,7 +216,8 @@ def _events(store: Any, run: str, follow: bool) -> Iterator[Event]:
         time.sleep(_POLL)
 
 
-def _show_event(out: Console, event: Event) -> None:
+def show_event(out: Console, event: Event) -> None:
+    """Print one record for a person."""
     record = event.record
     at = datetime.fromtimestamp(record.wall_ns / 1e9).strftime("%H:%M:%S.%f")[:-3]
     head = f"{at} {record.kind.name.lower():8} {record.key}".rstrip()

@@ -88,7 +88,7 @@ class Store:
 
     def __init__(self, folder: Path | None = None, *, durability: Durability = "power") -> None:
         self.folder = default_folder() if folder is None else folder
-        self._durability: Durability = durability
+        self.durability: Durability = durability
 
     def path(self, id_: str) -> Path:
         """The folder of a trajectory. Raises TrajectoryError for a name that cannot be one."""
@@ -191,7 +191,7 @@ class Store:
             )
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return Log(path / LOG, segment_size=SEGMENT_SIZE, durability=self._durability)
+            return Log(path / LOG, segment_size=SEGMENT_SIZE, durability=self.durability)
         except LogLocked as error:
             raise LogLocked(
                 f"the trajectory {id_} is being worked on: follow it with `fathom sandbox replay "

@@ -104,10 +104,14 @@ def replay(
 
 
 def forget(run: Id) -> None:
-    """End the sandbox of a run, if it waits for one that was killed, and remove the log."""
+    """End what is left of a run, its sandboxes and its loop, and remove the log."""
     from fathom.sandbox.trajectory.store import Store
+    from fathom.sandbox.worker.worker import PLAN, Worker
 
-    anyio.run(Store().forget, run)
+    store = Store()
+    if (store.path(run) / PLAN).exists():
+        anyio.run(Worker(run, store).stop)
+    anyio.run(store.forget, run)
 
 
 def _row(known: Known) -> list[str]:

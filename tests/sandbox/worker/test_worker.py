@@ -31,7 +31,7 @@ from tests.sandbox.test_edge import Daemon
 
 PATIENCE = 60.0
 FIRST = tool_call("bash", command="echo one >> log; echo first")
-SLOW = tool_call("bash", command="echo two >> log; touch started; sleep 1; echo three >> log")
+SLOW = tool_call("bash", command="echo two >> log; touch started; sleep 0.7; echo three >> log")
 LOOK = tool_call("bash", command="cat log")
 SCRIPT: tuple[Respond, ...] = (FIRST, SLOW, LOOK, answer("Fine."))
 ONCE = "one\ntwo\nthree"

@@ -35,6 +35,7 @@ from fathom.sandbox.images import (
 )
 from fathom.sandbox.net import Net
 from fathom.sandbox.nodelink import NodeLink
+from fathom.sandbox.snapshots import Snapshots
 from fathom.sandbox.substrates import container
 from fathom.sandbox.substrates.choice import (
     Name,
@@ -363,9 +364,7 @@ class LocalHost:
 
     def _restore(self, snapshot: str, spec: Kept) -> dict[str, Any]:
         spec.check()
-        folder = self.cache / "snapshots" / snapshot
-        if "/" in snapshot or not (folder / "facts.json").is_file():
-            raise SandboxError(f"there is no snapshot {snapshot!r} in {self.cache}")
+        folder = Snapshots(self.cache).path(snapshot)
         facts = json.loads((folder / "facts.json").read_text())
         if facts["substrate"] in ("microvm", "fullvm"):
             return self.machines.restore(folder, facts, spec)

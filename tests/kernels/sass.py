@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,16 +46,18 @@ class Launch:
 
 
 @contextmanager
-def recorded(monkeypatch: Any) -> Iterator[list[Launch]]:
+def recorded() -> Iterator[list[Launch]]:
     """Launches inside the block are listed in place of being performed."""
     launches: list[Launch] = []
 
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         launches.append(Launch(self, arguments, keywords))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(JITFunction, "run", run)
+    performed, JITFunction.run = JITFunction.run, run
+    try:
         yield launches
+    finally:
+        JITFunction.run = performed
 
 
 def listing(launch: Launch) -> str:
@@ -213,9 +215,3 @@ def _step(
 
 def _said(own: Instruction, other: Flight) -> str:
     return f"{own.address:#x} {own.code} {own.operands} while {other.address:#x} runs"
-
-
-def codes(text: str, names: Sequence[str]) -> dict[str, int]:
-    """How many instructions begin with each name."""
-    every = instructions(text)
-    return {name: sum(i.code.startswith(name) for i in every) for name in names}

@@ -24,8 +24,9 @@ from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
 from fathom.kernels.triton.chunk_linear import round_group, store_groups
 
-LEAST_TOKENS = 16  # columns of the smallest product
-ROWS, WARPS, STAGES = 16, 2, 8
+LEAST_TOKENS = 8  # columns of the smallest product
+ROWS, WARPS, STAGES = 16, 4, 3
+PARTS = 4
 
 
 @triton.jit
@@ -98,62 +99,59 @@ def rounded(
 @triton.jit
 def fp8_products(
     codes, scale, x, x_stride, unit, tokens, COLS: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, ROUNDED: tl.constexpr, NATIVE: tl.constexpr,
+    TOKENS: tl.constexpr, ROUNDED: tl.constexpr, NATIVE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of FP8 codes from `codes` on times every token: [ROWS, TOKENS] float32.
 
-    scale: the rows' scales; x, unit: as `rounded` leaves them, or x in BF16 and unit unused.
+    scale: the rows' scales; x, unit: as `rounded` leaves them, or x in BF16 and unit unused. The
+    columns' PARTS are walked side by side, each by warps of its own, and added in the end.
     """
-    row, token, col = tl.arange(0, ROWS), tl.arange(0, TOKENS), tl.arange(0, 128)
+    part, row = tl.arange(0, PARTS), tl.arange(0, ROWS)
+    token, col = tl.arange(0, TOKENS), tl.arange(0, 128)
     live = token < tokens
-    w_at = codes + row[:, None] * COLS + col[None, :]
-    x_at = x + token[None, :] * x_stride + col[:, None]
-    total = tl.zeros([ROWS, TOKENS], tl.float32)
     TILES: tl.constexpr = COLS // 128
-    factors = _factors(scale, unit, token, live, 0, TILES, ROUNDED)
-    for tile in range(TILES):
-        w = tl.load(w_at + tile * 128)
-        values = tl.load(x_at + tile * 128, mask=live[None, :], other=0.0)
-        # The next tile's are on their way while this one's products are formed.
-        following = _factors(scale, unit, token, live, min(tile + 1, TILES - 1), TILES, ROUNDED)
+    EACH: tl.constexpr = TILES // PARTS
+    first = part[:, None, None] * EACH * 128
+    w_at = codes + row[None, :, None] * COLS + first + col[None, None, :]
+    x_at = x + token[None, None, :] * x_stride + first + col[None, :, None]
+    total = tl.zeros([PARTS, ROWS, TOKENS], tl.float32)
+    for i in range(EACH):
+        w = tl.load(w_at + i * 128)
+        values = tl.load(x_at + i * 128, mask=live[None, None, :], other=0.0)
+        tile = part * EACH + i
+        factors = f.decode_e8m0(tl.load(scale + tile))[:, None]
+        if ROUNDED:
+            own = unit + token[None, :] * TILES + tile[:, None]
+            factors = factors * tl.load(own, mask=live[None, :], other=0.0)
         if not NATIVE:
             w = f.decode_e4m3(w).to(values.dtype) * f.E4M3_UNIT
         elif ROUNDED:
             w = w.to(tl.float8e4nv, bitcast=True).to(values.dtype)
         else:  # the direct conversion to bfloat16 is slow
             w = w.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32).to(values.dtype)
-        total += tl.dot(w, values, input_precision="ieee") * factors[None, :]
-        factors = following
-    return total
-
-
-@triton.jit
-def _factors(
-    scale, unit, token, live, tile, TILES: tl.constexpr, ROUNDED: tl.constexpr
-):  # fmt: skip
-    """What a tile's products are multiplied by, for each token."""
-    factor = f.decode_e8m0(tl.load(scale + tile))
-    if ROUNDED:
-        return tl.load(unit + token * TILES + tile, mask=live, other=0.0) * factor
-    else:
-        return tl.full(token.shape, 1.0, tl.float32) * factor
+        total += tl.dot(w, values, input_precision="ieee") * factors[:, None, :]
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
 def plain_products(
     weight, x, x_stride, tokens, left, COLS: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    TOKENS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """ROWS unquantised rows, of which `left` exist, times every token: [ROWS, TOKENS] float32."""
-    row, token, col = tl.arange(0, ROWS), tl.arange(0, TOKENS), tl.arange(0, 128)
-    w_at = weight + row[:, None] * COLS + col[None, :]
-    x_at = x + token[None, :] * x_stride + col[:, None]
-    total = tl.zeros([ROWS, TOKENS], tl.float32)
-    for tile in range(COLS // 128):
-        w = tl.load(w_at + tile * 128, mask=(row < left)[:, None], other=0.0)
-        values = tl.load(x_at + tile * 128, mask=(token < tokens)[None, :], other=0.0)
+    part, row = tl.arange(0, PARTS), tl.arange(0, ROWS)
+    token, col = tl.arange(0, TOKENS), tl.arange(0, 128)
+    live, exists = (token < tokens)[None, None, :], (row < left)[None, :, None]
+    EACH: tl.constexpr = COLS // 128 // PARTS
+    first = part[:, None, None] * EACH * 128
+    w_at = weight + row[None, :, None] * COLS + first + col[None, None, :]
+    x_at = x + token[None, None, :] * x_stride + first + col[None, :, None]
+    total = tl.zeros([PARTS, ROWS, TOKENS], tl.float32)
+    for i in range(EACH):
+        w = tl.load(w_at + i * 128, mask=exists, other=0.0)
+        values = tl.load(x_at + i * 128, mask=live, other=0.0)
         total = tl.dot(w.to(values.dtype), values, total, input_precision="ieee")
-    return total
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -161,7 +159,7 @@ def _linear(
     x, x_stride, unit, codes, scale, out, plain_x, plain_stride, plain, plain_out,
     tokens, rows, plain_count, group_rows, fp8_blocks,
     COLS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, ROUNDED: tl.constexpr,
-    NATIVE: tl.constexpr,
+    NATIVE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     block, token = tl.program_id(0), tl.arange(0, TOKENS)
     live = (token < tokens)[None, :]
@@ -171,6 +169,7 @@ def _linear(
         total = fp8_products(
             codes + first.to(tl.int64) * COLS, scale + first // 128 * (COLS // 128),
             x + group * COLS, x_stride, unit, tokens, COLS, ROWS, TOKENS, ROUNDED, NATIVE,
+            PARTS,
         )  # fmt: skip
         at = out + token[None, :] * rows + (first + tl.arange(0, ROWS))[:, None]
         tl.store(at, total.to(out.dtype.element_ty), mask=live)
@@ -179,10 +178,16 @@ def _linear(
         own = plain_first + tl.arange(0, ROWS)
         plain_total = plain_products(
             plain + plain_first.to(tl.int64) * COLS, plain_x, plain_stride, tokens,
-            plain_count - plain_first, COLS, ROWS, TOKENS,
+            plain_count - plain_first, COLS, ROWS, TOKENS, PARTS,
         )  # fmt: skip
         plain_at = plain_out + token[None, :] * plain_count + own[:, None]
         tl.store(plain_at, plain_total, mask=live & (own < plain_count)[:, None])
+
+
+def column_parts(cols: int) -> int:
+    """Parts of the columns that a program walks side by side; the batch has no say in it."""
+    tiles = cols // 128
+    return min(PARTS, tiles & -tiles)
 
 
 def token_columns(tokens: int) -> int:
@@ -215,7 +220,7 @@ def few_linear(
         plain if plain is not None else x, plain_out if plain_out is not None else out,
         tokens, rows, count, rows // groups, blocks,
         COLS=cols, ROWS=ROWS, TOKENS=token_columns(tokens), ROUNDED=values is not None,
-        NATIVE=x.dtype != torch.float32, num_warps=WARPS, num_stages=STAGES,
+        NATIVE=x.dtype != torch.float32, PARTS=column_parts(cols), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out, plain_out
 

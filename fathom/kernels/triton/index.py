@@ -21,13 +21,14 @@ import triton.language as tl
 from fathom.kernels.registry import register
 from fathom.kernels.triton.chunk_experts import factors_of_words, ordered, unpacked
 
-BLOCK = 128  # entries that _scores takes at once
+BLOCK = 64  # entries that _scores takes at once
 LONG = 32768  # entries from which on its programs take several blocks after another
-BLOCKS_OF_LONG = 4
-STAGES = 3
+BLOCKS_OF_LONG = 8
+SCORE_WARPS, STAGES = 4, 3
 COLLECT = 1024  # of one program of _collect
 SORTED = 2048  # candidates that _choose sorts at once
-MOST_GROUPS = 2048  # maxima that _threshold holds
+FEW_GROUPS = 512  # that a warp alone is quickest with
+MOST_GROUPS = 4096  # maxima that _threshold holds
 
 
 @triton.jit
@@ -48,8 +49,9 @@ def _scores(
     visible = (tl.load(positions + token) + 1) // RATIO
     head, place = tl.arange(0, HEADS), tl.arange(0, DIM)
     # A key's columns come in the order in which its words of codes are unpacked (chunk_experts.py).
-    column = place // 8 % 2 * 64 + place % 2 * 32 + place // 2 % 4 * 8 + place // 16
-    own = tl.load(query + (token * HEADS + head[None, :]) * DIM + column[:, None])
+    own = tl.load(query + (token * HEADS + head[:, None]) * DIM + place[None, :])
+    own = tl.permute(tl.reshape(own, [HEADS, 2, 2, 4, 8]), (0, 4, 1, 3, 2))
+    own = tl.trans(tl.reshape(own, [HEADS, DIM]))
     w = tl.load(weights + token * weights_stride + weights_first + head)
     w = w.to(query.dtype.element_ty).to(tl.float32) * factor
     if BF16:
@@ -202,7 +204,7 @@ def index_scores_paged(
         dim**-0.5 * heads**-0.5,
         HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=BLOCK, BLOCKS=blocks,
         GROUP=group,
-        BF16=query.dtype != torch.float32, num_warps=4, num_stages=STAGES,
+        BF16=query.dtype != torch.float32, num_warps=SCORE_WARPS, num_stages=STAGES,
     )  # fmt: skip
     return scores, maxima
 
@@ -222,7 +224,8 @@ def topk_positions(
     candidates = torch.empty(tokens, most, dtype=torch.int64, device=scores.device)
     picks = torch.empty(tokens, k, dtype=torch.int32, device=scores.device)
     _threshold[(tokens,)](
-        maxima, bound, found, groups, k, GROUPS=max(32, triton.next_power_of_2(groups)), num_warps=1
+        maxima, bound, found, groups, k, GROUPS=max(32, triton.next_power_of_2(groups)),
+        num_warps=1 if groups <= FEW_GROUPS else 4,
     )
     _collect[(triton.cdiv(most, COLLECT), tokens)](
         scores, bound, found, candidates, positions, most, most, RATIO=ratio, BLOCK=COLLECT,

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-TILE = 16  # pairs of one expert that are multiplied at once
+TILE = 8  # pairs of one expert that are multiplied at once
 
 
 @triton.jit

@@ -169,7 +169,7 @@ def _choose(
         _store_best(own, count, picks + token * K, SORTED, K)
 
 
-def _group_size(most: int) -> int:
+def group_size(most: int) -> int:
     """Entries of one maximum: as few as let all maxima be held at once."""
     return triton.next_power_of_2(triton.cdiv(most, MOST_GROUPS))
 
@@ -194,7 +194,7 @@ def index_scores_paged(
     tokens, heads, dim = query.shape
     assert dim == 128  # one word of scales a key
     most = triton.cdiv(most_entries, COLLECT) * COLLECT
-    group = _group_size(most)
+    group = group_size(most)
     scores = torch.empty(tokens, most, dtype=torch.float32, device=query.device)
     maxima = torch.empty(tokens, most // group, dtype=torch.float32, device=query.device)
     blocks = BLOCKS_OF_LONG if most >= LONG else 1

@@ -200,6 +200,7 @@ class LocalHost:
             "hostname": hostname or spec.hostname,
             "ids": ids,
             "outlive": self.outlive,
+            "door": str(Path(spec.door).resolve()) if spec.door is not None else None,
         }
         folder.mkdir(mode=0o711)
         try:

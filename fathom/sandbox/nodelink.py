@@ -22,6 +22,8 @@ from fathom.errors import (
     SandboxError,
     SandboxLost,
     SandboxTimeout,
+    SnapshotDamaged,
+    SnapshotMissing,
     Unsupported,
 )
 from fathom.sandbox import box, cgroups, line, messages, paths, state
@@ -35,7 +37,16 @@ _CODE = (
     "from fathom.sandbox.node import main; main(sys.argv[1:])"
 )
 _ERRORS: dict[str, type[SandboxError]] = {
-    kind.code: kind for kind in (DaemonLost, PolicyDenied, SandboxLost, SandboxTimeout, Unsupported)
+    kind.code: kind
+    for kind in (
+        DaemonLost,
+        PolicyDenied,
+        SandboxLost,
+        SandboxTimeout,
+        SnapshotDamaged,
+        SnapshotMissing,
+        Unsupported,
+    )
 }
 
 

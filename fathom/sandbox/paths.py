@@ -25,6 +25,11 @@ def state_folder() -> Path:
     return Path(base) / "fathom" if base else Path("~/.local/state/fathom").expanduser()
 
 
+def trajectory_folder() -> Path:
+    """Return the folder of this user's trajectories."""
+    return state_folder() / "trajectories"
+
+
 def runtime_folder() -> Path:
     """Return the folder of live sandboxes: /run/fathom for root, else one of the user's own."""
     if os.geteuid() == 0:

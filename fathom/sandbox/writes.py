@@ -12,12 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fathom.errors import SandboxError, Unsupported
+from fathom.errors import Unsupported
 from fathom.sandbox.images import Image, Owners, Store, builtin_image, pack_diff, snapshot
 from fathom.sandbox.known import Known
 from fathom.sandbox.nodelink import NodeLink
+from fathom.sandbox.snapshots import Snapshots
 from fathom.sandbox.substrates import container
-from fathom.sandbox.types import SNAPSHOT
 
 
 class Writes:
@@ -46,10 +46,8 @@ class Writes:
         return {"snapshot": name, "size": size}
 
     def find(self, name: str) -> tuple[Path, dict[str, Any]]:
-        """Return the folder of a snapshot and its facts. Raises SandboxError."""
-        folder = self._cache / "snapshots" / name
-        if not SNAPSHOT.fullmatch(name) or not (folder / "facts.json").is_file():
-            raise SandboxError(f"there is no snapshot {name[:80]!r} in {self._cache}")
+        """Return the folder of a snapshot and its facts. Raises SnapshotMissing."""
+        folder = Snapshots(self._cache).path(name)
         return folder, json.loads((folder / "facts.json").read_text())
 
     def pack(self, id: str, known: Known, name: str | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fathom.errors import FathomError, PolicyDenied, SandboxError, SandboxLost, Unsupported
-from fathom.sandbox import plain
+from fathom.sandbox import paths, plain
 from fathom.sandbox.edge.admission import Admission
 from fathom.sandbox.edge.adoption import adopt_all
 from fathom.sandbox.edge.entry import Entry
@@ -39,7 +39,8 @@ class Keeper:
     """The sandboxes of one daemon. Every call may come from any thread and blocks.
 
     `most`: sandboxes it admits; `spare`: bytes of memory it leaves free; `work`: folders of the
-    host below which a sandbox's work folder may lie. `gone` is called with each name that ended;
+    host below which a sandbox's work folder and door may lie; a door may lie below the user's
+    trajectories too. `gone` is called with each name that ended;
     `more` adds to the metrics.
     """
 
@@ -61,6 +62,7 @@ class Keeper:
         self.gone: Callable[[str], None] = lambda _: None
         self.more: Callable[[], dict[str, int]] = dict
         self._work = tuple(folder.resolve(strict=True) for folder in work)
+        self._doors = (*self._work, paths.trajectory_folder().resolve())
         self._starts = 0
         self._lock = threading.Lock()
         self._making = threading.Semaphore(2 * (os.cpu_count() or 1))
@@ -99,16 +101,11 @@ class Keeper:
     # Making ------------------------------------------------------------------------------------
 
     def _allowed(self, spec: Kept) -> Kept:
-        """Return a specification with its work folder resolved. Raises PolicyDenied."""
+        """Return a specification with its folders resolved. Raises PolicyDenied."""
         if isinstance(spec, Container) and spec.workdir is not None:
-            # Whether there is such a folder elsewhere is not told either.
-            folder = _resolved(str(spec.workdir))
-            if not any(folder == one or one in folder.parents for one in self._work):
-                raise PolicyDenied(
-                    f"the work folder {str(spec.workdir)[:200]!r} is not one that this daemon may "
-                    "bind: start it with --work FOLDER for a folder above it"
-                )
-            spec = replace(spec, workdir=str(folder))
+            spec = replace(spec, workdir=_below(self._work, "work folder", str(spec.workdir)))
+        if isinstance(spec, Container) and spec.door is not None:
+            spec = replace(spec, door=_below(self._doors, "door", str(spec.door)))
         try:
             spec.check()
         except (TypeError, ValueError) as error:
@@ -344,6 +341,17 @@ class Keeper:
             except FathomError as error:
                 event(_log, logging.WARNING, "not_adopted", id=entry.id, error=error)
                 self._destroy(entry.id)
+
+
+def _below(allowed: tuple[Path, ...], what: str, path: str) -> str:
+    # Whether there is such a folder elsewhere is not told either.
+    folder = _resolved(path)
+    if not any(folder == one or one in folder.parents for one in allowed):
+        raise PolicyDenied(
+            f"the {what} {path[:200]!r} is not one that this daemon may bind: start it with "
+            "--work FOLDER for a folder above it"
+        )
+    return str(folder)
 
 
 def _resolved(path: str) -> Path:

@@ -111,6 +111,7 @@ def _listed(reader: Reader, most: int) -> Reader:
 _SPEC: dict[str, Reader] = {
     "type": text,
     "workdir": lambda value: text(value, _LONGEST_PATH),
+    "door": lambda value: text(value, _LONGEST_PATH),
     "memory": size,
     "disk": size,
     "io_read": size,

@@ -26,6 +26,8 @@ def caps_of(substrate: Name, spec: Container) -> Caps:
             f"{substrate} cannot hold the limit {' and '.join(asked)} for a whole sandbox: leave "
             "it out, or run as root with crun or runc"
         )
+    if spec.door is not None and substrate == "bubblewrap":
+        raise Unsupported("bubblewrap shows no door: run as root with crun or runc")
     if spec.workdir is not None and spec.disk is None:
         # A folder of the host has whatever room its file system has; /tmp is still bounded.
         missing |= {"disk"}
@@ -33,7 +35,8 @@ def caps_of(substrate: Name, spec: Container) -> Caps:
     networks = {"none"}
     if privileged:
         networks |= {"domain", "mirror"} | ({"address"} if nft_program() else set[str]())
-    copies = privileged and spec.workdir is None
+    # What a door leads to is given to one sandbox, not to its copies.
+    copies = privileged and spec.workdir is None and spec.door is None
     return Caps(
         substrate=substrate,
         enforced=limits - missing,

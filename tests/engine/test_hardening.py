@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -130,6 +132,26 @@ class TestAnswers:
             d.token
             for d in alone(plain, prompt(150), greedy(3))  # type: ignore[attr-defined]
         ]
+
+    def test_the_reference_exports_what_compiled_rows_do(self) -> None:
+        plain, found = model(quantized=False), []
+        for backend in ("numba", "reference"):
+            with use_backend(backend):
+                served = engine(plain, budget=Budget(tokens=64))
+                request = served.submit(prompt(150), greedy(4), export=True)
+                finish(served, request)
+            parts = request.exports
+            found.append(
+                (
+                    np.concatenate([p.hidden for p in parts]),
+                    np.concatenate([p.routing for p in parts], axis=1),
+                    np.concatenate([p.selection for p in parts], axis=1),
+                )
+            )
+        (hidden, routing, selection), reference = found
+        assert reference[0] == pytest.approx(hidden, abs=1e-3)
+        assert np.array_equal(reference[1], routing)
+        assert np.array_equal(reference[2], selection)
 
 
 class TestHooks:
@@ -532,3 +554,49 @@ class TestWaiting:
         assert "fathom_engine_batch_tokens 0\n" in text
         assert "fathom_engine_time_to_first_token_seconds_count 1\n" in text
         assert "fathom_engine_inter_token_seconds_count 39\n" in text
+
+
+SCARCE = """
+import resource
+from tests.engine.helpers import engine, finish, greedy, model, prompt
+net = model()
+served, alone = (engine(net, checkpoint_spacing=0, cache_tokens=4096) for _ in range(2))
+finish(served, served.submit(prompt(20, 3), greedy(3)))
+served.runner._allocate(1032)
+whole = alone.submit(prompt(1500), greedy(4))
+finish(alone, whole)
+ended = 0
+for spare in range(0, 600_000, 25_000):
+    served.cache.clear()
+    request = served.submit(prompt(1500), greedy(4))
+    size = int(open("/proc/self/statm").read().split()[0]) * 4096
+    resource.setrlimit(resource.RLIMIT_AS, (size + spare, -1))
+    try:
+        while not request.finished:
+            served.step()
+    except MemoryError:  # before the model ran
+        pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    ended += request.error is not None
+    served.cancel(request)
+    assert request.output == whole.output[: len(request.output)], spare
+    after = served.submit(prompt(1500), greedy(4))
+    finish(served, after)
+    assert after.output == whole.output, spare
+assert ended, "memory never ran out"
+assert served.cache.available() == served.memory.slabs.count
+"""
+
+
+def test_memory_that_runs_out_inside_compiled_code() -> None:
+    """It was printed and passed over: the wrong tokens came, and wrong entries stayed."""
+    heap = {  # every array takes memory of its own, so that a limit is felt
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "16384",
+        "MALLOC_TRIM_THRESHOLD_": "4096",
+        "MALLOC_TOP_PAD_": "0",
+    }
+    subprocess.run(
+        [sys.executable, "-c", SCARCE], env={**os.environ, **heap}, check=True, timeout=100
+    )

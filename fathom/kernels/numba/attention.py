@@ -169,12 +169,14 @@ def search_entries(
     k: Any, layer: int, t: int, first: int, last: int, values: int, places: int, held: int
 ) -> None:
     """The best of the entries first .. last - 1 for row t, into the arrays at these addresses."""
-    search(
+    done = search(
         k.index_q + 4 * t * k.w_index_q, k.index_w + 4 * t * k.w_index_w, k.index_heads,
         k.index_dim, k.slabs, k.tables + 4 * of_row(k, SLOT, t) * k.table_columns, k.slab_bytes,
         place(k, layer, KEY_DATA), place(k, layer, KEY_SCALES), k.key_data, k.key_scales,
         k.key_form, k.slab_tokens // 4, first, last, k.index_topk, values, places, held,
     )  # fmt: skip
+    if not done:
+        raise MemoryError
 
 
 @inner

@@ -338,7 +338,7 @@ def _search(
     table_at: int, slab_bytes: int, data0: int, scale0: int, data_bytes: int, scale_bytes: int,
     form: int, per_slab: int, first: int, last: int, k: int, values_at: int, places_at: int,
     held_at: int,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     query, given = view_float32(query_at, heads * dim), view_float32(weights_at, heads)
     table = view_int32(table_at, (last + per_slab - 1) // per_slab)
     room = compiled_capacity(k)
@@ -382,6 +382,7 @@ def _search(
             )  # fmt: skip
         held, least = offer(scores, count, entry, k, values, places, held, least)
     view_int64(held_at, 1)[0] = keep_best(values, places, held, k)
+    return 1
 
 
 # search(query, weights, heads, dim, slabs, table, slab_bytes, data0, scale0, data_bytes,
@@ -389,4 +390,4 @@ def _search(
 # first .. last - 1, ascending, and their number. query: [heads, dim] float32, already rounded to
 # FP4 where keys are; weights: [heads]; table: slab numbers of the sequence; `first` is a multiple
 # of per_slab; values, places: uint32 and int64 [capacity(k)]; held: int64.
-search = external("fathom_search", _search, 19)
+search = external("fathom_search", _search, 19, fails=True)

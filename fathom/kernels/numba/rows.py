@@ -51,43 +51,49 @@ EVERYTHING = PROJECT | ABSORB | ATTEND | REMEMBER
 BLOCK = 256  # rows that share a widened panel of weights
 
 
-def _project(record: int, layer: int, a: int, b: int, scratch: int) -> None:
+def _project(record: int, layer: int, a: int, b: int, scratch: int) -> int:
     k = record_at(record)
     read_streams(k, layer, ZERO, a, b, scratch)
     project(k, layer, a, b, scratch)
+    return 1
 
 
-def _absorb(record: int, layer: int, a: int, b: int) -> None:
+def _absorb(record: int, layer: int, a: int, b: int) -> int:
     absorb(record_at(record), layer, a, b)
+    return 1
 
 
-def _attend(record: int, layer: int, a: int, b: int, shares: int, scratch: int) -> None:
+def _attend(record: int, layer: int, a: int, b: int, shares: int, scratch: int) -> int:
     k = record_at(record)
     attend(k, layer, a, b, shares, scratch)
     write_streams(k, a, b)
+    return 1
 
 
-def _feed_forward(record: int, layer: int, a: int, b: int, scratch: int) -> None:
+def _feed_forward(record: int, layer: int, a: int, b: int, scratch: int) -> int:
     k = record_at(record)
     read_streams(k, layer, ONE, a, b, scratch)
     run_experts(k, layer, a, b, scratch)
     write_streams(k, a, b)
+    return 1
 
 
-def _remember(record: int, layer: int, a: int, b: int) -> None:
+def _remember(record: int, layer: int, a: int, b: int) -> int:
     remember(record_at(record), layer, a, b)
+    return 1
 
 
-def _combine(record: int, layer: int, a: int, b: int, scratch: int) -> None:
+def _combine(record: int, layer: int, a: int, b: int, scratch: int) -> int:
     combine(record_at(record), layer, a, b, scratch)
+    return 1
 
 
-_project_rows = external("fathom_project", _project, 5)
-_absorb_rows = external("fathom_absorb", _absorb, 4)
-_attend_rows = external("fathom_attend", _attend, 6)
-_feed_forward_rows = external("fathom_feed_forward", _feed_forward, 5)
-_remember_rows = external("fathom_remember", _remember, 4)
-_combine_rows = external("fathom_combine", _combine, 5)
+_project_rows = external("fathom_project", _project, 5, fails=True)
+_absorb_rows = external("fathom_absorb", _absorb, 4, fails=True)
+_attend_rows = external("fathom_attend", _attend, 6, fails=True)
+_feed_forward_rows = external("fathom_feed_forward", _feed_forward, 5, fails=True)
+_remember_rows = external("fathom_remember", _remember, 4, fails=True)
+_combine_rows = external("fathom_combine", _combine, 5, fails=True)
 
 
 @compiled
@@ -96,7 +102,8 @@ def forward(
 ) -> None:
     """The chosen parts of layers first .. last - 1, for rows a .. b - 1; see the module.
 
-    record: [1] layout.RECORD. shares: see attention.attend.
+    record: [1] layout.RECORD. shares: see attention.attend. Raises MemoryError; state and entries
+    of the rows are then worth nothing.
     """
     k, address = record[0], record.ctypes.data
     widest = 0
@@ -107,19 +114,22 @@ def forward(
     panel = np.empty(widest * PANEL, np.float32)
     scratch = panel.ctypes.data
     for layer in range(first_layer, last_layer):
+        done = 1
         if parts & COMBINE:
-            _combine_rows(address, layer, a, b, scratch)
+            done &= _combine_rows(address, layer, a, b, scratch)
         if parts & PROJECT:
             for t in range(a, b, BLOCK):
-                _project_rows(address, layer, t, min(t + BLOCK, b), scratch)
+                done &= _project_rows(address, layer, t, min(t + BLOCK, b), scratch)
         if parts & ABSORB:
-            _absorb_rows(address, layer, a, b)
+            done &= _absorb_rows(address, layer, a, b)
         if parts & ATTEND:
             for t in range(a, b, BLOCK):
-                _attend_rows(address, layer, t, min(t + BLOCK, b), shares, scratch)
-                _feed_forward_rows(address, layer, t, min(t + BLOCK, b), scratch)
+                done &= _attend_rows(address, layer, t, min(t + BLOCK, b), shares, scratch)
+                done &= _feed_forward_rows(address, layer, t, min(t + BLOCK, b), scratch)
         if parts & REMEMBER:
-            _remember_rows(address, layer, a, b)
+            done &= _remember_rows(address, layer, a, b)
+        if not done:
+            raise MemoryError
     panel[0] = 0  # keep it alive until here: numba does not see that its address is in use
 
 

@@ -5,7 +5,9 @@ Paper: none (implementation of §2 for batches).
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -183,13 +185,9 @@ class CompiledRunner:
         shares = list(pairwise(cuts))
 
         def everywhere(layer: int, parts: int) -> None:
-            futures = [
-                self._workers(threads).submit(self._forward, layer, layer + 1, parts, *share)
-                for share in shares[1:]
-            ]
-            self._forward(layer, layer + 1, parts, *shares[0])
-            for future in futures:
-                future.result()
+            self._together(
+                [partial(self._forward, layer, layer + 1, parts, *share) for share in shares]
+            )
 
         for layer in range(self._layers):
             everywhere(layer, rows.PROJECT)
@@ -228,12 +226,20 @@ class CompiledRunner:
     def _search(self, layer: int, t: int, entries: int, threads: int) -> None:
         slabs = -(-entries // SLAB_ENTRIES)
         cuts = [slabs * i // threads * SLAB_ENTRIES for i in range(threads)] + [entries]
-        futures = [
-            self._workers(threads).submit(rows.search_share, self._record, layer, t, *cut, i)
-            for i, cut in enumerate(pairwise(cuts))
-            if i
-        ]
-        rows.search_share(self._record, layer, t, *cuts[:2], 0)
+        self._together(
+            [
+                partial(rows.search_share, self._record, layer, t, *cut, i)
+                for i, cut in enumerate(pairwise(cuts))
+            ]
+        )
+
+    def _together(self, parts: list[Callable[[], None]]) -> None:
+        """Run parts side by side, the first of them here; none runs on when this ends."""
+        futures = [self._workers(len(parts)).submit(part) for part in parts[1:]]
+        try:
+            parts[0]()
+        finally:
+            wait(futures)
         for future in futures:
             future.result()
 

@@ -1,6 +1,6 @@
 """The write-ahead log: every sampled token is in a file before anybody sees it.
 
-One file per request: a header that says what was asked, then 16 bytes a token. A process that is
+One file per request: a header that says what was asked, then 14 bytes a token. A process that is
 killed at any moment leaves whole records and at most one torn one, which is dropped; the request
 then continues with the next draw, and, since draws and logits depend on nothing else, identically.
 While a process has a log open it holds a lock on it, which ends with the process.
@@ -26,9 +26,10 @@ from fathom.engine.request import Request
 from fathom.engine.sampler import Drawn, SamplingParams
 from fathom.errors import CacheError, FathomError
 
-MAGIC = b"fathomW1"
-RECORD = struct.Struct("<IfII")  # token, log-probability, number of the draw, checksum
-_CHECKED = struct.Struct("<IfI")  # what the checksum covers
+MAGIC = b"fathomW2"
+# Token, log-probability, number of the draw (its last 16 bits: the rest is its place), checksum.
+RECORD = struct.Struct("<IfHI")
+_CHECKED = struct.Struct("<IfH")  # what the checksum covers
 _SIZE = struct.Struct("<I")
 END = 0xFFFFFFFF  # in place of a token: the request has ended, and why
 _REASONS = ("stop", "length", "cancelled", "error")
@@ -218,7 +219,7 @@ def _lock(path: Path, flags: int = 0) -> int:
 
 
 def _record(header: int, token: int, logprob: float, number: int) -> bytes:
-    data = _CHECKED.pack(token, logprob, number)
+    data = _CHECKED.pack(token, logprob, number & 0xFFFF)
     return data + _SIZE.pack(zlib.crc32(data, header))
 
 
@@ -253,9 +254,9 @@ def _read(path: Path) -> Logged | None:
     reason = None
     while at + RECORD.size <= len(data):
         token, logprob, number, check = RECORD.unpack_from(data, at)
-        if check != zlib.crc32(data[at : at + 12], checksum):
+        if check != zlib.crc32(data[at : at + _CHECKED.size], checksum):
             break
-        if token != END and number != len(output):
+        if token != END and number != len(output) & 0xFFFF:
             break
         at += RECORD.size
         if token == END:

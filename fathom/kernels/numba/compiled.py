@@ -28,6 +28,11 @@ inner: Any = njit(  # pyright: ignore[reportCallIssue]
     no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy"
 )
 
+# Functions that are called in one place: they become part of their caller before it is compiled.
+once: Any = njit(  # pyright: ignore[reportCallIssue]
+    no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy", inline="always"
+)
+
 
 class _Stamped:
     def get_source_stamp(self) -> Any:

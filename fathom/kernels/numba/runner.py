@@ -5,6 +5,7 @@ Paper: none (implementation of §2 for batches).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
@@ -15,12 +16,14 @@ import numpy as np
 import torch
 
 from fathom.kernels.numba import layout, rows
-from fathom.kernels.numba.compiled import link
+from fathom.kernels.numba.compiled import link, must_compile
 from fathom.kernels.numba.entries import FP4, FP8, RAW
 from fathom.kernels.numba.packing import is_uniform, pack
 from fathom.kernels.numba.selection import capacity
 from fathom.kernels.numba.vector import PANEL
 from fathom.kernels.registry import register
+
+_log = logging.getLogger(__name__)
 
 FORMS = {"float32": RAW, "fp8": FP8, "fp4": FP4}
 CSA_RATIO, SLAB_ENTRIES = 4, 64
@@ -46,6 +49,10 @@ class CompiledRunner:
     """Runs batches of at most `max_rows` rows; every row's result is independent of the others."""
 
     def __init__(self, device: torch.Tensor, model: Any, memory: Any, max_rows: int) -> None:
+        if must_compile(rows.forward):
+            _log.warning(
+                "event=compiling detail='the model for this processor, once: half a minute'"
+            )
         link()
         self.model, self.max_rows = model, max_rows
         self._layers = model.config.num_hidden_layers

@@ -17,6 +17,7 @@ from fathom.kernels.triton import (
     linear,
     mhc,
     sinkhorn,
+    step,
     stored_experts,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "linear",
     "mhc",
     "sinkhorn",
+    "step",
     "stored_experts",
 ]

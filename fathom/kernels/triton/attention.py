@@ -21,6 +21,7 @@ import triton.language as tl
 
 from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
+from fathom.quant import kv_pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,12 @@ def _rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def _attend(
-    query, query_stride, rotation, positions, ring, ring_stride, pool, page_stride, entry_offset,
-    table, pages, picks, picks_count, partial, sums, heads, scale, eps,
-    KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
-    PAGE: tl.constexpr, CHUNK: tl.constexpr, NEAR: tl.constexpr, STEP: tl.constexpr,
-    HEADS: tl.constexpr, PICKED: tl.constexpr, DOT: tl.constexpr,
+    query, query_stride, rotation, rows, tokens, ring, ring_stride, pool, page_stride,
+    entry_offset, table, pages, picks, picks_count, partial, sums, heads, scale, eps,
+    KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
+    WINDOW: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr,
+    NEAR: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr, PICKED: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     chunk, group, token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     dtype: tl.constexpr = query.dtype.element_ty
@@ -66,9 +68,10 @@ def _attend(
     STILL: tl.constexpr = COLS - ROPE
     SCALES: tl.constexpr = (STILL // 64 + 7) // 8 * 8
     WINDOW_CHUNKS: tl.constexpr = (WINDOW + NEAR - 1) // NEAR
-    position = tl.load(positions + token)
+    position = tl.load(rows + token)
+    slot = tl.load(rows + tokens + token).to(tl.int64)
     head = group * HEADS + tl.arange(0, HEADS)
-    col, pair = tl.arange(0, COLS), tl.arange(0, ROPE // 2)
+    col, pair = tl.arange(0, WIDE), tl.arange(0, ROPE // 2)
     in_window = chunk < WINDOW_CHUNKS
     if in_window:
         count = tl.minimum(position + 1, WINDOW)
@@ -86,7 +89,7 @@ def _attend(
     if first < last:
         # The query: normalised per head, rotated; its rotated half is a matrix of its own.
         own = query + token * query_stride + head[:, None] * COLS
-        q = tl.load(own + col[None, :]).to(tl.float32)
+        q = tl.load(own + col[None, :], mask=(col < COLS)[None, :], other=0.0).to(tl.float32)
         mean = _rounded(tl.sum(_rounded(q * q, dtype), axis=1) / COLS, dtype)
         r = _rounded(1.0 / tl.sqrt(_rounded(mean + eps, dtype)), dtype)[:, None]
         still = tl.where((col < STILL)[None, :], _rounded(q * r, dtype), 0.0)
@@ -99,23 +102,24 @@ def _attend(
         ).to(dtype)
         still = still.to(DOT)
         turned = turned.to(DOT)
-        out = tl.zeros([HEADS, COLS], tl.float32)
+        out = tl.zeros([HEADS, WIDE], tl.float32)
         out_turned = tl.zeros([HEADS, ROPE], tl.float32)
         rope_col = tl.arange(0, ROPE)
-        scaled, inside = tl.arange(0, COLS // 64), tl.arange(0, 64)  # 64 codes with one scale
+        scaled, inside = tl.arange(0, WIDE // 64), tl.arange(0, 64)  # 64 codes with one scale
         for start in range(first, last, STEP):
             index = start + tl.arange(0, STEP)
             live = index < last
             if in_window:
-                data = ring + token * ring_stride + index.to(tl.int64) * DATA
-                scales = ring + token * ring_stride + WINDOW * DATA + index.to(tl.int64) * SCALES
+                place = (position + 1 - count + index) % RING
+                data = ring + slot * ring_stride + place * DATA
+                scales = ring + slot * ring_stride + RING * DATA + place * SCALES
             else:
                 entry = index
                 if PICKED:
                     entry = tl.load(picks + token * picks_count + index, mask=live, other=0)
                     live = live & (entry >= 0)
                     entry = tl.maximum(entry, 0)
-                page = tl.load(table + token * pages + entry // PAGE, mask=live, other=0)
+                page = tl.load(table + slot * pages + entry // PAGE, mask=live, other=0)
                 block = pool + page.to(tl.int64) * page_stride + entry_offset
                 data = block + entry % PAGE * DATA
                 scales = block + PAGE * DATA + entry % PAGE * SCALES
@@ -128,7 +132,7 @@ def _attend(
                 mask=live[:, None] & (scaled < STILL // 64)[None, :], other=0,
             )  # fmt: skip
             kv = f.decode_e4m3_exactly(codes, DOT != tl.float32) * f.decode_e8m0(unit)[:, :, None]
-            kv = tl.reshape(kv.to(DOT), [STEP, COLS])
+            kv = tl.reshape(kv.to(DOT), [STEP, WIDE])
             rope = (data + STILL).to(tl.pointer_type(tl.bfloat16))
             kv_turned = tl.load(
                 rope[:, None] + rope_col[None, :], mask=live[:, None], other=0.0
@@ -168,6 +172,7 @@ def _combine(
     total = tl.exp(tl.load(sink + head) - high) + tl.sum(tl.exp(highs - high) * totals, axis=0)
     part = tl.program_id(2)
     col = part * PART + tl.arange(0, PART)
+    inside = (col < COLS)[None, :]
     value = tl.zeros([PART], tl.float32)
     for first in range(0, chunks, AT_ONCE):
         chunk = first + tl.arange(0, AT_ONCE)
@@ -175,22 +180,23 @@ def _combine(
         each = tl.load(sums + 2 * at, mask=chunk < chunks, other=-float("inf"))
         rows = tl.load(
             partial + at[:, None] * COLS + col[None, :],
-            mask=(each > -float("inf"))[:, None], other=0.0,
+            mask=(each > -float("inf"))[:, None] & inside, other=0.0,
         )  # fmt: skip
         value += tl.sum(tl.exp(each - high)[:, None] * rows, axis=0)
     dtype: tl.constexpr = out.dtype.element_ty
     even, odd = tl.split(tl.reshape(_rounded(value / total, dtype), [PART // 2, 2]))
     pair = part * (PART // 2) + tl.arange(0, PART // 2) - (COLS - ROPE) // 2
-    cos = tl.load(rotation + token * ROPE + pair, mask=pair >= 0, other=1.0)
-    sin = tl.load(rotation + token * ROPE + ROPE // 2 + pair, mask=pair >= 0, other=0.0)
+    live = (pair >= 0) & (pair < ROPE // 2)
+    cos = tl.load(rotation + token * ROPE + pair, mask=live, other=1.0)
+    sin = tl.load(rotation + token * ROPE + ROPE // 2 + pair, mask=live, other=0.0)
     turned = tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), [PART])
-    tl.store(out + (token * heads + head) * COLS + col, turned.to(dtype))
+    tl.store(out + (token * heads + head) * COLS + col, turned.to(dtype), mask=col < COLS)
 
 
 @register("entry_attention", "triton")
 def entry_attention(
     query: torch.Tensor,
-    positions: torch.Tensor,
+    rows: torch.Tensor,
     rotation: torch.Tensor,
     ring: torch.Tensor,
     sink: torch.Tensor,
@@ -206,9 +212,9 @@ def entry_attention(
     picks: torch.Tensor | None = None,
     most_entries: int = 0,
 ) -> torch.Tensor:
-    """As the reference. query: [tokens, rows], heads * head_dim of them first; positions: [tokens]
-    int32; rotation: [tokens, 2, rope_dim / 2]; ring: [tokens, bytes] uint8; sink: [heads]; pool:
-    [pages, bytes] uint8; table: [tokens, pages] int32; picks: [tokens, topk] int32.
+    """As the reference. query: [tokens, rows], heads * head_dim of them first; rows: [4, tokens]
+    int32; rotation: [tokens, 2, rope_dim / 2]; ring: [slots, bytes] uint8; sink: [heads]; pool:
+    [pages, bytes] uint8; table: [slots, pages] int32; picks: [tokens, topk] int32.
     Returns [tokens, heads * head_dim] in the query's dtype.
     """
     tokens, heads = query.shape[0], sink.shape[0]
@@ -221,17 +227,18 @@ def entry_attention(
     out = torch.empty(tokens, heads * head_dim, dtype=query.dtype, device=query.device)
     rope = 2 * rotation.shape[-1]
     _attend[(chunks, heads // own_heads, tokens)](
-        query, query.stride(0), rotation, positions, ring, ring.stride(0),
+        query, query.stride(0), rotation, rows, tokens, ring, ring.stride(0),
         pool if pool is not None else ring, pool.stride(0) if pool is not None else 0,
-        entry_offset, table if table is not None else positions,
-        table.shape[1] if table is not None else 0,
-        picks if picks is not None else positions, count, partial, sums, heads,
+        entry_offset, table if table is not None else rows,
+        table.stride(0) if table is not None else 0,
+        picks if picks is not None else rows, count, partial, sums, heads,
         head_dim**-0.5, norm_eps,
-        KIND=kind, COLS=head_dim, ROPE=rope, WINDOW=window, PAGE=page_entries, CHUNK=tiles.far,
+        KIND=kind, COLS=head_dim, ROPE=rope, WIDE=triton.next_power_of_2(head_dim), WINDOW=window,
+        RING=kv_pack.ring_entries(ring, head_dim, rope), PAGE=page_entries, CHUNK=tiles.far,
         NEAR=tiles.near, STEP=tiles.step, HEADS=own_heads, PICKED=picks is not None,
         DOT=tl.float32 if query.dtype == torch.float32 else tl.bfloat16, num_warps=WARPS,
     )  # fmt: skip
-    _combine[(heads, tokens, head_dim // PART)](
+    _combine[(heads, tokens, triton.cdiv(head_dim, PART))](
         partial,
         sums,
         sink,

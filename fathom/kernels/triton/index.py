@@ -38,13 +38,14 @@ def _sortable(score):
 
 @triton.jit
 def _scores(
-    query, weights, weights_stride, weights_first, positions, pool, page_stride, index_offset,
+    query, weights, weights_stride, weights_first, rows, tokens, pool, page_stride, index_offset,
     table, pages, scores, maxima, most, factor,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, RATIO: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1).to(tl.int64)
-    visible = (tl.load(positions + token) + 1) // RATIO
+    visible = (tl.load(rows + token) + 1) // RATIO
+    slot = tl.load(rows + tokens + token).to(tl.int64)
     head, byte = tl.arange(0, HEADS), tl.arange(0, DIM // 2)
     # A byte holds an even column's code and an odd one's: the query is divided likewise.
     column = 2 * byte[None, :, None] + tl.arange(0, 2)[None, None, :]
@@ -60,7 +61,7 @@ def _scores(
         live = entry < visible
         value = tl.full([BLOCK], -float("inf"), tl.float32)
         if block * BLOCK < visible:
-            page = tl.load(table + token * pages + entry // PAGE, mask=live, other=0)
+            page = tl.load(table + slot * pages + entry // PAGE, mask=live, other=0)
             keys = pool + page.to(tl.int64) * page_stride + index_offset
             packed = tl.load(
                 keys[:, None, None] + (entry % PAGE * (DIM // 2))[:, None, None]
@@ -104,11 +105,11 @@ def _threshold(maxima, bound, found, groups, k, GROUPS: tl.constexpr):
 
 @triton.jit
 def _collect(
-    scores, bound, found, candidates, positions, most, room, RATIO: tl.constexpr,
+    scores, bound, found, candidates, rows, most, room, RATIO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     block, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    visible = (tl.load(positions + token) + 1) // RATIO
+    visible = (tl.load(rows + token) + 1) // RATIO
     entry = block * BLOCK + tl.arange(0, BLOCK)
     score = tl.load(scores + token * most + entry, mask=entry < visible, other=-float("inf"))
     key = _sortable(score)
@@ -177,7 +178,7 @@ def _group_size(most: int) -> int:
 def index_scores_paged(
     query: torch.Tensor,
     weights: torch.Tensor,
-    positions: torch.Tensor,
+    rows: torch.Tensor,
     pool: torch.Tensor,
     table: torch.Tensor,
     *,
@@ -187,7 +188,7 @@ def index_scores_paged(
     most_entries: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the reference. query: [tokens, index_heads, index_dim]; weights: [tokens, cols] float32,
-    the index_heads last; positions: [tokens] int32; pool: [pages, bytes] uint8; table: [tokens,
+    the index_heads last; rows: [4, tokens] int32; pool: [pages, bytes] uint8; table: [slots,
     pages] int32. Returns (scores [tokens, entries] float32, the maxima of groups of them).
     """
     tokens, heads, dim = query.shape
@@ -197,8 +198,8 @@ def index_scores_paged(
     maxima = torch.empty(tokens, most // group, dtype=torch.float32, device=query.device)
     blocks = BLOCKS_OF_LONG if most >= LONG else 1
     _scores[(most // BLOCK // blocks, tokens)](
-        query, weights, weights.stride(0), weights.shape[1] - heads, positions, pool,
-        pool.stride(0), index_offset, table, table.shape[1], scores, maxima, most,
+        query, weights, weights.stride(0), weights.shape[1] - heads, rows, tokens, pool,
+        pool.stride(0), index_offset, table, table.stride(0), scores, maxima, most,
         dim**-0.5 * heads**-0.5,
         HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=BLOCK, BLOCKS=blocks,
         GROUP=group,
@@ -209,10 +210,10 @@ def index_scores_paged(
 
 @register("topk_positions", "triton")
 def topk_positions(
-    scores: torch.Tensor, maxima: torch.Tensor, positions: torch.Tensor, *, k: int, ratio: int
+    scores: torch.Tensor, maxima: torch.Tensor, rows: torch.Tensor, *, k: int, ratio: int
 ) -> torch.Tensor:
-    """As the reference. scores: [tokens, entries] float32; maxima: [tokens, groups]; positions:
-    [tokens] int32. Returns [tokens, topk] int32.
+    """As the reference. scores: [tokens, entries] float32; maxima: [tokens, groups]; rows:
+    [4, tokens] int32. Returns [tokens, topk] int32.
     """
     tokens, most = scores.shape
     groups = maxima.shape[1]
@@ -225,7 +226,7 @@ def topk_positions(
         maxima, bound, found, groups, k, GROUPS=max(32, triton.next_power_of_2(groups)), num_warps=1
     )
     _collect[(triton.cdiv(most, COLLECT), tokens)](
-        scores, bound, found, candidates, positions, most, most, RATIO=ratio, BLOCK=COLLECT,
+        scores, bound, found, candidates, rows, most, most, RATIO=ratio, BLOCK=COLLECT,
         num_warps=4,
     )  # fmt: skip
     _choose[(tokens,)](candidates, found, picks, most, k, SORTED=SORTED, K=k, num_warps=8)

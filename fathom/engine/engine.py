@@ -71,6 +71,7 @@ class Engine:
         self.memory = Memory(slabs, slots, model.config.max_position_embeddings)
         rows = self.config.budget.tokens + self.config.max_sequences * (1 + self.config.drafts)
         self.runner = make_runner(model, self.memory, rows)
+        self.runner.batch_invariant = self.config.batch_invariant
         self._root = self._name()
         disk = self.config.disk
         self.cache = PrefixCache(
@@ -501,7 +502,7 @@ class Engine:
         layout = self.memory.slabs.layout
         kind = (
             f"{layout.kv_format} {layout.key_format} {self.config.drafts > 0} "
-            f"{type(self.runner).__name__}"
+            f"{type(self.runner).__name__} {self.config.batch_invariant}"
         )
         return fingerprint(self.model, kind)
 

@@ -1,6 +1,7 @@
-"""The two ways to compute a step: compiled rows on the CPU, and the torch model on any device.
+"""The ways to compute a step: compiled rows on the CPU, stored formats on a GPU, and the torch
+model on any device.
 
-`runner` is an operation like any other: the registry chooses by device, a GPU adds its own.
+`runner` is an operation like any other: the registry chooses by device and by what fits a model.
 
 Paper: none (engine).
 """
@@ -20,9 +21,14 @@ _runner = operation("runner")
 
 
 class Runner(Protocol):
-    """Computes batches over an engine's memory; a row's result depends on its sequence alone."""
+    """Computes batches over an engine's memory.
+
+    `batch_invariant`: a row's result depends on its sequence alone. Set to False, a runner that has
+    a faster way may take it. `export`: keep what `routing` and `selection` tell.
+    """
 
     export: bool
+    batch_invariant: bool
 
     def reload(self) -> None:
         """Read the model's weights again."""
@@ -59,7 +65,7 @@ class Runner(Protocol):
 
 def make_runner(model: Transformer, memory: Memory, max_rows: int) -> Runner:
     """The best runner for a model where it lies."""
-    from fathom.engine import torch_runner  # noqa: F401  (registers the reference)
+    from fathom.engine import stored_runner, torch_runner  # noqa: F401  (they register themselves)
 
     return _runner(_weight(model), model, memory, max_rows)
 

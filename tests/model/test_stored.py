@@ -14,7 +14,7 @@ from fathom.model.stored import StoredLayer
 from fathom.model.stored_cache import SlabLayout, StoredCache
 from fathom.model.stored_forward import run_layers
 from fathom.model.stored_work import Step
-from fathom.quant import kv_pack
+from tests.model.tiny import as_stored
 
 SIZES = {
     "hidden_size": 256,
@@ -33,14 +33,7 @@ TOKENS = 134  # past a window of 128, with far more entries than the indexer pic
 
 
 def test_stored_decode_equals_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    simulate = kv_pack.simulate_kv
-
-    def as_stored(kv: torch.Tensor, rope_dim: int = 64) -> torch.Tensor:
-        """Float32 arithmetic, but the rotated part is stored in BF16, which simulation leaves."""
-        kv = simulate(kv, rope_dim)
-        return torch.cat((kv[..., :-rope_dim], kv[..., -rope_dim:].bfloat16().to(kv.dtype)), -1)
-
-    monkeypatch.setattr(kv_pack, "simulate_kv", as_stored)
+    as_stored(monkeypatch)
     config = tiny_config("instruct", **SIZES)
     write_tiny(tmp_path, config=config, seed=3)
     model = load_model(tmp_path, dtype=torch.float32, quantized=True)

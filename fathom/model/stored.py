@@ -171,7 +171,9 @@ class MergeSite:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> MergeSite:
-        """tensors: of the model, or of an MTP block without the `mtp.N.` before their names."""
+        """tensors: of the model, or of an MTP block without the `mtp.N.` before their names, each in
+        the same shape as in the files, such as fn [streams, streams * hidden].
+        """
         parts = {part: tensors[f"hc_head_{part}"] for part in ("fn", "base", "scale")}
         return cls(**parts, norm=tensors["norm.weight"])
 
@@ -189,7 +191,9 @@ class StoredDraft:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> StoredDraft:
-        """tensors: the block's by their official names, without the `mtp.N.` before them."""
+        """tensors: the block's by their official names, without the `mtp.N.` before them, each in
+        the same shape as in the files, such as e_proj [hidden, hidden].
+        """
         projections = {
             name: (_bytes(tensors[f"{name}.weight"]), _bytes(tensors[f"{name}.scale"]))
             for name in ("e_proj", "h_proj")
@@ -227,7 +231,11 @@ class StoredModel:
 
     @classmethod
     def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor]) -> StoredModel:
-        """From all tensors of a checkpoint by their official names, on one device."""
+        """From all tensors of a checkpoint by their official names, on one device.
+
+        tensors: each in the same shape as in the files; experts may be stacked, [experts, rows,
+        cols].
+        """
 
         def block(name: str) -> dict[str, Tensor]:
             return {n.removeprefix(name): t for n, t in tensors.items() if n.startswith(name)}
@@ -265,7 +273,7 @@ class StoredModel:
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor by a name of its own."""
+        """Every tensor by a name of its own, such as .embed.weight: [vocab, hidden]."""
         found: dict[str, Tensor] = {}
         _collect(self, "", found)
         return found
@@ -304,7 +312,8 @@ def unstorable(model: Transformer) -> str | None:
 
 @torch.no_grad()
 def stored_tensors(model: Transformer) -> dict[str, Tensor]:
-    """A Transformer's tensors as a checkpoint of its formats has them, experts stacked.
+    """A Transformer's tensors as a checkpoint of its formats has them, experts stacked: [experts,
+    rows, cols].
 
     Raises ConfigError for a weight that its format cannot hold.
     """

@@ -38,17 +38,17 @@ class Work(Protocol):
         ...
 
     @property
-    def boundary(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def boundary(self) -> Callable[..., Any]:
         """`mhc_boundary`, or another operation of its signature."""
         ...
 
     @property
-    def linear(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def linear(self) -> Callable[..., Any]:
         """`stored_linear`, or another operation of its signature."""
         ...
 
     @property
-    def moe(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def moe(self) -> Callable[..., Any]:
         """`stored_moe`, or another operation of its signature."""
         ...
 

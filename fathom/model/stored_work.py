@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -95,17 +96,17 @@ class Step:
         )
 
     @property
-    def boundary(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def boundary(self) -> Callable[..., Any]:
         """As Work.boundary."""
         return _mhc_boundary
 
     @property
-    def linear(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def linear(self) -> Callable[..., Any]:
         """As Work.linear."""
         return _stored_linear if self.batch_invariant else _chunk_linear
 
     @property
-    def moe(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def moe(self) -> Callable[..., Any]:
         """As Work.moe."""
         return _stored_moe if self.batch_invariant else _chunk_moe
 
@@ -218,17 +219,17 @@ class Chunk:
         )
 
     @property
-    def boundary(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def boundary(self) -> Callable[..., Any]:
         """As Work.boundary."""
         return _chunk_mhc_boundary
 
     @property
-    def linear(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def linear(self) -> Callable[..., Any]:
         """As Work.linear."""
         return _chunk_linear
 
     @property
-    def moe(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def moe(self) -> Callable[..., Any]:
         """As Work.moe."""
         return _chunk_moe
 

@@ -22,8 +22,15 @@ CONFIG = replace(RANDOM_CONFIG, vocab_size=400, max_position_embeddings=2048, eo
 REPLAY = CONFIG.num_hidden_layers * (CONFIG.sliding_window - 1) + CONFIG.sliding_window
 
 
-def model(seed: int = 1, quantized: bool = True, **changes: Any) -> Transformer:
-    """A random model; quantised, so that entries are stored as FP8 and keys as FP4."""
+def model(
+    seed: int = 1, quantized: bool = True, device: str = "cpu", **changes: Any
+) -> Transformer:
+    """A random model; quantised, so that entries are stored as FP8 and keys as FP4.
+
+    On a GPU it is one whose weights are stored too, in BF16 arithmetic.
+    """
+    if device != "cpu":
+        return stored_model(seed, torch.bfloat16, device, **changes)
     return random_model(seed, replace(CONFIG, **changes), quantized=quantized)
 
 

@@ -38,7 +38,7 @@ def serve(net: Any, **settings: Any) -> Engine:
 
 @pytest.fixture(autouse=True)
 def _to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's matrix products add up in another order for other numbers of rows: one at a time."""
+    """The CPU's matrix products add up in another order for other numbers of rows."""
 
     def by_row(op: str, rows: tuple[int, ...], names: tuple[str, ...] = ()) -> None:
         whole = registry._kernels[op, "reference"]

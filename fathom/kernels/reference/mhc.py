@@ -172,8 +172,9 @@ def mhc_write(
 ) -> None:
     """Write the last sublayer's output, that of experts, into streams that are kept elsewhere.
 
-    streams: [tokens, streams, hidden]; y, pairs, post, comb: as in `mhc_boundary`; places: [tokens]
-    int32, the row of out [rows, streams, hidden] that each token's streams go to.
+    streams: [tokens, streams, hidden]; y: [tokens, hidden]; pairs: [tokens, topk, hidden]; post:
+    [tokens, streams], comb: [tokens, streams, streams], of the last read; places: [tokens] int32,
+    the row of out: [rows, streams, hidden] that each token's streams go to.
     """
     y = (pairs.float().sum(1) + y.float()).to(y.dtype)
     out[places.long()] = mhc_post(y, streams, post, comb)

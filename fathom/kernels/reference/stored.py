@@ -139,6 +139,7 @@ def store_entries(
     if kind != 4:
         return None
     assert query is not None
+    assert own is not None
     q = query[:, query.shape[1] - index_heads * own.shape[1] :].unflatten(-1, (index_heads, -1))
     q = rope(q.unsqueeze(1), rotation[:, 0:1], rotation[:, 1:2])[:, 0]
     return fp4.simulate(hadamard(q))

@@ -216,7 +216,8 @@ def write(
 ) -> None:
     """Write a sublayer's output into new [rows, streams, hidden], at places [tokens] if given.
 
-    streams: [tokens, streams, hidden]; y, pairs, post, comb: as in `mhc_boundary`.
+    streams: [tokens, streams, hidden]; y: [tokens, hidden]; pairs: [tokens, topk, hidden]; post,
+    comb: the same shapes as there.
     """
     tokens, n, hidden = streams.shape
     width = min(WRITTEN, triton.next_power_of_2(hidden))

@@ -171,8 +171,8 @@ class MergeSite:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> MergeSite:
-        """tensors: of the model, or of an MTP block without the `mtp.N.` before their names, each in
-        the same shape as in the files, such as fn [streams, streams * hidden].
+        """tensors: of the model, or of an MTP block without the `mtp.N.` before their names, in the
+        same shape as in the files, such as fn [streams, streams * hidden].
         """
         parts = {part: tensors[f"hc_head_{part}"] for part in ("fn", "base", "scale")}
         return cls(**parts, norm=tensors["norm.weight"])

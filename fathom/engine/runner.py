@@ -15,6 +15,7 @@ import torch
 
 from fathom.engine.batch import Batch, Memory
 from fathom.kernels import operation
+from fathom.model.stored import StoredModel
 from fathom.model.transformer import Transformer
 
 _runner = operation("runner")
@@ -63,12 +64,12 @@ class Runner(Protocol):
         ...
 
 
-def make_runner(model: Transformer, memory: Memory, max_rows: int) -> Runner:
+def make_runner(model: Transformer | StoredModel, memory: Memory, max_rows: int) -> Runner:
     """The best runner for a model where it lies."""
     from fathom.engine import stored_runner, torch_runner  # noqa: F401  (they register themselves)
 
     return _runner(_weight(model), model, memory, max_rows)
 
 
-def _weight(model: Transformer) -> torch.Tensor:
+def _weight(model: Transformer | StoredModel) -> torch.Tensor:
     return model.embed.weight

@@ -303,7 +303,7 @@ def chunk_entries(
         projected, projected.stride(0), ape, norm, state.clone(), state, index[0], index_norm,
         index[2], entry_rotation, table, pool, pool.stride(0), *offsets, start, tokens, known,
         norm_eps, dtype=tl.float32 if low.dtype == torch.float32 else tl.bfloat16,
-        KIND=kind, INDEX_COLS=index_norm.shape[0], PAGE=page_entries,
+        KIND=kind, INDEX_COLS=index_norm.shape[0] if kind == 4 else 64, PAGE=page_entries,
         TAIL=state.shape[1 if kind == 4 else 0], STEP=STEP, num_warps=4, **sizes,
     )  # fmt: skip
     if kind != 4:

@@ -175,7 +175,7 @@ class StoredRunner:
     def head(self, hidden: np.ndarray) -> np.ndarray:
         """The logits [rows, vocab] of hidden states [rows, hidden] that `logits` returned."""
         given = self._upload(torch.from_numpy(np.array(hidden, np.float32)))
-        return self._download(_head_logits(given, self._stored.head))
+        return self._download(_head_logits(given, self._stored.head))[0]
 
     def streams(self, row: int) -> np.ndarray:
         """A row's residual streams after the last layer that ran: [streams, hidden] float32."""
@@ -304,8 +304,8 @@ class StoredRunner:
             some = which[first : first + MOST_TOKENS]
             size = next(size for size in BUCKETS if size >= len(some))
             places = torch.tensor(some + some[:1] * (size - len(some)), dtype=torch.int32)
-            hidden, logits = self._run(call, self._upload(places))
-            found.append((self._download(hidden[: len(some)]), self._download(logits[: len(some)])))
+            both = self._run(call, self._upload(places))
+            found.append(self._download(*(value[: len(some)] for value in both)))
         c = self._config
         hidden = [h for h, _ in found] or [np.empty((0, c.hidden_size), np.float32)]
         logits = [own for _, own in found] or [np.empty((0, c.vocab_size), np.float32)]
@@ -318,13 +318,14 @@ class StoredRunner:
             return values
         return values.pin_memory().to(self._device, non_blocking=True)
 
-    def _download(self, values: torch.Tensor) -> np.ndarray:
+    def _download(self, *values: torch.Tensor) -> tuple[np.ndarray, ...]:
         if self._device.type == "cpu":
-            return values.numpy()
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
+            return tuple(value.numpy() for value in values)
+        found = [torch.empty(v.shape, dtype=v.dtype, pin_memory=True) for v in values]
+        for host, value in zip(found, values, strict=True):
+            host.copy_(value, non_blocking=True)
         torch.cuda.current_stream().synchronize()
-        return host.numpy()
+        return tuple(host.numpy() for host in found)
 
     def _make_room_for_choices(self) -> None:
         if self._experts.numel():

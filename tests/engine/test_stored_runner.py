@@ -75,11 +75,11 @@ def test_the_torch_model_says_the_same(net: Transformer) -> None:
         plain = engine(net)
     assert isinstance(plain.runner, TorchRunner)
     for served in (stored, plain):
-        requests = [served.submit(prompt(length, length), greedy(6)) for length in (132, 41, 3)]
+        requests = [served.submit(prompt(length, length), greedy(6)) for length in (131, 21, 3)]
         finish(served, *requests)
         again = served.submit([*requests[0].tokens, 5], greedy(4))
         finish(served, again)
-        assert again.cached_tokens == 137
+        assert again.cached_tokens == 136
         runs.append([*requests, again])
     same = total = 0
     for a, b in zip(*runs, strict=True):
@@ -93,32 +93,32 @@ def test_the_torch_model_says_the_same(net: Transformer) -> None:
 
 def test_the_same_bits_in_every_batch_and_cut(net: Transformer) -> None:
     expected = None
-    for cut, beside in ((512, 0), (7, 2), (33, 5)):
+    for cut, beside in ((512, 0), (7, 2), (33, 3)):
         served = serve(net, budget=Budget(tokens=cut, beside_streams=cut))
-        request = served.submit(prompt(70), sampled(6))
-        others = [served.submit(prompt(5 + 9 * i, i), sampled(4)) for i in range(beside)]
+        request = served.submit(prompt(40), sampled(5))
+        others = [served.submit(prompt(3 + 4 * i, i), sampled(3)) for i in range(beside)]
         finish(served, request, *others)
         expected = expected or bits(request)
         assert bits(request) == expected
 
 
-@pytest.mark.parametrize("right", [0, 1, 3])
+@pytest.mark.parametrize("right", [0, 2])
 def test_rejected_drafts_leave_nothing_behind(net: Transformer, right: int) -> None:
     """Rejections inside windows of 4 and across the end of one of 128."""
     plain, quick = serve(net), serve(net, drafts=3, drafts_adaptive=False)
-    for start in (122, 125):
-        known = prompt(start)
-        alone, request = (made.submit(known, sampled(14, seed=start)) for made in (plain, quick))
-        finish(plain, alone)
-        Oracle([d.token for d in alone.output], right).attach(request)
-        finish(quick, request)
-        assert bits(request) == bits(alone)
-        later = quick.submit([*request.tokens, 9], greedy(3))
-        finish(quick, later)
-        same = plain.submit([*alone.tokens, 9], greedy(3))
-        finish(plain, same)
-        assert later.cached_tokens == same.cached_tokens
-        assert bits(later) == bits(same)
+    start = 124
+    known = prompt(start)
+    alone, request = (made.submit(known, sampled(10, seed=start)) for made in (plain, quick))
+    finish(plain, alone)
+    Oracle([d.token for d in alone.output], right).attach(request)
+    finish(quick, request)
+    assert bits(request) == bits(alone)
+    later = quick.submit([*request.tokens, 9], greedy(3))
+    finish(quick, later)
+    same = plain.submit([*alone.tokens, 9], greedy(3))
+    finish(plain, same)
+    assert later.cached_tokens == same.cached_tokens
+    assert bits(later) == bits(same)
     drafts = quick.metrics
     assert drafts.accepted_tokens / drafts.drafted_tokens == pytest.approx(right / 3, abs=0.2)
 

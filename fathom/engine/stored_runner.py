@@ -259,10 +259,12 @@ class StoredRunner:
         embedded = _step_streams(table[TOKEN], stored.embed.weight, 1)[:, 0]
         given = self._given.index_select(0, table[PLACE])
         own, _ = work.linear(embedded, *block.e_proj, norm=block.enorm, norm_eps=c.rms_norm_eps)
-        other, _ = work.linear(
-            given.flatten(0, 1), *block.h_proj, norm=block.hnorm, norm_eps=c.rms_norm_eps
-        )
-        streams = own.unsqueeze(1) + other.view_as(given)
+        # A step's operations take 64 rows at most, and every stream is one here.
+        parts = [
+            work.linear(part, *block.h_proj, norm=block.hnorm, norm_eps=c.rms_norm_eps)[0]
+            for part in given.flatten(0, 1).split(MOST_TOKENS)
+        ]
+        streams = own.unsqueeze(1) + torch.cat(parts).view_as(given)
         pending = run_layers(c, [block.layer], self._own, work, streams)
         pending.write(table[PLACE], self._streams)
 

@@ -27,7 +27,8 @@ import anyio
 
 from fathom.errors import DaemonLost, FathomError
 from fathom.sandbox import Client, Container, state
-from fathom.sandbox.edge import Edge
+from fathom.sandbox.edge.keeper import Keeper
+from fathom.sandbox.edge.parent import Parent
 from fathom.sandbox.host import LocalHost
 from fathom.sandbox.sandbox import Sandbox
 from fathom.sandbox.trajectory.errors import OutcomeUnknown
@@ -90,11 +91,11 @@ class Crasher:
     def start_daemon(self) -> None:
         """Start the daemon; it may take a moment until it answers."""
         if not self.daemon:
-            self.daemon = _child(lambda: anyio.run(self._serve))
+            self.daemon = _child(self._serve)
 
-    async def _serve(self) -> None:
-        edge = Edge(LocalHost("auto", self.cache, self.runtime), spare=0)
-        await edge.serve_until_told()
+    def _serve(self) -> None:
+        host = LocalHost("auto", self.cache, self.runtime)
+        Parent(Keeper(host, spare=0, work=(self.work,))).run()
 
     def start_client(self, number: int, until: int | None = None) -> None:
         """Start a client of round `number`, which ends after operation `until` if that is given."""

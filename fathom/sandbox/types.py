@@ -18,7 +18,10 @@ DEFAULT_PIDS = 128
 DEFAULT_CAP = 1 << 20
 MINIMUM_MEMORY = 16 << 20
 WORKDIR = "/work"
+DOOR = "/run/door"
 
+# What snapshots are called.
+SNAPSHOT = re.compile(r"snap-[0-9a-f]{16}")
 _SIZE = re.compile(r"(\d+)(?:\s*(B|KiB|MiB|GiB))?")
 _UNITS = {None: 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
@@ -50,6 +53,8 @@ class Container:
     the memory. `cpu`: cores as a number, None for no limit. `image`: "base", or "python" for base
     and python3, or the name or digest of an image in the store. `ttl`, `idle_ttl`: seconds after
     which a daemon ends the sandbox, in any case and when nothing was asked of it; None for never.
+    `door`: host folder shown read-only at /run/door, for Unix sockets that somebody answers there:
+    each is a way out of the sandbox, whatever its network policy says.
     """
 
     workdir: str | Path | None = None
@@ -61,6 +66,7 @@ class Container:
     hostname: str = "sandbox"
     ttl: float | None = None
     idle_ttl: float | None = None
+    door: str | Path | None = None
 
     def check(self) -> None:
         """Refuse values that no substrate could serve. Raises SandboxError."""
@@ -80,6 +86,8 @@ class Container:
             raise SandboxError('image is empty: choose "base", "python" or one of the store')
         if self.workdir is not None and not Path(self.workdir).is_dir():
             raise SandboxError(f"workdir {self.workdir} is not a folder: create it first")
+        if self.door is not None and not Path(self.door).is_dir():
+            raise SandboxError(f"door {self.door} is not a folder: create it first")
 
     @property
     def memory_bytes(self) -> int:

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
+from fathom.kernels.triton.entries import turn
 from fathom.quant import kv_pack
 
 
@@ -39,13 +40,14 @@ class _Tiles:
 # By the layer's compress ratio. Few entries: small programs keep the whole device busy with a
 # single token. HCA sees thousands in a long context: more heads share what was decoded.
 TILES = {
-    0: _Tiles(heads=16, near=32, far=32, step=32),
-    4: _Tiles(heads=16, near=32, far=32, step=32),
-    128: _Tiles(heads=32, near=32, far=64, step=32),
+    0: _Tiles(heads=64, near=32, far=32, step=32),
+    4: _Tiles(heads=64, near=32, far=32, step=32),
+    128: _Tiles(heads=64, near=64, far=64, step=64),
 }
-WARPS = 8
+WARPS, STAGES = 8, 2
+TURNED_HEADS = 4  # of one program of _turn
 PART = 128  # columns of one program of _combine
-AT_ONCE = 16  # chunks that it reads at once
+AT_ONCE = 32  # chunks that it reads at once
 
 
 @triton.jit
@@ -54,16 +56,38 @@ def _rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def _turn(
+    query, query_stride, rotation, turned, heads, eps,
+    COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Queries normalised per head and rotated: turned [tokens, heads, COLS]."""
+    token = tl.program_id(1).to(tl.int64)
+    dtype: tl.constexpr = query.dtype.element_ty
+    head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    col = tl.arange(0, WIDE)[None, :]
+    at = head[:, None] * COLS + col
+    q = tl.load(query + token * query_stride + at, mask=col < COLS, other=0.0).to(tl.float32)
+    mean = _rounded(tl.sum(_rounded(q * q, dtype), axis=1) / COLS, dtype)
+    r = _rounded(1.0 / tl.sqrt(_rounded(mean + eps, dtype)), dtype)
+    q = _rounded(q * r[:, None], dtype)
+    even, odd = tl.split(tl.reshape(q, [HEADS, WIDE // 2, 2]))
+    cos = rotation + token * ROPE
+    even, odd = turn(even, odd, cos, cos + ROPE // 2, WIDE // 2, (COLS - ROPE) // 2, ROPE // 2)
+    own = turned + token * heads * COLS
+    both = tl.reshape(tl.join(even, odd), [HEADS, WIDE])
+    tl.store(own + at, both.to(dtype), mask=col < COLS)
+
+
+@triton.jit
 def _attend(
-    query, query_stride, rotation, rows, tokens, ring, ring_stride, pool, page_stride,
-    entry_offset, table, pages, picks, picks_count, partial, sums, heads, scale, eps,
+    turned, rows, tokens, ring, ring_stride, pool, page_stride, entry_offset, table, pages, picks,
+    picks_count, partial, sums, heads, scale,
     KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
     WINDOW: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr,
     NEAR: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr, PICKED: tl.constexpr,
-    DOT: tl.constexpr,
 ):  # fmt: skip
     chunk, group, token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    dtype: tl.constexpr = query.dtype.element_ty
+    dtype: tl.constexpr = turned.dtype.element_ty
     DATA: tl.constexpr = COLS + ROPE
     STILL: tl.constexpr = COLS - ROPE
     SCALES: tl.constexpr = (STILL // 64 + 7) // 8 * 8
@@ -71,58 +95,46 @@ def _attend(
     position = tl.load(rows + token)
     slot = tl.load(rows + tokens + token).to(tl.int64)
     head = group * HEADS + tl.arange(0, HEADS)
-    col, pair = tl.arange(0, WIDE), tl.arange(0, ROPE // 2)
-    in_window = chunk < WINDOW_CHUNKS
-    if in_window:
-        count = tl.minimum(position + 1, WINDOW)
-        first = chunk * NEAR
-        last = tl.minimum(count, first + NEAR)
-    else:
+    col, rope_col = tl.arange(0, WIDE), tl.arange(0, ROPE)
+    beyond = tl.zeros([STEP], tl.int32) + chunk >= WINDOW_CHUNKS
+    # The ring is read as a page that holds the whole window: no branch is left in the loop, and a
+    # step's entries are fetched while the one before is multiplied.
+    count = tl.minimum(position + 1, WINDOW)
+    oldest = position + 1 - count
+    first, room, size = chunk * NEAR, RING, NEAR
+    source = ring + slot * ring_stride
+    if chunk >= WINDOW_CHUNKS:
         count = (position + 1) // KIND if KIND > 0 else 0
         if PICKED:
             count = tl.minimum(count, picks_count)
-        first = (chunk - WINDOW_CHUNKS) * CHUNK
-        last = tl.minimum(count, first + CHUNK)
+        first, room, size = (chunk - WINDOW_CHUNKS) * CHUNK, PAGE, CHUNK
+        source = pool + entry_offset
+    last = tl.minimum(count, first + size)
     at = (token * tl.num_programs(0) + chunk) * heads + head
     high = tl.full([HEADS], -float("inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     if first < last:
-        # The query: normalised per head, rotated; its rotated half is a matrix of its own.
-        own = query + token * query_stride + head[:, None] * COLS
-        q = tl.load(own + col[None, :], mask=(col < COLS)[None, :], other=0.0).to(tl.float32)
-        mean = _rounded(tl.sum(_rounded(q * q, dtype), axis=1) / COLS, dtype)
-        r = _rounded(1.0 / tl.sqrt(_rounded(mean + eps, dtype)), dtype)[:, None]
-        still = tl.where((col < STILL)[None, :], _rounded(q * r, dtype), 0.0)
-        even = _rounded(tl.load(own + STILL + 2 * pair[None, :]).to(tl.float32) * r, dtype)
-        odd = _rounded(tl.load(own + STILL + 2 * pair[None, :] + 1).to(tl.float32) * r, dtype)
-        cos = tl.load(rotation + token * ROPE + pair)[None, :]
-        sin = tl.load(rotation + token * ROPE + ROPE // 2 + pair)[None, :]
-        turned = tl.reshape(
-            tl.join(even * cos - odd * sin, even * sin + odd * cos), [HEADS, ROPE]
-        ).to(dtype)
-        still = still.to(DOT)
-        turned = turned.to(DOT)
+        own = turned + (token * heads + head[:, None]) * COLS
+        # Loaded as they are, so that the matrix units read them from shared memory. The rotated
+        # half meets entries of another type: a product of its own.
+        q = tl.load(own + col[None, :], mask=(col < COLS)[None, :], other=0.0)
+        q_turned = tl.load(own + STILL + rope_col[None, :])
         out = tl.zeros([HEADS, WIDE], tl.float32)
         out_turned = tl.zeros([HEADS, ROPE], tl.float32)
-        rope_col = tl.arange(0, ROPE)
         scaled, inside = tl.arange(0, WIDE // 64), tl.arange(0, 64)  # 64 codes with one scale
         for start in range(first, last, STEP):
             index = start + tl.arange(0, STEP)
             live = index < last
-            if in_window:
-                place = (position + 1 - count + index) % RING
-                data = ring + slot * ring_stride + place * DATA
-                scales = ring + slot * ring_stride + RING * DATA + place * SCALES
-            else:
-                entry = index
-                if PICKED:
-                    entry = tl.load(picks + token * picks_count + index, mask=live, other=0)
-                    live = live & (entry >= 0)
-                    entry = tl.maximum(entry, 0)
-                page = tl.load(table + slot * pages + entry // PAGE, mask=live, other=0)
-                block = pool + page.to(tl.int64) * page_stride + entry_offset
-                data = block + entry % PAGE * DATA
-                scales = block + PAGE * DATA + entry % PAGE * SCALES
+            entry = index
+            if PICKED:
+                picked = tl.load(picks + token * picks_count + index, mask=live & beyond, other=0)
+                live = live & (picked >= 0)
+                entry = tl.where(beyond, tl.maximum(picked, 0), index)
+            page = tl.load(table + slot * pages + entry // PAGE, mask=live & beyond, other=0)
+            block = source + page.to(tl.int64) * page_stride
+            place = tl.where(beyond, entry % PAGE, (oldest + entry) % RING)
+            data = block + place * DATA
+            scales = block + room * DATA + place * SCALES
             codes = tl.load(
                 data[:, None, None] + scaled[None, :, None] * 64 + inside[None, None, :],
                 mask=live[:, None, None] & (scaled < STILL // 64)[None, :, None], other=0,
@@ -131,21 +143,22 @@ def _attend(
                 scales[:, None] + scaled[None, :],
                 mask=live[:, None] & (scaled < STILL // 64)[None, :], other=0,
             )  # fmt: skip
-            kv = f.decode_e4m3_exactly(codes, DOT != tl.float32) * f.decode_e8m0(unit)[:, :, None]
-            kv = tl.reshape(kv.to(DOT), [STEP, WIDE])
+            kv = f.decode_e4m3_exactly(codes, dtype != tl.float32)
+            kv = (kv * f.decode_e8m0(unit)[:, :, None]).to(dtype)
+            kv = tl.reshape(kv, [STEP, WIDE])  # zero in the rotated half
             rope = (data + STILL).to(tl.pointer_type(tl.bfloat16))
             kv_turned = tl.load(
                 rope[:, None] + rope_col[None, :], mask=live[:, None], other=0.0
-            ).to(DOT)
-            logits = tl.dot(still, tl.trans(kv), input_precision="ieee")
-            logits = tl.dot(turned, tl.trans(kv_turned), logits, input_precision="ieee") * scale
+            ).to(dtype)
+            logits = tl.dot(q, tl.trans(kv), input_precision="ieee")
+            logits = tl.dot(q_turned, tl.trans(kv_turned), logits, input_precision="ieee") * scale
             logits = tl.where(live[None, :], logits, -float("inf"))
             higher = tl.maximum(high, tl.max(logits, axis=1))
             base = tl.where(higher == -float("inf"), 0.0, higher)
             fade = tl.exp(high - base)
             p = tl.exp(logits - base[:, None])
             total = total * fade + tl.sum(p, axis=1)
-            p = p.to(dtype).to(DOT)
+            p = p.to(dtype)
             out = tl.dot(p, kv, out * fade[:, None], input_precision="ieee")
             out_turned = tl.dot(p, kv_turned, out_turned * fade[:, None], input_precision="ieee")
             high = higher
@@ -172,7 +185,7 @@ def _combine(
     total = tl.exp(tl.load(sink + head) - high) + tl.sum(tl.exp(highs - high) * totals, axis=0)
     part = tl.program_id(2)
     col = part * PART + tl.arange(0, PART)
-    inside = (col < COLS)[None, :]
+    used = (col < COLS)[None, :]
     value = tl.zeros([PART], tl.float32)
     for first in range(0, chunks, AT_ONCE):
         chunk = first + tl.arange(0, AT_ONCE)
@@ -180,7 +193,7 @@ def _combine(
         each = tl.load(sums + 2 * at, mask=chunk < chunks, other=-float("inf"))
         rows = tl.load(
             partial + at[:, None] * COLS + col[None, :],
-            mask=(each > -float("inf"))[:, None] & inside, other=0.0,
+            mask=(each > -float("inf"))[:, None] & used, other=0.0,
         )  # fmt: skip
         value += tl.sum(tl.exp(each - high)[:, None] * rows, axis=0)
     dtype: tl.constexpr = out.dtype.element_ty
@@ -224,19 +237,24 @@ def entry_attention(
     chunks = triton.cdiv(window, tiles.near) + triton.cdiv(count, tiles.far)
     partial = torch.empty(tokens, chunks, heads, head_dim, dtype=torch.float32, device=query.device)
     sums = torch.empty(tokens, chunks, heads, 2, dtype=torch.float32, device=query.device)
+    turned = torch.empty(tokens, heads, head_dim, dtype=query.dtype, device=query.device)
     out = torch.empty(tokens, heads * head_dim, dtype=query.dtype, device=query.device)
-    rope = 2 * rotation.shape[-1]
+    rope, each = 2 * rotation.shape[-1], min(heads, TURNED_HEADS)
+    wide = triton.next_power_of_2(head_dim)
+    _turn[(heads // each, tokens)](
+        query, query.stride(0), rotation, turned, heads, norm_eps, COLS=head_dim, ROPE=rope,
+        WIDE=wide, HEADS=each, num_warps=4,
+    )  # fmt: skip
     _attend[(chunks, heads // own_heads, tokens)](
-        query, query.stride(0), rotation, rows, tokens, ring, ring.stride(0),
+        turned, rows, tokens, ring, ring.stride(0),
         pool if pool is not None else ring, pool.stride(0) if pool is not None else 0,
         entry_offset, table if table is not None else rows,
         table.stride(0) if table is not None else 0,
-        picks if picks is not None else rows, count, partial, sums, heads,
-        head_dim**-0.5, norm_eps,
-        KIND=kind, COLS=head_dim, ROPE=rope, WIDE=triton.next_power_of_2(head_dim), WINDOW=window,
+        picks if picks is not None else rows, count, partial, sums, heads, head_dim**-0.5,
+        KIND=kind, COLS=head_dim, ROPE=rope, WIDE=wide, WINDOW=window,
         RING=kv_pack.ring_entries(ring, head_dim, rope), PAGE=page_entries, CHUNK=tiles.far,
         NEAR=tiles.near, STEP=tiles.step, HEADS=own_heads, PICKED=picks is not None,
-        DOT=tl.float32 if query.dtype == torch.float32 else tl.bfloat16, num_warps=WARPS,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     _combine[(heads, tokens, triton.cdiv(head_dim, PART))](
         partial,

@@ -35,6 +35,7 @@ from fathom.sandbox.substrates.launch import (
     Launch,
     Started,
 )
+from fathom.sandbox.types import DOOR
 
 if TYPE_CHECKING:
     from fathom.sandbox.images.stack import Composed
@@ -102,6 +103,10 @@ def configuration(launch: Launch, rootfs: Path, work: Path | None) -> dict[str, 
                 "options": ["bind", "rw", *quiet],
             }
         )
+    if launch.door is not None:
+        options = ["bind", "ro", *quiet, "noexec"]
+        door = {"destination": DOOR, "type": "bind", "source": launch.door, "options": options}
+        mounts.append(door)
     network = {"type": "network"} | ({"path": launch.netns} if launch.netns else {})
     return {
         "ociVersion": "1.0.2",
@@ -162,6 +167,9 @@ def mount_root(
     try:
         if copy_from is None:
             _make_folders(rootfs, launch.ids + TENANT)
+        if launch.door is not None:
+            _make_folder(rootfs, "run")
+            _make_folder(rootfs, DOOR.lstrip("/"))
     except BaseException:
         if composed is not None:
             composed.close()
@@ -172,13 +180,18 @@ def mount_root(
 def _make_folders(rootfs: Path, tenant: int) -> None:
     """Give the tenant the two folders that can be written to."""
     for name, mode in (("work", 0o755), ("tmp", 0o1777)):
-        path = rootfs / name
-        # In an image that somebody made these may be anything, a link to elsewhere included.
-        if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise SandboxError(f"the image's /{name} is not a folder")
-        path.mkdir(exist_ok=True)
+        path = _make_folder(rootfs, name)
         os.chown(path, tenant, tenant, follow_symlinks=False)
         path.chmod(mode)
+
+
+def _make_folder(rootfs: Path, name: str) -> Path:
+    path = rootfs / name
+    # In an image that somebody made these may be anything, a link to elsewhere included.
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise SandboxError(f"the image's /{name} is not a folder")
+    path.mkdir(mode=0o755, exist_ok=True)
+    return path
 
 
 def _compose(launch: Launch, upper: Path) -> Composed:
@@ -303,12 +316,14 @@ def _run(launch: Launch, ends: Ends, group: cgroups.Group) -> int:
 
 def _bind_work(source: str, target: Path, base: int) -> None:
     """Bind the work folder so that its owner is the tenant inside. Raises Unsupported."""
-    owner = os.stat(source)
+    # It was resolved before it was judged: a link in it now was put there since, to lead elsewhere.
+    folder = syscalls.open_folder(source)
     ids = base + TENANT
     try:
+        owner = os.stat(folder)
         namespace = userns.make(f"{owner.st_uid} {ids} 1", f"{owner.st_gid} {ids} 1")
         try:
-            syscalls.bind_mapped(source, str(target), namespace)
+            syscalls.bind_mapped(f"/proc/self/fd/{folder}", str(target), namespace)
         finally:
             os.close(namespace)
     except OSError as error:
@@ -318,3 +333,5 @@ def _bind_work(source: str, target: Path, base: int) -> None:
             f"the folder {source} cannot be bound: its file system or this kernel (5.12 or newer "
             "is needed) cannot translate file owners; put the folder on ext4, xfs, btrfs or tmpfs"
         ) from error
+    finally:
+        os.close(folder)

@@ -68,6 +68,7 @@ class Launch:
     outlive: bool = False
     store: str = ""
     layers: tuple[str, ...] = ()
+    door: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

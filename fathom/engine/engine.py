@@ -38,6 +38,7 @@ from fathom.engine.state_cache import SlotLayout, SlotPool
 from fathom.engine.wal import WriteAheadLog
 from fathom.errors import CacheError, CacheFull, ConfigError, FathomError, GenerationError
 from fathom.model.fingerprint import fingerprint
+from fathom.model.stored import StoredModel
 from fathom.model.transformer import Transformer
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,9 @@ class Exported:
 class Engine:
     """Serves many requests with one model. Raises CacheError for folders that cannot be used."""
 
-    def __init__(self, model: Transformer, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self, model: Transformer | StoredModel, config: EngineConfig | None = None
+    ) -> None:
         self.model, self.config = model.eval(), config or EngineConfig()
         device = model.embed.weight.device
         drafting = self.config.drafts > 0
@@ -71,6 +74,7 @@ class Engine:
         self.memory = Memory(slabs, slots, model.config.max_position_embeddings)
         rows = self.config.budget.tokens + self.config.max_sequences * (1 + self.config.drafts)
         self.runner = make_runner(model, self.memory, rows)
+        self.runner.batch_invariant = self.config.batch_invariant
         self._root = self._name()
         disk = self.config.disk
         self.cache = PrefixCache(
@@ -501,7 +505,7 @@ class Engine:
         layout = self.memory.slabs.layout
         kind = (
             f"{layout.kv_format} {layout.key_format} {self.config.drafts > 0} "
-            f"{type(self.runner).__name__}"
+            f"{type(self.runner).__name__} {self.config.batch_invariant}"
         )
         return fingerprint(self.model, kind)
 

@@ -6,6 +6,7 @@ python -m tests.kernels.sass_cases
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -99,7 +100,7 @@ def main() -> None:
             "touched": sorted(found.touched),
             "memory": sorted(found.memory),
         }
-    print(json.dumps(report))
+    sys.stdout.write(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fathom.kernels.registry import register
-from fathom.kernels.triton.chunk_experts import factors_of_words, ordered, unpacked
+from fathom.kernels.triton.fp4_words import factors_of_words, ordered, unpacked
 
 BLOCK = 64  # entries that _scores takes at once
 LONG = 32768  # entries from which on its programs take several blocks after another
@@ -49,7 +49,7 @@ def _scores(
     visible = (tl.load(rows + token) + 1) // RATIO
     slot = tl.load(rows + tokens + token).to(tl.int64)
     head, col, word = tl.arange(0, HEADS), tl.arange(0, 128), tl.arange(0, 16)
-    # A key's columns come in the order in which its words of codes are unpacked (chunk_experts.py);
+    # A key's columns come in the order in which its words of codes are unpacked (fp4_words.py);
     # a narrower key is filled up with zeros.
     own_at = query + (token * HEADS + head[:, None]) * DIM + col[None, :]
     own = tl.load(own_at, mask=(col < DIM)[None, :], other=0.0)
@@ -230,7 +230,12 @@ def topk_positions(
     candidates = torch.empty(tokens, most, dtype=torch.int64, device=scores.device)
     picks = torch.empty(tokens, k, dtype=torch.int32, device=scores.device)
     _threshold[(tokens,)](
-        maxima, bound, found, groups, k, GROUPS=max(32, triton.next_power_of_2(groups)),
+        maxima,
+        bound,
+        found,
+        groups,
+        k,
+        GROUPS=max(32, triton.next_power_of_2(groups)),
         num_warps=1 if groups <= FEW_GROUPS else 4,
     )
     _collect[(triton.cdiv(most, COLLECT), tokens)](

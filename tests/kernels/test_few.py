@@ -136,7 +136,7 @@ def test_routing_lists_every_pair_once_by_expert(tokens: int, way: str) -> None:
 
 
 @pytest.mark.parametrize("entries", cases_of([262_144, 225_000, 600], [1500]))
-@pytest.mark.parametrize("shape", ["random", "ties", "two values"])
+@pytest.mark.parametrize("shape", ["random", "ties", "two values", "signs of zero"])
 def test_topk_of_a_long_context(entries: int, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     k = 512 if GPU else 32
     if not GPU:  # sorting thousands takes the interpreter a minute
@@ -149,6 +149,8 @@ def test_topk_of_a_long_context(entries: int, shape: str, monkeypatch: pytest.Mo
         scores = (scores * 8).round() / 8
     elif shape == "two values":
         scores = (scores > 3).float()
+    elif shape == "signs of zero":  # which are equal
+        scores = torch.where(scores > 0, 0.0, -0.0)
     scores[0, entries:] = scores[1, entries - 5 :] = -torch.inf
     maxima = scores.view(2, -1, index.group_size(room)).amax(-1).contiguous()
     rows = torch.zeros(4, 2, dtype=torch.int32, device=DEVICE)

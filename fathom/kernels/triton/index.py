@@ -21,20 +21,20 @@ import triton.language as tl
 from fathom.kernels.registry import register
 from fathom.kernels.triton.fp4_words import factors_of_words, ordered, unpacked
 
-BLOCK = 64  # entries that _scores takes at once
+BLOCK = 64  # entries that _scores takes at once, or as many as have one maximum
 LONG = 32768  # entries from which on its programs take several blocks after another
-BLOCKS_OF_LONG = 8
-SCORE_WARPS, STAGES = 4, 3
+BLOCKS_OF_LONG = 2
+SCORE_WARPS, STAGES = 4, 1
 COLLECT = 1024  # of one program of _collect
 SORTED = 2048  # candidates that _choose sorts at once
-FEW_GROUPS = 512  # that a warp alone is quickest with
-MOST_GROUPS = 4096  # maxima that _threshold holds
+FEW_GROUPS = 1024  # that a warp alone is quickest with
+MOST_GROUPS = 2048  # maxima that _threshold holds
 
 
 @triton.jit
 def _sortable(score):
-    """float32 as an int32 of the same order (as signed integers)."""
-    bits = score.to(tl.int32, bitcast=True)
+    """float32 as an int32 of the same order; adding zero makes the two zeros equal."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -203,12 +203,12 @@ def index_scores_paged(
     group = group_size(most)
     scores = torch.empty(tokens, most, dtype=torch.float32, device=query.device)
     maxima = torch.empty(tokens, most // group, dtype=torch.float32, device=query.device)
-    blocks = BLOCKS_OF_LONG if most >= LONG else 1
-    _scores[(most // BLOCK // blocks, tokens)](
+    blocks, block = BLOCKS_OF_LONG if most >= LONG else 1, max(BLOCK, group)
+    _scores[(most // block // blocks, tokens)](
         query, weights, weights.stride(0), weights.shape[1] - heads, rows, tokens, pool,
         pool.stride(0), index_offset, table, table.stride(0), scores, maxima, most,
         dim**-0.5 * heads**-0.5,
-        HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=BLOCK, BLOCKS=blocks,
+        HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=block, BLOCKS=blocks,
         GROUP=group,
         BF16=query.dtype != torch.float32, num_warps=SCORE_WARPS, num_stages=STAGES,
     )  # fmt: skip

@@ -20,6 +20,8 @@
     |   +-- SandboxTimeout          a command, or the sandbox's own part, took too long
     |   +-- SandboxOutOfMemory      a command was ended because its sandbox's memory was full
     |   +-- PolicyDenied            a policy or quota of this machine forbids what was asked
+    |   +-- SnapshotMissing         a snapshot, or one that it grew from, is not there
+    |   +-- SnapshotDamaged         a snapshot, or one that it grew from, is not what was written
     +-- AgentError               the agent could not run its loop
     |   +-- ModelUnreachable        the model behind a URL did not answer properly
     +-- TrainError               a training run that cannot start or continue
@@ -156,6 +158,18 @@ class PolicyDenied(SandboxError):
     """A policy or quota of this machine forbids what was asked."""
 
     code = "sandbox_policy_denied"
+
+
+class SnapshotMissing(SandboxError):
+    """A snapshot, or one that it grew from, is not there."""
+
+    code = "snapshot_missing"
+
+
+class SnapshotDamaged(SandboxError):
+    """A file of a snapshot, or of one that it grew from, is not what was written."""
+
+    code = "snapshot_damaged"
 
 
 class AgentError(FathomError):

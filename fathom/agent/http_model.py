@@ -47,7 +47,8 @@ class HTTPModel:
     `url` is a server's root, its `/v1` or the full address. Without `model` the first one that the
     server lists is used. `timeout` is the longest silence in seconds while a reply is awaited or
     streams in. Connection errors, 429 and 5xx are tried again `retries` times, waiting `backoff`
-    seconds at first and twice as long each time, or as long as the server asks.
+    seconds at first and twice as long each time, or as long as the server asks. `socket`: a Unix
+    socket that leads to the server, for those who have no network.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class HTTPModel:
         timeout: float = 600.0,
         retries: int = 4,
         backoff: float = 1.0,
+        socket: str | None = None,
     ) -> None:
         self._base = endpoint(url)
         self._model = model
@@ -70,6 +72,7 @@ class HTTPModel:
         self._tls: Any = httpx2.create_ssl_context() if self._base.startswith("https") else True
         self._reasoning_field = "reasoning_content"
         self._left_out: set[str] = set()
+        self._socket = socket
 
     @property
     def name(self) -> str:
@@ -190,6 +193,9 @@ class HTTPModel:
     def _client(self) -> httpx2.AsyncClient:
         # One client per request: nothing to close, and it works in whichever event loop runs.
         # A proxy from the environment can never reach this machine's own loopback.
+        if self._socket is not None:
+            way = httpx2.AsyncHTTPTransport(uds=self._socket, verify=self._tls)
+            return httpx2.AsyncClient(timeout=self._timeout, transport=way, trust_env=False)
         loopback = httpx2.URL(self._base).host in ("localhost", "127.0.0.1", "::1")
         return httpx2.AsyncClient(timeout=self._timeout, verify=self._tls, trust_env=not loopback)
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fathom.agent.model import Model
 from fathom.chat import Message, ToolCall
@@ -21,15 +21,29 @@ from fathom.chat.messages import Diagnostic
 from fathom.chat.reply import OnPiece, Piece, Reply, Sampling, Timings, Usage
 
 if TYPE_CHECKING:
-    from fathom.sandbox.trajectory.session import Session
+    from fathom.sandbox.trajectory.session import Value
 
 _REPLY = "reply"
+
+
+class Remembers(Protocol):
+    """The part of a session that keeps values."""
+
+    async def recall(self, key: str, digest: bytes) -> Value | None:
+        """See `Session.recall`."""
+        ...
+
+    async def remember(
+        self, key: str, digest: bytes, fields: Mapping[str, Any], blobs: Mapping[str, bytes]
+    ) -> None:
+        """See `Session.remember`."""
+        ...
 
 
 class RecordedModel:
     """A model behind a session; turns are numbered in the order in which they are asked for."""
 
-    def __init__(self, model: Model, session: Session) -> None:
+    def __init__(self, model: Model, session: Remembers) -> None:
         self._model = model
         self._session = session
         self._turns = 0
@@ -75,7 +89,7 @@ class RecordedModel:
         key = f"turn/{self._turns}"
         rest = json.dumps([list(tools), thinking, max_tokens, asdict(sampling)], sort_keys=True)
         digest = self._digest(messages, rest)
-        if (value := self._session.recall(key, digest)) is not None:
+        if (value := await self._session.recall(key, digest)) is not None:
             reply = reply_from_json(json.loads(value.blobs[_REPLY]))
             if on_piece is not None:
                 _repeat(reply, on_piece)

@@ -8,6 +8,8 @@ Paper: §5.1.1 (reasoning efforts, tool-call schema, interleaved thinking, quick
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fathom.chat.encode import encode, encode_segments, render
 from fathom.chat.events import (
     ArgumentsDelta,
@@ -22,7 +24,9 @@ from fathom.chat.messages import Diagnostic, Message, ToolCall
 from fathom.chat.reply import executable_calls, finish_reason
 from fathom.chat.segments import Segment
 from fathom.chat.stream import StreamParser, parse
-from fathom.chat.tokenizer import IncrementalDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from fathom.chat.tokenizer import IncrementalDecoder, Tokenizer
 
 __all__ = [
     "ArgumentsDelta",
@@ -46,3 +50,12 @@ __all__ = [
     "parse",
     "render",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Load the tokenizer on first use: only text for a model needs it. Raises AttributeError."""
+    if name not in ("IncrementalDecoder", "Tokenizer"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fathom.chat import tokenizer
+
+    return getattr(tokenizer, name)

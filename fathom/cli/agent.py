@@ -17,19 +17,31 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
 import typer
 from typer.core import TyperCommand
 
-from fathom.agent import Agent, Episode, Limits, Model, RecordedModel
-from fathom.agent.tool import arguments_of
+from fathom.agent import (
+    Agent,
+    Episode,
+    Limits,
+    Model,
+    RecordedModel,
+    api_key_from_environment,
+)
+from fathom.agent.report import report
 from fathom.chat.reply import Sampling
 from fathom.cli.models import check_thinking, default_sampling, open_model
-from fathom.cli.sandboxes import KINDS, check_kind, substrate_of
+from fathom.cli.placement import PLACEMENTS, attach, begin, loop_of, watch
+from fathom.cli.sandboxes import KINDS, check_kind, spec_of, substrate_of
 from fathom.cli.terminal import TASK_FAILED, console, visible
 from fathom.cli.trace import Trace
+
+if TYPE_CHECKING:
+    from fathom.sandbox.types import Kept
+    from fathom.sandbox.worker.worker import Loop
 
 LATEST = "last"
 ON_LOST = ("fail", "continue", "rebuild")
@@ -91,6 +103,13 @@ def agent(
     keep: Annotated[
         float, typer.Option(min=1.0, help="Seconds that a sandbox waits for a killed run.")
     ] = 1800.0,
+    placement: Annotated[
+        str,
+        typer.Option(
+            help="Where the loop lives: here, or in a worker, a sandbox of its own with the daemon "
+            "(see `fathom sandbox edge`), which goes on whatever becomes of this command."
+        ),
+    ] = PLACEMENTS[0],
     detach: Annotated[
         bool,
         typer.Option(
@@ -113,7 +132,8 @@ def agent(
     something, such as a sandbox or a model server that can be reached.
     """
     check_thinking(thinking)
-    check_kind(sandbox)
+    check_kind(sandbox, KINDS)
+    spec = spec_of(sandbox, workdir if workdir is None else workdir.resolve())
     task = sys.stdin.read() if task == "-" else task
     if not task.strip():
         raise typer.BadParameter("the task is empty")
@@ -121,7 +141,15 @@ def agent(
         raise typer.BadParameter(f"--workdir {workdir} is not a folder; create it first")
     if on_lost not in (None, *ON_LOST):
         raise typer.BadParameter(f"--on-lost is {on_lost!r}; choose {', '.join(ON_LOST)}")
-    if detach:
+    if placement not in PLACEMENTS:
+        raise typer.BadParameter(f"--placement is {placement!r}; choose {', '.join(PLACEMENTS)}")
+    if placement == "worker" and url is None:
+        raise typer.BadParameter(
+            "a worker reaches a model by its --url only: `fathom serve` gives the shipped one a URL"
+        )
+    if placement == "worker" and on_lost == "rebuild":
+        raise typer.BadParameter("a worker has --on-lost fail and continue only")
+    if detach and placement == "here":
         print(_work_alone(task, sys.argv[1:], name))
         return
     limits = Limits(
@@ -131,10 +159,7 @@ def agent(
         context_tokens=max_context,
         command_seconds=command_timeout,
     )
-    opened = open_model(model, url, api_key)
     sampling = default_sampling(model, url, Sampling(temperature=temperature, seed=seed))
-    worker = Agent(model=opened, thinking=thinking, sampling=sampling, limits=limits)
-    trace = Trace(console(stderr=True))
     fields: dict[str, Any] = {
         "task": task,
         "model": model,
@@ -146,10 +171,20 @@ def agent(
         "limits": asdict(limits),
     }
     choice = on_lost or ("fail" if workdir is None else "continue")
+    if placement == "worker" and url is not None:
+        fields["placement"] = placement
+        loop = loop_of(fields, url, api_key or api_key_from_environment())
+        job = partial(_work_beside, fields, spec, loop, resume=resume, name=name, on_lost=choice)
+        _end_beside(anyio.run(partial(job, idle=keep, detach=detach)), as_json)
+        return
+    opened = open_model(model, url, api_key)
+    worker = Agent(model=opened, thinking=thinking, sampling=sampling, limits=limits)
+    trace = Trace(console(stderr=True))
     job = partial(
         _work,
         worker,
         fields,
+        spec,
         trace,
         resume=resume,
         name=name,
@@ -163,14 +198,19 @@ def agent(
 
 
 async def _work(
-    worker: Agent, fields: dict[str, Any], trace: Trace, *, resume: str | None, **options: Any
+    worker: Agent,
+    fields: dict[str, Any],
+    spec: Kept,
+    trace: Trace,
+    *,
+    resume: str | None,
+    **options: Any,
 ) -> Episode:
     from fathom.sandbox.trajectory.recorded import RecordedSandbox
     from fathom.sandbox.trajectory.store import Store
 
     store = Store()
     resume = store.last(fields) if resume == LATEST else resume
-    spec = {"workdir": fields["workdir"]}
     substrate = substrate_of(fields["sandbox"])
     async with store.work(fields, spec, resume=resume, substrate=substrate, **options) as opened:
         trace.begins(opened.id, opened.resumed, replaced=opened.replaced)
@@ -180,6 +220,41 @@ async def _work(
         episode = await recorded.run(fields["task"], box, trace)
         opened.ending.update(status=episode.status, answer=episode.answer)
         return episode
+
+
+async def _work_beside(
+    fields: dict[str, Any],
+    spec: Kept,
+    loop: Loop,
+    *,
+    resume: str | None,
+    name: str | None,
+    on_lost: Any,
+    idle: float,
+    detach: bool,
+) -> dict[str, Any] | str:
+    """Begin or come back to a run in a worker; return its report, or with `detach` its name."""
+    from fathom.sandbox.trajectory.store import Store
+
+    store = Store()
+    resume = store.last(fields) if resume == LATEST else resume
+    if resume is None:
+        worker = await begin(fields, spec, loop, name=name, idle=idle)
+    else:
+        worker = await attach(fields, resume, loop, on_lost=on_lost)
+    return worker.id if detach else await watch(worker, store.path(worker.id))
+
+
+def _end_beside(found: dict[str, Any] | str, as_json: bool) -> None:
+    if isinstance(found, str):
+        print(found)
+        return
+    if as_json:
+        print(json.dumps(found))
+    elif found["answer"] is not None:
+        print(visible(found["answer"]) if sys.stdout.isatty() else found["answer"])
+    if found["answer"] is None:
+        raise typer.Exit(TASK_FAILED)
 
 
 def _work_alone(task: str, arguments: list[str], name: str | None) -> str:
@@ -227,58 +302,3 @@ def _show(episode: Episode, model: Model, thinking: str, as_json: bool) -> None:
     elif episode.answered and not (sys.stdout.isatty() and sys.stderr.isatty()):
         # On one terminal for both, the trace has shown the answer already.
         print(visible(episode.answer) if sys.stdout.isatty() else episode.answer)
-
-
-def report(episode: Episode, model: str, thinking: str) -> dict[str, Any]:
-    """The object that `--json` writes; every duration is in seconds."""
-    replies = [step.reply for step in episode.steps]
-    calls = [
-        {
-            "step": number,
-            "name": call.name,
-            "arguments": arguments_of(call) or {},
-            "result": result.text,
-            "executed": result.executed,
-            "exit_code": result.exit_code,
-            "timed_out": result.timed_out,
-            "seconds": round(result.seconds, 4),
-        }
-        for number, call, result in episode.calls()
-    ]
-    per_step = [
-        {
-            "model": round(step.reply.timings.total, 4),
-            "first_piece": _rounded(step.reply.timings.first_piece),
-            "tools": round(sum(result.seconds for _, result in step.results), 4),
-        }
-        for step in episode.steps
-    ]
-    return {
-        "answer": episode.answer if episode.answered else None,
-        "status": episode.status,
-        "task": episode.task,
-        "model": model,
-        "thinking": thinking,
-        "steps": len(episode.steps),
-        "tool_calls": calls,
-        "timings": {
-            "total": round(episode.seconds, 4),
-            "model": round(sum(reply.timings.total for reply in replies), 4),
-            "tools": round(sum(call["seconds"] for call in calls), 4),
-            "per_step": per_step,
-        },
-        "usage": {
-            "prompt_tokens": _total(reply.usage.prompt_tokens for reply in replies),
-            "cached_tokens": _total(reply.usage.cached_tokens for reply in replies),
-            "completion_tokens": _total(reply.usage.completion_tokens for reply in replies),
-        },
-    }
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 4)
-
-
-def _total(counts: Any) -> int | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None

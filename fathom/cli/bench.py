@@ -20,7 +20,7 @@ from fathom.cli.bench_fuzz import fuzz
 from fathom.cli.bench_gpu import gpu
 from fathom.cli.bench_server import server
 from fathom.cli.output import print_json, print_table
-from fathom.cli.sandboxes import KINDS, check_kind
+from fathom.cli.sandboxes import CONTAINERS, KINDS, MACHINES, check_kind
 
 if TYPE_CHECKING:
     from fathom.engine import LLM
@@ -35,7 +35,6 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 OTHER_MODULE = "bench.transformers_side"  # of the checkout: the package never imports transformers
 
 # Virtual machines, which are measured by what they have besides.
-MACHINES = ("microvm", "fullvm")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -78,8 +77,8 @@ def decode(
 @app.command()
 def sandbox(
     sandbox: Annotated[
-        str, typer.Option(help=f"Kind of sandbox: {', '.join((*KINDS, *MACHINES))}.")
-    ] = KINDS[0],
+        str, typer.Option(help=f"Kind of sandbox: {', '.join(KINDS)}.")
+    ] = CONTAINERS[0],
     count: Annotated[int, typer.Option(min=20, help="Warm calls; slower things less often.")] = 200,
     hold: Annotated[int, typer.Option(min=10, help="Idle sandboxes held at once.")] = 100,
     as_json: AsJson = False,
@@ -116,7 +115,9 @@ def sandbox(
 
 @app.command()
 def sandbox_exec(
-    sandbox: Annotated[str, typer.Option(help=f"Kind of sandbox: {', '.join(KINDS)}.")] = KINDS[0],
+    sandbox: Annotated[
+        str, typer.Option(help=f"Kind of sandbox: {', '.join(CONTAINERS)}.")
+    ] = CONTAINERS[0],
     count: Annotated[int, typer.Option(min=1, help="How often to run it.")] = 200,
     as_json: AsJson = False,
 ) -> None:
@@ -130,7 +131,9 @@ def sandbox_exec(
 
 @app.command()
 def trajectory(
-    sandbox: Annotated[str, typer.Option(help=f"Kind of sandbox: {', '.join(KINDS)}.")] = KINDS[0],
+    sandbox: Annotated[
+        str, typer.Option(help=f"Kind of sandbox: {', '.join(CONTAINERS)}.")
+    ] = CONTAINERS[0],
     count: Annotated[int, typer.Option(min=10, help="How often to run it.")] = 200,
     as_json: AsJson = False,
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 
 from fathom.cli.output import print_table
-from fathom.cli.sandboxes import substrate_of
+from fathom.cli.sandboxes import spec_of, substrate_of
 
 RECEIPTS = 500
 RECORD = 640  # bytes, about what an intent or a receipt takes
@@ -35,7 +35,7 @@ async def _measure(kind: str, count: int) -> dict[str, Any]:
         folder = Path(name)
         executor = await hold(
             folder / "holder-1",
-            {},
+            spec_of(kind),
             substrate=substrate_of(kind),
             cache_dir=paths.cache_folder(),
             runtime_dir=paths.runtime_folder(),

@@ -21,7 +21,7 @@ from fathom.agent.trace import OnEvent, ignore
 from fathom.chat.reply import Sampling
 from fathom.cli.models import SHIPPED_MODEL, check_thinking, default_sampling, open_model
 from fathom.cli.output import print_json
-from fathom.cli.sandboxes import KINDS, check_kind, open_sandbox
+from fathom.cli.sandboxes import CONTAINERS, check_kind, open_sandbox
 from fathom.cli.terminal import TASK_FAILED, console
 from fathom.cli.trace import Trace
 
@@ -52,7 +52,9 @@ def demo(
     seed: Annotated[int, typer.Option(help="Which tasks are drawn.")] = 1,
     per_family: Annotated[int, typer.Option(min=1, help="Tasks of each family.")] = 1,
     thinking: Annotated[str, typer.Option(help="off, high or max.")] = "high",
-    sandbox: Annotated[str, typer.Option(help=f"Kind of sandbox: {', '.join(KINDS)}.")] = KINDS[0],
+    sandbox: Annotated[
+        str, typer.Option(help=f"Kind of sandbox: {', '.join(CONTAINERS)}.")
+    ] = CONTAINERS[0],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Let the shipped model solve held-out tasks of every family in sandboxes.
@@ -86,7 +88,7 @@ def demo(
 
 
 async def play(
-    task: Task, agent: Agent, kind: str = KINDS[0], on_event: OnEvent = ignore
+    task: Task, agent: Agent, kind: str = CONTAINERS[0], on_event: OnEvent = ignore
 ) -> Outcome:
     """Let `agent` work on `task` in a sandbox of its own and judge what it left behind.
 

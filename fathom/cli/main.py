@@ -31,6 +31,7 @@ from fathom.cli.inspect import inspect
 from fathom.cli.output import print_json
 from fathom.cli.sandbox import app as sandbox_app
 from fathom.cli.serve import serve
+from fathom.cli.snapshots import app as snapshots_app
 from fathom.cli.terminal import exit_code, visible
 from fathom.cli.train import train
 from fathom.cli.trajectory import forget, logs, replay
@@ -114,6 +115,7 @@ app.add_typer(bench_app, name="bench")
 for _command in (logs, replay, forget):
     sandbox_app.command(_command.__name__)(_command)
 sandbox_app.add_typer(images_app, name="images")
+sandbox_app.add_typer(snapshots_app, name="snapshots")
 app.add_typer(sandbox_app, name="sandbox")
 
 

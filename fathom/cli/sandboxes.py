@@ -14,21 +14,40 @@ import typer
 
 if TYPE_CHECKING:
     from fathom.sandbox import Sandbox
+    from fathom.sandbox.types import Kept
 
-# A container is the only type of sandbox on this machine, so it means the best substrate for one.
-KINDS = ("container", "crun", "runc", "bubblewrap")
+# "container" means the best substrate for one on this machine.
+CONTAINERS = ("container", "crun", "runc", "bubblewrap")
+MACHINES = ("microvm", "fullvm")
+KINDS = (*CONTAINERS, *MACHINES)
 
 
-def check_kind(kind: str) -> str:
-    """Return `kind` if it names a substrate. Raises typer.BadParameter."""
-    if kind not in KINDS:
-        raise typer.BadParameter(f"--sandbox is {kind!r}; choose {', '.join(KINDS)}")
+def check_kind(kind: str, kinds: tuple[str, ...] = CONTAINERS) -> str:
+    """Return `kind` if it is one of `kinds`. Raises typer.BadParameter."""
+    if kind == "fn":
+        raise typer.BadParameter(
+            "--sandbox fn keeps nothing between two calls, and every command here goes on from "
+            f"the one before; choose {', '.join(kinds)}"
+        )
+    if kind not in kinds:
+        raise typer.BadParameter(f"--sandbox is {kind!r}; choose {', '.join(kinds)}")
     return kind
 
 
 def substrate_of(kind: str) -> str:
-    """The substrate that `kind` asks for."""
-    return "auto" if kind == "container" else kind
+    """The substrate for containers that `kind` asks for."""
+    return "auto" if kind in ("container", *MACHINES) else kind
+
+
+def spec_of(kind: str, workdir: Path | str | None = None) -> Kept:
+    """The values of a sandbox of `kind`; `workdir` is its /work. Raises typer.BadParameter."""
+    from fathom.sandbox import Container, FullVM, MicroVM
+
+    if kind not in MACHINES:
+        return Container(workdir=workdir)
+    if workdir is not None:
+        raise typer.BadParameter("a virtual machine shares no folder, so it has no --workdir")
+    return MicroVM() if kind == "microvm" else FullVM()
 
 
 @asynccontextmanager
@@ -37,8 +56,8 @@ async def open_sandbox(kind: str, workdir: Path | None = None) -> AsyncGenerator
 
     Raises Unsupported when this machine cannot run it, SandboxError when it does not start.
     """
-    from fathom.sandbox import Client, Container
+    from fathom.sandbox import Client
 
     substrate = substrate_of(kind)
     async with Client("local", substrate=substrate) as client:  # type: ignore[arg-type]
-        yield await client.create(Container(workdir=workdir))
+        yield await client.create(spec_of(kind, workdir))

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fathom.cli.output import print_json, print_table
-from fathom.cli.sandboxes import KINDS, check_kind, substrate_of
+from fathom.cli.sandboxes import KINDS, check_kind, spec_of, substrate_of
 from fathom.cli.terminal import TASK_FAILED, console, shortened, visible
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def replay(
 
     store = Store()
     if again:
-        check_kind(sandbox)
+        check_kind(sandbox, KINDS)
         folder = None if workdir is None else str(workdir.resolve())
         repeats = anyio.run(partial(_again, store, run, sandbox, folder, as_json))
         if any(repeat.verdict == "different" for repeat in repeats):
@@ -100,14 +100,18 @@ def replay(
         if as_json:
             print(json.dumps(event.to_json()), flush=True)
         else:
-            _show_event(out, event)
+            show_event(out, event)
 
 
 def forget(run: Id) -> None:
-    """End the sandbox of a run, if it waits for one that was killed, and remove the log."""
+    """End what is left of a run, its sandboxes and its loop, and remove the log."""
     from fathom.sandbox.trajectory.store import Store
+    from fathom.sandbox.worker.worker import PLAN, Worker
 
-    anyio.run(Store().forget, run)
+    store = Store()
+    if (store.path(run) / PLAN).exists():
+        anyio.run(Worker(run, store).stop)
+    anyio.run(store.forget, run)
 
 
 def _row(known: Known) -> list[str]:
@@ -216,7 +220,8 @@ def _events(store: Any, run: str, follow: bool) -> Iterator[Event]:
         time.sleep(_POLL)
 
 
-def _show_event(out: Console, event: Event) -> None:
+def show_event(out: Console, event: Event) -> None:
+    """Print one record for a person."""
     record = event.record
     at = datetime.fromtimestamp(record.wall_ns / 1e9).strftime("%H:%M:%S.%f")[:-3]
     head = f"{at} {record.kind.name.lower():8} {record.key}".rstrip()
@@ -262,7 +267,7 @@ async def _again(
     with store.read(run) as log, tempfile.TemporaryDirectory(prefix="fathom-") as name:
         executor = await hold(
             Path(name) / "holder-1",
-            {"workdir": workdir},
+            spec_of(kind, workdir),
             substrate=substrate_of(kind),
             cache_dir=paths.cache_folder(),
             runtime_dir=paths.runtime_folder(),

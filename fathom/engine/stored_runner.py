@@ -175,7 +175,7 @@ class StoredRunner:
     def head(self, hidden: np.ndarray) -> np.ndarray:
         """The logits [rows, vocab] of hidden states [rows, hidden] that `logits` returned."""
         given = self._upload(torch.from_numpy(np.array(hidden, np.float32)))
-        return self._download(_head_logits(given, self._stored.head))
+        return self._download(_head_logits(given, self._stored.head))[0]
 
     def streams(self, row: int) -> np.ndarray:
         """A row's residual streams after the last layer that ran: [streams, hidden] float32."""
@@ -259,10 +259,12 @@ class StoredRunner:
         embedded = _step_streams(table[TOKEN], stored.embed.weight, 1)[:, 0]
         given = self._given.index_select(0, table[PLACE])
         own, _ = work.linear(embedded, *block.e_proj, norm=block.enorm, norm_eps=c.rms_norm_eps)
-        other, _ = work.linear(
-            given.flatten(0, 1), *block.h_proj, norm=block.hnorm, norm_eps=c.rms_norm_eps
-        )
-        streams = own.unsqueeze(1) + other.view_as(given)
+        # A step's operations take 64 rows at most, and every stream is one here.
+        parts = [
+            work.linear(part, *block.h_proj, norm=block.hnorm, norm_eps=c.rms_norm_eps)[0]
+            for part in given.flatten(0, 1).split(MOST_TOKENS)
+        ]
+        streams = own.unsqueeze(1) + torch.cat(parts).view_as(given)
         pending = run_layers(c, [block.layer], self._own, work, streams)
         pending.write(table[PLACE], self._streams)
 
@@ -304,8 +306,8 @@ class StoredRunner:
             some = which[first : first + MOST_TOKENS]
             size = next(size for size in BUCKETS if size >= len(some))
             places = torch.tensor(some + some[:1] * (size - len(some)), dtype=torch.int32)
-            hidden, logits = self._run(call, self._upload(places))
-            found.append((self._download(hidden[: len(some)]), self._download(logits[: len(some)])))
+            both = self._run(call, self._upload(places))
+            found.append(self._download(*(value[: len(some)] for value in both)))
         c = self._config
         hidden = [h for h, _ in found] or [np.empty((0, c.hidden_size), np.float32)]
         logits = [own for _, own in found] or [np.empty((0, c.vocab_size), np.float32)]
@@ -318,13 +320,14 @@ class StoredRunner:
             return values
         return values.pin_memory().to(self._device, non_blocking=True)
 
-    def _download(self, values: torch.Tensor) -> np.ndarray:
+    def _download(self, *values: torch.Tensor) -> tuple[np.ndarray, ...]:
         if self._device.type == "cpu":
-            return values.numpy()
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
+            return tuple(value.numpy() for value in values)
+        found = [torch.empty(v.shape, dtype=v.dtype, pin_memory=True) for v in values]
+        for host, value in zip(found, values, strict=True):
+            host.copy_(value, non_blocking=True)
         torch.cuda.current_stream().synchronize()
-        return host.numpy()
+        return tuple(host.numpy() for host in found)
 
     def _make_room_for_choices(self) -> None:
         if self._experts.numel():

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
         Spilled,
         Stats,
     )
+    from fathom.sandbox.worker.sync import SyncWorker
+    from fathom.sandbox.worker.worker import Loop, Worker
 
 _HOMES = {
     "Caps": "types",
@@ -42,6 +44,7 @@ _HOMES = {
     "FullVM": "types",
     "Functions": "fn",
     "Group": "client",
+    "Loop": "worker.worker",
     "MicroVM": "types",
     "Net": "net",
     "Process": "process",
@@ -57,6 +60,8 @@ _HOMES = {
     "SyncGroup": "sync",
     "SyncProcess": "sync",
     "SyncSandbox": "sync",
+    "SyncWorker": "worker.sync",
+    "Worker": "worker.worker",
 }
 
 __all__ = [
@@ -71,6 +76,7 @@ __all__ = [
     "FullVM",
     "Functions",
     "Group",
+    "Loop",
     "MicroVM",
     "Net",
     "Process",
@@ -86,6 +92,8 @@ __all__ = [
     "SyncGroup",
     "SyncProcess",
     "SyncSandbox",
+    "SyncWorker",
+    "Worker",
 ]
 
 

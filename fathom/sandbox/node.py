@@ -253,10 +253,10 @@ class Node:
     # Virtual machines --------------------------------------------------------------------------
 
     def _capture(self, message: dict[str, Any]) -> dict[str, Any]:
-        from fathom.sandbox.vm import machine
+        from fathom.sandbox.vm import capture
 
         name = secrets.token_hex(8)
-        self._saved().put(name, machine.capture(self._machine(message["id"])))
+        self._saved().put(name, capture.capture(self._machine(message["id"])))
         return {"captured": name}
 
     def _release(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -264,22 +264,22 @@ class Node:
         return {}
 
     def _keep(self, message: dict[str, Any]) -> dict[str, Any]:
-        from fathom.sandbox.vm import machine
+        from fathom.sandbox.vm import capture
 
-        captured = machine.capture(self._machine(message["id"]))
+        captured = capture.capture(self._machine(message["id"]))
         try:
             return {"size": captured.write(Path(message["target"]), message["facts"])}
         finally:
             captured.close()
 
     def _screenshot(self, message: dict[str, Any]) -> dict[str, Any]:
-        from fathom.sandbox.vm import machine, screen
+        from fathom.sandbox.vm import capture, screen
 
         box = self._machine(message["id"])
         name = f"screen-{secrets.token_hex(4)}.png"
         path = box.folder / name
         path.touch(mode=0o600)
-        path.write_bytes(screen.png(*machine.screenshot(box)))
+        path.write_bytes(screen.png(*capture.screenshot(box)))
         return {"file": name}
 
     # The end -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Paper: none (shared infrastructure).
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from fathom.errors import SandboxError
@@ -17,10 +18,11 @@ _SETS = ("enforced", "not_enforced", "networks")
 
 
 def spec_out(spec: Kept) -> dict[str, Any]:
-    """Turn a sandbox's values into JSON, with the name of its type; its folder becomes text."""
+    """Turn a sandbox's values into JSON, with the name of its type; its folders become text."""
     values = asdict(spec)
-    if values.get("workdir") is not None:
-        values["workdir"] = str(values["workdir"])
+    for name in ("workdir", "door"):
+        if values.get(name) is not None:
+            values[name] = str(Path(values[name]).absolute())
     kind = next(name for name, one in _TYPES.items() if type(spec) is one)
     return {"type": kind, **values}
 

@@ -16,10 +16,13 @@ from fathom.cli.main import app
 from fathom.cli.serve import shipped_tokenizer
 from fathom.errors import Unsupported
 from fathom.sandbox import Client, Container
+from fathom.sandbox.paths import cache_folder
+from fathom.sandbox.trajectory.store import Store
 from fathom.server.run import running
 from fathom.server.scripted import ScriptedBackend
 from fathom.server.sessions import Session
 from tests.agent.chat_server import Respond, answer, serving, status, tool_call
+from tests.machines import skip_without_machines
 
 
 @pytest.fixture(autouse=True)
@@ -182,5 +185,39 @@ def test_a_machine_without_sandboxes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_kinds_are_those_of_the_sandbox_package() -> None:
     from fathom.sandbox.probe import SUBSTRATES
+    from fathom.sandbox.substrates.choice import MACHINES
 
-    assert sandboxes.KINDS == ("container", *SUBSTRATES)
+    assert sandboxes.CONTAINERS == ("container", *SUBSTRATES)
+    assert sandboxes.MACHINES == MACHINES
+
+
+@pytest.mark.parametrize("kind", ["microvm", pytest.param("fullvm", marks=pytest.mark.full_vm)])
+def test_a_task_in_a_virtual_machine(kind: str) -> None:
+    skip_without_machines(cache_folder())
+    script = (
+        tool_call("bash", command="echo 6 > n; [ $(id -u) = 1000 ] && uname"),
+        tool_call("bash", command="cat n"),
+        answer("Six."),
+    )
+    found, _ = run("how many?", "--sandbox", kind, "--json", script=script)
+    assert found.exit_code == 0, found.stderr
+    told = json.loads(found.stdout)
+    assert [call["result"] for call in told["tool_calls"]] == ["Linux", "6"]
+    (known,) = Store().list()
+    assert known.ended
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--sandbox", "fn"), "keeps nothing between two calls"),
+        (("--sandbox", "microvm", "--workdir", "."), "shares no folder"),
+    ],
+)
+def test_a_kind_that_cannot_do_this_is_refused_in_a_sentence(
+    arguments: tuple[str, ...], reason: str
+) -> None:
+    found, server = run("t", *arguments)
+    assert found.exit_code == 2
+    assert reason in " ".join(found.stderr.replace("\u2502", " ").split())
+    assert server.bodies == []

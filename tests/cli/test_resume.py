@@ -19,10 +19,12 @@ import pytest
 from typer.testing import CliRunner
 
 from fathom.cli.main import app
+from fathom.sandbox.paths import cache_folder
 from fathom.sandbox.trajectory.held import reconnect
 from fathom.sandbox.trajectory.store import Store
-from fathom.sandbox.trajectory.tape import read_tape
+from fathom.sandbox.trajectory.tape import Entry, read_tape
 from tests.agent.chat_server import Respond, Server, answer, serving, tool_call
+from tests.machines import skip_without_machines
 
 PATIENCE = 60.0
 
@@ -238,6 +240,32 @@ def test_a_lost_sandbox_is_rebuilt_when_that_is_asked(
         return
     assert (code, out) == (0, "Fine.\n"), err
     assert server.bodies[3]["messages"][-1]["content"] == "one\ntwo"
+
+
+def test_killed_while_a_command_runs_in_a_virtual_machine(start: Start, state: Store) -> None:
+    skip_without_machines(cache_folder())
+    script: tuple[Respond, ...] = (
+        tool_call("bash", command="echo one >> log; echo first"),
+        tool_call("bash", command="echo two >> log; sleep 3; echo three >> log"),
+        tool_call("bash", command="cat log"),
+        answer("Fine."),
+    )
+
+    def second_began() -> bool:
+        return any(e.key == "op/2" and e.started for e in _entries(state))
+
+    with serving(*script) as server:
+        start(server, "--sandbox", "microvm").kill_when(second_began)
+        code, out, err = start(server, "--sandbox", "microvm", "--resume").result()
+        assert (code, out) == (0, "Fine.\n"), err
+    assert server.bodies[3]["messages"][-1]["content"] == "one\ntwo\nthree"
+
+
+def _entries(state: Store) -> list[Entry]:
+    for known in state.list():
+        with state.read(known.id) as log:
+            return read_tape(log, known.id).entries
+    return []
 
 
 def test_another_command_is_not_resumed(start: Start, work: Path, state: Store) -> None:

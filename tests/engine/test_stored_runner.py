@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fathom.engine.batch import Batch, Piece
 from fathom.engine.engine import Engine
 from fathom.engine.scheduler import Budget
 from fathom.engine.stored_runner import StoredRunner
@@ -69,56 +70,62 @@ def _to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_torch_model_says_the_same(net: Transformer) -> None:
-    runs = []
+    """Two sequences side by side, in pieces of one to eight rows, past a window of 128."""
     stored = serve(net)
     with use_backend("reference"):
         plain = engine(net)
     assert isinstance(plain.runner, TorchRunner)
+    streams, logits = [], []
     for served in (stored, plain):
-        requests = [served.submit(prompt(length, length), greedy(6)) for length in (132, 41, 3)]
-        finish(served, *requests)
-        again = served.submit([*requests[0].tokens, 5], greedy(4))
-        finish(served, again)
-        assert again.cached_tokens == 137
-        runs.append([*requests, again])
-    same = total = 0
-    for a, b in zip(*runs, strict=True):
-        for x, y in zip(bits(a), bits(b), strict=True):
-            total += 1
-            same += x.token == y.token and x.logprob == pytest.approx(y.logprob, abs=1e-3)
-            if x.token != y.token:
-                break
-    assert same >= 0.7 * total  # a value on the edge between two codes may fall to either side
+        for slot in range(2):
+            served.memory.tables[slot, 0] = slot
+        starts, own = [0, 0], []
+        for sizes in [(1, 3), (1, 8), (6, 1), (8, 2)] * 9:
+            pieces = []
+            for slot, size in enumerate(sizes):
+                tokens = prompt(200, slot)[starts[slot] : starts[slot] + size]
+                pieces.append(Piece(slot=slot, start=starts[slot], tokens=tokens))
+                starts[slot] += size
+            served.runner.forward(Batch.of(pieces))
+            own.append(np.stack([served.runner.streams(row) for row in range(sum(sizes))]))
+        streams.append(np.concatenate(own))
+        logits.append(served.runner.logits([0, sum(sizes) - 1])[1])
+    found, expected = streams
+    size = [np.linalg.norm(x.reshape(len(x), -1), axis=1) for x in (found - expected, expected)]
+    errors = size[0] / size[1]
+    # A sum in another order now and then rounds a code the other way; later tokens may see it.
+    assert np.mean(errors < 1e-4) > 0.8, errors
+    assert np.max(errors) < 0.5
+    assert np.linalg.norm(logits[0] - logits[1]) < 0.3 * np.linalg.norm(logits[1])
 
 
 def test_the_same_bits_in_every_batch_and_cut(net: Transformer) -> None:
     expected = None
-    for cut, beside in ((512, 0), (7, 2), (33, 5)):
+    for cut, beside in ((512, 0), (7, 2), (33, 3)):
         served = serve(net, budget=Budget(tokens=cut, beside_streams=cut))
-        request = served.submit(prompt(70), sampled(6))
-        others = [served.submit(prompt(5 + 9 * i, i), sampled(4)) for i in range(beside)]
+        request = served.submit(prompt(40), sampled(5))
+        others = [served.submit(prompt(3 + 4 * i, i), sampled(3)) for i in range(beside)]
         finish(served, request, *others)
         expected = expected or bits(request)
         assert bits(request) == expected
 
 
-@pytest.mark.parametrize("right", [0, 1, 3])
-def test_rejected_drafts_leave_nothing_behind(net: Transformer, right: int) -> None:
+@pytest.mark.parametrize(("start", "right"), [(29, 0), (124, 2)])
+def test_rejected_drafts_leave_nothing_behind(net: Transformer, start: int, right: int) -> None:
     """Rejections inside windows of 4 and across the end of one of 128."""
     plain, quick = serve(net), serve(net, drafts=3, drafts_adaptive=False)
-    for start in (122, 125):
-        known = prompt(start)
-        alone, request = (made.submit(known, sampled(14, seed=start)) for made in (plain, quick))
-        finish(plain, alone)
-        Oracle([d.token for d in alone.output], right).attach(request)
-        finish(quick, request)
-        assert bits(request) == bits(alone)
-        later = quick.submit([*request.tokens, 9], greedy(3))
-        finish(quick, later)
-        same = plain.submit([*alone.tokens, 9], greedy(3))
-        finish(plain, same)
-        assert later.cached_tokens == same.cached_tokens
-        assert bits(later) == bits(same)
+    known = prompt(start)
+    alone, request = (made.submit(known, sampled(10, seed=start)) for made in (plain, quick))
+    finish(plain, alone)
+    Oracle([d.token for d in alone.output], right).attach(request)
+    finish(quick, request)
+    assert bits(request) == bits(alone)
+    later = quick.submit([*request.tokens, 9], greedy(3))
+    finish(quick, later)
+    same = plain.submit([*alone.tokens, 9], greedy(3))
+    finish(plain, same)
+    assert later.cached_tokens == same.cached_tokens
+    assert bits(later) == bits(same)
     drafts = quick.metrics
     assert drafts.accepted_tokens / drafts.drafted_tokens == pytest.approx(right / 3, abs=0.2)
 
@@ -128,7 +135,7 @@ def test_the_mtp_block_sees_what_training_saw(net: Transformer) -> None:
     from fathom.engine import LLM
 
     quick = serve(net, drafts=1, drafts_adaptive=False)
-    request = quick.submit(prompt(60), greedy(9))
+    request = quick.submit(prompt(20), greedy(9))
     agreed = 0
     while not request.finished:
         quick.step()

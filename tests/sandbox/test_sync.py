@@ -22,6 +22,8 @@ from fathom.sandbox import (
     SyncGroup,
     SyncProcess,
     SyncSandbox,
+    SyncWorker,
+    Worker,
 )
 from fathom.sandbox.files import Files
 from fathom.sandbox.sync import SyncFiles
@@ -29,7 +31,7 @@ from fathom.sandbox.sync import SyncFiles
 # What a context manager calls and what runs at exit without any loop belongs to one side only.
 ONE_SIDED = {"resumed", "paused", "members", "pause_all", "resume_all"}
 # Plain on both sides: they wait for nothing.
-PLAIN = {"output", "group", "members", "forward"}
+PLAIN = {"output", "group", "members", "forward", "follow"}
 
 
 def surface(kind: type) -> dict[str, inspect.Signature]:
@@ -49,6 +51,7 @@ def surface(kind: type) -> dict[str, inspect.Signature]:
         (Process, SyncProcess),
         (Group, SyncGroup),
         (Functions, SyncFunctions),
+        (Worker, SyncWorker),
     ],
 )
 def test_same_methods_with_the_same_arguments(asynchronous: type, synchronous: type):
@@ -61,7 +64,8 @@ def test_same_methods_with_the_same_arguments(asynchronous: type, synchronous: t
         assert list(ours[name].parameters.values()) == list(theirs[name].parameters.values()), name
         wanted = str(theirs[name].return_annotation)
         renamed = re.sub(r"\b(Sandbox|Process|Group|Functions|Forward)\b", r"Sync\1", wanted)
-        assert str(ours[name].return_annotation) in (wanted, renamed)
+        iterated = wanted.replace("AsyncIterator", "Iterator")
+        assert str(ours[name].return_annotation) in (wanted, renamed, iterated)
     if asynchronous is Client:
         assert ours["__init__"].parameters == theirs["__init__"].parameters
 

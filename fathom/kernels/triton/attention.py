@@ -74,7 +74,8 @@ def _turn(
     cos = rotation + token * ROPE
     even, odd = turn(even, odd, cos, cos + ROPE // 2, WIDE // 2, (COLS - ROPE) // 2, ROPE // 2)
     own = turned + token * heads * COLS
-    tl.store(own + at, tl.reshape(tl.join(even, odd), [HEADS, WIDE]).to(dtype), mask=col < COLS)
+    both = tl.reshape(tl.join(even, odd), [HEADS, WIDE])
+    tl.store(own + at, both.to(dtype), mask=col < COLS)
 
 
 @triton.jit

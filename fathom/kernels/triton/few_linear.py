@@ -240,7 +240,8 @@ def few_linear(
         plain if plain is not None else x, plain_out if plain_out is not None else out,
         tokens, rows, count, rows // groups, blocks,
         COLS=cols, ROWS=own_rows, TOKENS=columns, ROUNDED=values is not None,
-        NATIVE=x.dtype != torch.float32, PARTS=parts, num_warps=shape.warps, num_stages=shape.stages,
+        NATIVE=x.dtype != torch.float32, PARTS=parts,
+        num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
     return out, plain_out
 

@@ -77,8 +77,10 @@ def _scores(
         if DIM == 128:
             scale = tl.load(scales.to(tl.pointer_type(tl.int32)) + entry % PAGE, mask=live, other=0)
         else:
-            scales = scales.to(tl.pointer_type(tl.uint16))
-            scale = tl.load(scales + entry % PAGE, mask=live, other=0).to(tl.int32)
+            scale = tl.zeros([BLOCK], tl.int32)
+            for i in tl.static_range(DIM // 32):
+                byte = tl.load(scales + entry % PAGE * (DIM // 32) + i, mask=live, other=0)
+                scale |= byte.to(tl.int32) << (8 * i)
         key = unpacked(ordered(words), factors_of_words(scale, BF16), BF16)
         products = tl.dot(key, own, input_precision="ieee")
         value = tl.sum(tl.maximum(products, 0.0) * w[None, :], axis=1)
@@ -198,7 +200,7 @@ def index_scores_paged(
     pages] int32. Returns (scores [tokens, entries] float32, the maxima of groups of them).
     """
     tokens, heads, dim = query.shape
-    assert dim in (64, 128)
+    assert dim <= 128 and dim % 32 == 0  # noqa: PT018
     most = triton.cdiv(most_entries, COLLECT) * COLLECT
     group = group_size(most)
     scores = torch.empty(tokens, most, dtype=torch.float32, device=query.device)

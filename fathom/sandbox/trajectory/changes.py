@@ -16,7 +16,12 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from fathom.sandbox import state
+
+if TYPE_CHECKING:
+    from fathom.sandbox.sandbox import Sandbox
 
 FOLDERS = ("/work", "/tmp")
 # Beyond these a walk costs more than it tells; the receipt then says that nobody looked.
@@ -109,3 +114,15 @@ class Watcher:
         if before is None or self._last is None:
             return None
         return difference(before, self._last)
+
+
+def watch(runtime: Path, sandbox: Sandbox) -> Watcher | None:
+    """A watcher of a sandbox whose folder is in `runtime`; None where its files cannot be seen."""
+    if sandbox.caps.accelerator:
+        return None  # the emulator's files are not the guest's
+    pid = state.first_process(runtime / sandbox.id)
+    root = None if pid is None else Path(f"/proc/{pid}/root")
+    try:
+        return Watcher(root) if root is not None and (root / "work").is_dir() else None
+    except OSError:
+        return None

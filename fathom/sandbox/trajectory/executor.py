@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import anyio
 
 from fathom.errors import DaemonLost, SandboxError, SandboxLost
+from fathom.sandbox.trajectory.changes import Change, Watcher
 from fathom.sandbox.trajectory.operation import Outcome, Request, perform
 
 
@@ -150,30 +151,48 @@ class DirectExecutor:
         self._ended.pop(key, None)
 
 
+# How often a sandbox is asked that does not answer although somebody leads to it, and how long in
+# between, in seconds.
+_QUESTIONS = 8
+_PAUSE = 0.15
+
+
 class AgentExecutor:
     """Runs operations under keys that the agent inside a sandbox remembers.
 
     The agent keeps its receipts where the tenant cannot reach them, and for as long as the sandbox
     lives, whoever asks. Made by `open`. Reading a file changes nothing and leaves no receipt.
+    `watcher` looks which files an operation changed.
     """
 
-    def __init__(self, sandbox: Any, epoch: str) -> None:
+    def __init__(self, sandbox: Any, epoch: str, watcher: Watcher | None = None) -> None:
         self.sandbox = sandbox
         self.epoch = epoch
         self.generation = None  # the agent does not count
+        self._watcher = watcher
 
     @classmethod
-    async def open(cls, sandbox: Any) -> AgentExecutor:
+    async def open(cls, sandbox: Any, watcher: Watcher | None = None) -> AgentExecutor:
         """An executor for a sandbox with `exec(op=...)`, `receipt` and `acknowledge`."""
         receipt = await sandbox.receipt("epoch")
-        return cls(sandbox, f"{sandbox.id}/{receipt.epoch}")
+        return cls(sandbox, f"{sandbox.id}/{receipt.epoch}", watcher)
 
     async def dispatch(
         self, key: str, digest: bytes, request: Request, on_started: OnStarted
     ) -> Outcome:
         """See `Executor.dispatch`. The agent compares requests by a digest of its own."""
         del digest, on_started  # the sandbox says nothing before the end of a command
-        return await perform(self.sandbox, request, key)
+        background = await self._changes(request)
+        outcome = await perform(self.sandbox, request, key)
+        return replace(outcome, changes=await self._changes(request), background=background)
+
+    async def _changes(self, request: Request) -> tuple[Change, ...] | None:
+        if self._watcher is None:
+            return None
+        if request.verb == "read":
+            return ()
+        found = await anyio.to_thread.run_sync(self._watcher.changes)
+        return None if found is None else tuple(found)
 
     async def query(self, key: str, request: Request) -> Answer:
         """See `Executor.query`. A receipt is fetched by asking for the operation again.
@@ -182,29 +201,46 @@ class AgentExecutor:
         """
         if request.verb == "read":
             return NeverSeen()
-        try:
-            receipt = await self.sandbox.receipt(key)
-            if f"{self.sandbox.id}/{receipt.epoch}" != self.epoch:
-                return Lost(reason="the agent of the sandbox began anew")
-            match receipt.state:
-                case "never":
-                    return NeverSeen()
-                case "running":
-                    return Running()
-                case "finished":
-                    return Finished(outcome=await perform(self.sandbox, request, key))
-                case "acked":
-                    return Lost(reason="its receipt was given up, and is not in the log")
-                case _:
-                    return Lost(reason="the agent ended while it ran")
-        except DaemonLost:
-            raise
-        except SandboxError as error:
-            return Lost(reason=str(error))
+        problem: SandboxError | None = None
+        for _ in range(_QUESTIONS):
+            try:
+                return await self._query(key, request)
+            except DaemonLost:
+                raise
+            except SandboxError as error:
+                problem = error
+            # A line that broke may have been the daemon's end: whether the sandbox is gone as well
+            # shows as soon as nobody answers, or its successor does.
+            await anyio.sleep(_PAUSE)
+        return Lost(reason=str(problem))
+
+    async def _query(self, key: str, request: Request) -> Answer:
+        receipt = await self.sandbox.receipt(key)
+        if f"{self.sandbox.id}/{receipt.epoch}" != self.epoch:
+            return Lost(reason="the agent of the sandbox began anew")
+        match receipt.state:
+            case "never":
+                return NeverSeen()
+            case "running":
+                return Running()
+            case "finished":
+                return Finished(outcome=await perform(self.sandbox, request, key))
+            case "acked":
+                return Lost(reason="its receipt was given up, and is not in the log")
+            case _:
+                return Lost(reason="the agent ended while it ran")
 
     async def wait(self, key: str, request: Request) -> Outcome:
-        """See `Executor.wait`."""
-        return await perform(self.sandbox, request, key)
+        """See `Executor.wait`. Raises DaemonLost where nobody leads to the sandbox."""
+        while True:
+            try:
+                return await perform(self.sandbox, request, key)
+            except SandboxLost:
+                answer = await self.query(key, request)
+                if isinstance(answer, Finished):
+                    return answer.outcome
+                if not isinstance(answer, Running):
+                    raise
 
     async def acknowledge(self, key: str) -> None:
         """See `Executor.acknowledge`."""

@@ -1,7 +1,7 @@
-"""Messages between a client and the holder of its sandbox: a JSON head and bytes, behind a length.
+"""Messages over a Unix socket: a JSON head and bytes, each behind its length.
 
-Both ends are of one user (checked by the kernel's word for it), so this is a format among friends;
-lengths are bounded all the same.
+Between a client and a holder both ends are of one user (checked by the kernel's word for it); at
+the door of a worker the other end is a stranger. Lengths are bounded.
 
 Paper: none (operating system plumbing).
 """
@@ -34,8 +34,9 @@ Frame = tuple[dict[str, Any], bytes]
 class Line:
     """One connection, frame by frame."""
 
-    def __init__(self, stream: ByteStream) -> None:
+    def __init__(self, stream: ByteStream, largest: int = LARGEST) -> None:
         self._stream = stream
+        self._largest = largest
         self._reader = BufferedByteReceiveStream(stream)
 
     async def send(self, head: Mapping[str, Any], data: bytes = b"") -> None:
@@ -49,23 +50,25 @@ class Line:
         """The next frame, None at the end or when it is not one."""
         try:
             sizes = _SIZES.unpack(await self._reader.receive_exactly(_SIZES.size))
-            if sum(sizes) > LARGEST:
+            if sum(sizes) > self._largest:
                 return None
             head = json.loads(await self._reader.receive_exactly(sizes[0]))
             return head, await self._reader.receive_exactly(sizes[1]) if sizes[1] else b""
-        except (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError, ValueError):
+        except (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError):
+            return None
+        except (ValueError, RecursionError):
             return None
 
 
 @asynccontextmanager
 async def connect(folder: Path) -> AsyncGenerator[Line]:
-    """A connection to the holder in `folder`. Raises SandboxLost when there is none."""
+    """A connection to the socket in `folder`. Raises SandboxLost when nobody answers there."""
     # A socket's path is short by law of the kernel, a user's folder is not.
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         stream = await anyio.connect_unix(f"/proc/self/fd/{fd}/{SOCKET}")
     except OSError as error:
-        raise SandboxLost(f"the holder of the sandbox in {folder} is gone") from error
+        raise SandboxLost(f"whoever held the sandbox in {folder} is gone") from error
     finally:
         os.close(fd)
     async with stream:

@@ -6,12 +6,6 @@ Paper: §5.2.5 (reconnecting to a sandbox after a preemption).
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
-import os
-import select
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +13,10 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from fathom.errors import SandboxError, SandboxLost, Unsupported
+from fathom.errors import SandboxLost
+from fathom.sandbox import plain
+from fathom.sandbox.nodelink import raise_error
+from fathom.sandbox.trajectory import detached
 from fathom.sandbox.trajectory.errors import OperationConflict, TrajectoryError
 from fathom.sandbox.trajectory.executor import (
     Answer,
@@ -35,13 +32,10 @@ from fathom.sandbox.trajectory.log import Reader
 from fathom.sandbox.trajectory.operation import Outcome, Request, from_wire
 from fathom.sandbox.trajectory.record import Kind, Record
 from fathom.sandbox.trajectory.tape import read_outcome
+from fathom.sandbox.types import Kept
 
 DEFAULT_IDLE = 1800.0
-ALIVE = "alive"
-_PACKAGE = str(Path(__file__).parents[3])
-_CODE = (
-    "import sys; sys.path += {paths!r}; from fathom.sandbox.trajectory.holder import main; main()"
-)
+_MODULE = "fathom.sandbox.trajectory.holder"
 
 
 class HeldExecutor:
@@ -117,7 +111,7 @@ class HeldExecutor:
                 with self._translated():
                     await line.send({"ask": "stop"})
                     await line.receive()
-        await anyio.to_thread.run_sync(_await_end, self.pid)
+        await anyio.to_thread.run_sync(detached.await_end, self.pid)
 
     def _outcome(self, answer: Frame | None) -> Outcome:
         if answer is None:
@@ -187,30 +181,28 @@ class DeadJournal:
 
 async def hold(
     folder: Path,
-    spec: Mapping[str, Any],
+    spec: Kept,
     *,
     substrate: str = "auto",
     cache_dir: Path,
     runtime_dir: Path,
     idle: float = DEFAULT_IDLE,
 ) -> HeldExecutor:
-    """Start a holder in `folder` with a sandbox by `spec`, the arguments of `Container`.
+    """Start a holder in `folder` with a sandbox by `spec`.
 
     Without a client and an operation for `idle` seconds it ends. Raises SandboxError or Unsupported
     when the sandbox does not start; then no process is left.
     """
     order = {
         "folder": str(folder),
-        "spec": dict(spec),
+        "spec": plain.spec_out(spec),
         "substrate": substrate,
         "cache_dir": str(cache_dir),
         "runtime_dir": str(runtime_dir),
         "idle": idle,
     }
     answer = await anyio.to_thread.run_sync(_start, order)
-    if "error" in answer:
-        kinds: dict[str, type[SandboxError]] = {Unsupported.code: Unsupported}
-        raise kinds.get(answer["error"], SandboxError)(answer["message"])
+    raise_error(answer)
     executor = await reconnect(folder)
     if executor is None:
         raise SandboxLost(f"the holder in {folder} ended as soon as it had begun")
@@ -218,62 +210,11 @@ async def hold(
 
 
 def _start(order: dict[str, Any]) -> dict[str, Any]:
-    order["folder"] = os.path.abspath(order["folder"])
-    os.makedirs(order["folder"], mode=0o700)
-    alive = os.open(
-        os.path.join(order["folder"], ALIVE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-    )
-    try:
-        # The holder inherits the lock: from its first moment to its last it can be seen to live.
-        fcntl.flock(alive, fcntl.LOCK_EX)
-        return _spawn(order, alive)
-    finally:
-        os.close(alive)
-
-
-def _spawn(order: dict[str, Any], alive: int) -> dict[str, Any]:
-    # Exactly the libraries of this process; the package first, the standard library before it.
-    paths = [_PACKAGE, *(path for path in sys.path if os.path.isabs(path))]
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _CODE.format(paths=paths)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
-        cwd="/",
-        pass_fds=(alive,),
-        # Neither Ctrl-C in a terminal nor the terminal's end reaches it.
-        start_new_session=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    with process.stdin, process.stdout, process.stderr:
-        process.stdin.write(json.dumps(order).encode())
-        process.stdin.close()
-        line = process.stdout.readline()
-        if line and "ready" in (answer := json.loads(line)):
-            _children.append(process)
-            return answer
-        said = process.stderr.read().decode(errors="replace").strip()[-1500:]
-        process.wait()
-    return json.loads(line) if line else {"error": SandboxError.code, "message": said}
-
-
-# Holders that this process started: whoever waits for one of them to end must reap it as well.
-_children: list[subprocess.Popen[bytes]] = []
-
-
-def _await_end(pid: int) -> None:
-    for process in [p for p in _children if p.pid == pid]:
-        process.wait()
-        _children.remove(process)
-    with contextlib.suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(pid)
-        try:
-            select.select([pidfd], [], [], 15.0)
-        finally:
-            os.close(pidfd)
+    folder = Path(order["folder"]).absolute()
+    folder.mkdir(mode=0o700, parents=True)
+    answer = detached.start(_MODULE, folder, {**order, "folder": str(folder)})
+    assert answer is not None  # the folder is new
+    return answer
 
 
 async def reconnect(folder: Path) -> HeldExecutor | None:
@@ -282,24 +223,10 @@ async def reconnect(folder: Path) -> HeldExecutor | None:
     One that is still starting, for a client that died meanwhile, is awaited.
     """
     while (hello := await _hello(folder)) is None:
-        if not _lives(folder):
+        if not detached.lives(folder):
             return None
         await anyio.sleep(0.05)
     return HeldExecutor(folder, hello)
-
-
-def _lives(folder: Path) -> bool:
-    try:
-        fd = os.open(folder / ALIVE, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 async def _hello(folder: Path) -> dict[str, Any] | None:

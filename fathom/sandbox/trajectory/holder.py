@@ -10,7 +10,6 @@ Paper: §5.2.5 (the sandbox outlives the process that uses it).
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
@@ -25,8 +24,9 @@ import anyio
 from anyio.abc import SocketStream, TaskGroup
 
 from fathom.errors import FathomError, SandboxError, SandboxLost
-from fathom.sandbox import Client, Container, Sandbox, state
-from fathom.sandbox.trajectory.changes import Change, Watcher
+from fathom.sandbox import Client, Sandbox, plain
+from fathom.sandbox.trajectory import detached
+from fathom.sandbox.trajectory.changes import Change, Watcher, watch
 from fathom.sandbox.trajectory.frames import SOCKET, Frame, Line, is_own_user
 from fathom.sandbox.trajectory.log import Log
 from fathom.sandbox.trajectory.operation import (
@@ -208,30 +208,20 @@ async def _hold(order: dict[str, Any]) -> None:
     journal = Log(folder / JOURNAL, segment_size=JOURNAL_SEGMENT, durability="process")
     with journal:
         async with client:
-            sandbox = await client.create(Container(**order["spec"]))
+            sandbox = await client.create(plain.spec_in(order["spec"]))
             journal.append(Kind.CREATE, HELD, fields={"epoch": epoch, "sandbox": sandbox.id})
             listener = await anyio.create_unix_listener(SOCKET, mode=0o600)
-            watcher = Watcher(root) if (root := _root_of(order, sandbox)) else None
+            watcher = watch(Path(order["runtime_dir"]), sandbox)
             holder = Holder(sandbox, journal, epoch, order["idle"], watcher)
             async with anyio.create_task_group() as group:
                 holder.group = group
                 group.start_soon(_until_signal, holder)
                 group.start_soon(listener.serve, holder.serve)
-                _report({"ready": epoch})
+                detached.report({"ready": epoch})
                 await holder.watch()
                 group.cancel_scope.cancel()
             await listener.aclose()
             (folder / SOCKET).unlink(missing_ok=True)
-
-
-def _root_of(order: dict[str, Any], sandbox: Sandbox) -> Path | None:
-    """Where the file system of a sandbox can be seen from here; None where it cannot."""
-    pid = state.first_process(Path(order["runtime_dir"]) / sandbox.id)
-    root = None if pid is None else Path(f"/proc/{pid}/root")
-    try:
-        return root if root is not None and (root / "work").is_dir() else None
-    except OSError:
-        return None
 
 
 async def _until_signal(holder: Holder) -> None:
@@ -240,24 +230,12 @@ async def _until_signal(holder: Holder) -> None:
             holder.stopping.set()
 
 
-def _report(message: dict[str, Any]) -> None:
-    """Tell the process that started this one, which waits for one line."""
-    # It may have died meanwhile; its successor will find the socket.
-    with contextlib.suppress(OSError):
-        os.write(1, json.dumps(message).encode() + b"\n")
-    # From here on nobody listens, and a word to nobody must not end the holder.
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    os.close(null)
-
-
 def main() -> None:
     """Run a holder; its order comes on standard input."""
     order = json.loads(sys.stdin.read())
     try:
         anyio.run(_hold, order)
     except FathomError as error:
-        _report({"error": error.code, "message": str(error)})
+        detached.report({"error": error.code, "message": str(error)})
     except OSError as error:
-        _report({"error": SandboxError.code, "message": str(error)})
+        detached.report({"error": SandboxError.code, "message": str(error)})

@@ -9,19 +9,30 @@ Paper: §5.2.5 (the common surface, recorded).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from fathom.errors import SandboxError
 from fathom.sandbox.files import DEFAULT_LIMIT
 from fathom.sandbox.request import to_bytes
 from fathom.sandbox.trajectory.errors import OutcomeUnknown
 from fathom.sandbox.trajectory.operation import Effect, Operation, Outcome, Request, exec_request
-from fathom.sandbox.trajectory.session import OnUnknown, Session
+from fathom.sandbox.trajectory.session import OnUnknown
 from fathom.sandbox.types import DEFAULT_CAP, ExecResult
 
 UNKNOWN_TEXT = (
     "contact with the sandbox was lost while this ran, so it may have taken effect or not; it was "
     "not repeated: look before you repeat it"
 )
+
+
+class Runs(Protocol):
+    """The part of a session that runs operations."""
+
+    name: str
+
+    async def run(self, operation: Operation, *, on_unknown: OnUnknown = "fail") -> Outcome:
+        """See `Session.run`."""
+        ...
 
 
 class RecordedFiles:
@@ -51,7 +62,7 @@ class RecordedSandbox:
     """
 
     def __init__(
-        self, session: Session, *, tell: bool = False, on_unknown: OnUnknown = "fail"
+        self, session: Runs, *, tell: bool = False, on_unknown: OnUnknown = "fail"
     ) -> None:
         self.session = session
         self.files = RecordedFiles(self)

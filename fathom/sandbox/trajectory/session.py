@@ -108,12 +108,14 @@ class Session:
         *,
         replaced: bool = False,
         earlier: Sequence[Executor] = (),
+        live: bool = False,
     ) -> Session:
         """Go on with a trajectory: recorded outcomes first, then live.
 
         `replaced` is the caller's word that `executor` runs another sandbox than before, and that
         what the earlier one left outside of shared folders may be gone. `earlier` can still be
-        asked what became of operations there; those that nobody can tell about are UNKNOWN. Raises
+        asked what became of operations there; those that nobody can tell about are UNKNOWN. `live`:
+        the caller never ended, so it need not ask for anything a second time. Raises
         TrajectoryError when there is no such trajectory or it has ended, and StateDiffers for a
         sandbox in another state.
         """
@@ -142,6 +144,8 @@ class Session:
                     "else used the sandbox; fork from a snapshot"
                 )
         await session._note_attachment(replaced=not same)
+        if live:
+            tape.present(True)
         return session
 
     @classmethod
@@ -170,6 +174,10 @@ class Session:
         await session._append(Kind.FORK, fields={"from": origin, "through": through})
         await session._note_attachment(replaced=True)
         return session
+
+    def begin_again(self) -> None:
+        """Expect a caller who asks for everything from the first operation on."""
+        self._tape.present(False)
 
     @property
     def recorded(self) -> int:
@@ -212,7 +220,7 @@ class Session:
         finally:
             self._running.discard(operation.key)
 
-    def recall(self, key: str, digest: bytes) -> Value | None:
+    async def recall(self, key: str, digest: bytes) -> Value | None:
         """A recorded value, None when it is not there yet. Raises Diverged, OperationConflict."""
         entry = self._find(key, digest)
         if entry is None or entry.end is None:

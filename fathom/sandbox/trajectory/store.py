@@ -33,6 +33,7 @@ from fathom.sandbox.trajectory.log import Durability, Log, Reader, is_locked
 from fathom.sandbox.trajectory.record import Kind
 from fathom.sandbox.trajectory.session import Session
 from fathom.sandbox.trajectory.tape import read_outcome, read_request, read_tape
+from fathom.sandbox.types import Container, Kept
 
 LOG = "log"
 SEGMENT_SIZE = 1 << 19
@@ -72,11 +73,6 @@ class Open:
     ending: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-def default_folder() -> Path:
-    """Where the trajectories of this user lie."""
-    return paths.state_folder() / "trajectories"
-
-
 def new_name() -> str:
     """A name for a trajectory: when it begins, and a little chance."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -86,8 +82,8 @@ class Store:
     """The trajectories in one folder."""
 
     def __init__(self, folder: Path | None = None, *, durability: Durability = "power") -> None:
-        self.folder = default_folder() if folder is None else folder
-        self._durability: Durability = durability
+        self.folder = paths.trajectory_folder() if folder is None else folder
+        self.durability: Durability = durability
 
     def path(self, id_: str) -> Path:
         """The folder of a trajectory. Raises TrajectoryError for a name that cannot be one."""
@@ -151,7 +147,7 @@ class Store:
     async def work(
         self,
         fields: Mapping[str, Any],
-        spec: Mapping[str, Any],
+        spec: Kept,
         *,
         resume: str | None = None,
         name: str | None = None,
@@ -161,8 +157,8 @@ class Store:
     ) -> AsyncGenerator[Open]:
         """A trajectory to work on: a new one (called `name`), or the one named `resume`.
 
-        `fields` say what is done and must be the same when it is resumed; `spec` are the arguments
-        of `Container`. Afterwards the trajectory has ended and the sandbox is gone; when an error
+        `fields` say what is done and must be the same when it is resumed; `spec` says what
+        sandbox it needs. Afterwards the trajectory has ended and the sandbox is gone; when an error
         leaves this block, both stay for `idle` seconds, so that it can be resumed, unless nothing
         had happened yet. Raises TrajectoryError, SandboxLost by `on_lost`, SandboxError.
         """
@@ -190,7 +186,7 @@ class Store:
             )
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return Log(path / LOG, segment_size=SEGMENT_SIZE, durability=self._durability)
+            return Log(path / LOG, segment_size=SEGMENT_SIZE, durability=self.durability)
         except LogLocked as error:
             raise LogLocked(
                 f"the trajectory {id_} is being worked on: follow it with `fathom sandbox replay "
@@ -210,7 +206,7 @@ class _Beginning:
     log: Log
     id: str
     path: Path
-    spec: Mapping[str, Any]
+    spec: Kept
     substrate: str
     idle: float
 
@@ -292,7 +288,7 @@ class _Beginning:
 
     async def _rebuild(self, executor: HeldExecutor) -> None:
         """Bring a fresh sandbox into the recorded state by doing everything again."""
-        if self.spec.get("workdir") is not None:
+        if isinstance(self.spec, Container) and self.spec.workdir is not None:
             raise TrajectoryError(
                 f"{self.id} works in a folder of this machine, which has kept what was done: say "
                 "--on-lost continue"

@@ -83,6 +83,12 @@ class Tape:
         self.by_key[record.key] = entry
         return entry
 
+    def present(self, presented: bool) -> None:
+        """Take every entry for asked for in this life, or none."""
+        for entry in self.entries:
+            entry.presented = presented
+        self.asked = len(self.entries) if presented else 0
+
     def cut(self, position: int) -> None:
         """Forget the entries from `position` on: the sandbox was set back before them."""
         for entry in self.entries[position:]:

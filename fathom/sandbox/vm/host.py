@@ -28,11 +28,13 @@ from fathom.errors import SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import agent, paths, state
 from fathom.sandbox.egress import nft_program
 from fathom.sandbox.nodelink import NodeLink
+from fathom.sandbox.snapshots import Snapshots
 from fathom.sandbox.substrates import container
 from fathom.sandbox.types import Caps, FullVM, MicroVM
 from fathom.sandbox.vm import accel, disks, emulator, kernel, machine, pack, talk
+from fathom.sandbox.vm.chain import FACTS
 from fathom.sandbox.vm.launch import MachineLaunch, launch_in
-from fathom.sandbox.vm.saved import FACTS, FORMAT
+from fathom.sandbox.vm.saved import FORMAT
 
 VM = MicroVM | FullVM
 _MOST_TEMPLATES = 6
@@ -149,7 +151,7 @@ class Machines:
             if (folder / FACTS).is_file():
                 return folder
             self._boot(launch, folder)
-            _remove_old(folder.parent)
+            _remove_old(self.cache, folder.parent)
         return folder
 
     def _boot(self, launch: MachineLaunch, target: Path) -> None:
@@ -172,12 +174,14 @@ class Machines:
     def _save(self, id: str, target: Path, facts: dict[str, Any]) -> int:
         """Keep a machine as of now in the folder `target`, which appears whole or not at all."""
         work = Path(tempfile.mkdtemp(prefix=".saving-", dir=target.parent))
-        try:
-            answer = self.link.request("keep", id=id, target=str(work), facts=facts)
-            work.rename(target)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
+        # What it grew from must not be removed meanwhile.
+        with Snapshots(self.cache).lock(exclusive=False):
+            try:
+                answer = self.link.request("keep", id=id, target=str(work), facts=facts)
+                work.rename(target)
+            except BaseException:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
         return int(answer["size"])
 
     # Copies ------------------------------------------------------------------------------------
@@ -312,14 +316,24 @@ def _locked(path: Path) -> Generator[None]:
         os.close(fd)
 
 
-def _remove_old(folder: Path) -> None:
-    """Remove the templates that were not used for longest, and what killed builders left."""
+def _remove_old(cache: Path, folder: Path) -> None:
+    """Remove the templates that were not used for longest, and what killed builders left.
+
+    Those that a snapshot grew from stay.
+    """
+    kept = Snapshots(cache)
+    with kept.lock(exclusive=True):
+        _remove_unneeded(folder, kept.needed())
+
+
+def _remove_unneeded(folder: Path, needed: set[Path]) -> None:
     found = sorted(
         (path for path in folder.iterdir() if path.is_dir()), key=lambda path: -path.stat().st_mtime
     )
     whole = [path for path in found if not path.name.startswith(".")]
     left = [path for path in found if path.name.startswith(".")]
     old = [path for path in left if time.time() - path.stat().st_mtime > _ABANDONED]
-    for path in [*whole[_MOST_TEMPLATES:], *old]:
+    unneeded = [path for path in whole[_MOST_TEMPLATES:] if path.resolve() not in needed]
+    for path in [*unneeded, *old]:
         path.with_suffix(".lock").unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)

@@ -75,7 +75,10 @@ def launch_in(folder: Path, values: dict[str, Any]) -> MachineLaunch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """Open files that the emulator inherits, by their descriptors; -1 for those not used."""
+    """Open files that the emulator inherits, by their descriptors; -1 for those not used.
+
+    `below`: disks between the base and the one that is written to, the lowest first.
+    """
 
     monitor: int
     port: int
@@ -85,11 +88,12 @@ class Files:
     initramfs: int = -1
     disk: int = -1
     state: int = -1
+    below: tuple[int, ...] = ()
 
     def all(self) -> tuple[int, ...]:
         """Return those that are there."""
-        values = (getattr(self, name) for name in self.__dataclass_fields__)
-        return tuple(fd for fd in values if fd >= 0)
+        names = (name for name in self.__dataclass_fields__ if name != "below")
+        return tuple(fd for fd in (*map(self.__getattribute__, names), *self.below) if fd >= 0)
 
 
 def command_line(launch: MachineLaunch, files: Files) -> list[str]:
@@ -142,10 +146,18 @@ def _disks(files: Files, bus: str) -> list[str]:
     words += ["-blockdev", f"{base},auto-read-only=off"]
     drive = "base"
     if files.disk >= 0:
+        words += ["-blockdev", "driver=raw,file=base,node-name=below,read-only=on"]
+        below = "below"
+        for number, fd in enumerate(files.below):
+            words += ["-add-fd", f"fd={fd},set={number + 3}"]
+            node = f"filename=/dev/fdset/{number + 3},node-name=file{number},read-only=on"
+            words += ["-blockdev", f"driver=file,{node},locking=off,auto-read-only=off"]
+            node = f"file=file{number},backing={below},node-name=disk{number},read-only=on"
+            words += ["-blockdev", f"driver=qcow2,{node}"]
+            below = f"disk{number}"
         words += ["-add-fd", f"fd={files.disk},set=2"]
         words += ["-blockdev", "driver=file,filename=/dev/fdset/2,node-name=file,locking=off"]
-        words += ["-blockdev", "driver=raw,file=base,node-name=below,read-only=on"]
-        words += ["-blockdev", "driver=qcow2,file=file,backing=below,node-name=disk"]
+        words += ["-blockdev", f"driver=qcow2,file=file,backing={below},node-name=disk"]
         drive = "disk"
     return [*words, "-device", f"virtio-blk-{bus},drive={drive}"]
 

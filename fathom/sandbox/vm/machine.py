@@ -10,11 +10,9 @@ import json
 import os
 import secrets
 import select
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -26,7 +24,8 @@ from fathom.sandbox import cgroups, frames, messages, netns, seccomp, state, sys
 from fathom.sandbox.frames import Frame, Tag
 from fathom.sandbox.substrates.launch import OOM_SCORE, TENANT
 from fathom.sandbox.types import DEFAULT_PIDS
-from fathom.sandbox.vm import jail, memory, saved, screen
+from fathom.sandbox.vm import jail, memory, qcow2, screen
+from fathom.sandbox.vm.chain import Origin, origin_in
 from fathom.sandbox.vm.launch import Files, MachineLaunch, command_line, launch_in
 from fathom.sandbox.vm.mux import Mux
 from fathom.sandbox.vm.qmp import Monitor
@@ -47,8 +46,10 @@ _STARTER = jail.Starter()
 class Machine:
     """A machine that runs.
 
-    `frozen`: when it was paused, by the monotonic clock. `online`: whether the guest's network
-    device is on, None where that is not known.
+    `memory`: the file that it maps. `disk`: what it writes to, on top of the disks `below`, which
+    never change. `origin`: what of it lies in a folder. `frozen`: when it was paused, by the
+    monotonic clock. `online`: whether the guest's network device is on, None where that is not
+    known.
     """
 
     folder: Path
@@ -61,6 +62,8 @@ class Machine:
     net: int = -1
     memory: int = -1
     disk: int = -1
+    below: tuple[int, ...] = ()
+    origin: Origin | None = None
     process: subprocess.Popen[bytes] | None = None
     monitor: Monitor | None = None
     mux: Mux | None = None
@@ -156,8 +159,10 @@ def _open_files(
         memory.seal(machine.memory)
     else:
         machine.memory = os.dup(source.memory)
+        machine.below = tuple(map(os.dup, source.disks))
+        machine.origin = source.origin
     if launch.substrate == "fullvm":
-        machine.disk = _disk(launch, source)
+        machine.disk = qcow2.fresh(Path(launch.scratch), os.stat(launch.base).st_size)
     begin: dict[str, int] = {}
     if source is None:
         begin = {"kernel": read_only(launch.kernel), "initramfs": read_only(launch.initramfs)}
@@ -169,31 +174,10 @@ def _open_files(
         port=port,
         memory=machine.memory,
         base=read_only(launch.base),
+        below=machine.below,
         disk=machine.disk,
         **begin,
     )
-
-
-def _disk(launch: MachineLaunch, source: Saved | None) -> int:
-    """Return a disk for writes that has no name, so that it goes with the last who has it open."""
-    handle, name = tempfile.mkstemp(prefix=".disk-", dir=launch.scratch)
-    try:
-        if source is not None and source.disk >= 0:
-            memory.copy_sparse(source.disk, handle, os.fstat(source.disk).st_size)
-        else:
-            size = os.stat(launch.base).st_size
-            program = shutil.which("qemu-img", path="/usr/local/bin:/usr/bin:/bin")
-            if program is None:
-                raise SandboxError("qemu-img is not installed: `apt-get install -y qemu-utils`")
-            subprocess.run(
-                [program, "create", "-q", "-f", "qcow2", name, str(size)], check=True, timeout=60
-            )
-    except BaseException:
-        os.close(handle)
-        raise
-    finally:
-        os.unlink(name)
-    return handle
 
 
 def _why(machine: Machine, root: Path, error: Exception) -> str:
@@ -298,6 +282,8 @@ def _note(machine: Machine) -> None:
         "launch": machine.launch.as_json(),
         "memory": machine.memory,
         "disk": machine.disk,
+        "below": machine.below,
+        "origin": None if machine.origin is None else machine.origin.as_json(),
     }
     session = machine.folder / state.SESSION
     session.touch(mode=0o600)
@@ -332,91 +318,12 @@ def thaw(machine: Machine) -> float:
         return paused
 
 
-def capture(machine: Machine) -> Saved:
-    """Save the machine as of now; it goes on unless it was paused. Raises SandboxError, OSError."""
-    assert machine.mux is not None
-    with machine.busy:
-        paused = machine.frozen is not None
-        if paused:
-            return _capture(machine)
-        freeze(machine)
-        try:
-            return _capture(machine)
-        finally:
-            thaw(machine)
-
-
-def _capture(machine: Machine) -> Saved:
-    name = f"state-{secrets.token_hex(4)}"
-    machine.ask("xen-save-devices-state", filename=f"/{jail.OWN}/{name}", live=False)
-    data = _take_own(machine, name)
-    size = machine.launch.memory
-    held, disk = memory.create(0), -1
-    try:
-        memory.save(machine.pid, machine.memory, held, size)
-        memory.seal(held)
-        if machine.disk >= 0:
-            # Written out when the machine stopped; it goes on only after this copy.
-            disk = os.open(machine.launch.scratch, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            memory.copy_sparse(machine.disk, disk, os.fstat(machine.disk).st_size)
-        video = b""
-        if machine.launch.substrate == "fullvm":
-            video = screen.take_video(machine.pid, machine.ask)
-        return Saved(
-            memory=held,
-            size=size,
-            state=data,
-            secret=machine.secret,
-            disk=disk,
-            video=video,
-            online=machine.online is not False,
-        )
-    except BaseException:
-        for fd in (held, disk):
-            if fd >= 0:
-                os.close(fd)
-        raise
-
-
-def _take_own(machine: Machine, name: str) -> bytes:
-    """Read and remove what the emulator wrote into its own folder, as from a stranger."""
-    folder = os.open(
-        _own_folder(machine), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    )
-    try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-        with os.fdopen(fd, "rb") as file:
-            data = file.read(saved.STATE_LIMIT + 1)
-        os.unlink(name, dir_fd=folder)
-    finally:
-        os.close(folder)
-    if not data or len(data) > saved.STATE_LIMIT:
-        raise SandboxError(f"the emulator saved a state of {len(data)} bytes")
-    return data
-
-
-def _own_folder(machine: Machine) -> Path:
-    """The folder that the emulator writes to; through it, where another node made the mounts."""
-    ours = machine.folder / state.ROOTFS / jail.OWN
-    return ours if ours.is_dir() else Path(f"/proc/{machine.pid}/root/{jail.OWN}")
-
-
 def set_online(machine: Machine, on: bool) -> None:
     """Turn the guest's network device on or off. Raises SandboxError."""
     assert machine.mux is not None
     if machine.online != on:
         machine.mux.ask(Frame.NETWORK, frames.join_fields([(Tag.STATE, int(on))]), timeout=60)
         machine.online = on
-
-
-def screenshot(machine: Machine) -> tuple[int, int, bytes]:
-    """Return the graphical console: width, height, and three bytes for each dot.
-
-    Raises SandboxError.
-    """
-    name = f"screen-{secrets.token_hex(4)}"
-    machine.ask("screendump", filename=f"/{jail.OWN}/{name}")
-    return screen.parse_ppm(_take_own(machine, name))
 
 
 def adopt(folder: Path) -> Machine:
@@ -440,6 +347,10 @@ def adopt(folder: Path) -> Machine:
         machine.memory = os.open(f"{kept}/{session['memory']}", os.O_RDONLY | os.O_CLOEXEC)
         if int(session["disk"]) >= 0:
             machine.disk = os.open(f"{kept}/{session['disk']}", os.O_RDONLY | os.O_CLOEXEC)
+        machine.below = tuple(
+            os.open(f"{kept}/{int(fd)}", os.O_RDONLY | os.O_CLOEXEC) for fd in session["below"]
+        )
+        machine.origin = origin_in(session["origin"])
         machine.monitor = Monitor(_connect(machine, MONITOR, _RESTORE_TIMEOUT))
         if machine.ask("query-status")["status"] == "paused":
             # A paused guest cannot answer; it is let go on for the moment that this takes.
@@ -487,7 +398,9 @@ def _let_go(machine: Machine) -> None:
     if machine.monitor is not None:
         machine.monitor.close()
         machine.monitor = None
-    for fd in (machine.pidfd, machine.net, machine.memory, machine.disk, machine.lock):
+    files = (machine.memory, machine.disk, *machine.below)
+    for fd in (machine.pidfd, machine.net, *files, machine.lock):
         if fd >= 0:
             os.close(fd)
+    machine.below = ()
     machine.pidfd = machine.net = machine.memory = machine.disk = machine.lock = -1

@@ -16,7 +16,7 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fathom.errors import SandboxError
@@ -83,20 +83,38 @@ def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
         at = end
 
 
-def save(pid: int, base: int, target: int, size: int) -> int:
-    """Write the memory of a stopped machine to `target`, which is empty; return the pages it owns.
+def data_pages(fd: int, size: int) -> list[tuple[int, int]]:
+    """Return runs (first page, count) of the pages of a file that were ever written."""
+    return [(start // _PAGE, (end - start + _PAGE - 1) // _PAGE) for start, end in _data(fd, size)]
 
-    `base`: the file that it maps. Raises OSError, SandboxError.
+
+def pieces(fd: int, runs: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """Give the contents of runs of pages, one after the other. Raises OSError, SandboxError."""
+    for first, count in runs:
+        at, end = first * _PAGE, (first + count) * _PAGE
+        while at < end:
+            piece = os.pread(fd, min(_PIECE, end - at), at)
+            if not piece:
+                raise SandboxError("a memory file ended too early")
+            yield piece
+            at += len(piece)
+
+
+def save(pid: int, base: int, target: int, size: int) -> list[tuple[int, int]]:
+    """Write the memory of a stopped machine to `target`, which is empty.
+
+    `base`: the file that it maps. Returns runs (first page, count) of what is its own, in the order
+    of their place in the file. Raises OSError, SandboxError.
     """
     copy_sparse(base, target, size)
-    pages = 0
+    own: list[tuple[int, int]] = []
     with (
         open(f"/proc/{pid}/pagemap", "rb", buffering=0) as table,
         open(f"/proc/{pid}/mem", "rb", buffering=0) as memory,
     ):
         for start, length, offset in _mappings(pid):
             for first, count in _own_pages(table, start, length):
-                pages += count
+                own.append((offset // _PAGE + first, count))
                 at, left = first * _PAGE, count * _PAGE
                 while left:
                     memory.seek(start + at)
@@ -106,7 +124,7 @@ def save(pid: int, base: int, target: int, size: int) -> int:
                     os.pwrite(target, piece, offset + at)
                     at += len(piece)
                     left -= len(piece)
-    return pages
+    return sorted(own)
 
 
 def _mappings(pid: int) -> list[tuple[int, int, int]]:

@@ -1,113 +1,152 @@
-"""Machines that were saved: their memory, their devices, their disk; in memory or in a folder.
+"""Machines that were saved: their memory, their devices, their disks; in memory or in a folder.
 
 Paper: §5.2.5 (memory snapshots of virtual machines).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fathom.errors import SandboxError
-from fathom.sandbox.vm import memory
+from fathom.errors import SandboxError, SnapshotDamaged
+from fathom.sandbox.vm import chain, memory
+from fathom.sandbox.vm.chain import MEMORY, PAGES, STATE, VIDEO, File, Origin, Writer, disk_name
 
-MEMORY, STATE, DISK, FACTS = "memory", "state", "disk.qcow2", "facts.json"
 STATE_LIMIT = 64 << 20
 # Of the folder and of what the emulator is told: a machine saved by another version is no template.
-FORMAT = 2
+FORMAT = 3
 _MOST_HELD = 4
 
 
 @dataclass(slots=True, kw_only=True)
 class Saved:
-    """A machine of one moment. `memory`, `disk`: descriptors, `disk` -1 where there is none.
+    """A machine of one moment. `memory`, `disks`: descriptors; the disks lie on one another, the
+    lowest first, and never change.
 
     `state`: of its devices. `secret`: what its agent wants to hear. `video`: the screen's memory.
-    `online`: whether the guest's network device was on.
+    `online`: whether the guest's network device was on. `origin`: what of it lies in a folder.
     """
 
     memory: int
     size: int
     state: bytes
     secret: bytes
-    disk: int = -1
+    disks: tuple[int, ...] = ()
     video: bytes = b""
     online: bool = False
+    origin: Origin | None = None
 
     def close(self) -> None:
         """Close the files. Machines that began from it keep theirs."""
-        for fd in (self.memory, self.disk):
+        for fd in (self.memory, *self.disks):
             if fd >= 0:
                 os.close(fd)
-        self.memory = self.disk = -1
+        self.memory, self.disks = -1, ()
 
     def lease(self) -> Saved:
         """Return the same with files of its own, the caller's to close."""
-        disk = os.dup(self.disk) if self.disk >= 0 else -1
-        return replace(self, memory=os.dup(self.memory), disk=disk)
+        return replace(self, memory=os.dup(self.memory), disks=tuple(map(os.dup, self.disks)))
 
     def write(self, folder: Path, facts: dict[str, Any]) -> int:
-        """Keep it in `folder`, which exists and is the owner's alone; return the bytes taken."""
-        fd = os.open(folder / MEMORY, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            memory.copy_sparse(self.memory, fd, self.size)
-        finally:
-            os.close(fd)
-        (folder / STATE).write_bytes(self.state)
-        if self.disk >= 0:
-            fd = os.open(folder / DISK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                memory.copy_sparse(self.disk, fd, os.fstat(self.disk).st_size)
-            finally:
-                os.close(fd)
-        if self.video:
-            (folder / "video").write_bytes(self.video)
-        facts = {**facts, "secret": self.secret.hex(), "memory": self.size}
-        facts["online"] = self.online
-        (folder / FACTS).touch(mode=0o600)
-        (folder / FACTS).write_text(json.dumps(facts))
-        return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+        """Keep it in `folder`, which exists and is the owner's alone; return the bytes taken.
+
+        Only what its origin has not is written, all of it where that is gone. Raises OSError.
+        """
+        origin = self.origin if self.origin is not None and self.origin.is_there() else None
+        writer = Writer(folder)
+        if origin is None:
+            pages, below = memory.data_pages(self.memory, self.size), 0
+        else:
+            pages, below = list(origin.pages), origin.disks
+        writer.write(PAGES, iter([chain.pages_out(pages)]))
+        writer.write(MEMORY, memory.pieces(self.memory, pages))
+        writer.write(STATE, iter([self.state]))
+        writer.write(VIDEO, iter([self.video]))
+        own = self.disks[below:]
+        for number, disk in enumerate(own):
+            writer.write(disk_name(number), _whole(disk))
+        parent = None
+        if origin is not None:
+            path = os.path.relpath(origin.folder, folder.parent)
+            parent = {"path": path, "digest": origin.digest}
+        return writer.finish(
+            {
+                **facts,
+                "secret": self.secret.hex(),
+                "memory": self.size,
+                "online": self.online,
+                "disks": len(own),
+                "parent": parent,
+            }
+        )
+
+
+def _whole(fd: int) -> Iterator[bytes]:
+    at = 0
+    while piece := os.pread(fd, 4 << 20, at):
+        yield piece
+        at += len(piece)
 
 
 def read(folder: Path) -> Saved:
-    """Take a saved machine from its folder into memory. Raises SandboxError, OSError."""
+    """Take a saved machine, and all that it grew from, into memory.
+
+    Raises SnapshotMissing, SnapshotDamaged, OSError.
+    """
+    links = chain.lineage(folder)
+    opened: list[int] = []
     try:
-        facts = json.loads((folder / FACTS).read_text())
+        facts = links[-1][1]
         size, secret = int(facts["memory"]), bytes.fromhex(facts["secret"])
-        online = bool(facts["online"])
-        source = os.open(folder / MEMORY, os.O_RDONLY | os.O_CLOEXEC)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SandboxError(f"the saved machine {folder.name} is damaged: {error}") from error
-    held, disk = -1, -1
-    try:
-        if os.fstat(source).st_size != size:
-            raise SandboxError(f"the saved machine {folder.name} is damaged: its memory is cut")
-        held = memory.create(size)
-        memory.copy_sparse(source, held, size)
-        memory.seal(held)
-        if (folder / DISK).exists():
-            disk = os.open(folder / DISK, os.O_RDONLY | os.O_CLOEXEC)
-        video = (folder / "video").read_bytes() if (folder / "video").exists() else b""
+        opened.append(memory.create(size))
+        disks: list[int] = []
+        for at, known in links:
+            if int(known["memory"]) != size:
+                raise SnapshotDamaged(f"{at.name} is of another size than what grew from it")
+            _take_memory(at, known, opened[0], size)
+            for number in range(int(known["disks"])):
+                with File(at, known, disk_name(number)) as file:
+                    opened.append(os.dup(file.fd))
+                    disks.append(opened[-1])
+                    for _ in file.pieces():
+                        pass
+        memory.seal(opened[0])
+        with File(folder, facts, STATE) as file:
+            state = b"".join(file.pieces())
+        with File(folder, facts, VIDEO) as file:
+            video = b"".join(file.pieces())
         return Saved(
-            memory=held,
+            memory=opened[0],
             size=size,
-            state=(folder / STATE).read_bytes(),
+            state=state,
             secret=secret,
-            disk=disk,
+            disks=tuple(disks),
             video=video,
-            online=online,
+            online=bool(facts["online"]),
+            origin=Origin(folder=folder, digest=chain.digest_of(folder), disks=len(disks)),
         )
-    except BaseException:
-        for fd in (held, disk):
-            if fd >= 0:
-                os.close(fd)
+    except BaseException as error:
+        for fd in opened:
+            os.close(fd)
+        if isinstance(error, ValueError | KeyError | TypeError):
+            raise SnapshotDamaged(f"the facts of {folder.name} are damaged: {error}") from (error)
         raise
-    finally:
-        os.close(source)
+
+
+def _take_memory(folder: Path, facts: dict[str, Any], target: int, size: int) -> None:
+    with File(folder, facts, PAGES) as file:
+        runs = chain.pages_in(b"".join(file.pieces()), size)
+    with File(folder, facts, MEMORY) as file:
+        for first, count in runs:
+            at, left = first * chain.PAGE, count * chain.PAGE
+            while left:
+                piece = file.take(min(4 << 20, left))
+                os.pwrite(target, piece, at)
+                at, left = at + len(piece), left - len(piece)
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from typing import Any
 import anyio
 
 from fathom.errors import SandboxError
+from fathom.sandbox import Container
 from fathom.sandbox.trajectory.recorded import UNKNOWN_TEXT, RecordedSandbox
 from fathom.sandbox.trajectory.store import Store
 from fathom.sandbox.trajectory.tape import read_outcome, read_tape
@@ -34,7 +35,7 @@ FIELDS = {"task": "count"}
 async def client(folder: Path, id_: str | None, until: int | None) -> None:
     """Run operations until killed, or until operation `until` is done."""
     store = Store(folder / "state", durability="process")
-    spec = {"workdir": str(folder / "work")}
+    spec = Container(workdir=str(folder / "work"))
     work = store.work(FIELDS, spec, resume=id_, on_lost="continue", idle=60)
     async with work as opened:
         box = RecordedSandbox(opened.session, tell=True)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fathom.cli.main import app
 from fathom.errors import SandboxError, Unsupported
-from fathom.sandbox import SandboxFileMissing
+from fathom.sandbox import Container, SandboxFileMissing
 from fathom.sandbox.trajectory import replay
 from fathom.sandbox.trajectory.changes import Change
 from fathom.sandbox.trajectory.errors import OperationConflict
@@ -35,7 +35,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 def record(store: Store, work: Callable[[RecordedSandbox], Awaitable[None]]) -> str:
     async def main() -> str:
         try:
-            async with store.work({"task": "a task"}, {}) as opened:
+            async with store.work({"task": "a task"}, Container()) as opened:
                 await work(RecordedSandbox(opened.session))
                 return opened.id
         except Unsupported as error:
@@ -187,7 +187,7 @@ REQUEST = exec_request("cat /tmp/f", timeout=5)
 async def _interrupted(store: Store) -> HeldExecutor:
     """The executor of a client that gave up after one operation."""
     with contextlib.suppress(KeyError):
-        async with store.work({"task": "t"}, {}) as opened:
+        async with store.work({"task": "t"}, Container()) as opened:
             await RecordedSandbox(opened.session).exec("echo kept > /tmp/f", timeout=20)
             raise KeyError
     return opened.executor
@@ -229,7 +229,7 @@ def test_a_holder_outlives_its_client_and_its_journal_outlives_it(store: Store) 
 
 def test_a_sandbox_that_does_not_start_leaves_nothing(store: Store) -> None:
     async def main() -> None:
-        async with store.work({"task": "t"}, {"memory": "1KiB"}):
+        async with store.work({"task": "t"}, Container(memory="1KiB")):
             raise AssertionError
 
     before = sorted(store.folder.iterdir())

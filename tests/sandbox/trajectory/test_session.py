@@ -443,15 +443,15 @@ def test_values_are_decided_once(folder, machine):
     async def main() -> None:
         with open_log(folder) as log:
             session = await attach(log, machine)
-            assert session.recall("turn", digest) is None
+            assert await session.recall("turn", digest) is None
             await session.remember("turn", digest, {"a": 1}, {"text": b"x" * 9000})
         with open_log(folder) as log:
             session = await attach(log, machine)
-            value = session.recall("turn", digest)
+            value = await session.recall("turn", digest)
             assert value is not None
             assert (value.fields, value.blobs) == ({"a": 1}, {"text": b"x" * 9000})
             with pytest.raises(OperationConflict):
-                session.recall("turn", b"w" * 32)
+                await session.recall("turn", b"w" * 32)
 
     anyio.run(main)
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fathom.errors import SandboxError
 from fathom.sandbox import MicroVM, SyncClient, SyncSandbox
-from fathom.sandbox.vm import emulator, kernel
+from tests.machines import skip_without_machines
 
 # Enough for one program at a time, and as little to save and to copy as there can be.
 SPEC = MicroVM(memory="160MiB", disk="32MiB")
@@ -20,14 +18,7 @@ SPEC = MicroVM(memory="160MiB", disk="32MiB")
 @pytest.fixture(scope="session")
 def need_machines(cache_dir: Path) -> None:
     """Skip where no virtual machine can be run, and say what is missing."""
-    if os.geteuid() != 0:
-        pytest.skip("virtual machines need root")
-    if emulator.program() is None:
-        pytest.skip(f"QEMU is not installed: {emulator.INSTALL}")
-    try:
-        kernel.find(cache_dir)
-    except SandboxError as error:
-        pytest.skip(f"no kernel for the guest: {error}")
+    skip_without_machines(cache_dir)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -247,7 +247,7 @@ def test_only_what_a_process_wrote_itself_is_taken():
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        assert memory.save(process.pid, base, target, 1 << 20) == 1
+        assert memory.save(process.pid, base, target, 1 << 20) == [(10, 1)]
         process.kill()
     assert os.pread(target, 4, 0) == b"base"
     assert os.pread(target, 3, 40960) == b"own"

@@ -39,7 +39,9 @@ def _fp4_products(
     """
     both, part, col = tl.arange(0, PARTS * ROWS), tl.arange(0, PARTS), tl.arange(0, 128)
     EACH: tl.constexpr = COLS // 128 // PARTS
-    words = codes.to(tl.pointer_type(tl.int32)) + both % ROWS * (COLS // 8) + both // ROWS * EACH * 16
+    words = (
+        codes.to(tl.pointer_type(tl.int32)) + both % ROWS * (COLS // 8) + both // ROWS * EACH * 16
+    )
     words = words[:, None] + tl.arange(0, 16)[None, :]
     scales = scale.to(tl.pointer_type(tl.int32)) + both % ROWS * (COLS // 128) + both // ROWS * EACH
     value_at = x[None, None, :] + part[:, None, None] * (EACH * 128) + col[None, :, None]
@@ -219,8 +221,6 @@ def stored_moe(
     values = few.rounded(x, planes=True)
     shared_both, logits = few.few_linear(x, values, *shared[:2], plain=gate)
     assert logits is not None
-    r = routing(
-        logits, token_ids, topk=topk, scaling_factor=scaling_factor, bias=bias, table=table
-    )
+    r = routing(logits, token_ids, topk=topk, scaling_factor=scaling_factor, bias=bias, table=table)
     out, shared_out = _experts(values, r, shared_both, routed, shared, limit)
     return out, shared_out, r.indices

@@ -65,9 +65,7 @@ def _scores(
         entry = (first + part) * BLOCK + inside
         live = entry < visible
         page = tl.load(table + token * pages + entry // PAGE, mask=live, other=0)
-        keys = (pool + page.to(tl.int64) * page_stride + index_offset).to(
-            tl.pointer_type(tl.int32)
-        )
+        keys = (pool + page.to(tl.int64) * page_stride + index_offset).to(tl.pointer_type(tl.int32))
         words = tl.load(
             keys[:, None] + (entry % PAGE * (DIM // 8))[:, None] + tl.arange(0, DIM // 8)[None, :],
             mask=live[:, None], other=0,
@@ -224,7 +222,12 @@ def topk_positions(
     candidates = torch.empty(tokens, most, dtype=torch.int64, device=scores.device)
     picks = torch.empty(tokens, k, dtype=torch.int32, device=scores.device)
     _threshold[(tokens,)](
-        maxima, bound, found, groups, k, GROUPS=max(32, triton.next_power_of_2(groups)),
+        maxima,
+        bound,
+        found,
+        groups,
+        k,
+        GROUPS=max(32, triton.next_power_of_2(groups)),
         num_warps=1 if groups <= FEW_GROUPS else 4,
     )
     _collect[(triton.cdiv(most, COLLECT), tokens)](

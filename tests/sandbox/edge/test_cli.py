@@ -68,6 +68,8 @@ def test_a_daemon_with_a_certificate_of_its_own(tmp_path: Path):
         (row,) = json.loads(fathom("sandbox", "token", "ls", "--json", **state).stdout)["tokens"]
         assert (row["name"], row["state"]) == ("ci", "revoked")
     finally:
+        for left in folder.glob("sb-*"):
+            fathom("sandbox", "stop", left.name, "--folder", str(folder))
         daemon.send_signal(signal.SIGTERM)
         _, said = daemon.communicate(timeout=30)
     for event in ("event=ready", "event=created", "event=client name=ci", "event=token_refused"):

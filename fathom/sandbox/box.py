@@ -342,6 +342,10 @@ def destroy(box: Box) -> None:
             if box.group is not None and box.group.can_freeze:
                 box.group.thaw()
         poller.poll(_GONE_TIMEOUT * 1000)
+    if box.group is None and box.started is not None:
+        # Its runtime waits for it, unless that was killed first.
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(box.started.pid, os.WNOHANG)
     if box.group is not None:
         # Also ends what is frozen, and waits for every process to be gone.
         if box.started is not None:

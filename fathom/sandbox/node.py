@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from fathom.sandbox.vm.saved import Saved, Shelf
 
 _THREADS = 32
+# After something was asked or ended orphans are looked for every so many milliseconds, for seconds.
+_REAP_EVERY = 250
+_RESTLESS = 2.0
+_WNOTHREAD = 0x20000000
 
 
 class Node:
@@ -75,8 +80,13 @@ class Node:
         poller = select.poll()
         for fd in (self.owner.fileno(), self.owner_fd, self._wake_read):
             poller.register(fd, select.POLLIN)
+        restless = 0.0
         while True:
-            for fd, _ in poller.poll():
+            found = poller.poll(_REAP_EVERY if time.monotonic() < restless else None)
+            if found:
+                restless = time.monotonic() + _RESTLESS
+            _reap_orphans()
+            for fd, _ in found:
                 if fd == self._wake_read:
                     os.read(fd, 4096)
                     self._watch(poller)
@@ -126,6 +136,7 @@ class Node:
         finally:
             reply.close()
             self._slots.release()
+            self._wake()
 
     def _box(self, name: str) -> boxes.Box | Machine:
         with self._lock:
@@ -178,8 +189,12 @@ class Node:
         if stopping:
             _kind(box).destroy(box)
             raise SandboxLost("the node is stopping")
-        os.write(self._wake_write, b"1")
+        self._wake()
         return box.facts()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # then it is awake already
+            os.write(self._wake_write, b"1")
 
     def _adopt(self, message: dict[str, Any]) -> dict[str, Any]:
         folder = Path(message["folder"])
@@ -321,6 +336,18 @@ def prepare() -> None:
         # seeing that tree.
         syscalls.unmount(str(layout.beside))
         cgroups.current_layout.cache_clear()
+
+
+def _reap_orphans() -> None:
+    """Wait for what container runtimes left to this process; else it stays as zombies for good.
+
+    Orphans become children of the main thread, which starts nothing itself. What other threads
+    start they wait for themselves, and it is not looked at here.
+    """
+    options = os.WEXITED | os.WNOHANG | _WNOTHREAD
+    with contextlib.suppress(ChildProcessError):
+        while os.waitid(os.P_ALL, 0, options) is not None:
+            pass
 
 
 def _stop(*_: object) -> None:

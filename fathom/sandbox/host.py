@@ -292,13 +292,13 @@ class LocalHost:
         if count == 1:
             return {"made": [copy(1)]}  # it stands still for the copy alone
         # All copies show one moment, so it stands still until the last of them is made.
-        froze = self.link.request("freeze", ids=[id])["froze"]
+        holder = secrets.token_hex(8)
+        self.link.request("freeze", ids=[id], holder=holder)
         try:
             with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
                 copies = [pool.submit(copy, number + 1) for number in range(count)]
         finally:
-            if froze:
-                self.link.request("thaw", ids=froze)
+            self.link.request("thaw", ids=[id], holder=holder)
         problems = [error for one in copies if (error := one.exception()) is not None]
         made = [one.result() for one in copies if one.exception() is None]
         if problems:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,28 @@ def listen(folder: Path, name: str, mode: int = 0o600) -> socket.socket:
     return made
 
 
-def connect(folder: Path, name: str, *, blocking: bool = True) -> socket.socket:
+def connect(folder: Path, name: str, *, timeout: float = 30.0) -> socket.socket:
     """Connect to a Unix socket in `folder`. Raises OSError.
 
-    Not `blocking`, BlockingIOError says that too many wait there already.
+    `timeout` in seconds: where so many wait there already that no more are let in, BlockingIOError
+    says so after that long, at once for 0. The socket that comes back blocks, without a timeout.
     """
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        made.setblocking(blocking)
+        if timeout > 0:
+            _limit_sends(made, timeout)
+        else:
+            made.setblocking(False)
         _through(folder, name, made.connect)
+        made.setblocking(True)
+        _limit_sends(made, 0)
     except BaseException:
         made.close()
         raise
     return made
+
+
+def _limit_sends(sock: socket.socket, seconds: float) -> None:
+    # For the kernel, waiting to be let in is a kind of sending.
+    value = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)

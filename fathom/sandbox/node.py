@@ -229,18 +229,42 @@ class Node:
         return box
 
     def _freeze(self, message: dict[str, Any]) -> dict[str, Any]:
-        froze: list[str] = []
-        for name in message["ids"]:
-            box = self._box(name)
-            froze += [name] if box.frozen is None else []
-            _kind(box).freeze(box)
-            if message.get("reclaim") and box.group is not None:
+        """Have sandboxes stand still, all or none of them, until `holder` lets them go on."""
+        holder = message.get("holder", boxes.PAUSE)
+        every = [self._box(name) for name in message["ids"]]
+        done: list[boxes.Box | Machine] = []
+        try:
+            for box in every:
+                fresh = not self._holds(box, holder)
+                _kind(box).freeze(box, holder)
+                done += [box] if fresh else []
+        except BaseException:
+            for box in done:
+                with contextlib.suppress(FathomError, OSError):
+                    _kind(box).thaw(box, holder)
+            raise
+        for box in every if message.get("reclaim") else ():
+            if box.group is not None:
                 box.group.reclaim()
-        return {"froze": froze}
+        return {}
+
+    def _holds(self, box: boxes.Box | Machine, holder: str) -> bool:
+        return holder in box.holders if isinstance(box, boxes.Box) else box.frozen is not None
 
     def _thaw(self, message: dict[str, Any]) -> dict[str, Any]:
-        every = [self._box(name) for name in message["ids"]]
-        return {"paused": {box.id: _kind(box).thaw(box) for box in every}}
+        """Let go of sandboxes, of each whatever becomes of the others."""
+        holder = message.get("holder", boxes.PAUSE)
+        paused: dict[str, float] = {}
+        problems: list[Exception] = []
+        for name in message["ids"]:
+            try:
+                box = self._box(name)
+                paused[name] = _kind(box).thaw(box, holder)
+            except (FathomError, OSError) as error:
+                problems.append(error)
+        if problems:
+            raise problems[0]
+        return {"paused": paused}
 
     def _save(self, message: dict[str, Any]) -> dict[str, Any]:
         box = self._container(message["id"])

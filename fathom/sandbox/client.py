@@ -28,6 +28,7 @@ from fathom.sandbox.sandbox import Sandbox
 from fathom.sandbox.substrates.choice import SUBSTRATES, Wanted
 from fathom.sandbox.types import Container, Fn, Kept, Snapshot, Spec
 
+_AT_ONCE = 1000
 _hosts: weakref.WeakSet[LocalHost] = weakref.WeakSet()
 
 
@@ -283,13 +284,19 @@ class Client:
         for sandbox in sandboxes:
             if not sandbox.caps.pause:
                 raise Unsupported(f"a sandbox by {sandbox.caps.substrate} has no pause")
-        ids = [sandbox.id for sandbox in sandboxes]
-        await self._host.call("freeze", ids=ids, reclaim=reclaim)
-        for sandbox in sandboxes:
-            sandbox.paused()
+        for some in _portions(sandboxes):
+            await self._host.call("freeze", ids=[one.id for one in some], reclaim=reclaim)
+            for sandbox in some:
+                sandbox.paused()
 
     async def resume_all(self, sandboxes: list[Sandbox]) -> None:
         """Let sandboxes of this client go on together. Raises SandboxLost."""
-        answer = await self._host.call("thaw", ids=[sandbox.id for sandbox in sandboxes])
-        for sandbox in sandboxes:
-            sandbox.resumed(answer["paused"].get(sandbox.id, 0.0))
+        for some in _portions(sandboxes):
+            answer = await self._host.call("thaw", ids=[one.id for one in some])
+            for sandbox in some:
+                sandbox.resumed(answer["paused"].get(sandbox.id, 0.0))
+
+
+def _portions(sandboxes: list[Sandbox]) -> list[list[Sandbox]]:
+    """Split what a daemon would not take in one request."""
+    return [sandboxes[at : at + _AT_ONCE] for at in range(0, len(sandboxes), _AT_ONCE)]

@@ -91,17 +91,31 @@ class Node:
                     os.read(fd, 4096)
                     self._watch(poller)
                 elif fd == self.owner.fileno():
-                    message, fds = messages.receive(self.owner)
-                    if message is None:
+                    if not self._take():
                         return
-                    reply = socket.socket(fileno=fds[0])
-                    self._slots.acquire()
-                    threading.Thread(target=self._answer, args=(message, reply)).start()
                 elif fd == self.owner_fd:
                     return
                 elif name := self._watched.pop(fd, None):
                     poller.unregister(fd)
                     self._died(name)
+
+    def _take(self) -> bool:
+        """Have one request carried out; False where the owner is gone."""
+        try:
+            message, fds = messages.receive(self.owner)
+        except messages.BadMessage:  # whoever asked sees that nobody answers
+            return True
+        except OSError:
+            return False
+        if message is None:
+            return False
+        for fd in fds[1:]:
+            os.close(fd)
+        if fds:
+            reply = socket.socket(fileno=fds[0])
+            self._slots.acquire()
+            threading.Thread(target=self._answer, args=(message, reply)).start()
+        return True
 
     def _watch(self, poller: select.poll) -> None:
         with self._lock:
@@ -131,12 +145,22 @@ class Node:
             except (OSError, subprocess.SubprocessError) as error:
                 text = f"{error}; run `fathom doctor` to see what this machine can do"
                 answer = {"error": SandboxError.code, "message": text[:4000]}
-            with contextlib.suppress(OSError):
-                messages.send(reply, answer)
+            except Exception as error:
+                # A defect, or a request that fits nothing: neither may cost any sandbox.
+                text = f"the node could not do what it was asked: {error!r}"
+                answer = {"error": SandboxError.code, "message": text[:4000]}
+            self._reply(reply, answer)
         finally:
             reply.close()
             self._slots.release()
             self._wake()
+
+    def _reply(self, reply: socket.socket, answer: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            try:
+                messages.send(reply, answer)
+            except SandboxError as error:
+                messages.send(reply, {"error": error.code, "message": str(error)})
 
     def _box(self, name: str) -> boxes.Box | Machine:
         with self._lock:

@@ -130,7 +130,10 @@ class NodeLink:
             answer = _exchange(sock, op, values)
         except TimeoutError as error:
             raise SandboxTimeout(f"the node did not {op} within {_CALL_TIMEOUT:g} s") from error
-        except OSError:
+        except OSError as error:
+            if self._alive() and not isinstance(error, ConnectionError):
+                # This process has no descriptor left, say: no reason to end any sandbox.
+                raise SandboxError(f"the node cannot be asked to {op}: {error}") from error
             answer = None
         if answer is None:
             if process is not None:

@@ -28,6 +28,7 @@ from fathom.sandbox.substrates.launch import OOM_SCORE, TENANT, Ends, Launch, St
 
 if TYPE_CHECKING:
     from fathom.sandbox.images.stack import Composed
+    from fathom.sandbox.images.store import Hold
 
 WRITABLE = (
     "/work",
@@ -82,6 +83,7 @@ class Box:
     line: socket.socket | None = None
     ended: bool = False
     composed: Composed | None = None
+    held: Hold | None = None
     busy: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -355,6 +357,7 @@ def adopt(folder: Path) -> Box:
         box.pidfd = os.pidfd_open(pid)
         if not state.is_first(folder, pid):
             raise SandboxError(f"the agent of {folder.name} is gone")
+        _hold_image(box)
         tenant = TENANT if launch.substrate != "bubblewrap" else None
         box.started = Started(pid=pid, tenant=tenant)
         layout = cgroups.current_layout()
@@ -376,10 +379,23 @@ def adopt(folder: Path) -> Box:
     except BaseException:
         if box.line is not None:
             box.line.close()
-        for fd in (box.pidfd, box.net, box.lock):
+        if box.held is not None:
+            box.held.close()
+        for fd in (box.pidfd, box.net, box.image_lock, box.lock):
             if fd >= 0:
                 os.close(fd)
         raise
+
+
+def _hold_image(box: Box) -> None:
+    """Keep what an adopted sandbox runs on. It lives on without, but no copy can be made of it."""
+    from fathom.sandbox.images.store import Store
+
+    with contextlib.suppress(SandboxError):
+        if box.launch.layers:
+            box.held = Store(box.launch.store, durable=False).hold(*box.launch.layers)
+        else:
+            box.image_lock = rootfs.hold(Path(box.launch.rootfs))
 
 
 def writes_of(box: Box) -> Path:
@@ -432,6 +448,9 @@ def destroy(box: Box) -> None:
     if box.composed is not None:
         with contextlib.suppress(OSError, SandboxError):
             box.composed.close()
+    if box.held is not None:
+        with contextlib.suppress(OSError):
+            box.held.close()
     if box.upper < 0:
         _unmount(box)
     state.remove(box.folder)

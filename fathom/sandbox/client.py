@@ -17,7 +17,7 @@ from typing import Any
 
 import anyio
 
-from fathom.errors import SandboxError, SandboxLost, Unsupported
+from fathom.errors import KeyConflict, SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import fn, paths
 from fathom.sandbox.edge.https_client import HttpsHost
 from fathom.sandbox.edge.unix_client import UnixHost
@@ -111,7 +111,7 @@ class Client:
         self._cache = cache
         self._sandboxes: dict[str, Sandbox] = {}
         self._groups: dict[str, str] = {}
-        self._keys: dict[str, tuple[Spec, str]] = {}
+        self._keys: dict[str, tuple[tuple[Spec, Net | None, str | None], str]] = {}
         self._making = anyio.Lock()
         self._closed = False
 
@@ -144,7 +144,7 @@ class Client:
         """Start a sandbox and return once it answers.
 
         `net`: what it may reach, nothing when not given. `key`: asked for again under the same key,
-        the sandbox that was made comes back. `group`: a name under which sandboxes are paused and
+        the sandbox that was made comes back, and KeyConflict says that it was made otherwise. `group`: a name under which sandboxes are paused and
         stopped together.
         Raises SandboxError for unusable values, Unsupported for limits that cannot hold here or
         when nothing on this machine can run a sandbox.
@@ -158,10 +158,11 @@ class Client:
         if key is None:
             return await self._connected(wanted, net, group)
         async with self._making:
-            if found := self._keyed(key, wanted):
+            values = (wanted, net, group)
+            if found := self._keyed(key, values):
                 return found
             made = await self._connected(wanted, net, group)
-            self._keys[key] = (wanted, made.id)
+            self._keys[key] = (values, made.id)
             return made
 
     async def _connected(self, spec: Spec, net: Net | None, group: str | None) -> Sandbox:
@@ -174,13 +175,16 @@ class Client:
                 raise
         return made
 
-    def _keyed(self, key: str, spec: Spec) -> Sandbox | None:
+    def _keyed(self, key: str, values: tuple[Spec, Net | None, str | None]) -> Sandbox | None:
         known = self._keys.get(key)
         sandbox = self._sandboxes.get(known[1]) if known is not None else None
         if known is None or sandbox is None or sandbox.stopped:
             return None
-        if known[0] != spec:
-            raise SandboxError(f"the key {key!r} belongs to a sandbox of another kind")
+        if known[0] != values:
+            raise KeyConflict(
+                f"the key {key!r} belongs to sandbox {sandbox.id}, which was made with other values, "
+                "another group or another policy: use another key, or stop that one first"
+            )
         return sandbox
 
     async def prewarm(self, spec: Kept, count: int) -> None:

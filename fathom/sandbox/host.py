@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fathom.errors import SandboxError, SandboxLost, Unsupported
-from fathom.sandbox import agent, line, paths, state
+from fathom.sandbox import agent, full, line, paths, state
 from fathom.sandbox.egress import LOG
 from fathom.sandbox.images import Image, Store, rootfs
 from fathom.sandbox.known import Known
@@ -113,7 +113,8 @@ class LocalHost:
         """Have one operation done in this thread. Raises SandboxError."""
         if op not in self._operations:
             raise Unsupported(f"this kind of sandbox has no {op}: see its caps")
-        return self._operations[op](**values)
+        with full.telling(f"{op} a sandbox"):
+            return self._operations[op](**values)
 
     async def open(self, name: str) -> line.Line:
         """Open a line to an agent. Raises SandboxLost."""
@@ -192,6 +193,7 @@ class LocalHost:
             "rootfs": "" if layered is not None else str(known.image),
             "store": str(self.cache / "store") if layered is not None else "",
             "layers": layered.layers if layered is not None else (),
+            "image": layered.encode().decode() if layered is not None else "",
             "workdir": self._folder(spec.workdir),
             "memory": spec.memory_bytes,
             "pids": spec.pids_limit,
@@ -204,8 +206,8 @@ class LocalHost:
             "outlive": self.outlive,
             "door": self._folder(spec.door),
         }
-        folder.mkdir(mode=0o711)
         try:
+            folder.mkdir(mode=0o711)
             self.link.create(folder, launch, **source)
         except BaseException:
             if not state.reap_one(folder):
@@ -222,10 +224,6 @@ class LocalHost:
         if workdir is None or self.outlive:
             return None if workdir is None else str(workdir)
         return str(Path(workdir).resolve())
-
-    def image_of(self, name: str, folder: str) -> Path | Image:
-        """Return the image that a sandbox of an earlier node runs on. Raises SandboxError."""
-        return Path(folder) if folder else self._image(name)
 
     def _image(self, name: str) -> Path | Image:
         """Return a built-in image's folder, or a layered image of the store."""
@@ -260,6 +258,10 @@ class LocalHost:
             self._find(id)
         path = self.runtime / id / LOG
         return {"text": path.read_text() if path.exists() else ""}
+
+    def has(self, name: str) -> bool:
+        """Whether a sandbox of this name is known here."""
+        return self.link.has(name)
 
     def adopt(self, folder: Path, known: Known) -> None:
         """Take over a sandbox that outlived its node. Raises SandboxError."""

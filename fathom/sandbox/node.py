@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from fathom.errors import FathomError, SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import box as boxes
-from fathom.sandbox import cgroups, egress, messages, netns, state, syscalls
+from fathom.sandbox import cgroups, egress, full, messages, netns, state, syscalls
 from fathom.sandbox.substrates.choice import MACHINES
 
 if TYPE_CHECKING:
@@ -142,7 +142,10 @@ class Node:
                 answer = self._operations[message["op"]](message)
             except FathomError as error:
                 answer = {"error": error.code, "message": str(error)[:4000]}
-            except (OSError, subprocess.SubprocessError) as error:
+            except OSError as error:
+                told = full.explain(error, f"{message.get('op')} a sandbox")
+                answer = {"error": told.code, "message": str(told)[:4000]}
+            except subprocess.SubprocessError as error:
                 text = f"{error}; run `fathom doctor` to see what this machine can do"
                 answer = {"error": SandboxError.code, "message": text[:4000]}
             except Exception as error:

@@ -26,6 +26,7 @@ from fathom.sandbox.host import Host, LocalHost
 from fathom.sandbox.net import Net
 from fathom.sandbox.sandbox import Sandbox
 from fathom.sandbox.substrates.choice import SUBSTRATES, Wanted
+from fathom.sandbox.threads import whole
 from fathom.sandbox.types import Container, Fn, Kept, Snapshot, Spec
 
 _AT_ONCE = 1000
@@ -144,8 +145,8 @@ class Client:
         """Start a sandbox and return once it answers.
 
         `net`: what it may reach, nothing when not given. `key`: asked for again under the same key,
-        the sandbox that was made comes back, and KeyConflict says that it was made otherwise. `group`: a name under which sandboxes are paused and
-        stopped together.
+        the sandbox that was made comes back; KeyConflict says that it was made from other values.
+        `group`: a name under which sandboxes are paused and stopped together.
         Raises SandboxError for unusable values, Unsupported for limits that cannot hold here or
         when nothing on this machine can run a sandbox.
         """
@@ -182,8 +183,8 @@ class Client:
             return None
         if known[0] != values:
             raise KeyConflict(
-                f"the key {key!r} belongs to sandbox {sandbox.id}, which was made with other values, "
-                "another group or another policy: use another key, or stop that one first"
+                f"the key {key!r} belongs to sandbox {sandbox.id}, made with other values, in "
+                "another group or under another policy: use another key, or stop that one first"
             )
         return sandbox
 
@@ -212,13 +213,19 @@ class Client:
     async def _make(self, op: str, among: str | None, **values: Any) -> Sandbox:
         if self._closed:
             raise SandboxLost("this client was closed: make another one")
-        # A caller who gives up is cancelled once this is done; `close` then finds the sandbox.
-        made: list[Sandbox] = []
-        with anyio.CancelScope(shield=True):
-            made.append(self._adopt(await self._host.call(op, **values)))
+
+        async def make() -> Sandbox:
+            return self._adopt(await self._host.call(op, **values))
+
+        async def undo(made: Sandbox) -> None:
+            # One that was made under a daemon's key is found again by that.
+            if not values.get("key"):
+                await made.stop()
+
+        made = await whole(make, undo)
         if among is not None:
-            self._groups[made[0].id] = among
-        return made[0]
+            self._groups[made.id] = among
+        return made
 
     def _adopt(self, made: dict[str, Any]) -> Sandbox:
         for name in [name for name, old in self._sandboxes.items() if old.stopped]:

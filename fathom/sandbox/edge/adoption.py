@@ -1,7 +1,7 @@
 """Taking over the sandboxes of a daemon that is gone, from the notes in their folders.
 
-What was never given to anybody, or has died, is removed. What lives and was given out is somebody's:
-whatever goes wrong, it is left alone, reported, and tried again.
+What was never given to anybody, or has died, is removed. What lives and was given out is left alone
+whatever goes wrong, reported, and tried again.
 
 Paper: none (a thin form of the report's edge).
 """

@@ -193,6 +193,7 @@ def introduce(box: Box) -> None:
     ]
     if started.tenant is not None:
         settings += [(Tag.UID, started.tenant), (Tag.GID, started.tenant)]
+    settings.append((Tag.JOURNAL, journal_limit(box.launch.disk)))
     if not started.filtered:
         settings.append((Tag.FILTER, seccomp.compile_filter()))
     if syscalls.landlock_version() > 0:
@@ -203,7 +204,16 @@ def introduce(box: Box) -> None:
         settings.append((Tag.CPUS, max(1, round(box.launch.cpu + 0.49))))
     with messages.connect(box.folder, state.SOCKET) as line:
         line.settimeout(_HELLO_TIMEOUT)
-        ask(line, box.secret, Frame.CONFIGURE, frames.join_fields(settings))
+        with contextlib.ExitStack() as stack:
+            # Its receipts say which commands ran out of memory, whoever is there to count.
+            counter = box.group and stack.enter_context(box.group.oom_file.open("rb"))
+            files = () if counter is None else (counter.fileno(),)
+            ask(line, box.secret, Frame.CONFIGURE, frames.join_fields(settings), files)
+
+
+def journal_limit(disk: int) -> int:
+    """Return how many bytes of receipts an agent keeps: as many as its sandbox may write."""
+    return max(1 << 20, min(64 << 20, disk))
 
 
 def greeting(secret: bytes) -> bytes:
@@ -213,9 +223,15 @@ def greeting(secret: bytes) -> bytes:
     )
 
 
-def ask(line: socket.socket, secret: bytes, kind: Frame, payload: bytes) -> frames.Received:
-    """Begin a line, ask for one thing and return the answer. Raises OSError, SandboxError."""
-    line.sendall(greeting(secret) + frames.pack(1, kind, payload))
+def ask(
+    line: socket.socket, secret: bytes, kind: Frame, payload: bytes, files: tuple[int, ...] = ()
+) -> frames.Received:
+    """Begin a line, ask for one thing and return the answer; `files` come along.
+
+    Raises OSError, SandboxError.
+    """
+    data = greeting(secret) + frames.pack(1, kind, payload)
+    line.sendall(data[socket.send_fds(line, [data], files) if files else 0 :])
     splitter = frames.Splitter()
     while True:
         data = line.recv(1 << 16)

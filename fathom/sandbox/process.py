@@ -33,7 +33,10 @@ NAMES: dict[int, StreamName] = {Frame.STDOUT: "stdout", Frame.STDERR: "stderr"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """How a command ended, as the agent tells it. Totals count what was written, kept or not."""
+    """How a command ended, as the agent tells it. Totals count what was written, kept or not.
+
+    `lost`: of a replay, bytes of output that were kept as it ran and that the receipt has not.
+    """
 
     exit_code: int
     timed_out: bool
@@ -46,6 +49,7 @@ class Ended:
     peak_memory: int
     stdout_total: int
     stderr_total: int
+    lost: int = 0
     problem: str = ""
 
 
@@ -68,6 +72,7 @@ def read_end(frame: Received) -> Ended:
         peak_memory=number(Tag.MAX_RSS_KB) << 10,
         stdout_total=number(Tag.STDOUT_TOTAL),
         stderr_total=number(Tag.STDERR_TOTAL),
+        lost=number(Tag.LOST),
         problem=frames.text_of(fields.get(Tag.PROBLEM)),
     )
 

@@ -46,14 +46,18 @@ class Request:
     builtin: str = ""
     mode: int = 0
 
-    def digest(self, stdin: bytes | None = None) -> str:
-        """Return what tells this request from another one under the same operation key."""
+    def digest(self, stdin: bytes | None = None, *, merge: bool = False) -> str:
+        """Return what tells this request from another one under the same operation key.
+
+        Timeout and caps are no part of it: a result that came back says how much of it is there.
+        """
         found = hashlib.sha256()
         parts = [self.builtin, str(self.shell), self.cwd, str(self.mode), *self.argv]
         parts += [f"{name}={value}" for name, value in sorted(self.env.items())]
         for part in parts:
             data = os.fsencode(part)
             found.update(len(data).to_bytes(8, "little") + data)
+        found.update(b"merged" if merge else b"apart")
         found.update(b"-" if stdin is None else b"+" + stdin)
         return found.hexdigest()
 
@@ -75,7 +79,7 @@ def form_request(
         )
     argv = (command,) if isinstance(command, str) else tuple(command)
     if not shell and (not argv or not argv[0]):
-        raise SandboxError(f"the command is {list(argv)!r:.80}: name a program first")
+        raise SandboxError(f"the command is {list(argv)!r:.80}, its program is empty: name one")
     variables = dict(env or {})
     for text in (*argv, cwd or "", *variables, *variables.values()):
         check_text(text)

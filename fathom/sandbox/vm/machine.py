@@ -36,6 +36,7 @@ MONITOR, PORT = "monitor.sock", "port.sock"
 PROCESSES = {"microvm": DEFAULT_PIDS, "fullvm": 1024}
 WRITABLE = ("/work", "/tmp", "/dev", "/proc", "/run", "/var/tmp")
 _EMULATOR_PIDS = 64
+_JOURNAL = 16 << 20  # bytes of receipts, in the guest's memory
 _BOOT_TIMEOUT = {"microvm": 60.0, "fullvm": 300.0}
 _RESTORE_TIMEOUT = 30.0
 _GONE_TIMEOUT = 10.0
@@ -227,6 +228,7 @@ def settings(launch: MachineLaunch) -> bytes:
     found: list[tuple[int, bytes | str | int]] = [
         (Tag.GUEST, 1),
         (Tag.OOM_SCORE, OOM_SCORE),
+        (Tag.JOURNAL, _JOURNAL),
     ]
     if launch.user != "root":
         found += [

@@ -197,10 +197,12 @@ class LocalHost:
             "pids": spec.pids_limit,
             "cpu": spec.cpu,
             "disk": spec.disk_bytes,
+            "io_read": spec.io_bytes("read"),
+            "io_write": spec.io_bytes("write"),
             "hostname": hostname or spec.hostname,
             "ids": ids,
             "outlive": self.outlive,
-            "door": str(Path(spec.door).resolve()) if spec.door is not None else None,
+            "door": self._folder(spec.door),
         }
         folder.mkdir(mode=0o711)
         try:

@@ -6,7 +6,6 @@ Paper: §5.2.5 (command line of the sandbox node).
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fathom.cli.output import print_json, print_table
+from fathom.cli.sandbox_daemon import Folder, edge, token
 from fathom.cli.terminal import TASK_FAILED, visible
 from fathom.errors import DaemonLost, SandboxError
 
@@ -37,15 +37,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Name = Annotated[str, typer.Argument(help="The sandbox's name, as `ls` shows it.")]
 Command = Annotated[list[str], typer.Argument(help="Program and arguments, after --.")]
 Timeout = Annotated[float, typer.Option(min=0.001, help="Seconds the command may take.")]
-Folder = Annotated[
-    Path | None, typer.Option("--folder", help="The daemon's folder, /run/fathom-edge by default.")
-]
 PassThrough = {"allow_interspersed_args": False}
 
 
 def _daemon(folder: Path | None) -> SyncClient:
-    from fathom.sandbox import SyncClient
+    from fathom.sandbox import SyncClient, paths
 
+    if folder is None and (far := paths.far_daemon()) is not None:
+        return SyncClient(far.url, token=far.token, ca=far.ca, fingerprint=far.fingerprint)
     return SyncClient("edge", runtime_dir=folder)
 
 
@@ -73,8 +72,8 @@ def _spec(kind: str, given: dict[str, Any]) -> Container | MicroVM | FullVM:
         return Container(**given)
     if kind not in ("microvm", "fullvm"):
         raise typer.BadParameter(f"--sandbox is {kind!r}; choose container, microvm or fullvm")
-    if odd := sorted({"workdir", "pids"} & set(given)):
-        raise typer.BadParameter(f"a virtual machine has no --{odd[0]}")
+    if odd := sorted({"workdir", "pids", "io_read", "io_write"} & set(given)):
+        raise typer.BadParameter(f"a virtual machine has no --{odd[0].replace('_', '-')}")
     return MicroVM(**given) if kind == "microvm" else FullVM(**given)
 
 
@@ -122,6 +121,10 @@ def run(
     cpu: Annotated[float | None, typer.Option(help="Cores, such as 0.5.")] = None,
     pids: Annotated[int | None, typer.Option(help="Processes at the same time.")] = None,
     disk: Annotated[str | None, typer.Option(help="What may be written, such as 64MiB.")] = None,
+    io_read: Annotated[
+        str | None, typer.Option(help="What may be read from each disk a second, such as 10MiB.")
+    ] = None,
+    io_write: Annotated[str | None, typer.Option(help="The same for writing.")] = None,
     allow: Annotated[
         list[str] | None, typer.Option(help="An address and port that may be reached; repeatable.")
     ] = None,
@@ -147,6 +150,8 @@ def run(
         "cpu": cpu,
         "pids": pids,
         "disk": disk,
+        "io_read": io_read,
+        "io_write": io_write,
         "idle_ttl": idle_ttl,
     }
     spec = _spec(kind, {name: value for name, value in given.items() if value is not None})
@@ -345,40 +350,5 @@ def page(
         pages.serve()
 
 
-@app.command()
-def edge(
-    most: Annotated[int, typer.Option(min=1, help="Sandboxes to admit.")] = 3200,
-    metrics: Annotated[
-        bool, typer.Option("--metrics", help="Print the running daemon's metrics and end.")
-    ] = False,
-    mirror: Annotated[
-        list[str] | None,
-        typer.Option(help="A package mirror that policies may name, as pypi=URL; repeatable."),
-    ] = None,
-    folder: Folder = None,
-) -> None:
-    """Run the daemon of this machine, in the foreground; its sandboxes outlive it."""
-    import anyio
-
-    from fathom.sandbox import paths
-    from fathom.sandbox.edge import Edge
-    from fathom.sandbox.edge_client import EdgeHost
-    from fathom.sandbox.host import LocalHost
-
-    where = folder or paths.edge_folder()
-    if metrics:
-        answer = anyio.run(EdgeHost(where).call, "metrics")
-        sys.stdout.write(answer["text"])
-        return
-    logging.getLogger("fathom.sandbox").setLevel(logging.INFO)
-    logging.getLogger().handlers[0].setLevel(logging.INFO)
-    mirrors = dict(_mirror(text) for text in mirror or [])
-    host = LocalHost("auto", paths.cache_folder(), where, mirrors)
-    anyio.run(Edge(host, most=most).serve_until_told)
-
-
-def _mirror(text: str) -> tuple[str, str]:
-    name, equals, url = text.partition("=")
-    if not (name and equals and url.startswith(("http://", "https://"))):
-        raise typer.BadParameter(f"--mirror is {text!r}; give a name and an address, as pypi=URL")
-    return name, url
+app.command()(edge)
+app.add_typer(token, name="token")

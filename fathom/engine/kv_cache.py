@@ -182,6 +182,7 @@ class SlabPool:
 
     data: [slabs, slab_bytes] uint8. Memory that was never written to costs nothing on the CPU.
     A slab that several sequences share has as many references; only full slabs are shared.
+    `releases` counts how often one was given back: until then there is no more room than before.
     """
 
     def __init__(self, layout: SlabLayout, count: int, device: torch.device | str = "cpu") -> None:
@@ -189,6 +190,7 @@ class SlabPool:
         self.data = _allocate(count, layout.slab_bytes, torch.device(device))
         self._free = list(range(count - 1, -1, -1))
         self._references = [0] * count
+        self.releases = 0
 
     @property
     def free(self) -> int:
@@ -213,6 +215,7 @@ class SlabPool:
     def release(self, slab: int) -> None:
         """Drop a reference; the last one frees the slab."""
         self._references[slab] -= 1
+        self.releases += 1
         assert self._references[slab] >= 0
         if self._references[slab] == 0:
             self._free.append(slab)

@@ -1,29 +1,35 @@
 """The write-ahead log: every sampled token is in a file before anybody sees it.
 
-One file per request: a header that says what was asked, then 16 bytes a token. A process that is
+One file per request: a header that says what was asked, then 14 bytes a token. A process that is
 killed at any moment leaves whole records and at most one torn one, which is dropped; the request
 then continues with the next draw, and, since draws and logits depend on nothing else, identically.
+While a process has a log open it holds a lock on it, which ends with the process.
 
 Paper: §5.2 (token-granular write-ahead log for preemptible rollouts).
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fathom.engine.request import Request
 from fathom.engine.sampler import Drawn, SamplingParams
-from fathom.errors import CacheError
+from fathom.errors import CacheError, FathomError
 
-MAGIC = b"fathomW1"
-RECORD = struct.Struct("<IfII")  # token, log-probability, number of the draw, checksum
+MAGIC = b"fathomW2"
+# Token, log-probability, number of the draw (its last 16 bits: the rest is its place), checksum.
+RECORD = struct.Struct("<IfHI")
+_CHECKED = struct.Struct("<IfH")  # what the checksum covers
 _SIZE = struct.Struct("<I")
 END = 0xFFFFFFFF  # in place of a token: the request has ended, and why
 _REASONS = ("stop", "length", "cancelled", "error")
@@ -31,16 +37,22 @@ _REASONS = ("stop", "length", "cancelled", "error")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logged:
-    """What a log says of its request. `finish_reason` None: it was still running."""
+    """What a log says of its request. `finish_reason` None: it was still running.
+
+    `checksum` is the header's, `size` the length up to which the file is sound.
+    """
 
     path: Path
     id: str
+    model: str
     prompt: list[int]
     params: SamplingParams
     priority: int
     masked: bool
     output: list[Drawn]
     finish_reason: str | None
+    checksum: int
+    size: int
 
 
 class WriteAheadLog:
@@ -55,47 +67,48 @@ class WriteAheadLog:
             raise CacheError(f"the log folder {self.folder} cannot be used: {error}") from error
 
     def begin(self, request: Request) -> None:
-        """Write down a request; one that was recovered goes on in its file."""
-        params = asdict(request.params) | {"seed": request.sampler.seed}
-        params["logit_bias"] = list(request.params.logit_bias.items())
-        header = json.dumps(
-            {
-                "model": self._root,
-                "id": request.id,
-                "prompt": request.prompt,
-                "params": params,
-                "priority": request.priority,
-                "masked": request.mask is not None,
-            }
-        ).encode()
+        """Write down a new request. Raises CacheError when that cannot be done, and when there is
+        a log of this name already: it holds tokens that somebody may want.
+        """
         path = self._path(request.id)
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            if os.fstat(descriptor).st_size == 0:
-                checksum = zlib.crc32(header)
-                _write(descriptor, MAGIC + _SIZE.pack(len(header)) + header + _SIZE.pack(checksum))
-            else:
-                logged = _read(path)
-                if logged is None or logged[0].prompt != request.prompt:
-                    os.close(descriptor)
-                    raise CacheError(f"{path} belongs to another request of this name")
-                os.ftruncate(descriptor, logged[2])  # a torn record at the end
-                checksum = logged[1]
+            descriptor = _lock(path, os.O_CREAT | os.O_EXCL)
+        except FileExistsError as error:
+            raise CacheError(
+                f"{path} belongs to another request of this name: recover or forget it first"
+            ) from error
         except OSError as error:
             raise CacheError(f"{path} cannot be written: {error}") from error
-        self._open[request.id] = descriptor, checksum
+        self._write_header(request, path, descriptor)
 
-    def append(self, request: Request, drawn: Sequence[Drawn], first: int) -> None:
-        """Write down tokens, the `first`-th and following; they may be shown afterwards.
+    def take_up(self, request: Request, logged: Logged) -> None:
+        """Go on in the log of a request that was recovered.
 
-        Raises CacheError when they cannot be written.
+        Raises CacheError when it is open in another process, or cannot be written.
         """
-        descriptor, checksum = self._open[request.id]
-        data = b"".join(
-            _record(checksum, d.token, d.logprob, first + i) for i, d in enumerate(drawn)
-        )
         try:
-            _write(descriptor, data)
+            descriptor = _lock(logged.path)
+            try:
+                os.ftruncate(descriptor, logged.size)  # a torn record at the end
+            except OSError:
+                os.close(descriptor)
+                raise
+        except BlockingIOError as error:
+            raise CacheError(f"{logged.path} is in use by another process") from error
+        except OSError as error:
+            raise CacheError(f"{logged.path} cannot be written: {error}") from error
+        self._open[request.id] = descriptor, logged.checksum
+
+    def append(self, request: Request, drawn: Drawn) -> None:
+        """Write down the next token; it may be shown afterwards.
+
+        Raises CacheError when it cannot be written.
+        """
+        descriptor, header = self._open[request.id]
+        record = _record(header, drawn.token, drawn.logprob, len(request.output))
+        try:
+            if os.write(descriptor, record) != RECORD.size:
+                raise OSError("the disk is full")
         except OSError as error:
             raise CacheError(f"the log of {request.id} cannot be written: {error}") from error
 
@@ -104,10 +117,10 @@ class WriteAheadLog:
         opened = self._open.pop(request.id, None)
         if opened is None:
             return
-        descriptor, checksum = opened
+        descriptor, header = opened
         reason = _REASONS.index(request.finish_reason or "error")
         try:
-            _write(descriptor, _record(checksum, END, float(reason), len(request.output)))
+            os.write(descriptor, _record(header, END, float(reason), len(request.output)))
         except OSError:
             pass  # then it is simply taken up again
         finally:
@@ -118,7 +131,36 @@ class WriteAheadLog:
         opened = self._open.pop(request_id, None)
         if opened is not None:
             os.close(opened[0])
-        self._path(request_id).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._path(request_id).unlink()
+
+    def rename(self, root: bytes, requests: Iterable[Request]) -> None:
+        """From now on the model has another name: the logs of requests go on under it.
+
+        Raises CacheError when some cannot be written: these go on under the old name.
+        """
+        self._root, problems = root.hex(), []
+        for request in requests:
+            old, path = self._open.pop(request.id), self._path(request.id)
+            temporary = path.with_suffix(".new")
+            try:
+                temporary.unlink(missing_ok=True)
+                self._write_header(request, temporary, _lock(temporary, os.O_CREAT | os.O_EXCL))
+                descriptor, header = self._open[request.id]
+                records = [
+                    _record(header, d.token, d.logprob, i) for i, d in enumerate(request.output)
+                ]
+                _write(descriptor, b"".join(records))
+                temporary.replace(path)
+                os.close(old[0])
+            except (OSError, CacheError) as error:
+                problems.append(f"{path} cannot be written: {error}")
+                new = self._open.get(request.id)
+                if new is not None:
+                    os.close(new[0])
+                self._open[request.id] = old
+        if problems:
+            raise CacheError("; ".join(problems))
 
     def close(self) -> None:
         """Close all files; their requests can be recovered."""
@@ -133,20 +175,52 @@ class WriteAheadLog:
             logged = _read(path)
             if logged is None:
                 problems.append(f"{path} is damaged or no log of fathom's: left as it is")
-            elif logged[3] != self._root:
+            elif logged.model != self._root:
                 problems.append(f"{path} was written with another model: left as it is")
             else:
-                found.append(logged[0])
+                found.append(logged)
         return found, problems
 
     def _path(self, request_id: str) -> Path:
-        safe = "".join(c if c.isalnum() or c in "-_." else f"%{ord(c):x}" for c in request_id)
-        return self.folder / f"{safe}.wal"
+        return self.folder / f"{quote(request_id, safe='')}.wal"
+
+    def _write_header(self, request: Request, path: Path, descriptor: int) -> None:
+        params = asdict(request.params) | {"seed": request.sampler.seed}
+        params["logit_bias"] = list(request.params.logit_bias.items())
+        header = json.dumps(
+            {
+                "model": self._root,
+                "id": request.id,
+                "prompt": request.prompt,
+                "params": params,
+                "priority": request.priority,
+                "masked": request.mask is not None,
+            }
+        ).encode()
+        checksum = zlib.crc32(header)
+        try:
+            _write(descriptor, MAGIC + _SIZE.pack(len(header)) + header + _SIZE.pack(checksum))
+        except OSError as error:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            raise CacheError(f"{path} cannot be written: {error}") from error
+        self._open[request.id] = descriptor, checksum
+
+
+def _lock(path: Path, flags: int = 0) -> int:
+    """Open a log for appending, for this process alone. Raises BlockingIOError for one in use."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | flags, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _record(header: int, token: int, logprob: float, number: int) -> bytes:
-    data = RECORD.pack(token, logprob, number, 0)
-    return data[:12] + _SIZE.pack(zlib.crc32(data[:12], header))
+    data = _CHECKED.pack(token, logprob, number & 0xFFFF)
+    return data + _SIZE.pack(zlib.crc32(data, header))
 
 
 def _write(descriptor: int, data: bytes) -> None:
@@ -154,8 +228,8 @@ def _write(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _read(path: Path) -> tuple[Logged, int, int, str] | None:
-    """The content, the header's checksum, the length up to which it is sound, the model's name."""
+def _read(path: Path) -> Logged | None:
+    """What a file says, or None if it is no log."""
     try:
         data = path.read_bytes()
         at = len(MAGIC) + _SIZE.size
@@ -168,31 +242,27 @@ def _read(path: Path) -> tuple[Logged, int, int, str] | None:
         values = dict(header["params"])
         values["logit_bias"] = {int(k): v for k, v in values["logit_bias"]}
         values["stop_token_ids"] = tuple(values["stop_token_ids"])
-        params = SamplingParams(**values)
-        prompt, request_id = list(header["prompt"]), str(header["id"])
-        priority, masked, model = header["priority"], header["masked"], str(header["model"])
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        about = {
+            "params": SamplingParams(**values),
+            "prompt": list(header["prompt"]),
+            **{key: header[key] for key in ("id", "model", "priority", "masked")},
+        }
+    except (OSError, ValueError, KeyError, TypeError, struct.error, FathomError):
         return None
     at += size + _SIZE.size
     output: list[Drawn] = []
     reason = None
     while at + RECORD.size <= len(data):
         token, logprob, number, check = RECORD.unpack_from(data, at)
-        if check != zlib.crc32(data[at : at + 12], checksum) or number != len(output):
+        if check != zlib.crc32(data[at : at + _CHECKED.size], checksum):
+            break
+        if token != END and number != len(output) & 0xFFFF:
             break
         at += RECORD.size
         if token == END:
-            reason = _REASONS[int(logprob)]
+            reason = dict(enumerate(_REASONS)).get(int(logprob), "error")
             break
         output.append(Drawn(token=token, logprob=logprob))
-    logged = Logged(
-        path=path,
-        id=request_id,
-        prompt=prompt,
-        params=params,
-        priority=priority,
-        masked=masked,
-        output=output,
-        finish_reason=reason,
+    return Logged(
+        path=path, output=output, finish_reason=reason, checksum=checksum, size=at, **about
     )
-    return logged, checksum, at, model

@@ -105,7 +105,8 @@ def make(
             layout = cgroups.current_layout()
             if layout is None:
                 raise SandboxError("no control groups are mounted: mount them at /sys/fs/cgroup")
-            box.group = cgroups.Group(layout, launch.folder.name)
+            io = launch.io_read is not None or launch.io_write is not None
+            box.group = cgroups.Group(layout, launch.folder.name, io=io)
             state.note_groups(launch.folder, box.group.all_folders())
             box.net = nets.take() if nets is not None else netns.make()
             box.launch = replace(launch, netns=f"/proc/{os.getpid()}/fd/{box.net}")
@@ -164,7 +165,7 @@ def _let_go_of_mounts(box: Box) -> None:
 
 
 def _unmount(box: Box) -> None:
-    for name in (state.ROOTFS, state.DISK, state.WORK):
+    for name in (state.ROOTFS, state.DISK, state.WORK, state.DOOR):
         with contextlib.suppress(OSError):
             syscalls.unmount(str(box.folder / name))
 

@@ -19,7 +19,8 @@ import anyio
 
 from fathom.errors import SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import fn, paths
-from fathom.sandbox.edge_client import EdgeHost
+from fathom.sandbox.edge.https_client import HttpsHost
+from fathom.sandbox.edge.unix_client import UnixHost
 from fathom.sandbox.fn import Functions
 from fathom.sandbox.host import Host, LocalHost
 from fathom.sandbox.net import Net
@@ -65,8 +66,10 @@ class Group:
 class Client:
     """Makes sandboxes on this machine. `async with` stops those that are still running.
 
-    `where`: "local" for sandboxes of this program, which end with it, or "edge" for those of this
-    machine's daemon, which do not. `substrate`: "auto", or one of "crun" and "runc" for root and
+    `where`: "local" for sandboxes of this program, which end with it, "edge" for those of this
+    machine's daemon, which do not, or "https://HOST:PORT" for those of a daemon elsewhere, with its
+    `token`; `ca`: a file of certificates to trust for it, or `fingerprint`: that of the only one.
+    `substrate`: "auto", or one of "crun" and "runc" for root and
     "bubblewrap" for other users.
     `cache_dir`: where images are kept; `runtime_dir`: where live sandboxes have their folders.
     `mirrors`: name -> address of the package mirrors that policies may name.
@@ -80,24 +83,30 @@ class Client:
         cache_dir: str | Path | None = None,
         runtime_dir: str | Path | None = None,
         mirrors: Mapping[str, str] | None = None,
+        token: str | None = None,
+        ca: str | Path | None = None,
+        fingerprint: str | None = None,
     ) -> None:
-        if where not in ("local", "edge"):
-            raise Unsupported(
-                f'sandboxes run on this machine only: say "local" or "edge", not {where!r}'
-            )
+        far = where.startswith("https://")
+        if where not in ("local", "edge") and not far:
+            raise Unsupported(f'say "local", "edge" or "https://HOST:PORT", not {where!r}')
+        if not far and (token, ca, fingerprint) != (None, None, None):
+            raise SandboxError("token, ca and fingerprint are for a daemon at https://HOST:PORT")
         if substrate not in ("auto", *SUBSTRATES):
             raise SandboxError(f"substrate is {substrate!r}: choose auto, {', '.join(SUBSTRATES)}")
         cache = Path(cache_dir) if cache_dir is not None else paths.cache_folder()
         self._host: Host
-        if where == "edge":
+        if far:
+            self._host = HttpsHost(where, token or "", ca, fingerprint)
+        elif where == "edge":
             folder = Path(runtime_dir) if runtime_dir is not None else paths.edge_folder()
-            self._host = EdgeHost(folder)
+            self._host = UnixHost(folder)
         else:
             folder = Path(runtime_dir) if runtime_dir is not None else paths.runtime_folder()
             local = LocalHost(substrate, cache, folder, mirrors)
             _hosts.add(local)
             self._host = local
-        self._remote = where == "edge"
+        self._remote = where != "local"
         self._cache = cache
         self._sandboxes: dict[str, Sandbox] = {}
         self._groups: dict[str, str] = {}

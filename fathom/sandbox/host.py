@@ -9,42 +9,27 @@ Paper: §5.2.5 (one surface; what differs between sandbox types is a parameter).
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
-import shutil
-import tempfile
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fathom.errors import SandboxError, SandboxLost, Unsupported
-from fathom.sandbox import agent, line, paths, state, syscalls
-from fathom.sandbox.egress import LOG, nft_program
-from fathom.sandbox.images import (
-    Image,
-    Owners,
-    Store,
-    builtin_image,
-    pack_diff,
-    rootfs,
-    snapshot,
-)
+from fathom.sandbox import agent, line, paths, state
+from fathom.sandbox.egress import LOG
+from fathom.sandbox.images import Image, Store, rootfs
+from fathom.sandbox.known import Known
 from fathom.sandbox.net import Net
 from fathom.sandbox.nodelink import NodeLink
-from fathom.sandbox.snapshots import Snapshots
+from fathom.sandbox.ready import Ready
 from fathom.sandbox.substrates import container
-from fathom.sandbox.substrates.choice import (
-    Name,
-    Wanted,
-    choose,
-    process_limit_is_per_namespace,
-)
+from fathom.sandbox.substrates.caps import caps_of
+from fathom.sandbox.substrates.choice import MACHINES, Name, Wanted, choose
 from fathom.sandbox.threads import in_thread
 from fathom.sandbox.types import Caps, Container, FullVM, Kept, MicroVM
+from fathom.sandbox.writes import Writes
 
 if TYPE_CHECKING:
     from fathom.sandbox.vm.host import Machines
@@ -66,7 +51,7 @@ class Host(Protocol):
         """Open a line to the agent of the sandbox `name`, past its HELLO. Raises SandboxLost."""
         ...
 
-    def oom_count(self, name: str) -> int:
+    async def oom_count(self, name: str) -> int:
         """Return how many processes of the sandbox were killed for memory so far."""
         ...
 
@@ -77,19 +62,6 @@ class Host(Protocol):
     def close_at_exit(self) -> None:
         """Let go of the node where no event loop runs any more."""
         ...
-
-
-@dataclass(slots=True)
-class Known:
-    """A sandbox of this host: what it was made from, for its copies."""
-
-    spec: Container
-    name: Name
-    program: str
-    image: Path | Image
-    ids: int
-    caps: Caps
-    phases: int = 0
 
 
 class LocalHost:
@@ -109,10 +81,9 @@ class LocalHost:
         self.outlive = False
         self.link = NodeLink(runtime)
         self._machines: Machines | None = None
+        self._writes = Writes(self.link, cache)
         self._known: dict[str, Known] = {}
-        self._ready: dict[Kept, list[dict[str, Any]]] = {}
-        self._ready_size: dict[Kept, int] = {}
-        self._ready_lock = threading.Lock()
+        self.ready = Ready(self._create)
         self._operations: dict[str, Callable[..., dict[str, Any]]] = {
             "create": self._claim,
             "prewarm": self._prewarm,
@@ -136,15 +107,19 @@ class LocalHost:
 
     async def call(self, op: str, **values: Any) -> dict[str, Any]:
         """Have one operation done. Raises SandboxError."""
+        return await in_thread(self.do, op, **values)
+
+    def do(self, op: str, **values: Any) -> dict[str, Any]:
+        """Have one operation done in this thread. Raises SandboxError."""
         if op not in self._operations:
             raise Unsupported(f"this kind of sandbox has no {op}: see its caps")
-        return await in_thread(self._operations[op], **values)
+        return self._operations[op](**values)
 
     async def open(self, name: str) -> line.Line:
         """Open a line to an agent. Raises SandboxLost."""
         return await self.link.open(name)
 
-    def oom_count(self, name: str) -> int:
+    async def oom_count(self, name: str) -> int:
         """Return how many processes of the sandbox were killed for memory so far."""
         return self.link.oom_count(name)
 
@@ -160,30 +135,12 @@ class LocalHost:
 
     def _claim(self, spec: Kept) -> dict[str, Any]:
         """Hand out a sandbox that waits, where there is one, else start one."""
-        with self._ready_lock:
-            waiting = self._ready.get(spec)
-            found = waiting.pop() if waiting else None
-        if found is None:
-            return self._create(spec)
-        threading.Thread(target=self._refill, args=(spec,), daemon=True).start()
-        return found
+        return self.ready.take(spec) or self._create(spec)
 
     def _prewarm(self, spec: Kept, count: int) -> dict[str, Any]:
         """Have `count` sandboxes of this kind wait from now on."""
-        with self._ready_lock:
-            self._ready_size[spec] = count
-        self._refill(spec)
+        self.ready.hold(spec, count)
         return {}
-
-    def _refill(self, spec: Kept) -> None:
-        while True:
-            with self._ready_lock:
-                waiting = self._ready.setdefault(spec, [])
-                if len(waiting) >= self._ready_size.get(spec, 0):
-                    return
-            made = self._create(spec)
-            with self._ready_lock:
-                waiting.append(made)
 
     @property
     def machines(self) -> Machines:
@@ -235,15 +192,17 @@ class LocalHost:
             "rootfs": "" if layered is not None else str(known.image),
             "store": str(self.cache / "store") if layered is not None else "",
             "layers": layered.layers if layered is not None else (),
-            "workdir": str(Path(spec.workdir).resolve()) if spec.workdir is not None else None,
+            "workdir": self._folder(spec.workdir),
             "memory": spec.memory_bytes,
             "pids": spec.pids_limit,
             "cpu": spec.cpu,
             "disk": spec.disk_bytes,
+            "io_read": spec.io_bytes("read"),
+            "io_write": spec.io_bytes("write"),
             "hostname": hostname or spec.hostname,
             "ids": ids,
             "outlive": self.outlive,
-            "door": str(Path(spec.door).resolve()) if spec.door is not None else None,
+            "door": self._folder(spec.door),
         }
         folder.mkdir(mode=0o711)
         try:
@@ -257,6 +216,12 @@ class LocalHost:
         )
         variables = dict(layered.run.env) if layered is not None else {}
         return {"id": folder.name, "caps": known.caps, "environment": variables}
+
+    def _folder(self, workdir: str | Path | None) -> str | None:
+        # A daemon has resolved and judged it: another look could find another folder by now.
+        if workdir is None or self.outlive:
+            return None if workdir is None else str(workdir)
+        return str(Path(workdir).resolve())
 
     def image_of(self, name: str, folder: str) -> Path | Image:
         """Return the image that a sandbox of an earlier node runs on. Raises SandboxError."""
@@ -281,12 +246,14 @@ class LocalHost:
             )
         values = policy.as_json(self.mirrors)
         known.phases += 1
+        image = known.image if isinstance(known, Known) else None
+        variables = dict(image.run.env) if isinstance(image, Image) else {}
         if known.caps.networks == frozenset({"none"}):
-            return {"version": known.phases, "environment": {}}
+            return {"version": known.phases, "environment": variables}
         answer = self.link.request("net", id=id, policy=values)
         # A guest reaches this machine's end of its network under the emulator's address.
-        found = policy.environment("10.0.2.2" if machine else "127.0.0.1")
-        return {"version": answer["version"], "environment": found}
+        variables |= policy.environment("10.0.2.2" if machine else "127.0.0.1")
+        return {"version": answer["version"], "environment": variables}
 
     def _netlog(self, id: str) -> dict[str, Any]:
         if not self._is_machine(id):
@@ -345,28 +312,12 @@ class LocalHost:
     def _snapshot(self, id: str) -> dict[str, Any]:
         if self._is_machine(id):
             return self.machines.snapshot(id)
-        known = self._find(id)
-        folder = self.cache / "snapshots"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        name = f"snap-{secrets.token_hex(8)}"
-        work = folder / f".{name}"
-        work.mkdir(mode=0o700)
-        try:
-            self.link.request("save", id=id, target=str(work / "upper"))
-            facts = {"image": known.spec.image, "ids": known.ids, "substrate": known.name}
-            (work / "facts.json").write_text(json.dumps(facts))
-            size = sum(path.lstat().st_size for path in (work / "upper").rglob("*"))
-            work.rename(folder / name)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        return {"snapshot": name, "size": size}
+        return self._writes.keep(id, self._find(id))
 
     def _restore(self, snapshot: str, spec: Kept) -> dict[str, Any]:
         spec.check()
-        folder = Snapshots(self.cache).path(snapshot)
-        facts = json.loads((folder / "facts.json").read_text())
-        if facts["substrate"] in ("microvm", "fullvm"):
+        folder, facts = self._writes.find(snapshot)
+        if facts["substrate"] in MACHINES:
             return self.machines.restore(folder, facts, spec)
         if not isinstance(spec, Container):
             raise SandboxError(f"snapshot {snapshot} is of a Container: ask for one")
@@ -374,36 +325,16 @@ class LocalHost:
             raise SandboxError(
                 f"snapshot {snapshot} was made on image {facts['image']!r}: ask for that one"
             )
-        for name, program in choose(self.wanted):
-            caps = caps_of(name, spec)
-            image = self._image(spec.image)
-            known = Known(spec, name, program, image, int(facts["ids"]), caps)
-            return self._start(known, saved=str(folder / "upper"))
-        raise AssertionError("choose returns at least one substrate")
+        # A copy has its origin's range of users, whatever else may serve it.
+        name, program = choose(self.wanted)[0]
+        image = self._image(spec.image)
+        known = Known(spec, name, program, image, int(facts["ids"]), caps_of(name, spec))
+        return self._start(known, saved=str(folder / "upper"))
 
     def _pack(self, id: str, name: str | None = None) -> dict[str, Any]:
-        """Make a layer of what the sandbox wrote, and with `name` an image with it on top."""
         if self._is_machine(id):
             return self.machines.pack(id, name)
-        known = self._find(id)
-        with Store(self.cache / "store") as store:
-            base = known.image
-            if not isinstance(base, Image):
-                if known.spec.image not in ("base", "python"):
-                    raise Unsupported(f"the image of {id} is not in the store")
-                base = builtin_image(store, "python" if known.spec.image == "python" else "base")
-            work = Path(tempfile.mkdtemp(prefix=".pack-", dir=self.cache))
-            try:
-                self.link.request("save", id=id, target=str(work / "upper"))
-                owners = Owners(base=known.ids, count=container.ID_COUNT)
-                if name is None:
-                    layer = pack_diff(store, work / "upper", owners=owners).digest
-                else:
-                    image = snapshot(store, base, work / "upper", name=name, owners=owners)
-                    layer = image.layers[-1]
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-        return {"layer": layer}
+        return self._writes.pack(id, self._find(id), name)
 
     # Living ------------------------------------------------------------------------------------
 
@@ -426,47 +357,3 @@ class LocalHost:
 
     def _stats(self, id: str) -> dict[str, Any]:
         return self.link.request("stats", id=id)
-
-
-def caps_of(substrate: Name, spec: Container) -> Caps:
-    """Say what a substrate will do for `spec`. Raises Unsupported for a limit that cannot hold."""
-    limits = frozenset({"memory", "pids", "cpu", "disk"})
-    missing: set[str] = set()
-    if substrate == "bubblewrap":
-        missing |= {"memory", "cpu"}
-        if not process_limit_is_per_namespace():
-            missing |= {"pids"}
-    asked = sorted(name for name in missing if getattr(spec, name) is not None)
-    if asked:
-        raise Unsupported(
-            f"{substrate} cannot hold the limit {' and '.join(asked)} for a whole sandbox: leave "
-            "it out, or run as root with crun or runc"
-        )
-    if spec.door is not None and substrate == "bubblewrap":
-        raise Unsupported("bubblewrap shows no door: run as root with crun or runc")
-    if spec.workdir is not None and spec.disk is None:
-        # A folder of the host has whatever room its file system has; /tmp is still bounded.
-        missing |= {"disk"}
-    privileged = substrate != "bubblewrap"
-    networks = {"none"}
-    if privileged:
-        networks |= {"domain", "mirror"} | ({"address"} if nft_program() else set[str]())
-    # What a door leads to is given to one sandbox, not to its copies.
-    copies = privileged and spec.workdir is None and spec.door is None
-    return Caps(
-        substrate=substrate,
-        enforced=limits - missing,
-        not_enforced=frozenset(missing),
-        reports_oom=privileged,
-        timeout_kills="command",
-        separate_user=privileged,
-        workdir="memory" if spec.workdir is None else "host",
-        landlock=syscalls.landlock_version() > 0,
-        snapshot="disk" if copies else "",
-        fork="disk" if copies else "",
-        pause=privileged,
-        networks=frozenset(networks),
-    )
-
-
-__all__ = ["Host", "LocalHost", "caps_of"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 from pathlib import Path
 
 import anyio
@@ -33,13 +34,19 @@ class Refused(SandboxError):
 
 
 class Line:
-    """One connected socket. Not for two tasks at once, but for sending while another receives."""
+    """One connected socket. Not for two tasks at once, but for sending while another receives.
 
-    def __init__(self, sock: socket.socket) -> None:
+    `early`: what of the frames has come already; `along`: a socket that is closed together with it.
+    """
+
+    def __init__(
+        self, sock: socket.socket, early: bytes = b"", along: socket.socket | None = None
+    ) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._along = along
         self._splitter = frames.Splitter()
-        self._early = b""
+        self._early = early
 
     async def send(self, data: bytes) -> None:
         """Send bytes of whole frames. Raises SandboxLost."""
@@ -47,7 +54,7 @@ class Line:
         while view:
             try:
                 view = view[self._sock.send(view) :]
-            except BlockingIOError:
+            except (BlockingIOError, ssl.SSLWantWriteError):
                 await anyio.wait_writable(self._sock)
             except OSError as error:
                 raise SandboxLost(f"the line to the sandbox broke ({error.strerror})") from error
@@ -61,7 +68,7 @@ class Line:
         while True:
             try:
                 data = self._sock.recv(_CHUNK)
-            except BlockingIOError:
+            except (BlockingIOError, ssl.SSLWantReadError):
                 await anyio.wait_readable(self._sock)
                 continue
             except OSError:
@@ -71,34 +78,20 @@ class Line:
             if found := self._splitter.feed(data):
                 return found
 
-    async def receive_line(self) -> bytes:
-        """Return one line of text that comes before the frames. Raises SandboxLost."""
-        text = b""
-        while b"\n" not in text:
-            try:
-                data = self._sock.recv(_CHUNK)
-            except BlockingIOError:
-                await anyio.wait_readable(self._sock)
-                continue
-            except OSError as error:
-                raise SandboxLost(f"the line broke ({error.strerror})") from error
-            if not data:
-                raise SandboxLost("the line ended")
-            text += data
-        text, _, self._early = text.partition(b"\n")
-        return text
-
-    def take(self) -> socket.socket:
-        """Hand over the socket; nothing may have been received yet."""
-        return self._sock
-
     def close(self) -> None:
         """Close the socket. Does nothing the second time."""
         self._sock.close()
+        if self._along is not None:
+            self._along.close()
 
 
 async def dial(folder: Path, name: str) -> Line:
-    """Connect to the Unix socket `name` in `folder`. Raises SandboxLost."""
+    """Open a line to the Unix socket `name` in `folder`. Raises SandboxLost."""
+    return Line(await connect(folder, name))
+
+
+async def connect(folder: Path, name: str) -> socket.socket:
+    """Connect to the Unix socket `name` in `folder`, without blocking. Raises SandboxLost."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.setblocking(False)
@@ -111,7 +104,7 @@ async def dial(folder: Path, name: str) -> Line:
             while True:
                 try:
                     sock.connect(path)
-                    return Line(sock)
+                    return sock
                 except BlockingIOError:
                     # More lines are waiting than the agent's queue holds.
                     await anyio.sleep(_RETRY)

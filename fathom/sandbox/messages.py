@@ -62,10 +62,14 @@ def listen(folder: Path, name: str, mode: int = 0o600) -> socket.socket:
     return made
 
 
-def connect(folder: Path, name: str) -> socket.socket:
-    """Connect to a Unix socket in `folder`, blocking. Raises OSError."""
+def connect(folder: Path, name: str, *, blocking: bool = True) -> socket.socket:
+    """Connect to a Unix socket in `folder`. Raises OSError.
+
+    Not `blocking`, BlockingIOError says that too many wait there already.
+    """
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
+        made.setblocking(blocking)
         _through(folder, name, made.connect)
     except BaseException:
         made.close()

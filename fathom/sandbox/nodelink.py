@@ -197,17 +197,22 @@ class NodeLink:
                 self._process.stderr.close()
             self._process = None
 
-    async def open(self, name: str) -> line.Line:
-        """Open a line to an agent. Raises SandboxLost."""
+    def door(self, name: str) -> tuple[Path, bytes]:
+        """Return a sandbox's folder, and the frame that begins a line. Raises SandboxLost."""
         reach = self._reach.get(name)
         if reach is None:
             raise SandboxLost(f"sandbox {name} was stopped: create another one")
+        return reach.folder, reach.greeting
+
+    async def open(self, name: str) -> line.Line:
+        """Open a line to an agent. Raises SandboxLost."""
+        folder, greeting = self.door(name)
         try:
-            opened = await line.dial(reach.folder, state.SOCKET)
+            opened = await line.dial(folder, state.SOCKET)
         except SandboxLost as error:
             raise SandboxLost(f"sandbox {name} ended on its own: {error}") from error
         try:
-            await opened.send(reach.greeting)
+            await opened.send(greeting)
         except BaseException:
             opened.close()
             raise

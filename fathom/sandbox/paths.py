@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 from fathom.errors import SandboxError
@@ -24,6 +25,11 @@ def state_folder() -> Path:
     return Path(base) / "fathom" if base else Path("~/.local/state/fathom").expanduser()
 
 
+def trajectory_folder() -> Path:
+    """Return the folder of this user's trajectories."""
+    return state_folder() / "trajectories"
+
+
 def runtime_folder() -> Path:
     """Return the folder of live sandboxes: /run/fathom for root, else one of the user's own."""
     if os.geteuid() == 0:
@@ -38,6 +44,31 @@ def edge_folder() -> Path:
     """Return the folder of this user's daemon, beside that of live sandboxes."""
     folder = runtime_folder()
     return folder.with_name(f"{folder.name}-edge")
+
+
+def token_file() -> Path:
+    """Return the file of this user's tokens for the daemon."""
+    return state_folder() / "edge-tokens.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Far:
+    """A daemon elsewhere, as `Client` takes it."""
+
+    url: str
+    token: str | None
+    ca: str | None
+    fingerprint: str | None
+
+
+def far_daemon() -> Far | None:
+    """Return the daemon that FATHOM_SANDBOX_URL, _TOKEN, _CA and _FINGERPRINT name, if any."""
+    given = {
+        name: os.environ.get(f"FATHOM_SANDBOX_{name.upper()}") or None
+        for name in ("url", "token", "ca", "fingerprint")
+    }
+    url = given.pop("url")
+    return None if url is None else Far(url, **given)
 
 
 def make_runtime_folder(folder: Path) -> Path:

@@ -6,6 +6,7 @@ Paper: none (shared infrastructure).
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from fathom.errors import SandboxError
@@ -21,7 +22,7 @@ def spec_out(spec: Kept) -> dict[str, Any]:
     values = asdict(spec)
     for name in ("workdir", "door"):
         if values.get(name) is not None:
-            values[name] = str(values[name])
+            values[name] = str(Path(values[name]).absolute())
     kind = next(name for name, one in _TYPES.items() if type(spec) is one)
     return {"type": kind, **values}
 

@@ -129,7 +129,7 @@ class Sandbox:
         kept: dict[StreamName, Kept] = {
             name: Kept(cap, spill, self._store / "output") for name in ("stdout", "stderr")
         }
-        ooms = self._host.oom_count(self.id)
+        ooms = await self._host.oom_count(self.id)
         try:
             ended = await self._run(order, data, kept)
             spilled: list[tuple[StreamName, tuple[str, int] | None]] = [
@@ -138,7 +138,7 @@ class Sandbox:
         finally:
             for stream in kept.values():
                 stream.close()
-        oom = ended.oom_killed or self._host.oom_count(self.id) > ooms
+        oom = ended.oom_killed or await self._host.oom_count(self.id) > ooms
         texts = [kept["stdout"].data.decode(errors="replace")]
         texts.append(kept["stderr"].data.decode(errors="replace"))
         return ExecResult(

@@ -79,6 +79,26 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "ustat": (136, None),
     "vhangup": (153, 58),
 }
+# What a server needs not, once it runs: to start programs, to reach anybody, to signal others.
+# name -> (x86_64, aarch64), as above.
+NOT_FOR_SERVERS: dict[str, tuple[int | None, int | None]] = {
+    "bind": (49, 200),
+    "connect": (42, 203),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "fork": (57, None),
+    "kill": (62, 129),
+    "listen": (50, 201),
+    "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424),
+    "prlimit64": (302, 261),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "setrlimit": (160, 164),
+    "socket": (41, 198),
+    "tkill": (200, 130),
+    "vfork": (58, None),
+}
 # Judged by an argument.
 CLONE = (56, 220)
 IOCTL = (16, 29)
@@ -104,6 +124,7 @@ OPEN: dict[str, tuple[tuple[int | None, int | None], int, int]] = {
 }
 
 NAMESPACE_FLAGS = 0x7E020000 | 0x80  # every CLONE_NEW*, CLONE_NEWTIME included
+CLONE_THREAD = 0x00010000  # never together with a new namespace
 # A clone's low byte is its exit signal, so CLONE_NEWTIME (0x80) cannot be asked of clone.
 CLONE_NAMESPACE_FLAGS = 0x7E020000
 # Terminal input injection, console takeover, the XFS extent swap that stopped a whole file system.
@@ -162,8 +183,10 @@ def _socket_families() -> list[bytes]:
     return [load, _op(_JEQ, AF_NETLINK, 0, len(routes_only)), *routes_only, *rest]
 
 
-def compile_filter(machine: str | None = None) -> bytes:
+def compile_filter(machine: str | None = None, *, server: bool = False) -> bytes:
     """Compile the policy for this machine to an array of 8-byte BPF instructions.
+
+    `server`: for a process that serves open sockets and needs nothing else; threads it may start.
 
     Raises Unsupported on an architecture other than x86_64 and aarch64.
     """
@@ -182,7 +205,8 @@ def compile_filter(machine: str | None = None) -> bytes:
         _op(_JGT, LAST_KNOWN, 0, 1),
         _return(errno.ENOSYS),
     ]
-    for numbers in DENIED.values():
+    denied_outright = {**DENIED, **(NOT_FOR_SERVERS if server else {})}
+    for numbers in denied_outright.values():
         if (number := numbers[column]) is not None:
             program += _when(number, [_return(errno.EPERM)])
     for numbers in ABSENT.values():
@@ -199,7 +223,15 @@ def compile_filter(machine: str | None = None) -> bytes:
             ]
             denied = _deny_any(mode, _JSET, (SET_ID_BITS,))
             program += _when(number, [*only_if_created, *denied])
-    program += _when(CLONE[column], _deny_any(0, _JSET, (CLONE_NAMESPACE_FLAGS,)))
+    if server:
+        only_threads = [
+            _op(_LD_WORD, _argument(0)),
+            _op(_JSET, CLONE_THREAD, 1, 0),
+            _return(errno.EPERM),
+        ]
+        program += _when(CLONE[column], [*only_threads, _return(None)])
+    else:
+        program += _when(CLONE[column], _deny_any(0, _JSET, (CLONE_NAMESPACE_FLAGS,)))
     program += _when(UNSHARE[column], _deny_any(0, _JSET, (NAMESPACE_FLAGS,)))
     program += _when(IOCTL[column], _deny_any(1, _JEQ, DENIED_IOCTLS))
     program += _when(PERSONALITY[column], _allow_only(0, (0, 0xFFFFFFFF), errno.EPERM))

@@ -27,6 +27,7 @@ _FIRST = "first"
 # Where a node mounts an image and a user's folder, in a mount namespace of its own.
 ROOTFS = "rootfs"
 WORK = "work"
+DOOR = "door"
 DISK = "disk"
 LAYERS = "layers"
 # The agent's socket, its journal, and what a later owner must know to take the sandbox over.

@@ -406,6 +406,9 @@ class SyncClient:
         cache_dir: str | Path | None = None,
         runtime_dir: str | Path | None = None,
         mirrors: Mapping[str, str] | None = None,
+        token: str | None = None,
+        ca: str | Path | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         self._client = Client(
             where,
@@ -413,6 +416,9 @@ class SyncClient:
             cache_dir=cache_dir,
             runtime_dir=runtime_dir,
             mirrors=mirrors,
+            token=token,
+            ca=ca,
+            fingerprint=fingerprint,
         )
         self._portal = Portal()
 

@@ -64,8 +64,9 @@ def uninterrupted(net: Transformer) -> dict[str, list[Drawn]]:
     return {f"r{i}": list(bits(run)) for i, run in enumerate(runs)}
 
 
-def test_a_record_is_16_bytes() -> None:
-    assert RECORD.size == 16
+def test_a_token_takes_16_bytes_at_most() -> None:
+    """With the record of the end, from the seventh token on."""
+    assert 8 * RECORD.size <= 7 * 16
 
 
 @pytest.mark.timeout(600)

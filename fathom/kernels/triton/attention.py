@@ -21,6 +21,7 @@ import triton.language as tl
 
 from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
+from fathom.kernels.triton.entries import turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +39,14 @@ class _Tiles:
 # By the layer's compress ratio. Few entries: small programs keep the whole device busy with a
 # single token. HCA sees thousands in a long context: more heads share what was decoded.
 TILES = {
-    0: _Tiles(heads=16, near=32, far=32, step=32),
-    4: _Tiles(heads=16, near=32, far=32, step=32),
-    128: _Tiles(heads=32, near=32, far=64, step=32),
+    0: _Tiles(heads=64, near=32, far=32, step=32),
+    4: _Tiles(heads=64, near=32, far=32, step=32),
+    128: _Tiles(heads=64, near=64, far=64, step=64),
 }
-WARPS = 8
+WARPS, STAGES = 8, 2
+TURNED_HEADS = 4  # of one program of _turn
 PART = 128  # columns of one program of _combine
-AT_ONCE = 16  # chunks that it reads at once
+AT_ONCE = 32  # chunks that it reads at once
 
 
 @triton.jit
@@ -53,72 +55,81 @@ def _rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def _turn(
+    query, query_stride, rotation, turned, heads, eps,
+    COLS: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Queries normalised per head and rotated: turned [tokens, heads, COLS]."""
+    token = tl.program_id(1).to(tl.int64)
+    dtype: tl.constexpr = query.dtype.element_ty
+    head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    at = head[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    q = tl.load(query + token * query_stride + at).to(tl.float32)
+    mean = _rounded(tl.sum(_rounded(q * q, dtype), axis=1) / COLS, dtype)
+    r = _rounded(1.0 / tl.sqrt(_rounded(mean + eps, dtype)), dtype)
+    q = _rounded(q * r[:, None], dtype)
+    even, odd = tl.split(tl.reshape(q, [HEADS, COLS // 2, 2]))
+    cos = rotation + token * ROPE
+    even, odd = turn(even, odd, cos, cos + ROPE // 2, COLS // 2, ROPE // 2)
+    own = turned + token * heads * COLS
+    tl.store(own + at, tl.reshape(tl.join(even, odd), [HEADS, COLS]).to(dtype))
+
+
+@triton.jit
 def _attend(
-    query, query_stride, rotation, positions, ring, ring_stride, pool, page_stride, entry_offset,
-    table, pages, picks, picks_count, partial, sums, heads, scale, eps,
+    turned, positions, ring, ring_stride, pool, page_stride, entry_offset, table, pages, picks,
+    picks_count, partial, sums, heads, scale,
     KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
     PAGE: tl.constexpr, CHUNK: tl.constexpr, NEAR: tl.constexpr, STEP: tl.constexpr,
-    HEADS: tl.constexpr, PICKED: tl.constexpr, DOT: tl.constexpr,
+    HEADS: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
     chunk, group, token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    dtype: tl.constexpr = query.dtype.element_ty
+    dtype: tl.constexpr = turned.dtype.element_ty
     DATA: tl.constexpr = COLS + ROPE
     STILL: tl.constexpr = COLS - ROPE
     SCALES: tl.constexpr = (STILL // 64 + 7) // 8 * 8
     WINDOW_CHUNKS: tl.constexpr = (WINDOW + NEAR - 1) // NEAR
     position = tl.load(positions + token)
     head = group * HEADS + tl.arange(0, HEADS)
-    col, pair = tl.arange(0, COLS), tl.arange(0, ROPE // 2)
-    in_window = chunk < WINDOW_CHUNKS
-    if in_window:
-        count = tl.minimum(position + 1, WINDOW)
-        first = chunk * NEAR
-        last = tl.minimum(count, first + NEAR)
-    else:
+    col, rope_col = tl.arange(0, COLS), tl.arange(0, ROPE)
+    beyond = tl.zeros([STEP], tl.int32) + chunk >= WINDOW_CHUNKS
+    # The ring is read as a page that holds the whole window: no branch is left in the loop, and a
+    # step's entries are fetched while the one before is multiplied.
+    count = tl.minimum(position + 1, WINDOW)
+    first, room, size = chunk * NEAR, WINDOW, NEAR
+    source = ring + token * ring_stride
+    if chunk >= WINDOW_CHUNKS:
         count = (position + 1) // KIND if KIND > 0 else 0
         if PICKED:
             count = tl.minimum(count, picks_count)
-        first = (chunk - WINDOW_CHUNKS) * CHUNK
-        last = tl.minimum(count, first + CHUNK)
+        first, room, size = (chunk - WINDOW_CHUNKS) * CHUNK, PAGE, CHUNK
+        source = pool + entry_offset
+    last = tl.minimum(count, first + size)
     at = (token * tl.num_programs(0) + chunk) * heads + head
     high = tl.full([HEADS], -float("inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     if first < last:
-        # The query: normalised per head, rotated; its rotated half is a matrix of its own.
-        own = query + token * query_stride + head[:, None] * COLS
-        q = tl.load(own + col[None, :]).to(tl.float32)
-        mean = _rounded(tl.sum(_rounded(q * q, dtype), axis=1) / COLS, dtype)
-        r = _rounded(1.0 / tl.sqrt(_rounded(mean + eps, dtype)), dtype)[:, None]
-        still = tl.where((col < STILL)[None, :], _rounded(q * r, dtype), 0.0)
-        even = _rounded(tl.load(own + STILL + 2 * pair[None, :]).to(tl.float32) * r, dtype)
-        odd = _rounded(tl.load(own + STILL + 2 * pair[None, :] + 1).to(tl.float32) * r, dtype)
-        cos = tl.load(rotation + token * ROPE + pair)[None, :]
-        sin = tl.load(rotation + token * ROPE + ROPE // 2 + pair)[None, :]
-        turned = tl.reshape(
-            tl.join(even * cos - odd * sin, even * sin + odd * cos), [HEADS, ROPE]
-        ).to(dtype)
-        still = still.to(DOT)
-        turned = turned.to(DOT)
+        own = turned + (token * heads + head[:, None]) * COLS
+        # Loaded as they are, so that the matrix units read them from shared memory. The rotated
+        # half meets entries of another type: a product of its own.
+        q = tl.load(own + col[None, :])
+        q_turned = tl.load(own + STILL + rope_col[None, :])
         out = tl.zeros([HEADS, COLS], tl.float32)
         out_turned = tl.zeros([HEADS, ROPE], tl.float32)
-        rope_col = tl.arange(0, ROPE)
         scaled, inside = tl.arange(0, COLS // 64), tl.arange(0, 64)  # 64 codes with one scale
         for start in range(first, last, STEP):
             index = start + tl.arange(0, STEP)
             live = index < last
-            if in_window:
-                data = ring + token * ring_stride + index.to(tl.int64) * DATA
-                scales = ring + token * ring_stride + WINDOW * DATA + index.to(tl.int64) * SCALES
-            else:
-                entry = index
-                if PICKED:
-                    entry = tl.load(picks + token * picks_count + index, mask=live, other=0)
-                    live = live & (entry >= 0)
-                    entry = tl.maximum(entry, 0)
-                page = tl.load(table + token * pages + entry // PAGE, mask=live, other=0)
-                block = pool + page.to(tl.int64) * page_stride + entry_offset
-                data = block + entry % PAGE * DATA
-                scales = block + PAGE * DATA + entry % PAGE * SCALES
+            entry = index
+            if PICKED:
+                picked = tl.load(picks + token * picks_count + index, mask=live & beyond, other=0)
+                live = live & (picked >= 0)
+                entry = tl.where(beyond, tl.maximum(picked, 0), index)
+            page = tl.load(table + token * pages + entry // PAGE, mask=live & beyond, other=0)
+            block = source + page.to(tl.int64) * page_stride
+            place = tl.where(beyond, entry % PAGE, entry)
+            data = block + place * DATA
+            scales = block + room * DATA + place * SCALES
             codes = tl.load(
                 data[:, None, None] + scaled[None, :, None] * 64 + inside[None, None, :],
                 mask=live[:, None, None] & (scaled < STILL // 64)[None, :, None], other=0,
@@ -127,21 +138,22 @@ def _attend(
                 scales[:, None] + scaled[None, :],
                 mask=live[:, None] & (scaled < STILL // 64)[None, :], other=0,
             )  # fmt: skip
-            kv = f.decode_e4m3_exactly(codes, DOT != tl.float32) * f.decode_e8m0(unit)[:, :, None]
-            kv = tl.reshape(kv.to(DOT), [STEP, COLS])
+            kv = f.decode_e4m3_exactly(codes, dtype != tl.float32)
+            kv = (kv * f.decode_e8m0(unit)[:, :, None]).to(dtype)
+            kv = tl.reshape(kv, [STEP, COLS])  # zero in the rotated half
             rope = (data + STILL).to(tl.pointer_type(tl.bfloat16))
             kv_turned = tl.load(
                 rope[:, None] + rope_col[None, :], mask=live[:, None], other=0.0
-            ).to(DOT)
-            logits = tl.dot(still, tl.trans(kv), input_precision="ieee")
-            logits = tl.dot(turned, tl.trans(kv_turned), logits, input_precision="ieee") * scale
+            ).to(dtype)
+            logits = tl.dot(q, tl.trans(kv), input_precision="ieee")
+            logits = tl.dot(q_turned, tl.trans(kv_turned), logits, input_precision="ieee") * scale
             logits = tl.where(live[None, :], logits, -float("inf"))
             higher = tl.maximum(high, tl.max(logits, axis=1))
             base = tl.where(higher == -float("inf"), 0.0, higher)
             fade = tl.exp(high - base)
             p = tl.exp(logits - base[:, None])
             total = total * fade + tl.sum(p, axis=1)
-            p = p.to(dtype).to(DOT)
+            p = p.to(dtype)
             out = tl.dot(p, kv, out * fade[:, None], input_precision="ieee")
             out_turned = tl.dot(p, kv_turned, out_turned * fade[:, None], input_precision="ieee")
             high = higher
@@ -218,18 +230,22 @@ def entry_attention(
     chunks = triton.cdiv(window, tiles.near) + triton.cdiv(count, tiles.far)
     partial = torch.empty(tokens, chunks, heads, head_dim, dtype=torch.float32, device=query.device)
     sums = torch.empty(tokens, chunks, heads, 2, dtype=torch.float32, device=query.device)
+    turned = torch.empty(tokens, heads, head_dim, dtype=query.dtype, device=query.device)
     out = torch.empty(tokens, heads * head_dim, dtype=query.dtype, device=query.device)
-    rope = 2 * rotation.shape[-1]
+    rope, each = 2 * rotation.shape[-1], min(heads, TURNED_HEADS)
+    _turn[(heads // each, tokens)](
+        query, query.stride(0), rotation, turned, heads, norm_eps, COLS=head_dim, ROPE=rope,
+        HEADS=each, num_warps=4,
+    )  # fmt: skip
     _attend[(chunks, heads // own_heads, tokens)](
-        query, query.stride(0), rotation, positions, ring, ring.stride(0),
+        turned, positions, ring, ring.stride(0),
         pool if pool is not None else ring, pool.stride(0) if pool is not None else 0,
         entry_offset, table if table is not None else positions,
         table.shape[1] if table is not None else 0,
-        picks if picks is not None else positions, count, partial, sums, heads,
-        head_dim**-0.5, norm_eps,
+        picks if picks is not None else positions, count, partial, sums, heads, head_dim**-0.5,
         KIND=kind, COLS=head_dim, ROPE=rope, WINDOW=window, PAGE=page_entries, CHUNK=tiles.far,
         NEAR=tiles.near, STEP=tiles.step, HEADS=own_heads, PICKED=picks is not None,
-        DOT=tl.float32 if query.dtype == torch.float32 else tl.bfloat16, num_warps=WARPS,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     _combine[(heads, tokens, head_dim // PART)](
         partial,

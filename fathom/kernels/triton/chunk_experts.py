@@ -84,7 +84,7 @@ def _plane(words, factor, place: tl.constexpr):
 
 
 @triton.jit
-def _unpacked(words, factor, BF16: tl.constexpr):
+def unpacked(words, factor, BF16: tl.constexpr):
     """Words of eight codes [rows, 16] -> [rows, 128]: all codes of the lowest place first."""
     if BF16:
         p0, p1, p2, p3, p4, p5, p6, p7 = _planes_bf16(words, factor)
@@ -109,7 +109,7 @@ def _factor(byte, BF16: tl.constexpr):
 
 
 @triton.jit
-def _ordered(words):
+def ordered(words):
     """Words [rows, 16] so that a thread of the matrix units' operand has one of each four.
 
     Every four of a row share a scale; word 8a + 4b + c goes to place 8a + 2c + b.
@@ -119,8 +119,8 @@ def _ordered(words):
 
 
 @triton.jit
-def _factors(scales, BF16: tl.constexpr):
-    """Four scale bytes of each row -> a factor for each of 16 words as `_ordered`: [rows, 16].
+def factors_of_words(scales, BF16: tl.constexpr):
+    """Four scale bytes of each row -> a factor for each of 16 words as `ordered`: [rows, 16].
 
     Only operations without an index: the compiler then lets the operand stay in registers.
     """
@@ -133,7 +133,7 @@ def _factors(scales, BF16: tl.constexpr):
 
 
 @triton.jit
-def _settled(total, BF16: tl.constexpr):
+def settled(total, BF16: tl.constexpr):
     """The same numbers, once the products that make them are complete.
 
     Without this the compiler lets up to seven products run on into the next step, while it hands
@@ -172,13 +172,13 @@ def _grouped(
         scales = scales + row * (COLS // 128)
         total = tl.zeros([ROWS, TOKENS], tl.float32)
         for k in range(COLS // 128):
-            word = _ordered(tl.load(words + k * 16))
-            factor = _factors(tl.load(scales + k), BF16)
-            weight = _unpacked(word, factor, BF16)
+            word = ordered(tl.load(words + k * 16))
+            factor = factors_of_words(tl.load(scales + k), BF16)
+            weight = unpacked(word, factor, BF16)
             # Behind the expert's last place are another's inputs: their products are not stored.
             value = x.load([first, k * 128])
             total = tl.dot(weight, tl.trans(value), total, input_precision="ieee")
-            total = _settled(total, BF16)
+            total = settled(total, BF16)
         if BF16:
             total *= 4611686018427387904.0  # 2**62
         place += first

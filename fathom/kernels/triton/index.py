@@ -19,14 +19,16 @@ import triton
 import triton.language as tl
 
 from fathom.kernels.registry import register
-from fathom.kernels.triton import formats as f
+from fathom.kernels.triton.chunk_experts import factors_of_words, ordered, unpacked
 
-BLOCK = 128  # entries that _scores takes at once
+BLOCK = 64  # entries that _scores takes at once
 LONG = 32768  # entries from which on its programs take several blocks after another
 BLOCKS_OF_LONG = 8
+SCORE_WARPS, STAGES = 4, 3
 COLLECT = 1024  # of one program of _collect
 SORTED = 2048  # candidates that _choose sorts at once
-MOST_GROUPS = 2048  # maxima that _threshold holds
+FEW_GROUPS = 512  # that a warp alone is quickest with
+MOST_GROUPS = 4096  # maxima that _threshold holds
 
 
 @triton.jit
@@ -41,48 +43,47 @@ def _scores(
     query, weights, weights_stride, weights_first, positions, pool, page_stride, index_offset,
     table, pages, scores, maxima, most, factor,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, RATIO: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1).to(tl.int64)
     visible = (tl.load(positions + token) + 1) // RATIO
-    head, byte = tl.arange(0, HEADS), tl.arange(0, DIM // 2)
-    # A byte holds an even column's code and an odd one's: the query is divided likewise.
-    column = 2 * byte[None, :, None] + tl.arange(0, 2)[None, None, :]
-    own = tl.load(query + (token * HEADS + head[:, None, None]) * DIM + column)
-    even, odd = tl.split(own)
-    even, odd = tl.trans(even.to(DOT)), tl.trans(odd.to(DOT))
+    head, place = tl.arange(0, HEADS), tl.arange(0, DIM)
+    # A key's columns come in the order in which its words of codes are unpacked (chunk_experts.py).
+    own = tl.load(query + (token * HEADS + head[:, None]) * DIM + place[None, :])
+    own = tl.permute(tl.reshape(own, [HEADS, 2, 2, 4, 8]), (0, 4, 1, 3, 2))
+    own = tl.trans(tl.reshape(own, [HEADS, DIM]))
     w = tl.load(weights + token * weights_stride + weights_first + head)
     w = w.to(query.dtype.element_ty).to(tl.float32) * factor
-    group, inside = tl.arange(0, DIM // 32), tl.arange(0, 16)  # 32 codes with one scale
-    for part in range(BLOCKS):
-        block = tl.program_id(0) * BLOCKS + part
-        entry = block * BLOCK + tl.arange(0, BLOCK)
+    if BF16:
+        w *= 4611686018427387904.0  # 2**62, by which unpacked codes are too small
+    first = tl.program_id(0) * BLOCKS
+    seen = tl.minimum(tl.maximum(tl.cdiv(visible, BLOCK) - first, 0), BLOCKS)
+    inside, group = tl.arange(0, BLOCK), tl.arange(0, BLOCK // GROUP)
+    value_at = scores + token * most + first * BLOCK
+    group_at = maxima + token * (most // GROUP) + first * (BLOCK // GROUP)
+    for part in range(seen):
+        entry = (first + part) * BLOCK + inside
         live = entry < visible
-        value = tl.full([BLOCK], -float("inf"), tl.float32)
-        if block * BLOCK < visible:
-            page = tl.load(table + token * pages + entry // PAGE, mask=live, other=0)
-            keys = pool + page.to(tl.int64) * page_stride + index_offset
-            packed = tl.load(
-                keys[:, None, None] + (entry % PAGE * (DIM // 2))[:, None, None]
-                + group[None, :, None] * 16 + inside[None, None, :],
-                mask=live[:, None, None], other=0,
-            )  # fmt: skip
-            unit = tl.load(
-                keys[:, None] + PAGE * (DIM // 2) + (entry % PAGE * (DIM // 32))[:, None]
-                + group[None, :], mask=live[:, None], other=0,
-            )  # fmt: skip
-            unit = (f.decode_e8m0(unit) * f.E2M1_UNIT)[:, :, None]
-            low, high = f.decode_e2m1_pairs(packed, DOT != tl.float32)
-            low = tl.reshape((low.to(tl.float32) * unit).to(DOT), [BLOCK, DIM // 2])
-            high = tl.reshape((high.to(tl.float32) * unit).to(DOT), [BLOCK, DIM // 2])
-            products = tl.dot(low, even, input_precision="ieee")
-            products = tl.dot(high, odd, products, input_precision="ieee")
-            value = tl.sum(tl.maximum(products, 0.0) * w[None, :], axis=1)
-            value = tl.where(live, value, -float("inf"))
-        tl.store(scores + token * most + entry, value)
+        page = tl.load(table + token * pages + entry // PAGE, mask=live, other=0)
+        keys = (pool + page.to(tl.int64) * page_stride + index_offset).to(
+            tl.pointer_type(tl.int32)
+        )
+        words = tl.load(
+            keys[:, None] + (entry % PAGE * (DIM // 8))[:, None] + tl.arange(0, DIM // 8)[None, :],
+            mask=live[:, None], other=0,
+        )  # fmt: skip
+        scale = tl.load(keys + PAGE * (DIM // 8) + entry % PAGE * (DIM // 128), mask=live, other=0)
+        key = unpacked(ordered(words), factors_of_words(scale, BF16), BF16)
+        products = tl.dot(key, own, input_precision="ieee")
+        value = tl.sum(tl.maximum(products, 0.0) * w[None, :], axis=1)
+        value = tl.where(live, value, -float("inf"))
+        tl.store(value_at + part * BLOCK + inside, value)
         largest = tl.max(tl.reshape(value, [BLOCK // GROUP, GROUP]), axis=1)
-        at = token * (most // GROUP) + block * (BLOCK // GROUP)
-        tl.store(maxima + at + tl.arange(0, BLOCK // GROUP), largest)
+        tl.store(group_at + part * (BLOCK // GROUP) + group, largest)
+    for part in range(seen, BLOCKS):
+        tl.store(value_at + part * BLOCK + inside, tl.full([BLOCK], -float("inf"), tl.float32))
+        nothing = tl.full([BLOCK // GROUP], -float("inf"), tl.float32)
+        tl.store(group_at + part * (BLOCK // GROUP) + group, nothing)
 
 
 @triton.jit
@@ -168,7 +169,7 @@ def _choose(
         _store_best(own, count, picks + token * K, SORTED, K)
 
 
-def _group_size(most: int) -> int:
+def group_size(most: int) -> int:
     """Entries of one maximum: as few as let all maxima be held at once."""
     return triton.next_power_of_2(triton.cdiv(most, MOST_GROUPS))
 
@@ -191,8 +192,9 @@ def index_scores_paged(
     pages] int32. Returns (scores [tokens, entries] float32, the maxima of groups of them).
     """
     tokens, heads, dim = query.shape
+    assert dim == 128  # one word of scales a key
     most = triton.cdiv(most_entries, COLLECT) * COLLECT
-    group = _group_size(most)
+    group = group_size(most)
     scores = torch.empty(tokens, most, dtype=torch.float32, device=query.device)
     maxima = torch.empty(tokens, most // group, dtype=torch.float32, device=query.device)
     blocks = BLOCKS_OF_LONG if most >= LONG else 1
@@ -202,7 +204,7 @@ def index_scores_paged(
         dim**-0.5 * heads**-0.5,
         HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=BLOCK, BLOCKS=blocks,
         GROUP=group,
-        DOT=tl.float32 if query.dtype == torch.float32 else tl.bfloat16, num_warps=4,
+        BF16=query.dtype != torch.float32, num_warps=SCORE_WARPS, num_stages=STAGES,
     )  # fmt: skip
     return scores, maxima
 
@@ -222,7 +224,8 @@ def topk_positions(
     candidates = torch.empty(tokens, most, dtype=torch.int64, device=scores.device)
     picks = torch.empty(tokens, k, dtype=torch.int32, device=scores.device)
     _threshold[(tokens,)](
-        maxima, bound, found, groups, k, GROUPS=max(32, triton.next_power_of_2(groups)), num_warps=1
+        maxima, bound, found, groups, k, GROUPS=max(32, triton.next_power_of_2(groups)),
+        num_warps=1 if groups <= FEW_GROUPS else 4,
     )
     _collect[(triton.cdiv(most, COLLECT), tokens)](
         scores, bound, found, candidates, positions, most, most, RATIO=ratio, BLOCK=COLLECT,

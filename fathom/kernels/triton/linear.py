@@ -72,7 +72,7 @@ def _linear(
         tl.store(plain_at, plain_total, mask=(mine < tokens)[:, None] & live[None, :])
 
 
-@register("stored_linear", "triton")
+@register("packed_linear", "triton")
 def stored_linear(
     x: torch.Tensor,
     codes: torch.Tensor,

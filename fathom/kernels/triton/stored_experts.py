@@ -236,7 +236,7 @@ def _gate_and_shared_up(
         tl.store(at, shared.to(act.dtype.element_ty), mask=live)
 
 
-@register("stored_moe", "triton")
+@register("packed_moe", "triton")
 def stored_moe(
     x: torch.Tensor,
     token_ids: torch.Tensor,

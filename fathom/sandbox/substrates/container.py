@@ -62,8 +62,10 @@ def first_id(name: str) -> int:
     return _FIRST_ID + slot * ID_COUNT
 
 
-def configuration(launch: Launch, rootfs: Path, work: Path | None) -> dict[str, Any]:
-    """Return the OCI runtime configuration."""
+def configuration(
+    launch: Launch, rootfs: Path, work: Path | None, door: Path | None = None
+) -> dict[str, Any]:
+    """Return the OCI runtime configuration. `work`, `door`: where these folders are mounted."""
     base = launch.ids
     ids = [{"containerID": 0, "hostID": base, "size": ID_COUNT}]
     quiet = ["nosuid", "nodev"]
@@ -103,10 +105,10 @@ def configuration(launch: Launch, rootfs: Path, work: Path | None) -> dict[str, 
                 "options": ["bind", "rw", *quiet],
             }
         )
-    if launch.door is not None:
+    if door is not None:
         options = ["bind", "ro", *quiet, "noexec"]
-        door = {"destination": DOOR, "type": "bind", "source": launch.door, "options": options}
-        mounts.append(door)
+        shown = {"destination": DOOR, "type": "bind", "source": str(door), "options": options}
+        mounts.append(shown)
     network = {"type": "network"} | ({"path": launch.netns} if launch.netns else {})
     return {
         "ociVersion": "1.0.2",
@@ -238,7 +240,12 @@ def start(launch: Launch, ends: Ends, group: cgroups.Group, rootfs: Path) -> Sta
         work = launch.folder / state.WORK
         work.mkdir(mode=0o755)
         _bind_work(launch.workdir, work, launch.ids)
-    config = configuration(launch, rootfs, work)
+    door: Path | None = None
+    if launch.door is not None:
+        door = launch.folder / state.DOOR
+        door.mkdir(mode=0o755)
+        _bind(launch.door, door)
+    config = configuration(launch, rootfs, work, door)
     if launch.substrate == "runc":
         config["linux"]["cgroupsPath"] = f"/{cgroups.PARENT}/{launch.folder.name}"
     (launch.folder / "config.json").write_text(json.dumps(config))
@@ -250,6 +257,7 @@ def start(launch: Launch, ends: Ends, group: cgroups.Group, rootfs: Path) -> Sta
     if launch.substrate == "runc":
         group.enter(pid)
     group.limit(memory=launch.memory, pids=launch.pids, cpu=launch.cpu)
+    group.limit_io(launch.io_read, launch.io_write)
     return Started(pid=pid, tenant=TENANT)
 
 
@@ -314,14 +322,25 @@ def _run(launch: Launch, ends: Ends, group: cgroups.Group) -> int:
     return int((launch.folder / "pid").read_text())
 
 
+def _bind(source: str, target: Path) -> None:
+    """Bind a folder as it is. It was resolved before it was judged: no link in it is followed."""
+    folder = syscalls.open_folder(source)
+    try:
+        syscalls.mount(f"/proc/self/fd/{folder}", str(target), None, syscalls.MS_BIND)
+    finally:
+        os.close(folder)
+
+
 def _bind_work(source: str, target: Path, base: int) -> None:
     """Bind the work folder so that its owner is the tenant inside. Raises Unsupported."""
-    owner = os.stat(source)
+    # It was resolved before it was judged: a link in it now was put there since, to lead elsewhere.
+    folder = syscalls.open_folder(source)
     ids = base + TENANT
     try:
+        owner = os.stat(folder)
         namespace = userns.make(f"{owner.st_uid} {ids} 1", f"{owner.st_gid} {ids} 1")
         try:
-            syscalls.bind_mapped(source, str(target), namespace)
+            syscalls.bind_mapped(f"/proc/self/fd/{folder}", str(target), namespace)
         finally:
             os.close(namespace)
     except OSError as error:
@@ -331,3 +350,5 @@ def _bind_work(source: str, target: Path, base: int) -> None:
             f"the folder {source} cannot be bound: its file system or this kernel (5.12 or newer "
             "is needed) cannot translate file owners; put the folder on ext4, xfs, btrfs or tmpfs"
         ) from error
+    finally:
+        os.close(folder)

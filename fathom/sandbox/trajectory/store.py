@@ -73,11 +73,6 @@ class Open:
     ending: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-def default_folder() -> Path:
-    """Where the trajectories of this user lie."""
-    return paths.state_folder() / "trajectories"
-
-
 def new_name() -> str:
     """A name for a trajectory: when it begins, and a little chance."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -87,7 +82,7 @@ class Store:
     """The trajectories in one folder."""
 
     def __init__(self, folder: Path | None = None, *, durability: Durability = "power") -> None:
-        self.folder = default_folder() if folder is None else folder
+        self.folder = paths.trajectory_folder() if folder is None else folder
         self.durability: Durability = durability
 
     def path(self, id_: str) -> Path:

@@ -11,7 +11,8 @@ import pytest
 
 from fathom.errors import SandboxError
 from fathom.sandbox import Net, state
-from tests.sandbox.test_edge import Daemon, daemon  # noqa: F401
+from tests.sandbox.edge.conftest import daemon  # noqa: F401
+from tests.sandbox.edge.daemon import Daemon
 from tests.sandbox.test_lifetime import locker_of
 from tests.sandbox.vm.conftest import SPEC
 

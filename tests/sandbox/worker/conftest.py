@@ -13,17 +13,18 @@ import pytest
 from fathom.sandbox.substrates.choice import program_of
 from fathom.sandbox.trajectory.store import Store
 from fathom.sandbox.worker.worker import PLAN, Worker
-from tests.sandbox.test_edge import Daemon
+from tests.sandbox.edge.daemon import Daemon
 
 
 @pytest.fixture(scope="module")
-def node(cache_dir: Path) -> Iterator[Daemon]:
+def node(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """The daemon, which these tests kill and start again; it keeps nothing when they are done."""
     if os.geteuid() != 0:
         pytest.skip("a worker needs layers and a door, which only root's sandboxes have")
     if not (program_of("crun") or program_of("runc")):
         pytest.skip("crun and runc not installed")
-    made = Daemon(Path(f"/run/fathom-worker-test-{os.getpid()}"), cache_dir)
+    runs = tmp_path_factory.getbasetemp()
+    made = Daemon(Path(f"/run/fathom-worker-test-{os.getpid()}"), cache_dir, work=runs)
     made.start(most=64)
     yield made
     with made.client() as client:

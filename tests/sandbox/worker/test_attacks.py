@@ -16,7 +16,7 @@ from fathom.sandbox.trajectory.store import Store
 from fathom.sandbox.worker.door import MOST_LINES
 from fathom.sandbox.worker.worker import Worker
 from tests.agent.chat_server import answer, serving
-from tests.sandbox.test_edge import Daemon
+from tests.sandbox.edge.daemon import Daemon
 from tests.sandbox.worker.test_worker import begin, box, list_of, until, wait
 
 TIMEOUT = 60.0

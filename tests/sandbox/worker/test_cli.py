@@ -12,7 +12,7 @@ from fathom.cli.main import app
 from fathom.sandbox.trajectory.store import Store
 from fathom.sandbox.worker.worker import PLAN
 from tests.agent.chat_server import Server, serving
-from tests.sandbox.test_edge import Daemon
+from tests.sandbox.edge.daemon import Daemon
 from tests.sandbox.worker.test_worker import ONCE, SCRIPT, began, until
 
 

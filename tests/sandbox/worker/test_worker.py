@@ -27,7 +27,7 @@ from fathom.sandbox.worker.keeper import LoopFailed
 from fathom.sandbox.worker.worker import PLAN, Loop, Worker
 from tests.agent.chat_server import Respond, Server, answer, serving, status, tool_call
 from tests.machines import skip_without_machines
-from tests.sandbox.test_edge import Daemon
+from tests.sandbox.edge.daemon import Daemon
 
 PATIENCE = 60.0
 FIRST = tool_call("bash", command="echo one >> log; echo first")
@@ -219,6 +219,7 @@ def test_the_daemon_and_the_keeper_are_killed_while_the_model_thinks(node: Daemo
         assert asked.wait(PATIENCE)
         os.kill(keeper(store), signal.SIGKILL)
         node.end(signal.SIGKILL)
+        until(lambda: worker.state == "stopped early")
         go_on.set()
         with pytest.raises(DaemonLost):
             attach(store)

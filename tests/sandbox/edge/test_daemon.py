@@ -9,76 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from fathom.errors import DaemonLost, PolicyDenied, SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import Container, Net, SyncClient, messages, state
 from fathom.sandbox.edge import SOCKET
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-SERVE = """
-import sys, anyio
-from pathlib import Path
-from fathom.sandbox.edge import Edge
-from fathom.sandbox.host import LocalHost
-folder, cache, most = sys.argv[1:]
-edge = Edge(LocalHost("auto", Path(cache), Path(folder)), most=int(most), spare=0)
-anyio.run(edge.serve_until_told)
-"""
-
-
-class Daemon:
-    def __init__(self, folder: Path, cache: Path) -> None:
-        self.folder, self.cache = folder, cache
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self, most: int = 6) -> None:
-        arguments = [str(self.folder), str(self.cache), str(most)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, *arguments],
-            cwd=REPOSITORY,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                with SyncClient("edge", runtime_dir=self.folder) as client:
-                    client.list()
-                return
-            except DaemonLost:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-
-    def end(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-        self.process.wait(20)
-
-    def client(self) -> SyncClient:
-        return SyncClient("edge", runtime_dir=self.folder)
-
-
-@pytest.fixture
-def daemon(cache_dir: Path) -> Iterator[Daemon]:
-    base = Path("/run" if os.geteuid() == 0 else "/tmp")
-    made = Daemon(base / f"fathom-edge-test-{os.getpid()}", cache_dir)
-    made.start()
-    yield made
-    made.end(signal.SIGKILL)
-    made.start()
-    with made.client() as client:
-        for entry in client.list():
-            client.attach(entry["id"]).stop()
-    made.end(signal.SIGTERM)
-    left = [path for path in made.folder.iterdir() if path.is_dir()]
-    assert left == []
-    for path in made.folder.iterdir():
-        path.unlink()
-    made.folder.rmdir()
+from tests.sandbox.edge.daemon import REPOSITORY, Daemon, environment
 
 
 def test_no_client_ends_the_daemon(daemon: Daemon):
@@ -191,14 +128,7 @@ def test_a_killed_node_is_replaced(daemon: Daemon):
     with socket.create_server(("127.0.0.6", 0)) as server, daemon.client() as client:
         address = server.getsockname()
         sandbox = client.create(Container(image="python"), net=Net.deny().address(*address))
-        assert daemon.process is not None
-        owner = str(daemon.process.pid).encode()
-        (node,) = (
-            int(path.name)
-            for path in Path("/proc").glob("[0-9]*")
-            if b"fathom.sandbox.node" in (line := (path / "cmdline").read_bytes())
-            and line.split(b"\0")[-2] == owner
-        )
+        (node,) = daemon.processes("fathom.sandbox.node")
         os.kill(node, signal.SIGKILL)
         assert sandbox.exec("echo there", timeout=20).stdout == "there\n"
         reach = f"import socket; socket.create_connection({address!r}, 5)"
@@ -208,6 +138,26 @@ def test_a_killed_node_is_replaced(daemon: Daemon):
             time.sleep(0.1)
         sandbox.pause()
         assert sandbox.exec("echo again", timeout=20).stdout == "again\n"
+
+
+def test_a_killed_api_process_is_replaced(daemon: Daemon):
+    """Who is connecting waits for the next one; a command that runs is not even disturbed."""
+    with daemon.client() as client:
+        sandbox = client.create(Container(), key="k")
+        with sandbox.run("read x; echo got $x", timeout=30) as process:
+            for _ in range(3):
+                (api,) = daemon.processes("fathom.sandbox.edge.api")
+                os.kill(api, signal.SIGKILL)
+                deadline = time.monotonic() + 20
+                while True:
+                    try:
+                        assert client.create(Container(), key="k").id == sandbox.id
+                        break
+                    except DaemonLost:
+                        assert time.monotonic() < deadline
+            process.write("word\n")
+            assert process.read() == ("stdout", b"got word\n")
+        assert sandbox.exec("echo on", timeout=20).stdout == "on\n"
 
 
 def test_time_to_live_and_idle_time(daemon: Daemon):
@@ -268,12 +218,12 @@ def test_nonsense_does_the_daemon_no_harm(daemon: Daemon):
 
 def test_a_second_daemon_in_the_same_folder(daemon: Daemon):
     done = subprocess.run(
-        [sys.executable, "-c", SERVE, str(daemon.folder), str(daemon.cache), "5"],
+        daemon.command(5),
         capture_output=True,
         text=True,
         timeout=60,
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=environment(),
     )
     assert "answers in" in done.stderr
     with daemon.client() as client:

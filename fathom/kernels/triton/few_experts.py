@@ -1,0 +1,226 @@
+"""Routed experts in their stored FP4 form for a few tokens, beside the shared expert in FP8.
+
+The router's pairs are sorted by expert into tiles of up to 16 (route.py). A program of `_up` or
+`_down` multiplies 64 rows of an expert's matrix with one tile's inputs on the matrix units, so that
+every chosen expert's weights come from memory once for 16 tokens, and once more from the L2 cache
+for further ones. Each pair's sums are formed by the same instructions in the same order whatever
+else is in the tile: a token's result does not depend on the batch.
+
+Bytes for one token of V4-Flash: 6 experts x 3 matrices x 4096 x 2048 / 2, 80 MB with the scales.
+
+Paper: §2.1 (DeepSeekMoE: sqrt-softplus affinity, hash routing); §3.4 (FP4 experts).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fathom.kernels.registry import register
+from fathom.kernels.triton import few_linear as few
+from fathom.kernels.triton.chunk_experts import factors_of_words, ordered, settled, unpacked
+from fathom.kernels.triton.chunk_linear import round_group, store_groups
+from fathom.kernels.triton import formats as f
+from fathom.kernels.triton.route import TILE, Routing, routing
+
+ROWS, WARPS, STAGES = 16, 4, 4
+PARTS = 4
+SHARED_ROWS, SHARED_TOKENS = 16, 16  # of a program of the shared expert's
+
+
+@triton.jit
+def _fp4_products(
+    codes, scale, x, live, COLS: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of FP4 codes from `codes` on times the inputs at `x`, pointers [pairs] to their
+    columns in the order of planes: [ROWS, pairs] float32. PARTS: as in few_linear.fp8_products.
+    """
+    both, part, col = tl.arange(0, PARTS * ROWS), tl.arange(0, PARTS), tl.arange(0, 128)
+    EACH: tl.constexpr = COLS // 128 // PARTS
+    words = codes.to(tl.pointer_type(tl.int32)) + both % ROWS * (COLS // 8) + both // ROWS * EACH * 16
+    words = words[:, None] + tl.arange(0, 16)[None, :]
+    scales = scale.to(tl.pointer_type(tl.int32)) + both % ROWS * (COLS // 128) + both // ROWS * EACH
+    value_at = x[None, None, :] + part[:, None, None] * (EACH * 128) + col[None, :, None]
+    total = tl.zeros([PARTS, ROWS, x.shape[0]], tl.float32)
+    for i in range(EACH):
+        word = ordered(tl.load(words + i * 16))
+        weight = unpacked(word, factors_of_words(tl.load(scales + i), BF16), BF16)
+        weight = tl.reshape(weight, [PARTS, ROWS, 128])
+        value = tl.load(value_at + i * 128, mask=live[None, None, :], other=0.0)
+        total = tl.dot(weight, value, total, input_precision="ieee")
+    sums = tl.sum(total, axis=0)
+    if BF16:
+        sums *= 4611686018427387904.0  # 2**62, see chunk_experts.factor
+    return sums
+
+
+@triton.jit
+def _up(
+    x, w1, s1, w3, s3, pairs, tile_expert, tile_first, tile_last, tiles, both, inner, topk,
+    COLS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BF16: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """gate | up of each pair: both [pairs, 2 * inner]."""
+    block, tile = tl.program_id(0), tl.program_id(1)
+    if tile < tl.load(tiles):
+        expert = tl.load(tile_expert + tile).to(tl.int64)
+        place = tl.load(tile_first + tile) + tl.arange(0, TILE)
+        live = place < tl.load(tile_last + tile)
+        pair = tl.load(pairs + place, mask=live, other=0)
+        first = block * ROWS
+        codes, scale = w1, s1
+        if first >= inner:
+            codes, scale = w3, s3
+        start = expert * inner + first % inner
+        total = _fp4_products(
+            codes + start * (COLS // 2), scale + start * (COLS // 32), x + pair // topk * COLS,
+            live, COLS, ROWS, BF16, PARTS,
+        )  # fmt: skip
+        at = both + pair[:, None] * 2 * inner + (first + tl.arange(0, ROWS))[None, :]
+        tl.store(at, tl.trans(total.to(both.dtype.element_ty)), mask=live[:, None])
+
+
+@triton.jit
+def _swiglu(
+    both, shared, weights, planes, codes, unit, count, groups, limit, GROUPS: tl.constexpr
+):  # fmt: skip
+    """Rows of gate | up -> silu(min(gate, limit)) * clamp(up), rounded to FP8: of the routed pairs,
+    times their weights, in the order of planes, then of the shared expert, as codes and units.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS)
+    live = group < groups
+    at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    own = both + row * 2 * groups * 128
+    if row >= count:
+        own = shared + (row - count) * 2 * groups * 128
+    gate = tl.load(own + at, mask=live[:, None], other=0.0).to(tl.float32)
+    up = tl.load(own + groups * 128 + at, mask=live[:, None], other=0.0).to(tl.float32)
+    gate = tl.minimum(gate, limit)
+    up = tl.minimum(tl.maximum(up, -limit), limit)
+    values = gate / (1.0 + tl.exp(-gate)) * up
+    dtype: tl.constexpr = both.dtype.element_ty
+    if row < count:
+        values = (values * tl.load(weights + row)).to(dtype).to(tl.float32)
+        store_groups(planes + row * groups * 128, round_group(values), group, live, True)
+    else:
+        values = values.to(dtype).to(tl.float32)
+        few.store_codes(
+            values, codes + (row - count) * groups * 128, unit + (row - count) * groups, group, live
+        )
+
+
+@triton.jit
+def _down(
+    act, w2, s2, pairs, tile_expert, tile_first, tile_last, tiles, out, shared_codes,
+    shared_scale, values, unit, shared_out, tokens, hidden, shared_blocks, blocks,
+    COLS: tl.constexpr, ROWS: tl.constexpr, SHARED_ROWS: tl.constexpr, TILE: tl.constexpr,
+    TOKENS: tl.constexpr, BF16: tl.constexpr, PARTS: tl.constexpr, SHARED_PARTS: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0)
+    tile = (number - shared_blocks) // blocks
+    if number < shared_blocks:
+        own = number % (hidden // SHARED_ROWS) * SHARED_ROWS
+        begin = number // (hidden // SHARED_ROWS) * TOKENS
+        token = begin + tl.arange(0, TOKENS)
+        shared = few.fp8_products(
+            shared_codes + own * COLS, shared_scale + own // 128 * (COLS // 128),
+            values + begin * COLS, COLS, unit + begin * (COLS // 128), tokens - begin, COLS, SHARED_ROWS, TOKENS, True, BF16, SHARED_PARTS,
+        )  # fmt: skip
+        shared_at = shared_out + token[None, :] * hidden
+        shared_at = shared_at + (own + tl.arange(0, SHARED_ROWS))[:, None]
+        live_token = (token < tokens)[None, :]
+        tl.store(shared_at, shared.to(shared_out.dtype.element_ty), mask=live_token)
+    elif tile < tl.load(tiles):
+        expert = tl.load(tile_expert + tile).to(tl.int64)
+        place = tl.load(tile_first + tile) + tl.arange(0, TILE)
+        live = place < tl.load(tile_last + tile)
+        pair = tl.load(pairs + place, mask=live, other=0)
+        first = (number - shared_blocks) % blocks * ROWS
+        start = expert * hidden + first
+        total = _fp4_products(
+            w2 + start * (COLS // 2), s2 + start * (COLS // 32), act + pair * COLS, live, COLS,
+            ROWS, BF16, PARTS,
+        )  # fmt: skip
+        at = out + pair[:, None] * hidden + (first + tl.arange(0, ROWS))[None, :]
+        tl.store(at, tl.trans(total.to(out.dtype.element_ty)), mask=live[:, None])
+
+
+def parts_of(cols: int) -> int:
+    """As few_linear.column_parts."""
+    tiles = cols // 128
+    return min(PARTS, tiles & -tiles)
+
+
+def _experts(
+    values: few.Rounded,
+    r: Routing,
+    shared_both: torch.Tensor,
+    routed: tuple[torch.Tensor, ...],
+    shared: tuple[torch.Tensor, ...],
+    limit: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """values: of x, with planes; shared_both: [tokens, 2 * inner]. Returns ([tokens, topk, hidden],
+    [tokens, hidden]).
+    """
+    w1, s1, w3, s3, w2, s2 = routed
+    assert values.planes is not None
+    x, lists = values.planes, (r.pairs, r.tile_expert, r.tile_first, r.tile_last, r.tiles)
+    (tokens, topk), hidden, inner = r.indices.shape, x.shape[1], w1.shape[1]
+    count, bf16 = tokens * topk, x.dtype != torch.float32
+    make = {"dtype": x.dtype, "device": x.device}
+    rows = min(ROWS, inner)
+    both = torch.empty(count, 2 * inner, **make)
+    _up[(2 * inner // rows, r.most)](
+        x, w1, s1, w3, s3, *lists, both, inner, topk, COLS=hidden, ROWS=rows, TILE=TILE, BF16=bf16,
+        PARTS=parts_of(hidden),        num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    act = torch.empty(count, inner, **make)
+    codes = torch.empty(tokens, inner, dtype=values.codes.dtype, device=x.device)
+    unit = torch.empty(tokens, inner // 128, dtype=torch.float32, device=x.device)
+    _swiglu[(count + tokens,)](
+        both, shared_both, r.weights, act, codes, unit, count, inner // 128, limit,
+        GROUPS=triton.next_power_of_2(inner // 128), num_warps=4,
+    )  # fmt: skip
+    out = torch.empty(tokens, topk, hidden, **make)
+    shared_out = torch.empty(tokens, hidden, **make)
+    rows = min(ROWS, hidden)
+    shared_blocks = hidden // SHARED_ROWS * triton.cdiv(tokens, SHARED_TOKENS)
+    blocks = hidden // rows
+    _down[(shared_blocks + blocks * r.most,)](
+        act, w2, s2, *lists, out, *shared[2:], codes, unit, shared_out, tokens, hidden,
+        shared_blocks, blocks, COLS=inner, ROWS=rows, SHARED_ROWS=SHARED_ROWS, TILE=TILE,
+        TOKENS=SHARED_TOKENS, BF16=bf16, PARTS=parts_of(inner),
+        SHARED_PARTS=few.column_parts(inner), num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return out, shared_out
+
+
+@register("stored_moe", "triton")
+def stored_moe(
+    x: torch.Tensor,
+    token_ids: torch.Tensor,
+    gate: torch.Tensor,
+    routed: tuple[torch.Tensor, ...],
+    shared: tuple[torch.Tensor, ...],
+    *,
+    topk: int,
+    scaling_factor: float,
+    limit: float,
+    bias: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the reference. x: [tokens, hidden], at most 64 tokens; token_ids: [tokens] int64; gate:
+    [experts, hidden]; routed, shared, bias, table: the same as there. Returns (pairs [tokens, topk,
+    hidden], shared output [tokens, hidden], indices [tokens, topk] int32).
+    """
+    values = few.rounded(x, planes=True)
+    shared_both, logits = few.few_linear(x, values, *shared[:2], plain=gate)
+    assert logits is not None
+    r = routing(
+        logits, token_ids, topk=topk, scaling_factor=scaling_factor, bias=bias, table=table
+    )
+    out, shared_out = _experts(values, r, shared_both, routed, shared, limit)
+    return out, shared_out, r.indices

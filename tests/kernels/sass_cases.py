@@ -1,0 +1,124 @@
+"""Compiles kernels that use asynchronous matrix instructions and prints what was found, as JSON.
+
+python -m tests.kernels.sass_cases
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fathom.kernels.triton import attention, chunk_attention, chunk_experts, few_experts, index
+from tests.kernels.sass import Launch, examine, listing, recorded
+
+BF16, U8 = torch.bfloat16, torch.uint8
+HIDDEN, INNER, EXPERTS, HEADS, HEAD_DIM = 4096, 2048, 8, 64, 512
+PAGE_BYTES = 899_648  # of V4-Flash's slabs
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Never read: only the shape, the dtype and the alignment of its memory matter."""
+    return torch.empty(*shape, dtype=dtype)
+
+
+def integers(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.int32)
+
+
+def paged(ratio: int) -> dict[str, Any]:
+    if ratio == 0:
+        return {}
+    return {"pool": numbers(4, PAGE_BYTES, dtype=U8), "page_entries": 256 // ratio}
+
+
+def decode_attention(ratio: int) -> None:
+    extra = {"table": integers(1, 16), "entry_offset": 1024, "most_entries": 8192} if ratio else {}
+    attention.entry_attention(
+        numbers(1, HEADS * HEAD_DIM, dtype=BF16), integers(1), numbers(1, 2, 32),
+        numbers(1, 128 * 584, dtype=U8), numbers(HEADS), kind=ratio, head_dim=HEAD_DIM, window=128,
+        norm_eps=1e-6, picks=integers(1, 512) if ratio == 4 else None, **paged(ratio), **extra,
+    )  # fmt: skip
+
+
+def prefill_attention(ratio: int) -> None:
+    extra = {"table": integers(16), "entry_offset": 1024} if ratio else {}
+    chunk_attention.chunk_attention(
+        numbers(256, HEADS * HEAD_DIM, dtype=BF16), 0, numbers(256, 2, 32),
+        numbers(384, HEAD_DIM, dtype=BF16), numbers(HEADS), kind=ratio, head_dim=HEAD_DIM,
+        window=128, norm_eps=1e-6, picks=integers(256, 512) if ratio == 4 else None,
+        **paged(ratio), **extra,
+    )  # fmt: skip
+
+
+def index_scores() -> None:
+    index.index_scores_paged(
+        numbers(1, 64, 128, dtype=BF16), numbers(1, 2688), integers(1),
+        numbers(4, PAGE_BYTES, dtype=U8), integers(1, 4096), index_offset=37_376, page_entries=64,
+        ratio=4, most_entries=225_000,
+    )  # fmt: skip
+
+
+def prefill_experts() -> None:
+    pairs = 2048
+    plan = chunk_experts.ExpertOrder(
+        integers(pairs), integers(EXPERTS + 1), integers(16), integers(16), chunk_experts.TOKENS
+    )
+    chunk_experts.grouped_fp4(
+        numbers(pairs, HIDDEN, dtype=BF16), numbers(EXPERTS, INNER, HIDDEN // 2, dtype=U8),
+        numbers(EXPERTS, INNER, HIDDEN // 32, dtype=U8), plan, numbers(pairs, INNER, dtype=BF16),
+        scatter=False,
+    )  # fmt: skip
+
+
+def decode_experts() -> None:
+    routed = []
+    for rows, cols in ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)):
+        routed.append(numbers(EXPERTS, rows, cols // 2, dtype=U8))
+        routed.append(numbers(EXPERTS, rows, cols // 32, dtype=U8))
+    shared = (
+        numbers(2 * INNER, HIDDEN, dtype=U8), numbers(2 * INNER // 128, HIDDEN // 128, dtype=U8),
+        numbers(HIDDEN, INNER, dtype=U8), numbers(HIDDEN // 128, INNER // 128, dtype=U8),
+    )  # fmt: skip
+    few_experts.stored_moe(
+        numbers(1, HIDDEN, dtype=BF16), torch.empty(1, dtype=torch.int64),
+        numbers(256, HIDDEN, dtype=BF16), tuple(routed), shared, topk=6, scaling_factor=1.5,
+        limit=10.0, bias=numbers(256),
+    )  # fmt: skip
+
+
+CASES: dict[str, tuple[Callable[[], None], str]] = {
+    "decode attention, CSA": (lambda: decode_attention(4), "_attend"),
+    "decode attention, HCA": (lambda: decode_attention(128), "_attend"),
+    "prefill attention, CSA": (lambda: prefill_attention(4), "_attend"),
+    "index scores": (index_scores, "_scores"),
+    "prefill experts": (prefill_experts, "_grouped"),
+    "decode experts, up": (decode_experts, "_up"),
+    "decode experts, down": (decode_experts, "_down"),
+}
+
+
+def launch_of(make: Callable[[], None], kernel: str) -> Launch:
+    """The first launch of the kernel of that name."""
+    with recorded() as launches:
+        make()
+    return next(own for own in launches if own.kernel.fn.__name__ == kernel)
+
+
+def main() -> None:
+    """Print the findings of every case."""
+    report = {}
+    for name, (make, kernel) in CASES.items():
+        found = examine(listing(launch_of(make, kernel)))
+        report[name] = {
+            "matrix": found.matrix,
+            "touched": sorted(found.touched),
+            "memory": sorted(found.memory),
+        }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

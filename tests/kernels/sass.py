@@ -186,9 +186,7 @@ def _target(own: Instruction) -> int | None:
     return int(found[1], 16) if found else None
 
 
-def _step(
-    own: Instruction, under_way: tuple[Flight, ...], found: Findings
-) -> tuple[Flight, ...]:
+def _step(own: Instruction, under_way: tuple[Flight, ...], found: Findings) -> tuple[Flight, ...]:
     matrix = MATRIX.match(own.code)
     if own.code.startswith("WARPGROUP.DEPBAR"):
         left = int(re.findall(r"0x([0-9a-f]+)", own.operands)[-1], 16)

@@ -148,8 +148,8 @@ def test_topk_of_a_long_context(entries: int, shape: str, monkeypatch: pytest.Mo
         scores = (scores > 3).float()
     scores[:, entries:] = -torch.inf
     maxima = scores.view(2, -1, index.group_size(room)).amax(-1).contiguous()
-    positions = torch.tensor([4 * entries, 4 * (entries - 5)], dtype=torch.int32, device=DEVICE)
-    expected, found = both("topk_positions", scores, maxima, positions, k=k, ratio=4)
+    rows = torch.tensor([[4 * entries, 4 * (entries - 5)]], dtype=torch.int32, device=DEVICE)
+    expected, found = both("topk_positions", scores, maxima, rows, k=k, ratio=4)
     assert torch.equal(found, expected)
 
 

@@ -30,6 +30,7 @@ FEW_ROWS, FEW_WARPS, FEW_STAGES = 32, 4, 4
 ROUNDED_ROWS = 4  # warps of a program that rounds one row
 SCALED_CARDS = ((9, 0),)  # compute capabilities whose library multiplies FP8 blocks with scales
 PADDED = 16  # rows of such a product are a multiple of this
+SCALES_ALIGNED = 4  # it wants a row of scales to be a multiple of this
 
 
 @triton.jit
@@ -235,6 +236,7 @@ def chunk_linear(
     other = float_product(x, plain) if plain is not None else None
     (rows, cols), each, tokens = codes.shape, codes.shape[0] // groups, x.shape[0]
     scaled = quantize_input and groups == 1 and x.dtype == torch.bfloat16
+    scaled = scaled and cols % (128 * SCALES_ALIGNED) == 0
     if scaled and tokens > FEW and _multiplies_fp8(x.device):
         return scaled_product(x, codes, scale, norm, norm_eps), other
     if quantize_input:

@@ -19,9 +19,8 @@ import triton.language as tl
 
 from fathom.kernels.registry import register
 from fathom.kernels.triton import few_linear as few
-from fathom.kernels.triton.chunk_experts import factors_of_words, ordered, settled, unpacked
+from fathom.kernels.triton.chunk_experts import factors_of_words, ordered, unpacked
 from fathom.kernels.triton.chunk_linear import round_group, store_groups
-from fathom.kernels.triton import formats as f
 from fathom.kernels.triton.route import TILE, Routing, routing
 
 ROWS, WARPS, STAGES = 16, 4, 4
@@ -39,7 +38,9 @@ def _fp4_products(
     """
     both, part, col = tl.arange(0, PARTS * ROWS), tl.arange(0, PARTS), tl.arange(0, 128)
     EACH: tl.constexpr = COLS // 128 // PARTS
-    words = codes.to(tl.pointer_type(tl.int32)) + both % ROWS * (COLS // 8) + both // ROWS * EACH * 16
+    words = (
+        codes.to(tl.pointer_type(tl.int32)) + both % ROWS * (COLS // 8) + both // ROWS * EACH * 16
+    )
     words = words[:, None] + tl.arange(0, 16)[None, :]
     scales = scale.to(tl.pointer_type(tl.int32)) + both % ROWS * (COLS // 128) + both // ROWS * EACH
     value_at = x[None, None, :] + part[:, None, None] * (EACH * 128) + col[None, :, None]
@@ -219,8 +220,6 @@ def stored_moe(
     values = few.rounded(x, planes=True)
     shared_both, logits = few.few_linear(x, values, *shared[:2], plain=gate)
     assert logits is not None
-    r = routing(
-        logits, token_ids, topk=topk, scaling_factor=scaling_factor, bias=bias, table=table
-    )
+    r = routing(logits, token_ids, topk=topk, scaling_factor=scaling_factor, bias=bias, table=table)
     out, shared_out = _experts(values, r, shared_both, routed, shared, limit)
     return out, shared_out, r.indices

@@ -35,7 +35,9 @@ def store_codes(values, codes, unit, group, live):
     amax = tl.maximum(tl.max(tl.abs(values), axis=1), f.FP8_FLOOR)
     own_unit, inverse = f.power_of_two_scale(amax, f.E4M3_RECIPROCAL)
     at = codes + group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    tl.store(at, f.round_e4m3(values * inverse[:, None]).to(codes.dtype.element_ty), mask=live[:, None])
+    tl.store(
+        at, f.round_e4m3(values * inverse[:, None]).to(codes.dtype.element_ty), mask=live[:, None]
+    )
     tl.store(unit + group, own_unit, mask=live)
 
 

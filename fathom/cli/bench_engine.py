@@ -115,8 +115,12 @@ def _show(report: dict[str, Any]) -> None:
     if "times_as_fast" in other:
         rows.append(["times as fast as transformers", *_spread(other["times_as_fast"], 1)])
     if "log" in report:
-        rows.append(["time with the log, of that without", *_spread(report["log"], 3)])
-        rows.append(["log, bytes a token", f"{report['log']['bytes_per_token']:.1f}", "", ""])
+        log = report["log"]
+        name = f"time with the log, of that without ({log['pairs']} pairs, 95% interval)"
+        rows.append([name, *_spread(log, 4)])
+        rows.append(["log, bytes a token", f"{log['bytes_per_token']:.2f}", "", ""])
+        seconds = f"{1e6 * log['request_seconds']:.0f}"
+        rows.append(["log, microseconds a request to begin and end", seconds, "", ""])
     if "session" in report:
         from fathom.eval.engine_speed import spread
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fathom.cli.bench_gpu_engine import measure_engine
 from fathom.cli.bench_gpu_prefill import OTHER, check_other, measure_other, measure_prefill
 from fathom.cli.output import print_json, print_table
 
@@ -30,6 +31,9 @@ def gpu(
     prefill: Annotated[
         bool, typer.Option("--prefill", help="Measure prompts instead of decode steps.")
     ] = False,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Measure the engine that serves from these layers.")
+    ] = False,
     against: Annotated[
         str | None, typer.Option(help="Also time `transformers` on this device.")
     ] = None,
@@ -43,6 +47,9 @@ def gpu(
     """
     if prefill:
         measure_prefill(max(3, repeat // 10), kernels, against, out, as_json)
+        return
+    if engine:
+        measure_engine(repeat, out, as_json)
         return
     import torch
 

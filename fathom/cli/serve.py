@@ -138,9 +138,13 @@ def _local(model: str, device: str) -> Backend:
 
         return ScriptedBackend(Session(), shipped_tokenizer())
     import fathom
+    from fathom.cli.models import announce_compiling
     from fathom.engine.backend import LocalBackend
 
-    return LocalBackend(fathom.load(model, device=device))
+    llm = fathom.load(model, device=device)
+    if device == "cpu":
+        announce_compiling()
+    return LocalBackend(llm)
 
 
 def _gateway(url: str, model: str | None, context: int | None, tokenizer: str | None) -> Backend:

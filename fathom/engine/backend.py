@@ -61,7 +61,7 @@ class LocalBackend:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Output, None]:
         """Generate on the engine's thread. Raises GenerationError, and BackendError for a bug."""
         completion = _Completion(request, self._tokenizer, asyncio.get_running_loop())
-        self._order(lambda engine: self._submit(engine, completion))
+        await self._order(lambda engine: self._submit(engine, completion))
         try:
             while True:
                 for item in await completion.mailbox.take():
@@ -82,10 +82,21 @@ class LocalBackend:
         loop = asyncio.get_running_loop()
         found: asyncio.Future[str] = loop.create_future()
 
-        def tell(engine: Engine) -> None:
-            loop.call_soon_threadsafe(found.set_result, engine.metrics_text())
+        def answer(text: str | None, error: Exception | None) -> None:
+            if found.cancelled():
+                return
+            found.set_exception(error) if error is not None else found.set_result(text or "")
 
-        self._order(tell)
+        def tell(engine: Engine) -> None:
+            text, problem = None, None
+            try:
+                text = engine.metrics_text()
+            except Exception as error:
+                problem = error
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(answer, text, problem)
+
+        await self._order(tell)
         return await found
 
     async def aclose(self) -> None:
@@ -93,12 +104,13 @@ class LocalBackend:
         if self._thread is not None:
             self._orders.put(None)
 
-    def _order(self, order: Callable[[Engine], None]) -> None:
+    async def _order(self, order: Callable[[Engine], None]) -> None:
         """Hand something to the engine's thread, and start it where there is none.
 
         In this order: a thread that is ending looks at the orders once more before it goes.
         """
-        engine = self._llm.engine  # what fails here fails for its caller
+        # Making the engine may take as long as compiling it; what fails here fails for its caller.
+        engine = await asyncio.to_thread(lambda: self._llm.engine)
         self._orders.put(order)
         with self._starting:
             if self._thread is None:
@@ -127,7 +139,7 @@ class LocalBackend:
         for completion in failed:
             if completion.running is not None:
                 with contextlib.suppress(Exception):  # the engine may be as broken as the step
-                    engine.cancel(completion.running)
+                    engine.forget(completion.running)
             completion.mailbox.put(error)
 
     def _take_orders(self, engine: Engine) -> bool:
@@ -140,7 +152,7 @@ class LocalBackend:
             if order is None:
                 for completion in self._active.values():
                     if completion.running is not None:
-                        engine.cancel(completion.running)
+                        engine.forget(completion.running)
                 self._hand_out(engine)
                 self._active.clear()
                 return False
@@ -166,7 +178,7 @@ class LocalBackend:
                 ),
                 mask=asked.mask,
             )
-        except FathomError as error:
+        except Exception as error:  # its caller's alone
             completion.mailbox.put(error)
             return
         self._active[completion.running.id] = completion
@@ -175,17 +187,15 @@ class LocalBackend:
 
     def _cancel(self, engine: Engine, completion: _Completion) -> None:
         if completion.running is not None:
-            engine.cancel(completion.running)
+            engine.forget(completion.running)
             self._active.pop(completion.running.id, None)
 
     def _hand_out(self, engine: Engine) -> None:
-        for name, completion in list(self._active.items()):
+        for completion in list(self._active.values()):
             if completion.mailbox.closed.is_set():
                 self._cancel(engine, completion)
             elif completion.hand_out():
-                del self._active[name]
-                if engine.wal is not None:
-                    engine.wal.forget(name)
+                self._cancel(engine, completion)
 
 
 class _Completion:

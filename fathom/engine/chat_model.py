@@ -35,7 +35,7 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0)
 
 
 class LocalModel:
-    """Answers chat messages with an `LLM`, one reply at a time.
+    """Answers chat messages with an `LLM`; replies asked for at once are computed together.
 
     `defaults` fills in what a request leaves open; the model card's temperature is 1.
     """
@@ -50,8 +50,6 @@ class LocalModel:
         self._llm = llm
         self._name = name or llm.name
         self._defaults = defaults
-        # An LLM is not safe for threads, and a cancelled reply ends one token after its caller.
-        self._turn = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -92,16 +90,15 @@ class LocalModel:
         stopped = threading.Event()
 
         def work() -> Reply:
-            with self._turn:
-                return self.reply(
-                    messages,
-                    tools=tools,
-                    thinking=thinking,
-                    max_tokens=max_tokens,
-                    sampling=sampling,
-                    on_piece=on_piece,
-                    stopped=stopped,
-                )
+            return self.reply(
+                messages,
+                tools=tools,
+                thinking=thinking,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                on_piece=on_piece,
+                stopped=stopped,
+            )
 
         try:
             return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)

@@ -1,4 +1,4 @@
-"""Slabs and checkpoints in files: the same records as in memory, each with a header and a checksum.
+"""Slabs, checkpoints and sessions in files: the records of memory, with a header and a checksum.
 
 A file is written under another name and renamed, so it is there whole or not at all; whatever is
 damaged all the same is found by its checksum, reported, removed and computed again. Every model
@@ -15,8 +15,9 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import struct
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class _File:
     path: Path
     size: int
     pinned: bool
+    parent: bytes | None  # of a state: the slab before it
 
 
 class DiskCache:
@@ -42,50 +44,52 @@ class DiskCache:
 
     def __init__(self, folder: Path | str, root: bytes, limit: int) -> None:
         self.folder, self.root, self.limit = Path(folder), root, limit
-        self.size, self.problems, self.writable = 0, 0, True
+        self.size, self.problems = 0, 0
+        self._pinned = 0  # bytes
+        self._own = self.folder / root.hex()
         self._files: OrderedDict[tuple[str, bytes], _File] = OrderedDict()
-        self._children: dict[bytes, set[bytes]] = {}
-        self._open()
+        self._counts: Counter[str] = Counter()
+        self._states: Counter[bytes] = Counter()  # by parent
+        try:
+            self._open()
+            self._index()
+        except (OSError, ValueError, AttributeError) as error:
+            raise CacheError(f"the cache folder {self.folder} cannot be used: {error}") from error
 
     def _open(self) -> None:
         marker = self.folder / MARKER
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not marker.exists():
-                if any(self.folder.iterdir()):
-                    raise CacheError(
-                        f"{self.folder} holds other files and no {MARKER}: it is no cache of "
-                        "fathom's; name an empty folder"
-                    )
-                marker.write_text(json.dumps({"format": MAGIC.decode(), "by": "fathom"}) + "\n")
-            elif json.loads(marker.read_text()).get("format") != MAGIC.decode():
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not marker.exists():
+            if any(self.folder.iterdir()):
                 raise CacheError(
-                    f"{self.folder} was written by another version of fathom: name another folder, "
-                    "or delete it"
+                    f"{self.folder} holds other files and no {MARKER}: it is no cache of "
+                    "fathom's; name an empty folder"
                 )
-            self._own.mkdir(exist_ok=True)
-            probe = self._own / f".probe-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
-        except (OSError, ValueError, AttributeError) as error:
-            raise CacheError(f"the cache folder {self.folder} cannot be used: {error}") from error
-        found = []
-        for path in self._own.iterdir():
-            name = _parse(path.name)
-            if name is None:
-                if path.name.startswith(".tmp-"):  # left behind by a process that died
-                    with contextlib.suppress(OSError):
-                        path.unlink()
-                continue
-            with contextlib.suppress(OSError):
-                stat = path.stat()
-                found.append((stat.st_mtime_ns, stat.st_size, name, path))
-        for _, size, (kind, key, parent, pinned), path in sorted(found, key=lambda f: f[0]):
-            self._add(kind, key, parent, _File(path, size, pinned))
+            marker.write_text(json.dumps({"format": MAGIC.decode(), "by": "fathom"}) + "\n")
+        elif json.loads(marker.read_text()).get("format") != MAGIC.decode():
+            raise CacheError(
+                f"{self.folder} was written by another version of fathom: name another folder, "
+                "or delete it"
+            )
+        self._own.mkdir(exist_ok=True)
+        probe = self._own / f".probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
 
-    @property
-    def _own(self) -> Path:
-        return self.folder / self.root.hex()
+    def _index(self) -> None:
+        found = []
+        for entry in os.scandir(self._own):
+            name = _parse(entry.name)
+            with contextlib.suppress(OSError):
+                if name is not None and stat.S_ISREG((about := entry.stat()).st_mode):
+                    found.append((about.st_mtime_ns, about.st_size, name, Path(entry.path)))
+                elif entry.name.startswith(".tmp-"):  # left behind by a process that died
+                    Path(entry.path).unlink()
+        for _, size, (kind, key, parent, pinned), path in sorted(found, key=lambda f: f[0]):
+            if self.has(kind, key):  # pinned and not: a process died between
+                path.unlink(missing_ok=True)
+            else:
+                self._add(kind, key, _File(path, size, pinned, parent))
 
     def has(self, kind: str, key: bytes) -> bool:
         """Whether there is a file of that name; only `read` says whether it is sound."""
@@ -93,11 +97,15 @@ class DiskCache:
 
     def count(self, kind: str) -> int:
         """Files of one kind."""
-        return sum(1 for k, _ in self._files if k == kind)
+        return self._counts[kind]
 
-    def children(self, parent: bytes) -> set[bytes]:
-        """Names of the checkpoints whose slabs end with `parent`."""
-        return self._children.get(parent, set())
+    def keys(self, kind: str) -> list[bytes]:
+        """Names of one kind."""
+        return [key for k, key in self._files if k == kind]
+
+    def has_states_after(self, parent: bytes) -> bool:
+        """Whether there is a checkpoint whose slabs end with `parent`."""
+        return self._states[parent] > 0
 
     def read(self, kind: str, key: bytes) -> bytes | None:
         """The record of that name, or None: also when its file is damaged, which is reported."""
@@ -106,14 +114,14 @@ class DiskCache:
             return None
         try:
             data = file.path.read_bytes()
-        except OSError as error:
-            self._report(f"{file.path} cannot be read ({error}); its part is computed again")
+        except (OSError, MemoryError) as error:
+            self._report(f"{file.path} cannot be read ({error!r}); its part is computed again")
             self._drop(kind, key)
             return None
         record = self._unpack(kind, key, data)
         if record is None:
             self._report(f"{file.path} is damaged: removed; its part is computed again")
-            self._remove(kind, key)
+            self.remove(kind, key)
             return None
         self._files.move_to_end((kind, key))
         with contextlib.suppress(OSError):
@@ -121,11 +129,12 @@ class DiskCache:
         return record
 
     def write(self, kind: str, key: bytes, record: bytes, *, pin: bool = False) -> None:
-        """Keep a record. Raises CacheError when it cannot be written (the cache stays sound)."""
-        if self.has(kind, key):
-            if pin:
-                self.pin(kind, key)
-            return
+        """Keep a record, in place of one of the same name.
+
+        Raises CacheError when it cannot be written (the cache stays sound).
+        """
+        old = self._files.get((kind, key))
+        pin = pin or (old is not None and old.pinned)
         parent = record[:16] if kind == "state" else None
         head = _HEADER.pack(MAGIC, kind.encode(), self.root, key, len(record))
         path = self._own / _format(kind, key, parent, pin)
@@ -142,10 +151,17 @@ class DiskCache:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise CacheError(f"{path} cannot be written: {error}") from error
-        self._add(kind, key, parent, _File(path, size, pin))
+        if self.has(kind, key):
+            stale = self._files[kind, key].path
+            self._drop(kind, key)
+            if stale != path:
+                stale.unlink(missing_ok=True)
+        self._add(kind, key, _File(path, size, pin, parent))
 
     def write_if_possible(self, kind: str, key: bytes, record: bytes) -> None:
-        """As `write`; what cannot be written is reported and left out."""
+        """As `write` for what is not there yet; what cannot be written is reported and left out."""
+        if self.has(kind, key):
+            return
         try:
             self.write(kind, key, record)
         except CacheError as error:
@@ -153,21 +169,30 @@ class DiskCache:
 
     def remove(self, kind: str, key: bytes) -> None:
         """Delete a record, if it is there."""
-        if self.has(kind, key):
-            self._remove(kind, key)
+        file = self._files.get((kind, key))
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.path.unlink()
+            self._drop(kind, key)
 
     def pin(self, kind: str, key: bytes, pinned: bool = True) -> None:
-        """Protect a record from making room for others, or no longer."""
+        """Protect a record, if it is there, from making room for others, or no longer.
+
+        Raises CacheError when its file cannot be renamed.
+        """
         file = self._files.get((kind, key))
         if file is None or file.pinned == pinned:
             return
-        stem = file.path.name.removesuffix(".pin")
-        target = file.path.with_name(stem + ".pin" if pinned else stem)
+        target = self._own / _format(kind, key, file.parent, pinned)
         try:
             file.path.replace(target)
+        except FileNotFoundError:  # another process made room
+            self._drop(kind, key)
+            return
         except OSError as error:
             raise CacheError(f"{file.path} cannot be renamed: {error}") from error
         file.path, file.pinned = target, pinned
+        self._pinned += file.size if pinned else -file.size
 
     def _unpack(self, kind: str, key: bytes, data: bytes) -> bytes | None:
         if len(data) < _HEADER.size + _SUM:
@@ -179,31 +204,40 @@ class DiskCache:
         return record
 
     def _make_room(self, size: int) -> None:
-        for kind, key in list(self._files):
-            if self.size + size <= self.limit:
-                return
-            if not self._files[kind, key].pinned:
-                self._remove(kind, key)
-        if self.size + size > self.limit:
+        if self.size + size <= self.limit:
+            return
+        if self._pinned + size > self.limit:
             raise CacheError(
-                f"{self.folder} may hold {self.limit} bytes, and what is pinned leaves no room"
+                f"{self.folder} may hold {self.limit} bytes, and what is pinned leaves no room: "
+                "forget sessions, or raise disk_bytes"
             )
+        excess, oldest = self.size + size - self.limit, []
+        for name, file in self._files.items():
+            if excess <= 0:
+                break
+            if not file.pinned:
+                oldest.append(name)
+                excess -= file.size
+        for kind, key in oldest:
+            self.remove(kind, key)
 
-    def _add(self, kind: str, key: bytes, parent: bytes | None, file: _File) -> None:
+    def _add(self, kind: str, key: bytes, file: _File) -> None:
         self._files[kind, key] = file
         self.size += file.size
-        if parent is not None:
-            self._children.setdefault(parent, set()).add(key)
-
-    def _remove(self, kind: str, key: bytes) -> None:
-        with contextlib.suppress(OSError):
-            self._files[kind, key].path.unlink()
-        self._drop(kind, key)
+        self._counts[kind] += 1
+        self._pinned += file.size if file.pinned else 0
+        if file.parent is not None:
+            self._states[file.parent] += 1
 
     def _drop(self, kind: str, key: bytes) -> None:
-        self.size -= self._files.pop((kind, key)).size
-        for children in self._children.values():
-            children.discard(key)
+        file = self._files.pop((kind, key))
+        self.size -= file.size
+        self._counts[kind] -= 1
+        self._pinned -= file.size if file.pinned else 0
+        if file.parent is not None:
+            self._states[file.parent] -= 1
+            if not self._states[file.parent]:
+                del self._states[file.parent]
 
     def _report(self, what: str) -> None:
         self.problems += 1
@@ -229,7 +263,7 @@ def _parse(name: str) -> tuple[str, bytes, bytes | None, bool] | None:
         keys = [bytes.fromhex(part) for part in rest]
     except ValueError:
         return None
-    if (kind, len(keys)) not in (("slab", 1), ("state", 2), ("tokens", 1)) or any(
+    if (kind, len(keys)) not in (("slab", 1), ("state", 2), ("session", 1)) or any(
         len(k) != 16 for k in keys
     ):
         return None

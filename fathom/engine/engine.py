@@ -6,27 +6,30 @@
         engine.step()
     print([drawn.token for drawn in request.output])
 
-Not safe for threads: one thread at a time calls it (`fathom.engine.backend` gives it one).
+Threads may share it: calls take turns. Masks and stop hooks are called in the middle of a step;
+they may submit and cancel, nothing else.
 
 Paper: §3.5 (inference: KV cache, prefix reuse); §5.2 (preemptible rollouts).
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
-import torch
+from dataclasses import replace
+from typing import Concatenate, ParamSpec, TypeVar
 
 from fathom.chat.generation import TokenMask
-from fathom.engine.batch import Batch, Memory, Piece
+from fathom.engine.batch import Memory
 from fathom.engine.disk_cache import DiskCache
+from fathom.engine.execution import execute, export, out_of_memory
 from fathom.engine.kv_cache import SLAB_TOKENS, SlabLayout, SlabPool, slabs_for
 from fathom.engine.metrics import Metrics
-from fathom.engine.options import EngineConfig, check_tokens, free_bytes
+from fathom.engine.options import EngineConfig, check_request, slab_count
 from fathom.engine.prefix_cache import PrefixCache
 from fathom.engine.request import Request, Status, StopHook
 from fathom.engine.residence import Residence
@@ -35,74 +38,89 @@ from fathom.engine.sampler import Drawn, SamplingParams
 from fathom.engine.scheduler import Scheduler, Share
 from fathom.engine.speculative import Drafter
 from fathom.engine.state_cache import SlotLayout, SlotPool
-from fathom.engine.wal import WriteAheadLog
+from fathom.engine.wal import Logged, WriteAheadLog
 from fathom.errors import CacheError, CacheFull, ConfigError, FathomError, GenerationError
 from fathom.model.fingerprint import fingerprint
+from fathom.model.stored import StoredModel
 from fathom.model.transformer import Transformer
 
 _log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Mask and stop hook for a recovered request's id.
+Hooks = Callable[[str], tuple[TokenMask | None, StopHook | None]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exported:
-    """What a trainer replays, for positions from `first` on: hidden [tokens, hidden] float32,
-    routing [layers, tokens, topk] int16, selection [layers, tokens, index_topk] int32.
-    """
+def _between_steps(
+    method: Callable[Concatenate[Engine, P], T],
+) -> Callable[Concatenate[Engine, P], T]:
+    """Let a method run alone, and never inside a step: state there is half moved on."""
 
-    first: int
-    hidden: np.ndarray
-    routing: np.ndarray
-    selection: np.ndarray
+    @functools.wraps(method)
+    def alone(self: Engine, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            if self._stepping:
+                raise GenerationError(
+                    f"{method.__name__} was called by a mask or a stop hook: they may submit and "
+                    "cancel, nothing else"
+                )
+            self._settle()
+            return method(self, *args, **kwargs)
+
+    return alone
 
 
 class Engine:
-    """Serves many requests with one model. Raises CacheError for folders that cannot be used."""
+    """Serves many requests with one model. Raises ConfigError for settings that cannot be and
+    CacheError for folders that cannot be used.
+    """
 
-    def __init__(self, model: Transformer, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self, model: Transformer | StoredModel, config: EngineConfig | None = None
+    ) -> None:
         self.model, self.config = model.eval(), config or EngineConfig()
-        device = model.embed.weight.device
-        drafting = self.config.drafts > 0
-        if drafting and not model.mtp:
+        config, device = self.config, model.embed.weight.device
+        if config.drafts > 0 and not model.mtp:
             raise ConfigError("this model has no MTP block to draft with: set drafts to 0")
-        layout = SlabLayout.of(model.config, model.quantized, model.dtype, self.config.indexer)
-        slot_layout = SlotLayout(layout, drafting)
-        slabs = SlabPool(layout, self._slab_count(layout, device), device)
-        slots = SlotPool(slot_layout, self.config.max_sequences, device)
-        self.memory = Memory(slabs, slots, model.config.max_position_embeddings)
-        rows = self.config.budget.tokens + self.config.max_sequences * (1 + self.config.drafts)
+        layout = SlabLayout.of(model.config, model.quantized, model.dtype, config.indexer)
+        try:
+            slabs = SlabPool(layout, slab_count(config, layout, device), device)
+            slots = SlotPool(SlotLayout(layout, config.drafts > 0), config.max_sequences, device)
+            self.memory = Memory(slabs, slots, model.config.max_position_embeddings)
+        except (MemoryError, OSError, RuntimeError) as error:
+            raise ConfigError(
+                f"no memory for {config.max_sequences} sequences and the cache ({error}): lower "
+                "cache_tokens or max_sequences"
+            ) from error
+        rows = config.budget.tokens + config.max_sequences * (1 + config.drafts)
         self.runner = make_runner(model, self.memory, rows)
-        self._root = self._name()
-        disk = self.config.disk
+        self.runner.batch_invariant = config.batch_invariant
+        root = self._name()
         self.cache = PrefixCache(
-            self._root,
+            root,
             slabs,
-            slots,
-            host_bytes=self.config.host_bytes,
-            checkpoint_bytes=self.config.checkpoint_bytes,
-            disk=DiskCache(disk, self._root, self.config.disk_bytes) if disk else None,
+            host_bytes=config.host_bytes,
+            checkpoint_bytes=config.checkpoint_bytes,
+            disk=DiskCache(config.disk, root, config.disk_bytes) if config.disk else None,
         )
-        self.wal = WriteAheadLog(self.config.wal, self._root) if self.config.wal else None
+        self.wal = WriteAheadLog(config.wal, root) if config.wal else None
         self.metrics = Metrics()
-        self.residence = Residence(
-            self.memory, self.cache, self.metrics, self.config.checkpoint_spacing
-        )
-        self.scheduler = Scheduler(
-            self.config.budget, self._admit, self.residence.grow, self._set_back
-        )
+        self.residence = Residence(self.memory, self.cache, self.metrics, config.checkpoint_spacing)
+        self.scheduler = Scheduler(config.budget, self._admit, self.residence.grow, self._set_back)
         self.drafter = Drafter(
-            self.runner,
-            self.memory,
-            self.config.drafts,
-            self.metrics,
-            self.config.drafts_adaptive,
+            self.runner, self.memory, config.drafts, self.metrics, config.drafts_adaptive
         )
-        self.exports: dict[str, list[Exported]] = {}
         self._paused: list[Request] = []
+        self._lock = threading.RLock()
+        self._stepping = False
+        self._dropped: deque[tuple[Request, bool]] = deque()  # to cancel, and whether to forget
 
     @property
     def requests(self) -> list[Request]:
         """All requests that have not finished."""
-        return [*self.scheduler.running, *self.scheduler.waiting, *self._paused]
+        with self._lock:
+            return [*self.scheduler.running, *self.scheduler.waiting, *self._paused]
 
     def submit(
         self,
@@ -118,11 +136,12 @@ class Engine:
     ) -> Request:
         """Put a request in line; `step` works on it.
 
-        priority: lower goes first. stop: told every token, True ends the request. pin: keep its end
-        in the cache, on disk if there is one. Raises GenerationError for what cannot be served and
-        CacheError when its log cannot be written.
+        priority: lower goes first. stop: told every token, True ends the request. pin: protect its
+        end in the cache, on disk as by `save_session` if there is one. export: keep what a trainer
+        needs of every token in `exports`; nothing of it is then taken from the cache. Raises
+        GenerationError for what cannot be served and CacheError when its log cannot be written.
         """
-        check_tokens(prompt, self.model.config)
+        check_request(prompt, request_id, priority, self.model.config)
         params = params or SamplingParams()
         room = self.model.config.max_position_embeddings - len(prompt)
         request = Request(
@@ -135,33 +154,39 @@ class Engine:
             pin=pin,
             export=export,
         )
-        if any(other.id == request.id for other in self.requests):
-            raise GenerationError(f"there is a request {request.id!r} already: use another id")
         if slabs_for(len(prompt) + 1) > self.memory.slabs.count:
             raise CacheFull(
                 f"a prompt of {len(prompt)} tokens does not fit into a cache of "
                 f"{self.memory.slabs.count * SLAB_TOKENS}: raise cache_tokens"
             )
-        self.metrics.requests += 1
-        if self.wal is not None:
-            self.wal.begin(request)
-        self._enter(request)
+        with self._lock:
+            if any(other.id == request.id for other in self.requests):
+                raise GenerationError(f"there is a request {request.id!r} already: use another id")
+            if self.wal is not None:
+                self.wal.begin(request)
+            self.metrics.requests += 1
+            self._enter(request)
         return request
 
+    @_between_steps
     def step(self) -> list[tuple[Request, list[Drawn]]]:
         """Compute one batch; the tokens that each request gained. Nothing to do: an empty list."""
+        started = time.perf_counter()
         shares = self.scheduler.schedule()
+        self.metrics.last_batch = 0
         if not shares:
             return []
-        started = time.perf_counter()
+        self._stepping = True
         try:
-            logits = self._run(shares)
-        except BaseException:
-            for share in shares:  # some layers may have taken tokens in that others have not
-                self._lose(share.request)
-            raise
-        updates = self._postprocess(shares, logits)
-        self.drafter.propose([share.request for share in shares])
+            rows = execute(self.runner, shares, self.memory.slabs.data.device)
+            self.metrics.step_done(rows)
+            updates = [update for share in shares if (update := self._postprocess(share))]
+            self.drafter.propose(shares)
+        except BaseException as error:
+            updates = self._failed(shares, error)
+        finally:
+            self._stepping = False
+            self._settle()
         drawn = sum(len(tokens) for _, tokens in updates)
         decoding = all(share.count <= 1 for share in shares)
         self.drafter.step_done(time.perf_counter() - started, drawn, decoding)
@@ -180,10 +205,24 @@ class Engine:
         self.step()
 
     def cancel(self, request: Request) -> None:
-        """End a request; what it computed stays in the cache."""
-        if not request.finished:
-            self._finish(request, "cancelled")
+        """End a request; what it computed stays in the cache. Within a step: after it."""
+        self._dropped.append((request, False))
+        with self._lock:
+            self._settle()
 
+    def forget(self, request: Request, *, wait: bool = True) -> None:
+        """As `cancel`, and delete its log: nobody needs its tokens any more.
+
+        Without `wait` it may happen a little later: for finalisers, which run at any moment.
+        """
+        self._dropped.append((request, True))
+        if self._lock.acquire(blocking=wait):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    @_between_steps
     def pause(self, request: Request) -> None:
         """Take a request off the device until `resume`; it goes on with the same tokens."""
         if request.finished or request.status is Status.PAUSED:
@@ -194,71 +233,77 @@ class Engine:
         request.status = Status.PAUSED
         self._paused.append(request)
 
+    @_between_steps
     def resume(self, request: Request) -> None:
         """Let a paused request go on."""
         if request.status is Status.PAUSED:
             self._paused.remove(request)
             self.scheduler.add(request)
 
-    def recover(
-        self, hooks: Callable[[str], tuple[TokenMask | None, StopHook | None]] | None = None
-    ) -> list[Request]:
+    @_between_steps
+    def recover(self, hooks: Hooks | None = None) -> list[Request]:
         """Take up the requests that the log folder holds, finished ones included.
 
         hooks: mask and stop hook for a request's id, told its tokens so far here. A request that
-        had a mask and gets none ends with an error. Raises CacheError without a log folder.
+        had a mask and gets none ends with an error. Logs that are damaged, of other weights, or
+        open in another process are reported and left alone. Raises CacheError without a log folder.
         """
         if self.wal is None:
             raise CacheError("this engine keeps no write-ahead log: set wal to a folder")
         found, problems = self.wal.read()
-        for problem in problems:
-            _log.warning("event=log_problem detail=%r", problem)
-        recovered = []
+        mine, recovered = {request.id for request in self.requests}, []
         for logged in found:
-            if any(other.id == logged.id for other in self.requests):
+            if logged.id in mine:
                 continue
             mask, stop = hooks(logged.id) if hooks is not None else (None, None)
-            request = Request(
-                prompt=logged.prompt,
-                params=logged.params,
-                id=logged.id,
-                priority=logged.priority,
-                mask=mask,
-                stop=stop,
-            )
+            try:
+                recovered.append(self._take_up(logged, mask, stop))
+            except FathomError as error:
+                problems.append(str(error))
+        for problem in problems:
+            _log.warning("event=log_problem detail=%r", problem)
+        return recovered
+
+    def _take_up(self, logged: Logged, mask: TokenMask | None, stop: StopHook | None) -> Request:
+        assert self.wal is not None
+        request = Request(
+            prompt=logged.prompt,
+            params=logged.params,
+            id=logged.id,
+            priority=logged.priority,
+            mask=mask,
+            stop=stop,
+        )
+        if logged.finish_reason is None:
+            self.wal.take_up(request, logged)
+            self.metrics.requests += 1
+        reason = logged.finish_reason
+        try:
             for drawn in logged.output:
                 request.add(drawn)
                 request.sampler.accept(drawn.token)
                 if mask is not None:
                     mask.accept(drawn.token)
-            recovered.append(request)
-            self._take_up(request, logged.finish_reason, logged.masked)
-        return recovered
-
-    def _take_up(self, request: Request, finish_reason: str | None, masked: bool) -> None:
-        assert self.wal is not None
-        if finish_reason is not None:
-            request.status, request.finish_reason = Status.FINISHED, finish_reason
-            return
-        self.metrics.requests += 1
-        self.wal.begin(request)
-        if masked and request.mask is None:
-            request.error = GenerationError(f"{request.id} cannot go on without its mask")
-            self._finish(request, "error")
-            return
-        reason = self._ending(request, request.output[-1]) if request.output else None
-        if reason is not None:
+                reason = request.ending() or reason
+            if reason is None and logged.masked and mask is None:
+                raise GenerationError(f"{request.id} cannot go on without its mask")
+        except Exception as error:  # whatever a hook raises is its request's trouble
+            request.error, reason = error, "error"
+        if logged.finish_reason is not None:
+            request.status, request.finish_reason = Status.FINISHED, logged.finish_reason
+        elif reason is not None:
             self._finish(request, reason)
         else:
             self._enter(request)
+        return request
 
+    @_between_steps
     def save_session(self, session: Request | Sequence[int]) -> bytes:
         """Write what is known of a request or of tokens to disk, pinned; the name to load it by.
 
         Raises CacheError without a disk, when it cannot be written, or if nothing is known of it.
         """
-        if self.cache.disk is None:
-            raise CacheError("this engine has no disk cache: set disk to a folder")
+        self._need_disk()
         if not isinstance(session, Request):
             return self.cache.save(session)
         if session.status is Status.RUNNING:
@@ -266,229 +311,176 @@ class Engine:
             return self.cache.save(session.tokens[: session.computed])
         return self.cache.save(session.tokens)
 
+    @_between_steps
     def load_session(self, name: bytes) -> list[int]:
         """The tokens of a saved session; a prompt that begins with them then costs only its rest.
 
         Raises CacheError when there is no such session or its file is damaged.
         """
-        if self.cache.disk is None:
-            raise CacheError("this engine has no disk cache: set disk to a folder")
+        self._need_disk()
         return self.cache.load(name)
 
+    @_between_steps
+    def forget_session(self, name: bytes) -> None:
+        """Delete a saved session; what no other one needs makes room when room is needed.
+
+        Raises CacheError when there is no such session or its file is damaged.
+        """
+        self._need_disk()
+        self.cache.forget(name)
+
+    @_between_steps
     def update_weights(self) -> None:
         """The model's weights have changed: running requests go on with the new ones.
 
         All their tokens are computed again, since entries of the old weights are worth nothing.
+        Raises CacheError when folders cannot be written any more: the engine then goes on without
+        the disk cache, and with logs that belong to the old weights.
         """
         for request in list(self.scheduler.running):
             self._lose(request)
         self.runner.reload()
-        self._root = self._name()
-        self.cache.clear(self._root)
-        if self.cache.disk is not None:
-            self.cache.disk = DiskCache(self.cache.disk.folder, self._root, self.cache.disk.limit)
+        root, folder = self._name(), self.config.disk
+        self.cache.clear(root)
+        try:
+            if folder:
+                self.cache.use_disk(DiskCache(folder, root, self.config.disk_bytes))
+        finally:
+            if self.wal is not None:
+                self.wal.rename(root, self.requests)
 
     def metrics_text(self) -> str:
         """Counters and the state of this moment, in Prometheus' text format."""
-        slabs, slots = self.memory.slabs, self.memory.slots
-        used = slabs.count - self.cache.available()
-        gauges: dict[str, float] = {
-            "waiting_requests": len(self.scheduler.waiting),
-            "running_requests": len(self.scheduler.running),
-            "paused_requests": len(self._paused),
-            "batch_tokens": self.metrics.last_batch,
-            "slots_used": slots.count - slots.free,
-            "slots": slots.count,
-            "capacity_tokens": slabs.count * SLAB_TOKENS,
-            "capacity_bytes": slabs.count * slabs.layout.slab_bytes,
-            "in_use_tokens": used * SLAB_TOKENS,
-            "hit_rate": self.metrics.hit_rate,
-            "drafting": float(self.metrics.drafting),
-            "accepted_draft_length": self.metrics.accepted_length,
-        }
-        for tier, (tokens, size) in self.cache.occupancy().items():
-            gauges[f'cached_tokens{{tier="{tier}"}}'] = tokens
-            gauges[f'cached_bytes{{tier="{tier}"}}'] = size
-        if self.cache.disk is not None:
-            gauges["disk_problems"] = self.cache.disk.problems
-        return self.metrics.text(gauges)
+        with self._lock:
+            slabs, slots, disk = self.memory.slabs, self.memory.slots, self.cache.disk
+            gauges: dict[str, float] = {
+                "waiting_requests": len(self.scheduler.waiting),
+                "running_requests": len(self.scheduler.running),
+                "paused_requests": len(self._paused),
+                "slots_used": slots.count - slots.free,
+                "slots": slots.count,
+                "capacity_tokens": slabs.count * SLAB_TOKENS,
+                "capacity_bytes": slabs.count * slabs.layout.slab_bytes,
+                "in_use_tokens": (slabs.count - self.cache.available()) * SLAB_TOKENS,
+            }
+            for tier, (tokens, size) in self.cache.occupancy().items():
+                gauges[f'cached_tokens{{tier="{tier}"}}'] = tokens
+                gauges[f'cached_bytes{{tier="{tier}"}}'] = size
+            if disk is not None:
+                gauges["disk_problems"] = disk.problems
+            return self.metrics.text(gauges, self.cache.stats)
 
     def close(self) -> None:
         """Close logs; requests that had not finished can be recovered by another engine."""
-        if self.wal is not None:
-            self.wal.close()
+        with self._lock:
+            if self.wal is not None:
+                self.wal.close()
 
     # Memory: what the scheduler asks for.
 
     def _admit(self, request: Request) -> bool:
         """Let a request in if there is room; one that can never be served ends here."""
         room = self.memory.slabs.count
-        if slabs_for(len(request.tokens) + 1) > room:
-            request.error = CacheFull(
-                f"{request.id} has grown beyond a cache of {room * SLAB_TOKENS} tokens: "
-                "raise cache_tokens"
-            )
-            self._finish(request, "error")
+        try:
+            if slabs_for(len(request.tokens) + 1) > room:
+                raise CacheFull(
+                    f"{request.id} has grown beyond a cache of {room * SLAB_TOKENS} tokens: "
+                    "raise cache_tokens"
+                )
+            return self.residence.admit(request)
+        except Exception as error:
+            self._fail(request, error)
             return True
-        return self.residence.admit(request)
 
     def _set_back(self, request: Request) -> None:
         """Take a request's memory, keeping what it computed in the cache as long as that lasts."""
         self.residence.checkpoint(request)
         self.residence.release(request)
-        request.preemptions += 1
-        self.metrics.preemptions += 1
+        self._count_preemption(request)
 
     def _lose(self, request: Request) -> None:
         """Take a request's memory without trusting what is in it."""
-        if request.slot is None:
-            return
-        self.residence.release(request)
+        if request.status is Status.RUNNING:
+            self.residence.release(request)
+            self._count_preemption(request)
+            self.scheduler.remove(request)
+            self.scheduler.add(request)
+
+    def _count_preemption(self, request: Request) -> None:
         request.preemptions += 1
-        self.scheduler.remove(request)
-        self.scheduler.add(request)
+        self.metrics.preemptions += 1
 
     # A step.
 
-    def _run(self, shares: list[Share]) -> dict[str, np.ndarray]:
-        """Logits [rows, vocab] where a next token can be drawn, the rows of drafts behind."""
-        pieces, wanted, ready = [], {}, {}
-        row = 0
-        for share in shares:
-            request, end = share.request, share.request.computed + share.count
-            if request.id in self.residence.hidden:
-                ready[request.id] = self.runner.head(self.residence.hidden[request.id])
-                continue
-            tokens = request.tokens[request.computed : end] + request.draft
-            assert request.slot is not None
-            pieces.append(
-                Piece(slot=request.slot, start=request.computed, tokens=tokens, known=request.known)
-            )
-            if end == len(request.tokens):
-                wanted[request.id] = list(range(row + share.count - 1, row + len(tokens)))
-            row += len(tokens)
-        self.metrics.steps += 1
-        self.metrics.last_batch = row
-        self.metrics.computed_tokens += row
-        if not pieces:
-            return ready
-        self.runner.export = any(share.request.export for share in shares)
-        self.runner.forward(Batch.of(pieces, self.memory.slabs.data.device))
-        which = [r for rows in wanted.values() for r in rows]
-        hidden, logits = self.runner.logits(which)
-        at = 0
-        for name, rows in wanted.items():
-            ready[name] = logits[at : at + len(rows)]
-            self.residence.last_hidden[name] = hidden[at : at + 1]
-            at += len(rows)
-        self._keep_rows(shares)
-        return ready
-
-    def _keep_rows(self, shares: list[Share]) -> None:
-        """What later needs of the rows just computed: exports, and streams to draft from."""
-        row = 0
-        for share in shares:
-            request = share.request
-            if request.id in self.residence.hidden:
-                continue
-            count = share.count + len(request.draft)
-            if request.export:
-                hidden, _ = self.runner.logits(list(range(row, row + share.count)))
-                self.exports.setdefault(request.id, []).append(
-                    Exported(
-                        first=request.computed,
-                        hidden=hidden.copy(),
-                        routing=self.runner.routing(row + share.count)[:, row:],
-                        selection=self.runner.selection(row + share.count)[:, row:],
-                    )
-                )
-            if self.drafter.active:
-                self.drafter.keep(request, row, count)
-            row += count
-
-    def _postprocess(
-        self, shares: list[Share], logits: dict[str, np.ndarray]
-    ) -> list[tuple[Request, list[Drawn]]]:
-        updates = []
-        for share in shares:
-            request = share.request
-            if request.id not in self.residence.hidden:
-                request.computed += share.count
-            rows = logits.get(request.id)
-            self.residence.checkpoint_if_due(request)
-            if rows is None:
-                self.residence.commit(request)
-                continue
-            try:
-                drawn = self._draw(request, rows)
-            except (FathomError, ArithmeticError) as error:
-                request.error = error
-                self._finish(request, "error")
-                updates.append((request, []))
-                continue
-            self.residence.hidden.pop(request.id, None)
-            updates.append((request, drawn))
+    def _postprocess(self, share: Share) -> tuple[Request, list[Drawn]] | None:
+        """Let a request take in what was computed, and draw where a token can be drawn."""
+        request, drawn = share.request, []
+        before = len(request.output)
+        if share.row is not None:
+            request.computed = share.start + share.count
+        self.residence.checkpoint_if_due(request, share.hidden)
+        try:
+            reason = self._draw(request, share)
+            if request.export and (found := export(self.runner, share)):
+                request.exports.append(found)
+        except Exception as error:  # of its mask, its stop hook, its logits or its log
+            self._fail(request, error)
+        else:
             self.residence.commit(request)
-            reason = self._ending(request, drawn[-1]) if drawn else "length"
             if reason is not None:
                 self._finish(request, reason)
-        self._log_timing(updates)
-        return updates
+        share.done = True
+        drawn = request.output[before:]
+        return (request, drawn) if share.logits is not None else None
 
-    def _draw(self, request: Request, rows: np.ndarray) -> list[Drawn]:
-        """Draw a token per row while drafts are what is drawn; log them, then show them."""
-        drawn: list[Drawn] = []
-        if request.params.max_tokens == 0:
-            return drawn
+    def _draw(self, request: Request, share: Share) -> str | None:
+        """Draw a token per row while drafts are what is drawn: each is logged, then shown.
+
+        Returns why the request ends, or None.
+        """
+        if share.logits is None:
+            return None
+        request.remembered = None
         draft, request.draft = request.draft, []
-        first = len(request.output)
-        for i in range(len(rows)):
-            token = request.sampler.pick(rows[i], request.mask)
-            drawn.append(token)
-            last = first + len(drawn) >= request.params.max_tokens
-            if last or token.token in request.params.stop_token_ids:
+        reason, previous, count = None, request.last_token, 0
+        for row in share.logits:
+            drawn = request.sampler.pick(row, request.mask)
+            if self.wal is not None:
+                self.wal.append(request, drawn)
+            request.add(drawn)
+            count += 1
+            reason = request.ending()
+            if reason is not None or count > len(draft) or drawn.token != draft[count - 1]:
                 break
-            if i >= len(draft) or token.token != draft[i]:
-                break
-        self.drafter.judge(len(draft), len(drawn) - 1)
-        if self.wal is not None:
-            self.wal.append(request, drawn, first)
-        for token in drawn:
-            request.add(token)
-        request.computed += len(drawn) - 1
-        self.metrics.sampled_tokens += len(drawn)
-        return drawn
+        request.computed += count - 1
+        self.drafter.judge(len(draft), count - 1)
+        self.metrics.tokens_drawn(request, count, previous)
+        return reason
 
-    def _ending(self, request: Request, drawn: Drawn) -> str | None:
-        """Why a request ends after this token, or None."""
-        if drawn.token in request.params.stop_token_ids:
-            return "stop"
-        if request.stop is not None and request.stop(drawn.token):
-            return "stop"
-        return "length" if len(request.output) >= request.params.max_tokens else None
+    def _failed(
+        self, shares: Sequence[Share], error: BaseException
+    ) -> list[tuple[Request, list[Drawn]]]:
+        """After a step that broke off: some layers may have taken tokens in that others have not.
 
-    def _finish(self, request: Request, reason: str) -> None:
-        if request.slot is not None and reason != "error":
-            self.residence.checkpoint(request, last=True)
-        self.residence.release(request)
-        self.scheduler.remove(request)
-        if request in self._paused:
-            self._paused.remove(request)
-        request.status, request.finish_reason = Status.FINISHED, reason
-        self.residence.last_hidden.pop(request.id, None)
-        self.metrics.finished[reason] = self.metrics.finished.get(reason, 0) + 1
-        if self.wal is not None:
-            self.wal.end(request)
-
-    def _log_timing(self, updates: list[tuple[Request, list[Drawn]]]) -> None:
-        for request, drawn in updates:
-            if not drawn or request.last_token is None or request.first_token is None:
-                continue
-            if len(request.output) == len(drawn):
-                self.metrics.time_to_first_token.add(request.first_token - request.arrived)
-            elif request.started is not None:
-                self.metrics.inter_token.add((request.last_token - request.started) / len(drawn))
-            request.started = request.last_token
+        Whatever had not taken note of its tokens computes them again. When memory ran out, the
+        largest share's request ends, and the step counts as done.
+        """
+        undone = [share for share in shares if not share.done]
+        for share in undone:
+            self._lose(share.request)
+            if share.request.sampler.drawn != len(share.request.output):  # broken off within a draw
+                self._fail(share.request, GenerationError(f"{share.request.id} was interrupted"))
+        if not out_of_memory(error) or not undone:
+            raise error
+        victim = max(undone, key=lambda share: (share.count, share.request.number)).request
+        self._fail(
+            victim,
+            CacheFull(
+                f"memory ran out while {victim.id} was computed ({error}): lower the budget of a "
+                "step or cache_tokens"
+            ),
+        )
+        return [(victim, [])]
 
     def _enter(self, request: Request) -> None:
         if request.params.max_tokens == 0:
@@ -496,20 +488,41 @@ class Engine:
         else:
             self.scheduler.add(request)
 
+    def _fail(self, request: Request, error: Exception) -> None:
+        if not request.finished:
+            request.error = error
+            self._finish(request, "error")
+
+    def _finish(self, request: Request, reason: str) -> None:
+        if reason != "error":
+            self.residence.leave(request)
+        self.residence.release(request)
+        self.scheduler.remove(request)
+        if request in self._paused:
+            self._paused.remove(request)
+        request.status, request.finish_reason = Status.FINISHED, reason
+        self.metrics.finished[reason] += 1
+        if self.wal is not None:
+            self.wal.end(request)
+
+    def _settle(self) -> None:
+        """Cancel what was dropped meanwhile."""
+        while self._dropped and not self._stepping:
+            request, forget = self._dropped.popleft()
+            if not request.finished:
+                self._finish(request, "cancelled")
+            if forget and self.wal is not None:
+                self.wal.forget(request.id)
+
+    def _need_disk(self) -> None:
+        if self.cache.disk is None:
+            raise CacheError("this engine has no disk cache: set disk to a folder")
+
     def _name(self) -> bytes:
         """Names model, formats and weights; whatever is stored is stored under it."""
         layout = self.memory.slabs.layout
         kind = (
             f"{layout.kv_format} {layout.key_format} {self.config.drafts > 0} "
-            f"{type(self.runner).__name__}"
+            f"{type(self.runner).__name__} {self.config.batch_invariant}"
         )
         return fingerprint(self.model, kind)
-
-    def _slab_count(self, layout: SlabLayout, device: torch.device) -> int:
-        size = max(1, layout.slab_bytes)
-        if self.config.cache_tokens is not None:
-            return max(1, slabs_for(self.config.cache_tokens))
-        wanted = (
-            slabs_for(self.model.config.max_position_embeddings) + 4 * self.config.max_sequences
-        )
-        return max(1, min(wanted, free_bytes(device) // 4 // size))

@@ -144,7 +144,7 @@ def slabs_for(tokens: int) -> int:
 
 def read_ranges(row: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> bytes:
     """The bytes of some ranges of row [bytes] uint8, one after the other."""
-    whole = row.cpu().numpy()
+    whole = _on_host(row).numpy()
     return b"".join(whole[a:b].tobytes() for a, b in ranges)
 
 
@@ -154,13 +154,23 @@ def write_ranges(row: torch.Tensor, ranges: Sequence[tuple[int, int]], record: b
     if len(record) != wanted:
         raise ValueError(f"a record of {len(record)} bytes where {wanted} belong")
     source, at = np.frombuffer(record, np.uint8), 0
+    staged = _on_host(row)
+    whole = staged.numpy()  # torch would wake its threads for every copy
     for a, b in ranges:
-        part = source[at : at + b - a]
-        if row.device.type == "cpu":  # torch would wake its threads for every copy
-            row.numpy()[a:b] = part
-        else:
-            row[a:b] = torch.tensor(part, device=row.device)
+        whole[a:b] = source[at : at + b - a]
         at += b - a
+    if row.device.type != "cpu":
+        row.copy_(staged, non_blocking=True)
+
+
+def _on_host(row: torch.Tensor) -> torch.Tensor:
+    """row [bytes] uint8 itself on the CPU; of a GPU a copy in pinned memory, in one transfer."""
+    if row.device.type == "cpu":
+        return row
+    staged = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
+    staged.copy_(row, non_blocking=True)
+    torch.cuda.current_stream(row.device).synchronize()
+    return staged
 
 
 def _allocate(rows: int, cols: int, device: torch.device) -> torch.Tensor:
@@ -182,6 +192,7 @@ class SlabPool:
 
     data: [slabs, slab_bytes] uint8. Memory that was never written to costs nothing on the CPU.
     A slab that several sequences share has as many references; only full slabs are shared.
+    `releases` counts how often one was given back: until then there is no more room than before.
     """
 
     def __init__(self, layout: SlabLayout, count: int, device: torch.device | str = "cpu") -> None:
@@ -189,6 +200,7 @@ class SlabPool:
         self.data = _allocate(count, layout.slab_bytes, torch.device(device))
         self._free = list(range(count - 1, -1, -1))
         self._references = [0] * count
+        self.releases = 0
 
     @property
     def free(self) -> int:
@@ -213,6 +225,7 @@ class SlabPool:
     def release(self, slab: int) -> None:
         """Drop a reference; the last one frees the slab."""
         self._references[slab] -= 1
+        self.releases += 1
         assert self._references[slab] >= 0
         if self._references[slab] == 0:
             self._free.append(slab)

@@ -10,6 +10,7 @@ Paper: none (inference interface).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ import torch
 from fathom.chat import Tokenizer
 from fathom.chat.generation import TokenMask
 from fathom.checkpoint import load_model
-from fathom.engine.engine import Engine, EngineConfig, check_tokens
+from fathom.engine.engine import Engine, EngineConfig
+from fathom.engine.options import check_tokens
 from fathom.engine.request import Request
 from fathom.engine.sampler import SamplingParams
 from fathom.errors import ConfigError, GenerationError, TokenizerError
@@ -102,7 +104,7 @@ def _folder(path_or_preset: str | Path) -> Path:
 
 
 class LLM:
-    """A model, its tokenizer (or None) and an engine. Not safe for threads.
+    """A model, its tokenizer (or None) and an engine, which threads may share.
 
     The engine, with memory of its own, is made when it is first needed.
     """
@@ -120,14 +122,15 @@ class LLM:
         self._tokenizer = tokenizer
         self._engine_config = engine
         self._engine: Engine | None = None
-        self._turn = anyio.Lock()
+        self._making = threading.Lock()
 
     @property
     def engine(self) -> Engine:
         """What `generate`, `stream` and `chat` run on; see fathom.engine.Engine."""
-        if self._engine is None:
-            self._engine = Engine(self.model, self._engine_config)
-        return self._engine
+        with self._making:
+            if self._engine is None:
+                self._engine = Engine(self.model, self._engine_config)
+            return self._engine
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -229,17 +232,20 @@ class LLM:
         return Generation(self, ids, params, {"mask": mask, "priority": priority, "pin": pin})
 
     async def astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[TokenPiece]:
-        """`stream` for an event loop: tokens are computed in a worker thread."""
+        """`stream` for an event loop: tokens are computed in worker threads.
+
+        Several at once are computed together.
+        """
         run = self.stream(*args, **kwargs)
         try:
             while True:
-                async with self._turn:
-                    piece = await anyio.to_thread.run_sync(next, run, None)
+                piece = await anyio.to_thread.run_sync(next, run, None)
                 if piece is None:
                     return
                 yield piece
         finally:
-            run.close()
+            with anyio.CancelScope(shield=True):  # it may have to wait for a step
+                await anyio.to_thread.run_sync(run.close)
 
     def chat(
         self,
@@ -346,14 +352,11 @@ class _Started:
     def end(self) -> None:
         if self.request is None:
             return
-        engine = self.llm.engine
-        engine.cancel(self.request)
-        if engine.wal is not None:
-            engine.wal.forget(self.request.id)
+        self.llm.engine.forget(self.request)
 
     def __del__(self) -> None:
         if self.request is not None and not self.request.finished:
-            self.end()
+            self.llm.engine.forget(self.request, wait=False)
 
 
 def _pieces(started: _Started) -> Generator[TokenPiece, None, None]:

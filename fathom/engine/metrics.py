@@ -6,8 +6,14 @@ Paper: none (infrastructure).
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fathom.engine.prefix_cache import TierStats
+    from fathom.engine.request import Request
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -19,10 +25,10 @@ class Histogram:
     counts: list[int] = field(default_factory=lambda: [0] * (len(_SECONDS) + 1))
     total: float = 0.0
 
-    def add(self, seconds: float) -> None:
-        """Count one duration."""
-        self.counts[bisect_left(_SECONDS, seconds)] += 1
-        self.total += seconds
+    def add(self, seconds: float, times: int = 1) -> None:
+        """Count one duration, or several of the same."""
+        self.counts[bisect_left(_SECONDS, seconds)] += times
+        self.total += seconds * times
 
     def lines(self, name: str) -> list[str]:
         """The Prometheus lines of this histogram."""
@@ -40,7 +46,7 @@ class Metrics:
     """
 
     requests: int = 0
-    finished: dict[str, int] = field(default_factory=dict[str, int])
+    finished: Counter[str] = field(default_factory=Counter[str])
     steps: int = 0
     computed_tokens: int = 0
     sampled_tokens: int = 0
@@ -65,8 +71,30 @@ class Metrics:
         """Drafted tokens that were right, on average per draft."""
         return self.accepted_tokens / self.drafts if self.drafts else 0.0
 
-    def text(self, gauges: Mapping[str, float]) -> str:
+    def step_done(self, rows: int) -> None:
+        """Take note of a step and its rows."""
+        self.steps += 1
+        self.last_batch = rows
+        self.computed_tokens += rows
+
+    def tokens_drawn(self, request: Request, count: int, previous: float | None) -> None:
+        """Take note of `count` tokens; `previous`: when the one before them was drawn."""
+        self.sampled_tokens += count
+        assert request.last_token is not None
+        if previous is None:
+            self.time_to_first_token.add(request.last_token - request.arrived)
+        else:
+            self.inter_token.add((request.last_token - previous) / count, count)
+
+    def text(self, gauges: Mapping[str, float], found: TierStats) -> str:
         """Everything in Prometheus' text format; `gauges` are the values of this moment."""
+        gauges = {
+            **gauges,
+            "batch_tokens": self.last_batch,
+            "hit_rate": self.hit_rate,
+            "drafting": float(self.drafting),
+            "accepted_draft_length": self.accepted_length,
+        }
         counters = {
             "requests_total": self.requests,
             "steps_total": self.steps,
@@ -85,6 +113,9 @@ class Metrics:
         lines.append("# TYPE fathom_engine_finished_total counter")
         for reason, count in sorted(self.finished.items()):
             lines.append(f'fathom_engine_finished_total{{reason="{reason}"}} {count}')
+        lines.append("# TYPE fathom_engine_found_tokens_total counter")
+        for tier, count in asdict(found).items():
+            lines.append(f'fathom_engine_found_tokens_total{{tier="{tier}"}} {count}')
         seen = set()
         for name, value in gauges.items():
             plain = name.partition("{")[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fathom.engine.kv_cache import SLAB_TOKENS
+from fathom.engine.kv_cache import SLAB_TOKENS, SlabLayout, slabs_for
 from fathom.engine.scheduler import Budget
 from fathom.engine.state_cache import DRAFT_ROOM
 from fathom.errors import ConfigError, GenerationError
@@ -28,7 +28,9 @@ class EngineConfig:
     a quarter of the free memory if that is less). checkpoint_spacing: tokens between checkpoints of
     the sliding windows within long prompts; 256 is every slab ("full"), 0 none but at turn ends.
     drafts: tokens that the MTP block drafts per step, 0 for none; `drafts_adaptive` stops drafting
-    while it does not pay. indexer: "fp4" or "fp8" keys.
+    while it does not pay. indexer: "fp4" or "fp8" keys. batch_invariant: False lets a GPU's prompts
+    and large batches go through matrix products whose bits depend on the cutting; the CPU has no
+    such way.
     Raises ConfigError for values that cannot be.
     """
 
@@ -44,10 +46,15 @@ class EngineConfig:
     drafts: int = 0
     drafts_adaptive: bool = True
     indexer: str = "fp4"
+    batch_invariant: bool = True
 
     def __post_init__(self) -> None:
         if self.max_sequences < 1 or self.budget.tokens < 1 or self.budget.beside_streams < 1:
             raise ConfigError("an engine needs room for one sequence and a budget of one token")
+        for name in ("cache_tokens", "host_bytes", "checkpoint_bytes", "disk_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} must not be negative, but is {value}")
         if self.checkpoint_spacing < 0 or self.checkpoint_spacing % SLAB_TOKENS:
             raise ConfigError(
                 f"checkpoint_spacing must be a multiple of {SLAB_TOKENS} or 0, not "
@@ -55,6 +62,17 @@ class EngineConfig:
             )
         if not 0 <= self.drafts < DRAFT_ROOM:
             raise ConfigError(f"drafts must lie in 0 .. {DRAFT_ROOM - 1}, not {self.drafts}")
+
+
+def check_request(
+    prompt: Sequence[int], request_id: str, priority: int, config: ModelConfig
+) -> None:
+    """Raises GenerationError for what no request can be asked with."""
+    check_tokens(prompt, config)
+    if not isinstance(request_id, str):
+        raise GenerationError(f"a request's id is text, not {request_id!r}")
+    if not isinstance(priority, int):
+        raise GenerationError(f"a priority is a whole number, not {priority!r}")
 
 
 def check_tokens(tokens: Sequence[int], config: ModelConfig) -> None:
@@ -71,6 +89,14 @@ def check_tokens(tokens: Sequence[int], config: ModelConfig) -> None:
             raise GenerationError(
                 f"{i!r} is not a token id of this model (0 .. {config.vocab_size - 1})"
             )
+
+
+def slab_count(config: EngineConfig, layout: SlabLayout, device: torch.device) -> int:
+    """How many slabs the device gets."""
+    if config.cache_tokens is not None:
+        return max(1, slabs_for(config.cache_tokens))
+    wanted = slabs_for(layout.config.max_position_embeddings) + 4 * config.max_sequences
+    return max(1, min(wanted, free_bytes(device) // 4 // max(1, layout.slab_bytes)))
 
 
 def free_bytes(device: torch.device) -> int:

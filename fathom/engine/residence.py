@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from fathom.engine.batch import Memory
+from fathom.engine.checkpoints import Checkpoint
 from fathom.engine.kv_cache import SLAB_TOKENS, slabs_for
 from fathom.engine.metrics import Metrics
-from fathom.engine.prefix_cache import Checkpoint, Hit, PrefixCache
+from fathom.engine.prefix_cache import Hit, PrefixCache
 from fathom.engine.request import Request, Status
 from fathom.errors import CacheError, CacheFull
 
@@ -23,75 +24,82 @@ _log = logging.getLogger(__name__)
 class Residence:
     """Moves requests into an engine's memory and out of it.
 
-    `spacing`: tokens between checkpoints in long prompts, 0 for none. `hidden`: final hidden states
-    [1, hidden] of requests whose whole prompt was known; `last_hidden`: of the last row that was
-    drawn from.
+    `spacing`: tokens between checkpoints in long prompts, 0 for none.
     """
 
     def __init__(self, memory: Memory, cache: PrefixCache, metrics: Metrics, spacing: int) -> None:
         self._memory, self._cache, self._metrics, self._spacing = memory, cache, metrics, spacing
-        self.hidden: dict[str, np.ndarray] = {}
-        self.last_hidden: dict[str, np.ndarray] = {}
+        self._refused = (0, 0, 0)  # the request that found no room, and what room there was
 
     def admit(self, request: Request) -> bool:
         """Give a request its slot and what is known of its tokens; False while there is no room."""
-        slots = self._memory.slots
-        if not slots.free:
+        slots, slabs = self._memory.slots, self._memory.slabs
+        asked = (request.number, slots.free, slabs.releases)
+        if not slots.free or asked == self._refused:
             return False
-        hit = self._cache.find(request.tokens, slots.layout.replay_tokens())
-        shared = self._cache.held(hit.chain)
-        if self._cache.available() < slabs_for(len(request.tokens) + 1) - shared:
-            return False
-        request.slot = slots.take()
-        slots.data[request.slot].zero_()
-        request.slabs = []
-        for key in hit.chain:
-            slab = self._cache.acquire(key)
-            if slab is None:  # its file was damaged: look again without it
-                self.release(request)
-                return self.admit(request)
-            request.slabs.append(slab)
-        try:
-            self._restore(request, hit)
-        except ValueError as error:  # a record of another shape: it is worth nothing
-            _log.warning("event=checkpoint_refused detail=%r", str(error))
-            self.release(request)
-            self._cache.forget_checkpoint(hit)
-            return self.admit(request)
-        self._memory.tables[request.slot, : len(request.slabs)] = torch.tensor(
-            request.slabs, dtype=torch.int32
-        )
+        while True:
+            hit = self._cache.find(request.tokens, slots.layout.replay_tokens(), request.export)
+            needed = slabs_for(len(request.tokens) + 1) - self._cache.held(hit.chain)
+            if self._cache.available() < needed:
+                self._refused = asked
+                return False
+            if self._move_in(request, hit):
+                break
         self._admitted(request, hit)
         return True
+
+    def _move_in(self, request: Request, hit: Hit) -> bool:
+        """Take the memory of a hit. False when part of it was damaged: it is gone then."""
+        request.slot = self._memory.slots.take()
+        try:
+            slabs = self._cache.acquire(hit.chain)
+            if slabs is not None:
+                request.slabs = slabs
+                self._restore(request, hit)
+                return True
+        except ValueError as error:  # a record of another shape: it is worth nothing
+            _log.warning("event=checkpoint_refused detail=%r", str(error))
+            self._cache.checkpoints.forget(hit.key)
+        except BaseException:
+            self.release(request)
+            raise
+        self.release(request)
+        return False
 
     def _restore(self, request: Request, hit: Hit) -> None:
         slot, checkpoint = request.slot, hit.checkpoint
         assert slot is not None
-        request.computed, request.known = hit.start, hit.known
-        request.chain, request.found = list(hit.chain), len(hit.chain)
-        if checkpoint is None:
-            return
-        self._memory.slots.write(slot, checkpoint.state, checkpoint.position)
-        begun = checkpoint.position % SLAB_TOKENS
-        if begun and checkpoint.position // SLAB_TOKENS == len(request.slabs):
-            request.slabs.append(self._cache.take_slab())
-            self._memory.slabs.write(request.slabs[-1], checkpoint.entries, begun)
-        if checkpoint.position == len(request.tokens):
-            self.hidden[request.id] = np.frombuffer(checkpoint.hidden, np.float32)[None]
+        self._memory.slots.data[slot].zero_()
+        request.computed = request.checkpointed = hit.start
+        request.known, request.chain, request.found = hit.known, list(hit.chain), len(hit.chain)
+        if checkpoint is not None:
+            self._memory.slots.write(slot, checkpoint.state, checkpoint.position)
+            begun = checkpoint.position % SLAB_TOKENS
+            if begun and checkpoint.position // SLAB_TOKENS == len(request.slabs):
+                request.slabs.append(self._cache.take_slab())
+                self._memory.slabs.write(request.slabs[-1], checkpoint.entries, begun)
+            if checkpoint.position == len(request.tokens):
+                width = self._memory.slabs.layout.config.hidden_size
+                request.remembered = np.frombuffer(checkpoint.hidden, np.float32).reshape(1, width)
+        table = torch.tensor(request.slabs, dtype=torch.int32)
+        self._memory.tables[slot, : len(request.slabs)] = table
 
     def _admitted(self, request: Request, hit: Hit) -> None:
         prompt = len(request.prompt)
-        if request.preemptions == 0:
+        request.admissions += 1
+        request.exports.clear()  # all of them come again
+        if request.admissions == 1:
             request.cached_tokens = min(hit.start, prompt)
             self._metrics.prompt_tokens += prompt
             self._metrics.cached_tokens += request.cached_tokens
-        spacing = self._spacing
+        spacing, openings = self._spacing, self._cache.openings
         request.checkpoints = {prompt}
         if spacing:
             request.checkpoints |= set(range(spacing, len(request.tokens), spacing))
-        opening = self._cache.shared_opening(request.tokens, hit.start)
+        opening = openings.shared(request.tokens, hit.start)
         if opening:
             request.checkpoints.add(opening)
+        openings.add(request.tokens)
 
     def grow(self, request: Request, tokens: int) -> bool:
         """Slabs for a sequence of this length; False when there are none left."""
@@ -111,10 +119,9 @@ class Residence:
             self._memory.slabs.release(slab)
         if request.slot is not None:
             self._memory.slots.release(request.slot)
-        request.slot, request.slabs, request.chain = None, [], []
+        request.slot, request.remembered = None, None
+        request.slabs, request.chain, request.draft = [], [], []
         request.computed = request.known = 0
-        request.draft = []
-        self.hidden.pop(request.id, None)
 
     def commit(self, request: Request) -> None:
         """Share the slabs that the request has filled."""
@@ -126,41 +133,55 @@ class Residence:
         for i in range(done, full):
             self._cache.keep_slab(request.chain[i], request.slabs[i])
 
-    def checkpoint_if_due(self, request: Request) -> None:
-        """Keep the state where a checkpoint is wanted."""
-        spacing = self._spacing
+    def checkpoint_if_due(self, request: Request, hidden: np.ndarray | None) -> None:
+        """Keep the state where a checkpoint is wanted; hidden: as for `checkpoint`."""
         due = request.computed in request.checkpoints or (
-            spacing and request.computed % spacing == 0
+            self._spacing and request.computed % self._spacing == 0
         )
-        if due and request.computed != request.checkpointed and request.computed > request.known:
-            self.checkpoint(request)
+        if due and request.computed != request.checkpointed:
+            self.checkpoint(request, hidden)
 
-    def checkpoint(self, request: Request, last: bool = False) -> None:
-        """Keep the state after the tokens computed so far."""
+    def checkpoint(self, request: Request, hidden: np.ndarray | None = None) -> None:
+        """Keep the state after the tokens computed so far.
+
+        hidden: [rows, hidden], the first of the last of these tokens; kept at the prompt's end.
+        """
         if not request.computed or request.slot is None or request.computed < request.known:
             return
         self.commit(request)
         position = request.computed
         full, begun = divmod(position, SLAB_TOKENS)
-        hidden = b""
-        if position == len(request.prompt) and request.id in self.last_hidden:
-            hidden = self.last_hidden[request.id].astype(np.float32).tobytes()
+        last = b""
+        if position == len(request.prompt) and hidden is not None:
+            last = hidden[0].astype(np.float32).tobytes()
         parent = request.chain[full - 1] if full else self._cache.root
-        key = self._cache.keep_checkpoint(
+        key = self._cache.checkpoints.keep(
             parent,
             Checkpoint(
                 position=position,
                 tail=tuple(request.tokens[full * SLAB_TOKENS : position]),
                 state=self._memory.slots.read(request.slot, position),
                 entries=self._memory.slabs.read(request.slabs[full], begun) if begun else b"",
-                hidden=hidden,
+                hidden=last,
             ),
         )
         request.checkpointed = position
         request.kept.append(key)
-        self._cache.remember(request.tokens[:position])
-        if last and self._cache.disk is not None:
-            try:
-                self._cache.persist(request.chain[:full], request.kept, request.pin, request.found)
-            except CacheError as error:
-                _log.warning("event=cache_not_written detail=%r", str(error))
+
+    def leave(self, request: Request) -> None:
+        """Keep a request's end in the cache, on disk if there is one, as it goes for good."""
+        if request.slot is None:
+            return
+        try:
+            if request.computed != request.checkpointed:
+                self.checkpoint(request)
+            computed = request.tokens[: request.computed]
+            self._cache.openings.add(computed)
+            full = request.computed // SLAB_TOKENS
+            self._cache.persist(request.chain[:full], request.kept, request.found)
+            if request.pin and self._cache.disk is not None:
+                self._cache.save(computed)
+            elif request.pin:
+                self._cache.pin(computed)
+        except (CacheError, MemoryError) as error:
+            _log.warning("event=cache_not_written detail=%r", str(error))

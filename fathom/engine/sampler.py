@@ -49,36 +49,46 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _within("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "0 .. 100")
-        _within("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "(0, 1]")
-        _within("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "0 .. 1")
-        repeats = self.repetition_penalty
-        _within("repetition_penalty", repeats, 0.0 < repeats <= 100.0, "(0, 100]")
-        for name in ("frequency_penalty", "presence_penalty"):
+        numbers = {
+            "temperature": "0 .. 100", "top_p": "(0, 1]", "min_p": "0 .. 1",
+            "repetition_penalty": "(0, 100]", "frequency_penalty": "-100 .. 100",
+            "presence_penalty": "-100 .. 100",
+        }  # fmt: skip
+        for name, bounds in numbers.items():
             value = getattr(self, name)
-            _within(name, value, -100.0 <= value <= 100.0, "-100 .. 100")
-        if self.top_k < 0 or self.top_logprobs < 0:
-            raise GenerationError(
-                f"top_k and top_logprobs must not be negative: {self.top_k}, {self.top_logprobs}"
-            )
-        _within(
-            "top_logprobs", self.top_logprobs, self.top_logprobs <= MOST_TOP_LOGPROBS,
-            f"0 .. {MOST_TOP_LOGPROBS}",
-        )  # fmt: skip
-        if self.max_tokens < 0:
-            raise GenerationError(f"max_tokens must not be negative, but is {self.max_tokens}")
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise GenerationError(f"seed must lie in 0 .. 2**64 - 1, not {self.seed}")
-        for token, bias in self.logit_bias.items():
-            if token < 0 or not -1000.0 <= bias <= 1000.0:
+            if not _is_number(value) or not _within(value, bounds):
+                raise GenerationError(f"{name} must lie in {bounds}, not {value!r}")
+        whole = {"top_k": 2**63, "top_logprobs": MOST_TOP_LOGPROBS + 1, "max_tokens": 2**63}
+        if self.seed is not None:
+            whole["seed"] = 2**64
+        for name, end in whole.items():
+            value = getattr(self, name)
+            if not _is_whole(value) or not 0 <= value < end:
                 raise GenerationError(
-                    f"logit_bias must give token ids a number in -1000 .. 1000, not {token}: {bias}"
+                    f"{name} must be a whole number in 0 .. {end - 1}, not {value!r}"
                 )
+        for token, bias in self.logit_bias.items():
+            if not (_is_whole(token) and token >= 0 and _is_number(bias) and abs(bias) <= 1000):
+                raise GenerationError(
+                    "logit_bias must give token ids a number in -1000 .. 1000, not "
+                    f"{token!r}: {bias!r}"
+                )
+        if not all(_is_whole(token) for token in self.stop_token_ids):
+            raise GenerationError(f"stop_token_ids must be ids, not {self.stop_token_ids!r}")
 
 
-def _within(name: str, value: float, holds: bool, bounds: str) -> None:
-    if not holds:  # also for NaN
-        raise GenerationError(f"{name} must lie in {bounds}, not {value}")
+def _within(value: float, bounds: str) -> bool:
+    """Whether a number lies in "low .. high" or "(low, high]"; NaN never does."""
+    low, high = (float(part) for part in bounds.strip("(]").replace(" .. ", ", ").split(", "))
+    return low <= value <= high and not (bounds[0] == "(" and value == low)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Drawn(NamedTuple):
@@ -90,14 +100,14 @@ class Drawn(NamedTuple):
 
 
 class Sampler:
-    """Draws tokens for one request; `seed` is the one that was given or chosen."""
+    """Draws tokens for one request; `seed` is the one that was given or chosen, `drawn` counts."""
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int] = ()) -> None:
         self.params = params
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self._prompt = frozenset(prompt) if params.repetition_penalty != 1.0 else frozenset()
         self._counts: Counter[int] = Counter()
-        self._drawn = 0
+        self.drawn = 0
 
     def draw(self, logits: torch.Tensor) -> tuple[int, float]:
         """logits: [vocab] float32 of one position. Returns (token id, its log-probability).
@@ -123,7 +133,7 @@ class Sampler:
 
     def accept(self, token: int) -> None:
         """Take note of a token without drawing it, as when a request continues after a restart."""
-        self._drawn += 1
+        self.drawn += 1
         if self._penalised:
             self._counts[token] += 1
 
@@ -191,7 +201,7 @@ class Sampler:
         else:
             order = None
         mass = p.cumsum()
-        target = uniform(self.seed, self._drawn + ahead) * mass[-1]
+        target = uniform(self.seed, self.drawn + ahead) * mass[-1]
         place = int(np.searchsorted(mass, target, side="right"))
         place = min(place, len(p) - 1)
         return int(place if order is None else order[place])

@@ -2,8 +2,9 @@
 
 Streams that are decoding come first, one token each; what is left of the step's budget goes to
 prompts, in equal parts, so that a long prompt delays neither running streams nor a short prompt by
-more than a step. Requests are admitted when there is memory for all of their tokens; when memory
-runs out later, the least important request is set back and takes up its work again afterwards.
+more than a step. Requests are admitted in order, when there is memory for all of their tokens; one
+that asks what a running prompt asks waits for its answer in the cache. When memory runs out later,
+the least important request is set back and takes up its work again afterwards.
 
 Paper: none (engine).
 """
@@ -13,15 +14,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from fathom.engine.request import Request, Status
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Share:
-    """The tokens of one request in a step: `count` from its `computed`, then its drafts."""
+    """The tokens of one request in a step: `count` from `start` on, then its drafts.
+
+    Once it has run, `row` is its first row in the batch (None: nothing had to be computed), and
+    `hidden` [rows, hidden] and `logits` [rows, vocab] belong to its last token and the drafts
+    behind it, if a token can be drawn there. `done`: the request has taken note of it.
+    """
 
     request: Request
+    start: int
     count: int
+    row: int | None = None
+    hidden: np.ndarray | None = None
+    logits: np.ndarray | None = None
+    done: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,18 +73,13 @@ class Scheduler:
 
     def schedule(self) -> list[Share]:
         """The next step's shares. Admits, and preempts where memory has run out."""
-        while self.waiting:
-            request = self.waiting[0]
-            if not self._admit(request):
-                break
-            if not request.finished:  # it may be one that can never be served
-                request.status = Status.RUNNING
-                self.running.append(self.waiting.pop(0))
+        self._admit_waiting()
+        ranked = sorted(self.running, key=_rank)
         shares = []
-        for request in sorted(self.running, key=_rank):
+        for request in ranked:
             if request.pending <= 1 and self._fits(request, request.pending + len(request.draft)):
-                shares.append(Share(request=request, count=request.pending))
-        prompts = [r for r in sorted(self.running, key=_rank) if r.pending > 1]
+                shares.append(Share(request=request, start=request.computed, count=request.pending))
+        prompts = [r for r in ranked if r.pending > 1]
         left = self.budget.beside_streams if shares else self.budget.tokens
         for i, request in enumerate(prompts):
             if left <= 0 or request.status is not Status.RUNNING:
@@ -79,9 +87,26 @@ class Scheduler:
             part = max(1, left // (len(prompts) - i))
             count = self._cut(request, min(part, request.pending))
             if self._fits(request, count):
-                shares.append(Share(request=request, count=count))
+                shares.append(Share(request=request, start=request.computed, count=count))
                 left -= count
         return [s for s in shares if s.request.status is Status.RUNNING]
+
+    def _admit_waiting(self) -> None:
+        for request in list(self.waiting):
+            if self._is_being_computed(request):
+                continue
+            if not self._admit(request):
+                break
+            if not request.finished:  # it may be one that can never be served
+                request.status = Status.RUNNING
+                self.waiting.remove(request)
+                self.running.append(request)
+
+    def _is_being_computed(self, request: Request) -> bool:
+        """Whether a running prompt is this one: when it has been read, this one costs nothing."""
+        return not request.export and any(
+            other.pending > 1 and other.tokens == request.tokens for other in self.running
+        )
 
     def _fits(self, request: Request, count: int) -> bool:
         """Memory for `count` more tokens, by setting back less important requests if need be."""

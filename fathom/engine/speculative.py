@@ -13,7 +13,6 @@ Paper: §2.1 (Multi-Token Prediction).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,18 +20,11 @@ from fathom.engine.batch import Batch, Memory, Piece
 from fathom.engine.metrics import Metrics
 from fathom.engine.request import Request, Status
 from fathom.engine.runner import Runner
+from fathom.engine.scheduler import Share
 
 PROBE = 48  # steps that a trial of either kind lasts
 KEEP = 2000  # steps until the next trial
 WORTH = 1.03  # drafts must be this much faster to be used
-
-
-@dataclass(slots=True)
-class _Kept:
-    """Streams [rows, streams, hidden] of a request's rows in the last step, from `first` on."""
-
-    first: int
-    streams: np.ndarray
 
 
 class Trial:
@@ -75,23 +67,8 @@ class Drafter:
     ) -> None:
         self._runner, self._memory, self._count, self._metrics = runner, memory, count, metrics
         self._window = memory.slots.layout.slabs.config.sliding_window
-        self._kept: dict[str, _Kept] = {}
         self.trial = Trial(adaptive)
         metrics.drafting = count > 0
-
-    @property
-    def active(self) -> bool:
-        """Whether rows should be kept for drafting."""
-        return self._count > 0 and self.trial.on
-
-    def keep(self, request: Request, row: int, count: int) -> None:
-        """Keep the streams of a request's rows row .. row + count - 1 that drafts need."""
-        start = request.computed
-        near = len(request.tokens) + len(request.draft) - self._window
-        skip = min(count, max(0, near - start))
-        if skip < count:
-            streams = [self._runner.streams(row + i) for i in range(skip, count)]
-            self._kept[request.id] = _Kept(start + skip, np.stack(streams))
 
     def judge(self, proposed: int, accepted: int) -> None:
         """Take note of how many drafts were what the model drew."""
@@ -105,19 +82,26 @@ class Drafter:
             self.trial.count(seconds, tokens)
             self._metrics.drafting = self.trial.on
 
-    def propose(self, requests: Sequence[Request]) -> None:
-        """Bring the MTP block's window up to date, and draft for requests that are decoding."""
-        kept, self._kept = self._kept, {}
-        alive = [r for r in requests if r.status is Status.RUNNING and r.id in kept]
+    def propose(self, shares: Sequence[Share]) -> None:
+        """Bring the MTP block's window up to date, and draft for requests that are decoding.
+
+        shares: what the last step ran; the runner still holds its rows.
+        """
+        if not self._count or not self.trial.on:
+            return
         pieces, streams, owners = [], [], []
-        for request in alive:
-            own = kept[request.id]
-            count = min(len(own.streams), request.computed - own.first)
-            if count <= 0 or request.slot is None:
+        for share in shares:
+            request = share.request
+            if share.row is None or request.status is not Status.RUNNING or request.slot is None:
                 continue
-            following = request.tokens[own.first + 1 : own.first + 1 + count]
-            pieces.append(Piece(slot=request.slot, start=own.first, tokens=following))
-            streams.append(own.streams[:count])
+            end = min(request.computed, len(request.tokens) - 1)  # the block reads the next token
+            first = max(share.start, end - self._window)
+            if first >= end:
+                continue
+            rows = range(share.row + first - share.start, share.row + end - share.start)
+            following = request.tokens[first + 1 : end + 1]
+            pieces.append(Piece(slot=request.slot, start=first, tokens=following))
+            streams.append(np.stack([self._runner.streams(row) for row in rows]))
             owners.append(request)
         room = {r.id: self._room(r) for r in owners}
         for ahead in range(self._count):

@@ -8,6 +8,7 @@ Paper: §3.5.1 (KV cache layout).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from fathom.engine.batch import Batch, Memory, Piece
 from fathom.engine.kv_cache import SLAB_TOKENS
+from fathom.engine.recorder import Recorder
 from fathom.engine.state_cache import DRAFT_ROOM, StatePlaces
 from fathom.kernels import register
 from fathom.model.cache import Cache, CompressorState, EntryBuffer, LayerCache
@@ -33,9 +35,12 @@ class TorchRunner:
         self, device: torch.Tensor, model: Transformer, memory: Memory, max_rows: int
     ) -> None:
         self.model, self.memory, self.export = model, memory, False
+        self.batch_invariant = True  # nothing else is offered, and cuts may still count
         self._config, self._layout = model.config, memory.slabs.layout
         self._slots = memory.slots.layout
         self._streams = torch.empty(0)
+        self._recorder = Recorder(model)
+        self._recorded: list[tuple[np.ndarray, np.ndarray]] = []  # routing, selection
 
     def reload(self) -> None:
         """The model is read at every step."""
@@ -44,6 +49,7 @@ class TorchRunner:
     def forward(self, batch: Batch) -> None:
         """All main layers, piece after piece."""
         rows = []
+        self._recorded.clear()
         for piece in batch.pieces:
             # Few rows may be taken back: go one by one, so that every state on the way is kept.
             step = 1 if len(piece.tokens) <= DRAFT_ROOM else len(piece.tokens)
@@ -92,14 +98,12 @@ class TorchRunner:
         return self.head(torch.cat(hidden).float().cpu().numpy())
 
     def routing(self, count: int) -> np.ndarray:
-        """Not recorded here: nothing but -1."""
-        c = self._config
-        return np.full((c.num_hidden_layers, count, c.num_experts_per_tok), -1, np.int16)
+        """As Runner.routing."""
+        return np.concatenate([routing for routing, _ in self._recorded], axis=1)[:, :count]
 
     def selection(self, count: int) -> np.ndarray:
-        """Not recorded here: nothing but -1."""
-        c = self._config
-        return np.full((c.num_hidden_layers, count, c.index_topk), -1, np.int32)
+        """As Runner.selection."""
+        return np.concatenate([selection for _, selection in self._recorded], axis=1)[:, :count]
 
     @property
     def _weight(self) -> torch.Tensor:
@@ -110,7 +114,11 @@ class TorchRunner:
         tokens = list(piece.tokens[at : at + count])
         cache = Cache([self._read_layer(piece, i, start) for i in range(len(self._ratios))], start)
         device = self._weight.device
-        streams = self.model.streams(torch.tensor([tokens], device=device), cache)
+        with self._recorder.recording() if self.export else nullcontext():
+            streams = self.model.streams(torch.tensor([tokens], device=device), cache)
+        if self.export:
+            routing = self._recorder.routing(len(tokens))
+            self._recorded.append((routing, self._recorder.selection(start, len(tokens))))
         for i in range(len(self._ratios)):
             self._write_layer(piece, i, start, start + len(tokens), cache.layers[i])
         return streams[0]

@@ -1,46 +1,96 @@
 """The write-ahead log: every sampled token is in a file before anybody sees it.
 
-One file per request: a header that says what was asked, then 16 bytes a token. A process that is
+One file per request: a header that says what was asked, then 14 bytes a token. A process that is
 killed at any moment leaves whole records and at most one torn one, which is dropped; the request
 then continues with the next draw, and, since draws and logits depend on nothing else, identically.
+While a process has a log open it holds a lock on it, which ends with the process.
+
+A file's end is mapped into memory: what is stored there is the system's to keep, as after a call of
+write, which would take three times as long. Its blocks are reserved before, so that a full disk is
+an error and no signal. Zeros behind the last record are reserved room.
 
 Paper: §5.2 (token-granular write-ahead log for preemptible rollouts).
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import mmap
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fathom.engine.request import Request
 from fathom.engine.sampler import Drawn, SamplingParams
-from fathom.errors import CacheError
+from fathom.errors import CacheError, FathomError
 
-MAGIC = b"fathomW1"
-RECORD = struct.Struct("<IfII")  # token, log-probability, number of the draw, checksum
+MAGIC = b"fathomW2"
+# Token, log-probability, number of the draw (its last 16 bits: the rest is its place), checksum.
+RECORD = struct.Struct("<IfHI")
+_CHECKED = struct.Struct("<IfH")  # what the checksum covers
 _SIZE = struct.Struct("<I")
+RESERVED = 1 << 14  # bytes at a time
 END = 0xFFFFFFFF  # in place of a token: the request has ended, and why
 _REASONS = ("stop", "length", "cancelled", "error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logged:
-    """What a log says of its request. `finish_reason` None: it was still running."""
+    """What a log says of its request. `finish_reason` None: it was still running.
+
+    `checksum` is the header's, `size` the length up to which the file is sound.
+    """
 
     path: Path
     id: str
+    model: str
     prompt: list[int]
     params: SamplingParams
     priority: int
     masked: bool
     output: list[Drawn]
     finish_reason: str | None
+    checksum: int
+    size: int
+
+
+class _File:
+    """A log that is open: records go to `at`; `header` is the header's checksum."""
+
+    def __init__(self, descriptor: int, header: int, at: int) -> None:
+        self.descriptor, self.header, self.at = descriptor, header, at
+        self._map: mmap.mmap | None = None
+        self._end = at
+
+    def put(self, token: int, logprob: float, number: int) -> None:
+        """Write a record. Raises OSError when the disk is full."""
+        at, end = self.at, self.at + RECORD.size
+        if self._map is None or end > self._end:
+            self._map = self._reserve()
+        self._map[at:end] = _record(self.header, token, logprob, number)
+        self.at = end
+
+    def _reserve(self) -> mmap.mmap:
+        os.posix_fallocate(self.descriptor, self.at, RESERVED)
+        if self._map is not None:
+            self._map.close()
+        self._end = self.at + RESERVED
+        return mmap.mmap(self.descriptor, self._end)
+
+    def close(self) -> None:
+        """Give back what was reserved, and the lock."""
+        if self._map is not None:
+            self._map.close()
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.descriptor, self.at)
+        os.close(self.descriptor)
 
 
 class WriteAheadLog:
@@ -48,14 +98,115 @@ class WriteAheadLog:
 
     def __init__(self, folder: Path | str, root: bytes) -> None:
         self.folder, self._root = Path(folder), root.hex()
-        self._open: dict[str, tuple[int, int]] = {}  # file descriptor, checksum of the header
+        self._open: dict[str, _File] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CacheError(f"the log folder {self.folder} cannot be used: {error}") from error
 
     def begin(self, request: Request) -> None:
-        """Write down a request; one that was recovered goes on in its file."""
+        """Write down a new request. Raises CacheError when that cannot be done, and when there is
+        a log of this name already: it holds tokens that somebody may want.
+        """
+        path = self._path(request.id)
+        try:
+            self._open[request.id] = self._create(path, request)
+        except FileExistsError as error:
+            raise CacheError(
+                f"{path} belongs to another request of this name: recover or forget it first"
+            ) from error
+        except OSError as error:
+            raise CacheError(f"{path} cannot be written: {error}") from error
+
+    def take_up(self, request: Request, logged: Logged) -> None:
+        """Go on in the log of a request that was recovered, behind its last sound record.
+
+        Raises CacheError when it is open in another process, or cannot be written.
+        """
+        try:
+            descriptor = _lock(logged.path)
+            file = _File(descriptor, logged.checksum, logged.size)
+            os.ftruncate(descriptor, logged.size)
+        except BlockingIOError as error:
+            raise CacheError(f"{logged.path} is in use by another process") from error
+        except OSError as error:
+            raise CacheError(f"{logged.path} cannot be written: {error}") from error
+        self._open[request.id] = file
+
+    def append(self, request: Request, drawn: Drawn) -> None:
+        """Write down the next token; it may be shown afterwards.
+
+        Raises CacheError when it cannot be written.
+        """
+        try:
+            self._open[request.id].put(drawn.token, drawn.logprob, len(request.output))
+        except OSError as error:
+            raise CacheError(f"the log of {request.id} cannot be written: {error}") from error
+
+    def end(self, request: Request) -> None:
+        """Write down that a request has ended, and close its file."""
+        file = self._open.pop(request.id, None)
+        if file is not None:
+            reason = _REASONS.index(request.finish_reason or "error")
+            with contextlib.suppress(OSError):  # then it is simply taken up again
+                file.put(END, float(reason), len(request.output))
+            file.close()
+
+    def forget(self, request_id: str) -> None:
+        """Delete the log of a request whose tokens nobody needs any more."""
+        file = self._open.pop(request_id, None)
+        if file is not None:
+            file.close()
+        with contextlib.suppress(OSError):
+            self._path(request_id).unlink()
+
+    def rename(self, root: bytes, requests: Iterable[Request]) -> None:
+        """From now on the model has another name: the logs of requests go on under it.
+
+        Raises CacheError when some cannot be written: these go on under the old name.
+        """
+        self._root, problems = root.hex(), []
+        for request in requests:
+            path = self._path(request.id)
+            temporary = path.with_suffix(".new")
+            try:
+                temporary.unlink(missing_ok=True)
+                new = self._create(temporary, request)
+                for number, drawn in enumerate(request.output):
+                    new.put(drawn.token, drawn.logprob, number)
+                temporary.replace(path)
+            except OSError as error:
+                problems.append(f"{path} cannot be written: {error}")
+                continue
+            self._open[request.id].close()
+            self._open[request.id] = new
+        if problems:
+            raise CacheError("; ".join(problems))
+
+    def close(self) -> None:
+        """Close all files; their requests can be recovered."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def read(self) -> tuple[list[Logged], list[str]]:
+        """All requests of this model in the folder, and what is wrong with files that are not."""
+        found, problems = [], []
+        for path in sorted(self.folder.glob("*.wal")):
+            logged = _read(path)
+            if logged is None:
+                problems.append(f"{path} is damaged or no log of fathom's: left as it is")
+            elif logged.model != self._root:
+                problems.append(f"{path} was written with another model: left as it is")
+            else:
+                found.append(logged)
+        return found, problems
+
+    def _path(self, request_id: str) -> Path:
+        return self.folder / f"{quote(request_id, safe='')}.wal"
+
+    def _create(self, path: Path, request: Request) -> _File:
+        """A new file with a request's header. Raises OSError; then there is none."""
         params = asdict(request.params) | {"seed": request.sampler.seed}
         params["logit_bias"] = list(request.params.logit_bias.items())
         header = json.dumps(
@@ -68,85 +219,32 @@ class WriteAheadLog:
                 "masked": request.mask is not None,
             }
         ).encode()
-        path = self._path(request.id)
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            if os.fstat(descriptor).st_size == 0:
-                checksum = zlib.crc32(header)
-                _write(descriptor, MAGIC + _SIZE.pack(len(header)) + header + _SIZE.pack(checksum))
-            else:
-                logged = _read(path)
-                if logged is None or logged[0].prompt != request.prompt:
-                    os.close(descriptor)
-                    raise CacheError(f"{path} belongs to another request of this name")
-                os.ftruncate(descriptor, logged[2])  # a torn record at the end
-                checksum = logged[1]
-        except OSError as error:
-            raise CacheError(f"{path} cannot be written: {error}") from error
-        self._open[request.id] = descriptor, checksum
-
-    def append(self, request: Request, drawn: Sequence[Drawn], first: int) -> None:
-        """Write down tokens, the `first`-th and following; they may be shown afterwards.
-
-        Raises CacheError when they cannot be written.
-        """
-        descriptor, checksum = self._open[request.id]
-        data = b"".join(
-            _record(checksum, d.token, d.logprob, first + i) for i, d in enumerate(drawn)
-        )
+        checksum = zlib.crc32(header)
+        data = MAGIC + _SIZE.pack(len(header)) + header + _SIZE.pack(checksum)
+        descriptor = _lock(path, os.O_CREAT | os.O_EXCL)
         try:
             _write(descriptor, data)
-        except OSError as error:
-            raise CacheError(f"the log of {request.id} cannot be written: {error}") from error
-
-    def end(self, request: Request) -> None:
-        """Write down that a request has ended, and close its file."""
-        opened = self._open.pop(request.id, None)
-        if opened is None:
-            return
-        descriptor, checksum = opened
-        reason = _REASONS.index(request.finish_reason or "error")
-        try:
-            _write(descriptor, _record(checksum, END, float(reason), len(request.output)))
         except OSError:
-            pass  # then it is simply taken up again
-        finally:
             os.close(descriptor)
+            path.unlink(missing_ok=True)
+            raise
+        return _File(descriptor, checksum, len(data))
 
-    def forget(self, request_id: str) -> None:
-        """Delete the log of a request whose tokens nobody needs any more."""
-        opened = self._open.pop(request_id, None)
-        if opened is not None:
-            os.close(opened[0])
-        self._path(request_id).unlink(missing_ok=True)
 
-    def close(self) -> None:
-        """Close all files; their requests can be recovered."""
-        for descriptor, _ in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
-
-    def read(self) -> tuple[list[Logged], list[str]]:
-        """All requests of this model in the folder, and what is wrong with files that are not."""
-        found, problems = [], []
-        for path in sorted(self.folder.glob("*.wal")):
-            logged = _read(path)
-            if logged is None:
-                problems.append(f"{path} is damaged or no log of fathom's: left as it is")
-            elif logged[3] != self._root:
-                problems.append(f"{path} was written with another model: left as it is")
-            else:
-                found.append(logged[0])
-        return found, problems
-
-    def _path(self, request_id: str) -> Path:
-        safe = "".join(c if c.isalnum() or c in "-_." else f"%{ord(c):x}" for c in request_id)
-        return self.folder / f"{safe}.wal"
+def _lock(path: Path, flags: int = 0) -> int:
+    """Open a log for this process alone. Raises BlockingIOError for one in use."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _record(header: int, token: int, logprob: float, number: int) -> bytes:
-    data = RECORD.pack(token, logprob, number, 0)
-    return data[:12] + _SIZE.pack(zlib.crc32(data[:12], header))
+    data = _CHECKED.pack(token, logprob, number & 0xFFFF)
+    return data + _SIZE.pack(zlib.crc32(data, header))
 
 
 def _write(descriptor: int, data: bytes) -> None:
@@ -154,8 +252,8 @@ def _write(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _read(path: Path) -> tuple[Logged, int, int, str] | None:
-    """The content, the header's checksum, the length up to which it is sound, the model's name."""
+def _read(path: Path) -> Logged | None:
+    """What a file says, or None if it is no log."""
     try:
         data = path.read_bytes()
         at = len(MAGIC) + _SIZE.size
@@ -168,31 +266,27 @@ def _read(path: Path) -> tuple[Logged, int, int, str] | None:
         values = dict(header["params"])
         values["logit_bias"] = {int(k): v for k, v in values["logit_bias"]}
         values["stop_token_ids"] = tuple(values["stop_token_ids"])
-        params = SamplingParams(**values)
-        prompt, request_id = list(header["prompt"]), str(header["id"])
-        priority, masked, model = header["priority"], header["masked"], str(header["model"])
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        about = {
+            "params": SamplingParams(**values),
+            "prompt": list(header["prompt"]),
+            **{key: header[key] for key in ("id", "model", "priority", "masked")},
+        }
+    except (OSError, ValueError, KeyError, TypeError, struct.error, FathomError):
         return None
     at += size + _SIZE.size
     output: list[Drawn] = []
     reason = None
     while at + RECORD.size <= len(data):
         token, logprob, number, check = RECORD.unpack_from(data, at)
-        if check != zlib.crc32(data[at : at + 12], checksum) or number != len(output):
+        if check != zlib.crc32(data[at : at + _CHECKED.size], checksum):
+            break
+        if token != END and number != len(output) & 0xFFFF:
             break
         at += RECORD.size
         if token == END:
-            reason = _REASONS[int(logprob)]
+            reason = dict(enumerate(_REASONS)).get(int(logprob), "error")
             break
         output.append(Drawn(token=token, logprob=logprob))
-    logged = Logged(
-        path=path,
-        id=request_id,
-        prompt=prompt,
-        params=params,
-        priority=priority,
-        masked=masked,
-        output=output,
-        finish_reason=reason,
+    return Logged(
+        path=path, output=output, finish_reason=reason, checksum=checksum, size=at, **about
     )
-    return logged, checksum, at, model

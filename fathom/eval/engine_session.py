@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from fathom.engine.batch import Batch, Piece
+from fathom.engine.checkpoints import Checkpoint
 from fathom.engine.engine import Engine, EngineConfig
 from fathom.engine.kv_cache import SLAB_TOKENS
-from fathom.engine.prefix_cache import Checkpoint
 from fathom.engine.sampler import Drawn, Sampler, SamplingParams
 from fathom.errors import FathomError
 from fathom.eval.speed import random_tokens
@@ -67,7 +67,7 @@ def write_session(model: Transformer, folder: Path, tokens: int) -> dict[str, An
     for name, slab in zip(chain, slabs, strict=True):
         cache.keep_slab(name, slab)
     state = memory.slots.read(0, last)
-    cache.keep_checkpoint(chain[-1], Checkpoint(position=last, tail=(), state=state, entries=b""))
+    cache.checkpoints.keep(chain[-1], Checkpoint(position=last, tail=(), state=state, entries=b""))
     start = time.perf_counter()
     engine.save_session(ids)
     seconds = time.perf_counter() - start

@@ -22,7 +22,8 @@ from fathom.engine.batch import Batch, Piece
 from fathom.engine.engine import Engine, EngineConfig
 from fathom.engine.kv_cache import SLAB_TOKENS, slabs_for
 from fathom.engine.llm import LLM
-from fathom.engine.sampler import SamplingParams
+from fathom.engine.request import Request
+from fathom.engine.sampler import Drawn, SamplingParams
 from fathom.eval.engine_session import PATTERN
 from fathom.eval.speed import GenerateSide, ProcessSide, random_tokens, ratio, take_turns
 from fathom.model.transformer import Transformer
@@ -92,37 +93,25 @@ class Bench:
         self._engine.cache.clear()
         return spread([streams * tokens / self._seconds(run) for _ in self._times])
 
-    def log(self, tokens: int = 256) -> dict[str, Any]:
-        """What the write-ahead log costs one stream: seconds with it over without, in turns.
+    def log(self, requests: int = 20, tokens: int = 512) -> dict[str, Any]:
+        """What the write-ahead log costs one stream: seconds of steps with it over those without.
 
-        A round takes the fastest of five runs of either kind. `bytes_per_token`: as the file grew.
+        Steps of one request take turns, four with the log and four without, in either order: what
+        else the machine does meets both. Median over all pairs, with its 95% interval of confidence
+        (`low`, `high`). `bytes_per_token`: of the whole file without its header; `request_seconds`:
+        what beginning and ending a log takes.
         """
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            sides = [
-                Engine(self._model, EngineConfig(cache_tokens=8192, wal=wal))
-                for wal in (None, folder)
-            ]
+            engine = Engine(self._model, EngineConfig(cache_tokens=8192, wal=Path(name)))
             params = SamplingParams(max_tokens=tokens, seed=1, logit_bias={1: -1000.0})
-            growth = []
-
-            def run(engine: Engine, prompt: list[int]) -> float:
-                request = engine.submit(prompt, params)
+            ratios: list[float] = []
+            for i in range(requests * self._rounds + 1):
+                request = engine.submit(self._tokens[i : i + 64], params)
                 engine.step()  # the prompt, and its first token
-                before = _size(folder)
-                seconds = self._seconds(lambda: engine.run([request]))
-                if engine.wal is not None:
-                    growth.append((_size(folder) - before) / (tokens - 1))
-                    engine.wal.forget(request.id)
-                return seconds
-
-            ratios = []
-            for i in range(self._rounds + 1):
-                prompt = self._tokens[i : i + 64]
-                times = [[run(side, prompt) for side in sides] for _ in range(5)]
-                without, logged = (min(column) for column in zip(*times, strict=True))
-                ratios.append(logged / without)
-            return {"bytes_per_token": max(growth), **spread(ratios[1:])}
+                found = _in_turns(engine, request)
+                ratios += found if i else []  # the first warms up
+                engine.forget(request)
+            return {**_of_median(ratios), "pairs": len(ratios), **_log_size(engine, params)}
 
     @property
     def _times(self) -> range:
@@ -148,8 +137,54 @@ class Bench:
             slabs[i] = slabs[i % (PATTERN // SLAB_TOKENS)]
 
 
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+def _in_turns(engine: Engine, request: Request, block: int = 4) -> list[float]:
+    """Seconds of `block` steps with the log over those of as many without, pair after pair."""
+    log, ratios = engine.wal, []
+    while len(request.output) + 2 * block < request.params.max_tokens:
+        seconds = {}
+        for logged in (True, False) if len(ratios) % 2 else (False, True):
+            engine.wal = log if logged else None
+            start = time.perf_counter()
+            for _ in range(block):
+                engine.step()
+            seconds[logged] = time.perf_counter() - start
+        ratios.append(seconds[True] / seconds[False])
+    engine.wal = log
+    return ratios
+
+
+def _of_median(values: Sequence[float]) -> dict[str, float]:
+    """The median, and the values between which that of all possible ones lies with 95%."""
+    ordered, half = sorted(values), 0.98 * len(values) ** 0.5
+    low, high = (round(len(ordered) / 2 + side) for side in (-half, half))
+    return {
+        "median": median(ordered),
+        "low": ordered[max(0, low)],
+        "high": ordered[min(len(ordered) - 1, high)],
+    }
+
+
+def _log_size(engine: Engine, params: SamplingParams) -> dict[str, float]:
+    """Bytes a token in a whole log without its header, and seconds to begin and end one."""
+    assert engine.wal is not None
+    seconds, sizes = [], []
+    for count in (*[0] * 20, params.max_tokens):
+        request = Request(prompt=[5] * 64, params=params)
+        start = time.perf_counter()
+        engine.wal.begin(request)
+        begun = time.perf_counter()
+        for _ in range(count):
+            engine.wal.append(request, Drawn(token=5, logprob=-1.0))
+        ending = time.perf_counter()
+        engine.wal.end(request)
+        seconds.append(begun - start + time.perf_counter() - ending)
+        sizes.append(sum(file.stat().st_size for file in engine.wal.folder.iterdir()))
+        engine.wal.forget(request.id)
+    record = (sizes[-1] - sizes[0]) / params.max_tokens
+    return {
+        "bytes_per_token": record * (params.max_tokens + 1) / params.max_tokens,
+        "request_seconds": median(seconds),
+    }
 
 
 def beside_transformers(

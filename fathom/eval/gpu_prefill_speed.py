@@ -19,8 +19,10 @@ from fathom.eval.gpu_speed import NAMES, times_ms
 from fathom.kernels import operation
 from fathom.model.config import ModelConfig
 from fathom.model.prefill_memory import MemoryPlan, check_memory, plan_prefill
-from fathom.model.stored import SLAB_TOKENS, StoredCache, StoredLayer
-from fathom.model.stored_prefill import Chunk, prefill_layers
+from fathom.model.stored import StoredLayer
+from fathom.model.stored_cache import SLAB_TOKENS, StoredCache
+from fathom.model.stored_forward import run_layers
+from fathom.model.stored_work import Chunk
 
 _chunk_moe = operation("chunk_moe")
 
@@ -76,7 +78,7 @@ def run_prompt(
     """Feed all chunks. streams: [tokens, streams, hidden] of the whole prompt."""
     for chunk in chunks:
         own = streams[chunk.start : chunk.start + len(chunk.token_ids)]
-        prefill_layers(config, layers, cache, chunk, own)
+        run_layers(config, layers, cache, chunk, own)
 
 
 def prefill_time(
@@ -169,10 +171,10 @@ def kernel_times(
     streams = torch.randn(
         tokens, config.hc_mult, config.hidden_size, device="cuda", dtype=torch.bfloat16
     )
-    prefill_layers(config, layers, cache, chunk, streams)
+    run_layers(config, layers, cache, chunk, streams)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        prefill_layers(config, layers, cache, chunk, streams)
+        run_layers(config, layers, cache, chunk, streams)
         torch.cuda.synchronize()
     rows = [
         (event.key, event.count, event.self_device_time_total)

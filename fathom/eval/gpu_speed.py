@@ -17,14 +17,10 @@ import torch
 
 from fathom.checkpoint.synthetic import synthetic_layer
 from fathom.model.config import ModelConfig
-from fathom.model.stored import (
-    SLAB_TOKENS,
-    SlabLayout,
-    Step,
-    StoredCache,
-    StoredLayer,
-    decode_layers,
-)
+from fathom.model.stored import StoredLayer
+from fathom.model.stored_cache import SLAB_TOKENS, SlabLayout, StoredCache
+from fathom.model.stored_forward import run_layers
+from fathom.model.stored_work import Step
 from fathom.quant import fp4, kv_pack
 
 NAMES = {0: "SWA", 4: "CSA", 128: "HCA"}
@@ -177,14 +173,12 @@ def layer_times(
     for group in groups:
         ratios = [layer.ratio for layer in group]
         cache = filled_cache(config, ratios, tokens, context)
-        step = decode_step(config, tokens, context)
+        step = decode_step(config, tokens, context, batch_invariant)
         streams = torch.randn(tokens, config.hc_mult, config.hidden_size, device="cuda")
         streams = streams.bfloat16()
 
         def call(group=group, cache=cache, step=step, streams=streams) -> object:
-            return decode_layers(
-                config, group, cache, step, streams, batch_invariant=batch_invariant
-            )
+            return run_layers(config, group, cache, step, streams)
 
         graph, launches = captured(call)
         times = times_ms(graph.replay, repeat)
@@ -205,11 +199,13 @@ def layer_times(
     return found
 
 
-def decode_step(config: ModelConfig, tokens: int, context: int) -> Step:
+def decode_step(
+    config: ModelConfig, tokens: int, context: int, batch_invariant: bool = True
+) -> Step:
     """A step at the last position of `context`."""
     positions = torch.full((tokens,), context - 1, dtype=torch.int32, device="cuda")
     ids = torch.arange(tokens, device="cuda") * 997 % config.vocab_size
-    return Step.create(config, positions, ids, context)
+    return Step.create(config, positions, ids, context, batch_invariant)
 
 
 def stored_layers(config: ModelConfig, seed: int = 1) -> list[StoredLayer]:
@@ -232,14 +228,14 @@ def profile_kernels(
 ) -> list[tuple[str, int, float]]:
     """(kernel, calls, microseconds) of one step of all layers, longest first."""
     cache = filled_cache(config, [layer.ratio for layer in layers], tokens, context)
-    step = decode_step(config, tokens, context)
+    step = decode_step(config, tokens, context, batch_invariant)
     streams = torch.randn(tokens, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
     for _ in range(3):
-        decode_layers(config, layers, cache, step, streams, batch_invariant=batch_invariant)
+        run_layers(config, layers, cache, step, streams)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(5):
-            decode_layers(config, layers, cache, step, streams, batch_invariant=batch_invariant)
+            run_layers(config, layers, cache, step, streams)
         torch.cuda.synchronize()
     rows = [
         (event.key, event.count // 5, event.self_device_time_total / 5)

@@ -17,6 +17,7 @@ DEFAULT_MEMORY = "512MiB"
 DEFAULT_PIDS = 128
 DEFAULT_CAP = 1 << 20
 MINIMUM_MEMORY = 16 << 20
+MINIMUM_IO = 64 << 10
 WORKDIR = "/work"
 DOOR = "/run/door"
 
@@ -25,7 +26,7 @@ SNAPSHOT = re.compile(r"snap-[0-9a-f]{16}")
 _SIZE = re.compile(r"(\d+)(?:\s*(B|KiB|MiB|GiB))?")
 _UNITS = {None: 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
-Limit = Literal["memory", "pids", "cpu", "disk"]
+Limit = Literal["memory", "pids", "cpu", "disk", "io_read", "io_write"]
 
 
 def parse_size(value: str | int, what: str) -> int:
@@ -50,11 +51,12 @@ class Container:
     are enforced where the substrate can; a limit that is given must be enforced or creation raises
     Unsupported. `disk` bounds all that the sandbox writes outside of a `workdir` (under bubblewrap
     /work and /tmp each); it is kept in memory and counts towards it, so the default is a quarter of
-    the memory. `cpu`: cores as a number, None for no limit. `image`: "base", or "python" for base
-    and python3, or the name or digest of an image in the store. `ttl`, `idle_ttl`: seconds after
-    which a daemon ends the sandbox, in any case and when nothing was asked of it; None for never.
-    `door`: host folder shown read-only at /run/door, for Unix sockets that somebody answers there:
-    each is a way out of the sandbox, whatever its network policy says.
+    the memory. `io_read`, `io_write`: bytes per second from and to each disk, such as "10MiB",
+    where `caps.enforced` has them. `cpu`: cores as a number, None for no limit. `image`: "base", or
+    "python" for base and python3, or the name or digest of an image in the store. `ttl`,
+    `idle_ttl`: seconds after which a daemon ends the sandbox, in any case and when nothing was
+    asked of it; None for never. `door`: host folder shown read-only at /run/door, for Unix sockets
+    that somebody answers there: each is a way out of the sandbox, whatever its network policy says.
     """
 
     workdir: str | Path | None = None
@@ -62,6 +64,8 @@ class Container:
     pids: int | None = None
     cpu: float | None = None
     disk: str | int | None = None
+    io_read: str | int | None = None
+    io_write: str | int | None = None
     image: str = "base"
     hostname: str = "sandbox"
     ttl: float | None = None
@@ -76,6 +80,9 @@ class Container:
             raise SandboxError(f"pids is {self.pids!r}: give a number of processes from 1 up")
         if self.cpu is not None and not (math.isfinite(self.cpu) and 0.01 <= self.cpu <= 4096):
             raise SandboxError(f"cpu is {self.cpu!r}: give a number of cores from 0.01 up")
+        for way in ("read", "write"):
+            if (rate := self.io_bytes(way)) is not None and rate < MINIMUM_IO:
+                raise SandboxError(f"io_{way} is {rate} bytes a second: give 64KiB or more")
         if 3 * self.disk_bytes > self.memory_bytes:
             raise SandboxError(
                 f"disk is {self.disk!r}, which is kept in memory: it may be a third of memory at "
@@ -98,6 +105,11 @@ class Container:
     def disk_bytes(self) -> int:
         """The size of each in-memory folder in bytes, the default where none was given."""
         return self.memory_bytes // 4 if self.disk is None else parse_size(self.disk, "disk")
+
+    def io_bytes(self, way: Literal["read", "write"]) -> int | None:
+        """The limit of one way in bytes per second, None for none. Raises SandboxError."""
+        value = self.io_read if way == "read" else self.io_write
+        return None if value is None else parse_size(value, f"io_{way}")
 
     @property
     def pids_limit(self) -> int:

@@ -15,8 +15,8 @@ from fathom.chat import Tokenizer
 from fathom.checkpoint import load_model
 from fathom.checkpoint.tiny import write_tiny
 from fathom.engine import LLM
+from fathom.engine.checkpoints import MIN_SHARED
 from fathom.engine.engine import EngineConfig
-from fathom.engine.prefix_cache import MIN_SHARED
 from fathom.engine.sampler import Sampler, SamplingParams, nucleus
 from fathom.engine.scheduler import Budget
 from fathom.errors import CheckpointError, ConfigError, GenerationError, TokenizerError

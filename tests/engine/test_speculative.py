@@ -13,8 +13,8 @@ from tests.engine.helpers import bits, engine, finish, greedy, model, prompt, sa
 
 
 @pytest.fixture(scope="module")
-def net() -> Transformer:
-    return model(num_nextn_predict_layers=1)
+def net(device: str) -> Transformer:
+    return model(device=device, num_nextn_predict_layers=1)
 
 
 def drafting(net: Transformer, count: int, **settings: object) -> Engine:

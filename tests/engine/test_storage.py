@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from fathom.engine import disk_cache
-from fathom.engine.engine import Engine
-from fathom.engine.kv_cache import SLAB_TOKENS
-from fathom.engine.prefix_cache import (
+from fathom.engine.checkpoints import (
     Checkpoint,
     decode_checkpoint,
     encode_checkpoint,
 )
+from fathom.engine.engine import Engine
+from fathom.engine.kv_cache import SLAB_TOKENS
 from fathom.engine.request import Request
 from fathom.engine.sampler import Drawn
 from fathom.errors import CacheError
@@ -26,8 +26,8 @@ LENGTH = 700
 
 
 @pytest.fixture(scope="module")
-def net() -> Transformer:
-    return model()
+def net(device: str) -> Transformer:
+    return model(device=device)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_conversation_goes_on_from_where_its_turn_ended(net: Transformer, tmp_
 def test_spacing_decides_how_much_is_computed_again(net: Transformer, spacing: int) -> None:
     served = engine(net, checkpoint_spacing=spacing, cache_tokens=8192)
     serve(served, 1000)
-    served.cache._recent.clear()  # a shared opening would get a checkpoint of its own
+    served.cache.openings.clear()  # a shared opening would get a checkpoint of its own
     request = served.submit([*prompt(1000)[:900], 5, 6], greedy(4))
     finish(served, request)
     assert request.cached_tokens == {0: 768 - REPLAY, 256: 768, 512: 768 - REPLAY}[spacing]
@@ -141,8 +141,8 @@ def test_every_byte_of_a_record_counts(net: Transformer, stored: Path) -> None:
     assert cache._unpack(kind, key, whole) is not None
 
 
-def test_another_models_cache_is_not_seen(net: Transformer, stored: Path) -> None:
-    other = model(seed=2)
+def test_another_models_cache_is_not_seen(net: Transformer, device: str, stored: Path) -> None:
+    other = model(seed=2, device=device)
     later = engine(other, disk=stored)
     assert serve(later).cached_tokens == 0
     assert len(list(stored.iterdir())) == 3  # a marker and two models
@@ -242,7 +242,7 @@ class TestLimits:
             finish(served, served.submit(prompt(600, seed), greedy(2)))
         tiers = served.cache.occupancy()
         assert served.cache._host.size <= 2 * size
-        assert served.cache.checkpoint_bytes <= 60_000 + 40_000
+        assert served.cache.checkpoints.memory.size <= 60_000 + 40_000
         assert tiers["device"][0] <= 1024
         assert bits(serve(served)) == expected
 
@@ -270,7 +270,7 @@ class TestSessions:
         serve(served)
         served.save_session(prompt(LENGTH))
         pinned = [p.name for p in tmp_path.glob("*/*.pin")]
-        assert sorted(name.split("-")[0] for name in pinned) == ["slab", "slab", "state", "tokens"]
+        assert sorted(name.split("-")[0] for name in pinned) == ["session", "slab", "slab", "state"]
 
     def test_refusals(self, net: Transformer, stored: Path) -> None:
         with pytest.raises(CacheError, match="no disk cache"):
@@ -297,7 +297,9 @@ def test_a_checkpoint_of_another_shape_is_refused(
 ) -> None:
     served = engine(net)
     serve(served)
-    for key, (parent, checkpoint) in list(served.cache._checkpoints.items()):
+    memory = served.cache.checkpoints.memory
+    for key in memory.keys():
+        parent, checkpoint = memory.get(key)  # type: ignore[misc]
         short = Checkpoint(
             position=checkpoint.position,
             tail=checkpoint.tail,
@@ -305,6 +307,6 @@ def test_a_checkpoint_of_another_shape_is_refused(
             entries=checkpoint.entries,
             hidden=checkpoint.hidden,
         )
-        served.cache._checkpoints[key] = parent, short
+        memory.put(key, (parent, short), short.size)
     assert bits(serve(served)) == expected
     assert "checkpoint_refused" in caplog.text

@@ -56,13 +56,15 @@ def test_rates_and_their_picture(net: Transformer, tmp_path: Path) -> None:
             + [("decode", c, bench.decode(c, 2)) for c in (100, TOKENS)]
             + [("batch", n, bench.batch(n, 4)) for n in (1, 3)]
         )
-        log = bench.log(8)
+        log = bench.log(1, 40)
     finally:
         torch.set_num_threads(threads)
     rows = [{"part": part, "size": size, "threads": 1, **row} for part, size, row in parts]
     for row in rows:
         assert 0 < row["low"] <= row["median"] <= row["high"]
-    assert 16 <= log["bytes_per_token"] <= 16 + 16 / 7  # and the record of its end
+    assert log["bytes_per_token"] == 14 * 41 / 40  # and the record of its end
+    assert log["pairs"] == 2 * 4  # in two rounds
+    assert log["low"] <= log["median"] <= log["high"]
     plot(rows, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fathom.kernels.numba.compiled import inner
-from fathom.kernels.numba.entries import FP8, load_kv, round_fp8, store_kv
+from fathom.kernels.numba.compiled import external, inner, once
+from fathom.kernels.numba.entries import FP8, FP8_GROUP, load_kv, round_fp8, store_kv
 from fathom.kernels.numba.index_scan import search
 from fathom.kernels.numba.layout import (
     COMP_APE,
@@ -49,6 +49,7 @@ from fathom.kernels.numba.layout import (
     of_row,
     part,
     place,
+    record_at,
     rounds,
     slab_of,
     slot_of,
@@ -58,6 +59,7 @@ from fathom.kernels.numba.primitives import copy, hadamard, mean_square, rmsnorm
 from fathom.kernels.numba.selection import compiled_capacity, keep_best
 from fathom.kernels.numba.vector import (
     LANES,
+    address,
     product,
     softmax,
     view_float32,
@@ -75,9 +77,9 @@ def _turn(k: Any, far: bool, t: int, x: Any, direction: Any) -> None:
     rope(x, cos, line(k.far_sin if far else k.plain_sin, k.w_plain_cos, t, pairs), direction)
 
 
-@inner
-def project(k: Any, layer: int, a: int, b: int, scratch: int) -> None:
+def _project(record: int, layer: int, a: int, b: int, scratch: int) -> int:
     """Queries, raw entries, what the compressors and the indexer need, of normed inputs."""
+    k = record_at(record)
     ratio, c, one = place(k, layer, RATIO), k.head_dim, np.float32(1)
     source = k.normed
     if rounds(k, layer, R_QKV):
@@ -85,7 +87,7 @@ def project(k: Any, layer: int, a: int, b: int, scratch: int) -> None:
         for t in range(a, b):
             own = line(source, k.w_normed, t, k.hidden)
             copy(line(k.normed, k.w_normed, t, k.hidden), own)
-            round_fp8(own, 128)
+            round_fp8(own, FP8_GROUP)
     x, latent = source + 4 * a * k.w_normed, k.q_latent + 4 * a * k.w_q_latent
     matrix(k, layer, WQ_A, ZERO, b - a, x, k.w_normed, latent, k.w_q_latent, scratch)
     raw = k.kv + 4 * a * k.w_kv
@@ -97,7 +99,7 @@ def project(k: Any, layer: int, a: int, b: int, scratch: int) -> None:
         rmsnorm(qr, q_norm, k.norm_eps, qr)
         copy(qr, part(exact, k.q_rank, t - a, k.q_rank))
         if rounds(k, layer, R_WQ_B):
-            round_fp8(qr, 128)
+            round_fp8(qr, FP8_GROUP)
         rmsnorm(kv, kv_norm, k.norm_eps, kv)
         _turn(k, ratio != 0, t, kv, one)
         store_kv(kv, k.rope_dim, k.kv_form, ZERO, ZERO)
@@ -115,6 +117,7 @@ def project(k: Any, layer: int, a: int, b: int, scratch: int) -> None:
     if ratio == 4:
         _project_tail(k, layer, INDEX_KV, INDEX_APE, a, b, scratch)
         _project_index(k, layer, a, b, exact, scratch)
+    return 1
 
 
 @inner
@@ -136,7 +139,7 @@ def _project_tail(k: Any, layer: int, which: int, ape: int, a: int, b: int, scra
             own[j] += bias[at + j]
 
 
-@inner
+@once
 def _project_index(k: Any, layer: int, a: int, b: int, exact: Any, scratch: int) -> None:
     """The indexer's queries and head weights, where there is something to choose."""
     needed = False
@@ -146,7 +149,7 @@ def _project_index(k: Any, layer: int, a: int, b: int, exact: Any, scratch: int)
         return
     x, x_row = k.q_latent + 4 * a * k.w_q_latent, k.w_q_latent
     if rounds(k, layer, R_INDEX_Q) != rounds(k, layer, R_WQ_B):
-        x, x_row = exact.ctypes.data, k.q_rank
+        x, x_row = address(exact), k.q_rank
     q, w, normed = k.index_q + 4 * a * k.w_index_q, k.index_w + 4 * a * k.w_index_w, k.normed
     matrix(k, layer, INDEX_Q, ZERO, b - a, x, x_row, q, k.w_index_q, scratch)
     normed += 4 * a * k.w_normed
@@ -169,15 +172,17 @@ def search_entries(
     k: Any, layer: int, t: int, first: int, last: int, values: int, places: int, held: int
 ) -> None:
     """The best of the entries first .. last - 1 for row t, into the arrays at these addresses."""
-    search(
+    done = search(
         k.index_q + 4 * t * k.w_index_q, k.index_w + 4 * t * k.w_index_w, k.index_heads,
         k.index_dim, k.slabs, k.tables + 4 * of_row(k, SLOT, t) * k.table_columns, k.slab_bytes,
         place(k, layer, KEY_DATA), place(k, layer, KEY_SCALES), k.key_data, k.key_scales,
         k.key_form, k.slab_tokens // 4, first, last, k.index_topk, values, places, held,
     )  # fmt: skip
+    if not done:
+        raise MemoryError
 
 
-@inner
+@once
 def _pick(k: Any, layer: int, t: int, shares: int, values: Any, places: Any, held: Any) -> int:
     """The entries that row t attends to, ascending, in `places`; returns their number.
 
@@ -190,7 +195,7 @@ def _pick(k: Any, layer: int, t: int, shares: int, values: Any, places: Any, hel
             places[i] = i
         return count
     if not shares:
-        to = values.ctypes.data, places.ctypes.data, held.ctypes.data
+        to = address(values), address(places), address(held)
         search_entries(k, layer, t, ZERO, count, to[0], to[1], to[2])
         return held[0]
     found = 0
@@ -204,7 +209,7 @@ def _pick(k: Any, layer: int, t: int, shares: int, values: Any, places: Any, hel
     return keep_best(values, places, found, k.index_topk)
 
 
-@inner
+@once
 def _attend_row(
     k: Any, layer: int, t: int, picks: Any, count: int, turned: Any, logits: Any, keys: Any
 ) -> None:
@@ -224,7 +229,7 @@ def _attend_row(
         head = view_float32(k.q + 4 * (t * k.w_q + h * c), c)
         for j in range(c):
             turned[j * lanes + h] = head[j] * scale
-    query, p, at = turned.ctypes.data, logits.ctypes.data, keys.ctypes.data
+    query, p, at = address(turned), address(logits), address(keys)
     data, scales = slot + place(k, layer, WINDOW_DATA), slot + place(k, layer, WINDOW_SCALES)
     for i in range(old):
         n = (low + i) % k.ring
@@ -247,7 +252,7 @@ def _attend_row(
     sink, total = vector(k, layer, SINK), np.empty(lanes, np.float32)
     for h in range(lanes):
         total[h] = sink[h] if h < heads else np.float32(-1e30)
-    softmax(p, near + count, lanes, total.ctypes.data)
+    softmax(p, near + count, lanes, address(total))
     out = k.attended + 4 * t * k.w_attended
     product(heads, c, old, p, 1, lanes, at, c, out, c, 0)
     product(heads, c, near - old, p + 4 * old * lanes, 1, lanes, fresh, k.w_kv, out, c, 1)
@@ -260,9 +265,9 @@ def _attend_row(
         _turn(k, ratio != 0, t, head, np.float32(-1))
 
 
-@inner
-def attend(k: Any, layer: int, a: int, b: int, shares: int, scratch: int) -> None:
+def _attend(record: int, layer: int, a: int, b: int, shares: int, scratch: int) -> int:
     """y = attention over window and entries, and its output projection."""
+    k = record_at(record)
     ratio = place(k, layer, RATIO)
     most = 0
     for t in range(a, b):
@@ -293,6 +298,11 @@ def attend(k: Any, layer: int, a: int, b: int, shares: int, scratch: int) -> Non
         matrix(k, layer, WO_A, g, b - a, x, k.w_attended, to, k.w_low, scratch)
     if rounds(k, layer, R_WO_B):
         for t in range(a, b):
-            round_fp8(line(k.low, k.w_low, t, k.groups * k.o_rank), 128)
+            round_fp8(line(k.low, k.w_low, t, k.groups * k.o_rank), FP8_GROUP)
     y = k.y + 4 * a * k.w_y
     matrix(k, layer, WO_B, ZERO, b - a, low, k.w_low, y, k.w_y, scratch)
+    return 1
+
+
+project = external("fathom_project", _project, 5, fails=True)
+attend = external("fathom_attend", _attend, 6, fails=True)

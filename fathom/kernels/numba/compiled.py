@@ -28,6 +28,11 @@ inner: Any = njit(  # pyright: ignore[reportCallIssue]
     no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy"
 )
 
+# Functions that are called in one place: they become part of their caller before it is compiled.
+once: Any = njit(  # pyright: ignore[reportCallIssue]
+    no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy", inline="always"
+)
+
 
 class _Stamped:
     def get_source_stamp(self) -> Any:
@@ -86,12 +91,14 @@ _pending: dict[str, tuple[Any, Any]] = {}
 _kept: list[Any] = []
 
 
-def external(name: str, function: Any, arguments: int) -> Any:
+def external(name: str, function: Any, arguments: int, fails: bool = False) -> Any:
     """Let compiled code call `function` (integers in, nothing out) by its name, after `link`.
 
     Callers compile without it: numba would otherwise optimise it again within each of them.
+    `fails`: it needs memory of its own. Then it returns 1; callers must look, since where it finds
+    none, its error is printed and goes no further, and the call gives 0.
     """
-    signature = types.void(*[types.int64] * arguments)
+    signature = (types.int64 if fails else types.void)(*[types.int64] * arguments)
     _pending[name] = (function, signature)
     return types.ExternalFunction(name, signature)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fathom.kernels.numba.compiled import inner
+from fathom.kernels.numba.compiled import external, inner, once
 from fathom.kernels.numba.entries import store_key, store_kv
 from fathom.kernels.numba.layout import (
     COMP_NORM,
@@ -37,6 +37,7 @@ from fathom.kernels.numba.layout import (
     line,
     of_row,
     place,
+    record_at,
     rounds,
     slab_of,
     slot_of,
@@ -71,7 +72,7 @@ def _pool(kvs: int, gates: int, ring: int, position: int, cols: int, out: Any) -
         out[j] /= total[j]
 
 
-@inner
+@once
 def _pool_online(
     ring: int, size: int, position: int, ratio: int, kv: Any, gate: Any, out: Any
 ) -> None:
@@ -100,12 +101,12 @@ def _pool_online(
         out[j] = value[j] / total[j]
 
 
-@inner
-def absorb(k: Any, layer: int, a: int, b: int) -> None:
+def _absorb(record: int, layer: int, a: int, b: int) -> int:
     """Compressor states move on by the rows; entries that are complete go into slabs."""
+    k = record_at(record)
     c, ratio = k.head_dim, place(k, layer, RATIO)
     if ratio == 0:
-        return
+        return 1
     pooled, entry = np.empty(c, np.float32), np.empty(c, np.float32)
     key, wide = np.empty(k.index_dim, np.float32), 2 * k.index_dim
     for t in range(a, b):
@@ -130,6 +131,7 @@ def absorb(k: Any, layer: int, a: int, b: int) -> None:
             _pool_online(online, k.online, position, ratio, kv, gate, pooled)
         if ends:
             _store_entry(k, layer, t, position, pooled, entry)
+    return 1
 
 
 @inner
@@ -145,7 +147,7 @@ def _turn_entry(k: Any, first: int, x: Any) -> None:
     rope(x, cos, sin, np.float32(1))
 
 
-@inner
+@once
 def _store_entry(k: Any, layer: int, t: int, position: int, pooled: Any, entry: Any) -> None:
     ratio = place(k, layer, RATIO)
     number, per_slab = position // ratio, k.slab_tokens // ratio
@@ -157,7 +159,7 @@ def _store_entry(k: Any, layer: int, t: int, position: int, pooled: Any, entry: 
     store_kv(entry, k.rope_dim, k.kv_form, data, scales)
 
 
-@inner
+@once
 def _store_index_key(k: Any, layer: int, t: int, position: int, key: Any) -> None:
     number, per_slab = position // 4, k.slab_tokens // 4
     slab, i = slab_of(k, t, number // per_slab), number % per_slab
@@ -169,9 +171,9 @@ def _store_index_key(k: Any, layer: int, t: int, position: int, key: Any) -> Non
     store_key(key, k.key_form, data, slab + place(k, layer, KEY_SCALES) + i * k.key_scales)
 
 
-@inner
-def remember(k: Any, layer: int, a: int, b: int) -> None:
+def _remember(record: int, layer: int, a: int, b: int) -> int:
     """The rows' raw entries into the window rings; of a long piece only what still counts."""
+    k = record_at(record)
     entry = np.empty(k.head_dim, np.float32)
     for t in range(a, b):
         later = t + k.ring
@@ -182,3 +184,8 @@ def remember(k: Any, layer: int, a: int, b: int) -> None:
         data = slot + place(k, layer, WINDOW_DATA) + at * k.kv_data
         scales = slot + place(k, layer, WINDOW_SCALES) + at * k.kv_scales
         store_kv(entry, k.rope_dim, k.kv_form, data, scales)
+    return 1
+
+
+absorb = external("fathom_absorb", _absorb, 4, fails=True)
+remember = external("fathom_remember", _remember, 4, fails=True)

@@ -25,6 +25,7 @@ from fathom.kernels.numba.primitives import (
 )
 from fathom.kernels.numba.vector import (
     LANES,
+    address,
     bits_of_float,
     decode_lanes,
     float_of_bits,
@@ -42,6 +43,7 @@ from fathom.kernels.numba.vector import (
 
 RAW, FP8, FP4 = 0, 1, 2
 KV_GROUP, FP4_GROUP = 64, 32
+FP8_GROUP, START = np.int64(128), np.int64(0)  # numba compiles anew for a literal number
 UP, DOWN = np.float32(2.0**120), np.float32(2.0**-120)
 
 
@@ -75,7 +77,7 @@ def round_group(x: Any, first: int, last: int) -> int:
 
     The same as primitives.round_e4m3, in vectors.
     """
-    start, lanes = x.ctypes.data + 4 * first, (last - first) // LANES * LANES
+    start, lanes = address(x) + 4 * first, (last - first) // LANES * LANES
     amax = np.float32(1e-4)
     if lanes:
         amax = max(amax, greatest(start, lanes))
@@ -211,7 +213,7 @@ def store_key(x: Any, form: int, data: int, scales: int) -> None:
         copy(x, view_float32(data, dim))
         return
     if form == FP8:
-        poke_float(scales, power_of_two(_store_e4m3(x, 0, dim, data)))
+        poke_float(scales, power_of_two(_store_e4m3(x, START, dim, data)))
         return
     codes = np.empty(FP4_GROUP, np.int8)
     for first in range(0, dim, FP4_GROUP):
@@ -233,7 +235,7 @@ def load_key(data: int, scales: int, dim: int, form: int, out: Any, at: int) -> 
         copy(view_float32(data, dim), out[at : at + dim])
         return
     if form == FP8:
-        _load_e4m3(data, dim, peek_float(scales), out.ctypes.data + 4 * at)
+        _load_e4m3(data, dim, peek_float(scales), address(out) + 4 * at)
         return
     for first in range(0, dim, FP4_GROUP):
         exponent = np.int32(peek_byte(scales + first // FP4_GROUP)) - np.int32(127)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fathom.kernels.numba.compiled import inner
-from fathom.kernels.numba.entries import round_fp8
+from fathom.kernels.numba.compiled import external, inner, once
+from fathom.kernels.numba.entries import FP8_GROUP, round_fp8
 from fathom.kernels.numba.layout import (
     GATE,
     GATE_BIAS,
@@ -25,14 +25,15 @@ from fathom.kernels.numba.layout import (
     matrix,
     of_row,
     part,
+    record_at,
     rounds,
     vector,
 )
 from fathom.kernels.numba.primitives import copy
-from fathom.kernels.numba.vector import PANEL, exp32, view_int16, view_int64
+from fathom.kernels.numba.vector import PANEL, address, exp32, view_int16, view_int64
 
 
-@inner
+@once
 def _route(k: Any, layer: int, token: int, scores: Any, chosen: Any, weights: Any) -> None:
     """Choose experts for one row; `scores` holds the router's logits and then the affinities."""
     for i in range(k.experts):
@@ -76,25 +77,25 @@ def _expert(
 ) -> None:  # fmt: skip
     """y = one expert's output for `count` gathered rows x, each times its weight."""
     wide, d = (k.inner + PANEL - 1) // PANEL * PANEL, k.w_normed
-    at, to, other = x.ctypes.data, gate.ctypes.data, up.ctypes.data
+    at, to, other = address(x), address(gate), address(up)
     matrix(k, layer, first, expert, count, at, d, to, wide, scratch)
     matrix(k, layer, first + 2, expert, count, at, d, other, wide, scratch)
     for i in range(count):
         own = part(gate, wide, i, k.inner)
         _swiglu(own, part(up, wide, i, k.inner), k.swiglu_limit, weights[i])
         if rounded:
-            round_fp8(own, 128)
-    matrix(k, layer, first + 1, expert, count, to, wide, y.ctypes.data, d, scratch)
+            round_fp8(own, FP8_GROUP)
+    matrix(k, layer, first + 1, expert, count, to, wide, address(y), d, scratch)
 
 
-@inner
-def run_experts(k: Any, layer: int, a: int, b: int, scratch: int) -> None:
+def _run_experts(record: int, layer: int, a: int, b: int, scratch: int) -> int:
     """The expert sublayer: y = routed experts in ascending order, then the shared one."""
+    k = record_at(record)
     d, count, width = k.hidden, b - a, k.w_normed
     lines, wide = (k.experts + PANEL - 1) // PANEL * PANEL, (k.inner + PANEL - 1) // PANEL * PANEL
     logits = np.empty(count * lines, np.float32)
     normed = k.normed + 4 * a * width
-    matrix(k, layer, GATE, ZERO, count, normed, width, logits.ctypes.data, lines, scratch)
+    matrix(k, layer, GATE, ZERO, count, normed, width, address(logits), lines, scratch)
     chosen, weights = np.empty(count * k.topk, np.int64), np.empty(count * k.topk, np.float32)
     for i in range(count):
         own, scores = slice(i * k.topk, (i + 1) * k.topk), part(logits, lines, i, k.experts)
@@ -105,7 +106,7 @@ def run_experts(k: Any, layer: int, a: int, b: int, scratch: int) -> None:
                 kept[j] = chosen[i * k.topk + j]
         rounded_line = line(k.rounded, width, a + i, d)
         copy(line(k.normed, width, a + i, d), rounded_line)
-        round_fp8(rounded_line, 128)
+        round_fp8(rounded_line, FP8_GROUP)
         total = line(k.y, k.w_y, a + i, d)
         for j in range(d):
             total[j] = np.float32(0)
@@ -134,3 +135,7 @@ def run_experts(k: Any, layer: int, a: int, b: int, scratch: int) -> None:
             total, own = line(k.y, k.w_y, a + members[i], d), part(y, width, i, d)
             for j in range(d):
                 total[j] += own[j]
+    return 1
+
+
+run_experts = external("fathom_experts", _run_experts, 5, fails=True)

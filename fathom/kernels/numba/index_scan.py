@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fathom.kernels.numba.compiled import external, inner
+from fathom.kernels.numba.compiled import external, inner, once
 from fathom.kernels.numba.entries import FP4, FP4_GROUP, fp4_codes, load_key
 from fathom.kernels.numba.primitives import power_of_two
 from fathom.kernels.numba.selection import INTS, compiled_capacity, keep_best, offer
@@ -36,6 +36,7 @@ from fathom.kernels.numba.vector import (
     _load,
     _splat,
     _store,
+    address,
     fma,
     prefetch,
     product,
@@ -232,7 +233,7 @@ def _make_score_eight(vnni: bool) -> Any:
     return score_eight
 
 
-@inner
+@once
 def encode_query(query: Any, heads: int, dim: int, codes: Any, excess: Any, factors: Any) -> None:
     """The rounded query [heads * dim] as _score_eight takes it; the outputs begin as zeros."""
     groups = dim // FP4_GROUP
@@ -269,12 +270,12 @@ def make_score_integers(vnni: bool) -> Any:
             for g in range(groups):
                 _unpack_eight(
                     data + e * data_bytes + 16 * g, data_bytes, scale + e * scale_bytes + g,
-                    scale_bytes, keys.ctypes.data + 256 * g, key_scales.ctypes.data + 32 * g,
+                    scale_bytes, address(keys) + 256 * g, address(key_scales) + 32 * g,
                 )  # fmt: skip
             score_eight(
-                keys.ctypes.data, key_scales.ctypes.data, groups, codes.ctypes.data,
-                excess.ctypes.data, factors.ctypes.data, weights.ctypes.data, blocks,
-                scores.ctypes.data + 4 * e,
+                address(keys), address(key_scales), groups, address(codes),
+                address(excess), address(factors), address(weights), blocks,
+                address(scores) + 4 * e,
             )  # fmt: skip
 
     return score_integers
@@ -292,7 +293,7 @@ def _no_integers(
 score_integers = make_score_integers(VNNI) if INTEGER else _no_integers
 
 
-@inner
+@once
 def turn_query(query: Any, heads: int, dim: int, turned: Any) -> None:
     """turned [dim, lanes] = query [heads, dim], for score_floats; it begins as zeros."""
     lanes = turned.shape[0] // dim
@@ -301,7 +302,7 @@ def turn_query(query: Any, heads: int, dim: int, turned: Any) -> None:
             turned[j * lanes + h] = query[h * dim + j]
 
 
-@inner
+@once
 def score_floats(
     data: int, data_bytes: int, scale: int, scale_bytes: int, count: int, form: int,
     dim: int, turned: Any, weights: Any, keys: Any, sums: Any, part: Any, scores: Any,
@@ -314,9 +315,9 @@ def score_floats(
         load_key(data + e * data_bytes, scale + e * scale_bytes, dim, form, keys, e * dim)
     for g in range(dim // group):
         product(
-            count, lanes, group, keys.ctypes.data + 4 * g * group, dim, 1,
-            turned.ctypes.data + 4 * g * group * lanes, lanes,
-            part.ctypes.data if g else sums.ctypes.data, lanes, 0,
+            count, lanes, group, address(keys) + 4 * g * group, dim, 1,
+            address(turned) + 4 * g * group * lanes, lanes,
+            address(part) if g else address(sums), lanes, 0,
         )  # fmt: skip
         if g:
             for i in range(count * lanes):
@@ -338,7 +339,7 @@ def _search(
     table_at: int, slab_bytes: int, data0: int, scale0: int, data_bytes: int, scale_bytes: int,
     form: int, per_slab: int, first: int, last: int, k: int, values_at: int, places_at: int,
     held_at: int,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     query, given = view_float32(query_at, heads * dim), view_float32(weights_at, heads)
     table = view_int32(table_at, (last + per_slab - 1) // per_slab)
     room = compiled_capacity(k)
@@ -364,7 +365,7 @@ def _search(
         encode_query(query, heads, dim, codes, excess, factors)
     else:
         turn_query(query, heads, dim, turned)
-    held, least = 0, np.uint32(0)
+    held, least = np.int64(0), np.uint32(0)
     for entry in range(first, last, per_slab):
         base = slabs + np.int64(table[entry // per_slab]) * slab_bytes
         count = min(per_slab, last - entry)
@@ -382,6 +383,7 @@ def _search(
             )  # fmt: skip
         held, least = offer(scores, count, entry, k, values, places, held, least)
     view_int64(held_at, 1)[0] = keep_best(values, places, held, k)
+    return 1
 
 
 # search(query, weights, heads, dim, slabs, table, slab_bytes, data0, scale0, data_bytes,
@@ -389,4 +391,4 @@ def _search(
 # first .. last - 1, ascending, and their number. query: [heads, dim] float32, already rounded to
 # FP4 where keys are; weights: [heads]; table: slab numbers of the sequence; `first` is a multiple
 # of per_slab; values, places: uint32 and int64 [capacity(k)]; held: int64.
-search = external("fathom_search", _search, 19)
+search = external("fathom_search", _search, 19, fails=True)

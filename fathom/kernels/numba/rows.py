@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from fathom.kernels.numba.attention import attend, project, search_entries
-from fathom.kernels.numba.compiled import compiled, external
+from fathom.kernels.numba.compiled import compiled
 from fathom.kernels.numba.compressor import absorb, remember
 from fathom.kernels.numba.experts import run_experts
 from fathom.kernels.numba.layout import (
@@ -40,54 +40,14 @@ from fathom.kernels.numba.layout import (
     matrix,
     of_row,
     part,
-    record_at,
 )
 from fathom.kernels.numba.primitives import copy
 from fathom.kernels.numba.streams import combine, merge_streams, read_streams, write_streams
-from fathom.kernels.numba.vector import PANEL, view_float32, view_int64
+from fathom.kernels.numba.vector import PANEL, address, view_float32, view_int64
 
 PROJECT, ABSORB, ATTEND, REMEMBER, COMBINE = 1, 2, 4, 8, 16
 EVERYTHING = PROJECT | ABSORB | ATTEND | REMEMBER
 BLOCK = 256  # rows that share a widened panel of weights
-
-
-def _project(record: int, layer: int, a: int, b: int, scratch: int) -> None:
-    k = record_at(record)
-    read_streams(k, layer, ZERO, a, b, scratch)
-    project(k, layer, a, b, scratch)
-
-
-def _absorb(record: int, layer: int, a: int, b: int) -> None:
-    absorb(record_at(record), layer, a, b)
-
-
-def _attend(record: int, layer: int, a: int, b: int, shares: int, scratch: int) -> None:
-    k = record_at(record)
-    attend(k, layer, a, b, shares, scratch)
-    write_streams(k, a, b)
-
-
-def _feed_forward(record: int, layer: int, a: int, b: int, scratch: int) -> None:
-    k = record_at(record)
-    read_streams(k, layer, ONE, a, b, scratch)
-    run_experts(k, layer, a, b, scratch)
-    write_streams(k, a, b)
-
-
-def _remember(record: int, layer: int, a: int, b: int) -> None:
-    remember(record_at(record), layer, a, b)
-
-
-def _combine(record: int, layer: int, a: int, b: int, scratch: int) -> None:
-    combine(record_at(record), layer, a, b, scratch)
-
-
-_project_rows = external("fathom_project", _project, 5)
-_absorb_rows = external("fathom_absorb", _absorb, 4)
-_attend_rows = external("fathom_attend", _attend, 6)
-_feed_forward_rows = external("fathom_feed_forward", _feed_forward, 5)
-_remember_rows = external("fathom_remember", _remember, 4)
-_combine_rows = external("fathom_combine", _combine, 5)
 
 
 @compiled
@@ -96,30 +56,40 @@ def forward(
 ) -> None:
     """The chosen parts of layers first .. last - 1, for rows a .. b - 1; see the module.
 
-    record: [1] layout.RECORD. shares: see attention.attend.
+    record: [1] layout.RECORD. shares: see attention.attend. Raises MemoryError; state and entries
+    of the rows are then worth nothing.
     """
-    k, address = record[0], record.ctypes.data
+    k, at = record[0], address(record)
     widest = 0
     for layer in range(first_layer, last_layer):
         sizes = view_int64(k.meta + 8 * layer * COLUMNS, 4 * MATRICES)
         for which in range(MATRICES):
             widest = max(widest, sizes[4 * which + 3])
     panel = np.empty(widest * PANEL, np.float32)
-    scratch = panel.ctypes.data
+    scratch = address(panel)
     for layer in range(first_layer, last_layer):
+        done = 1
         if parts & COMBINE:
-            _combine_rows(address, layer, a, b, scratch)
+            done &= combine(at, layer, a, b, scratch)
         if parts & PROJECT:
             for t in range(a, b, BLOCK):
-                _project_rows(address, layer, t, min(t + BLOCK, b), scratch)
+                end = min(t + BLOCK, b)
+                done &= read_streams(at, layer, ZERO, t, end, scratch)
+                done &= project(at, layer, t, end, scratch)
         if parts & ABSORB:
-            _absorb_rows(address, layer, a, b)
+            done &= absorb(at, layer, a, b)
         if parts & ATTEND:
             for t in range(a, b, BLOCK):
-                _attend_rows(address, layer, t, min(t + BLOCK, b), shares, scratch)
-                _feed_forward_rows(address, layer, t, min(t + BLOCK, b), scratch)
+                end = min(t + BLOCK, b)
+                done &= attend(at, layer, t, end, shares, scratch)
+                done &= write_streams(at, t, end)
+                done &= read_streams(at, layer, ONE, t, end, scratch)
+                done &= run_experts(at, layer, t, end, scratch)
+                done &= write_streams(at, t, end)
         if parts & REMEMBER:
-            _remember_rows(address, layer, a, b)
+            done &= remember(at, layer, a, b)
+        if not done:
+            raise MemoryError
     panel[0] = 0  # keep it alive until here: numba does not see that its address is in use
 
 
@@ -162,7 +132,7 @@ def merge(record: Any, layer: int, which: Any, hidden: Any) -> None:
     x, mixes = np.empty(k.hidden, np.float32), np.empty(PANEL, np.float32)
     for i in range(which.shape[0]):
         own = part(hidden, k.w_normed, i, k.hidden)
-        merge_streams(k, layer, which[i], x, mixes, panel.ctypes.data, own)
+        merge_streams(k, layer, which[i], x, mixes, address(panel), own)
     panel[0] = 0
 
 
@@ -172,6 +142,6 @@ def output(record: Any, count: int, hidden: Any, logits: Any) -> None:
     k = record[0]
     width, wide = k.w_normed, (k.vocab + PANEL - 1) // PANEL * PANEL
     panel = np.empty(width * PANEL, np.float32)
-    x, to = hidden.ctypes.data, logits.ctypes.data
-    matrix(k, ZERO, HEAD, ZERO, count, x, width, to, wide, panel.ctypes.data)
+    x, to = address(hidden), address(logits)
+    matrix(k, ZERO, HEAD, ZERO, count, x, width, to, wide, address(panel))
     panel[0] = hidden[0] = hidden[0]

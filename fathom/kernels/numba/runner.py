@@ -5,7 +5,10 @@ Paper: none (implementation of §2 for batches).
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,12 +16,14 @@ import numpy as np
 import torch
 
 from fathom.kernels.numba import layout, rows
-from fathom.kernels.numba.compiled import link
+from fathom.kernels.numba.compiled import link, must_compile
 from fathom.kernels.numba.entries import FP4, FP8, RAW
 from fathom.kernels.numba.packing import is_uniform, pack
 from fathom.kernels.numba.selection import capacity
 from fathom.kernels.numba.vector import PANEL
 from fathom.kernels.registry import register
+
+_log = logging.getLogger(__name__)
 
 FORMS = {"float32": RAW, "fp8": FP8, "fp4": FP4}
 CSA_RATIO, SLAB_ENTRIES = 4, 64
@@ -44,6 +49,10 @@ class CompiledRunner:
     """Runs batches of at most `max_rows` rows; every row's result is independent of the others."""
 
     def __init__(self, device: torch.Tensor, model: Any, memory: Any, max_rows: int) -> None:
+        if must_compile(rows.forward):
+            _log.warning(
+                "event=compiling detail='the model for this processor, once: half a minute'"
+            )
         link()
         self.model, self.max_rows = model, max_rows
         self._layers = model.config.num_hidden_layers
@@ -58,7 +67,7 @@ class CompiledRunner:
         self._pool: ThreadPoolExecutor | None = None
         self._workers_made = 0
         self._allocated, self._exporting = 0, False
-        self.export = False
+        self.export, self.batch_invariant = False, True
         self._make_found(1)
         self.reload()
 
@@ -183,13 +192,9 @@ class CompiledRunner:
         shares = list(pairwise(cuts))
 
         def everywhere(layer: int, parts: int) -> None:
-            futures = [
-                self._workers(threads).submit(self._forward, layer, layer + 1, parts, *share)
-                for share in shares[1:]
-            ]
-            self._forward(layer, layer + 1, parts, *shares[0])
-            for future in futures:
-                future.result()
+            self._together(
+                [partial(self._forward, layer, layer + 1, parts, *share) for share in shares]
+            )
 
         for layer in range(self._layers):
             everywhere(layer, rows.PROJECT)
@@ -228,12 +233,20 @@ class CompiledRunner:
     def _search(self, layer: int, t: int, entries: int, threads: int) -> None:
         slabs = -(-entries // SLAB_ENTRIES)
         cuts = [slabs * i // threads * SLAB_ENTRIES for i in range(threads)] + [entries]
-        futures = [
-            self._workers(threads).submit(rows.search_share, self._record, layer, t, *cut, i)
-            for i, cut in enumerate(pairwise(cuts))
-            if i
-        ]
-        rows.search_share(self._record, layer, t, *cuts[:2], 0)
+        self._together(
+            [
+                partial(rows.search_share, self._record, layer, t, *cut, i)
+                for i, cut in enumerate(pairwise(cuts))
+            ]
+        )
+
+    def _together(self, parts: list[Callable[[], None]]) -> None:
+        """Run parts side by side, the first of them here; none runs on when this ends."""
+        futures = [self._workers(len(parts)).submit(part) for part in parts[1:]]
+        try:
+            parts[0]()
+        finally:
+            wait(futures)
         for future in futures:
             future.result()
 

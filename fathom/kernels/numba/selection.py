@@ -20,7 +20,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from fathom.kernels.numba.compiled import inner
-from fathom.kernels.numba.vector import I32, I64, LANES, _load, _splat, bits_of_float
+from fathom.kernels.numba.vector import I32, I64, LANES, _load, _splat, address, bits_of_float
 
 INTS = ir.VectorType(I32, LANES)
 SPARE = 1024  # candidates beyond the best k that are gathered before the worst are dropped
@@ -80,11 +80,11 @@ def keep_best(values: Any, places: Any, count: int, k: int) -> int:
     least = np.uint32(0)
     for bit in range(31, -1, -1):  # the greatest number that k of them reach
         trial = least | (np.uint32(1) << np.uint32(bit))
-        if _reaching(values.ctypes.data, padded, trial) >= k:
+        if _reaching(address(values), padded, trial) >= k:
             least = trial
     left = k
     if least != np.uint32(0xFFFFFFFF):
-        left -= _reaching(values.ctypes.data, padded, least + np.uint32(1))
+        left -= _reaching(address(values), padded, least + np.uint32(1))
     kept = 0
     for i in range(count):
         value = values[i]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fathom.kernels.numba.compiled import inner
-from fathom.kernels.numba.entries import round_fp8
+from fathom.kernels.numba.compiled import external, inner, once
+from fathom.kernels.numba.entries import FP8_GROUP, round_fp8
 from fathom.kernels.numba.layout import (
     ATTN_BASE,
     ATTN_FN,
@@ -40,14 +40,15 @@ from fathom.kernels.numba.layout import (
     matrix,
     of_row,
     part,
+    record_at,
     rounds,
     vector,
 )
 from fathom.kernels.numba.primitives import copy, mean_square, rmsnorm, sigmoid
-from fathom.kernels.numba.vector import PANEL, exp32, fma, view_float32
+from fathom.kernels.numba.vector import PANEL, address, exp32, fma, view_float32
 
 
-@inner
+@once
 def _sinkhorn(m: Any, n: int, iterations: int, eps: Any) -> None:
     for i in range(n):
         high = m[i * n]
@@ -82,11 +83,11 @@ def _mix(flow: Any, mixes: Any, r: Any, scale: Any, base: Any, n: int, eps: Any,
             x[j] = fma(weight, flow[i * d + j], x[j])
 
 
-@inner
-def read_streams(k: Any, layer: int, site: int, a: int, b: int, scratch: int) -> None:
+def _read_streams(record: int, layer: int, site: int, a: int, b: int, scratch: int) -> int:
     """mHC before a sublayer (site 0 attention, 1 experts): its normed input, and what writing back
     needs.
     """
+    k = record_at(record)
     n, d = k.streams, k.hidden
     flows, mixed = k.flow + 4 * a * k.w_flow, k.mixes + 4 * a * k.w_mixes
     which = FFN_FN if site else ATTN_FN
@@ -106,11 +107,12 @@ def read_streams(k: Any, layer: int, site: int, a: int, b: int, scratch: int) ->
             comb[c] = mixes[2 * n + c] * r * scale[2] + base[2 * n + c]
         _sinkhorn(comb, n, k.sinkhorn_iters, k.hc_eps)
         rmsnorm(x, norm, k.norm_eps, line(k.normed, k.w_normed, t, d))
+    return 1
 
 
-@inner
-def write_streams(k: Any, a: int, b: int) -> None:
+def _write_streams(record: int, a: int, b: int) -> int:
     """mHC after a sublayer, in place: stream j = post_j * y + sum_i comb[i, j] * stream i."""
+    k = record_at(record)
     n, d = k.streams, k.hidden
     old = np.empty(n * d, np.float32)
     for t in range(a, b):
@@ -124,6 +126,7 @@ def write_streams(k: Any, a: int, b: int) -> None:
                 factor = comb[i * n + j]
                 for c in range(d):
                     flow[j * d + c] = fma(factor, old[i * d + c], flow[j * d + c])
+    return 1
 
 
 @inner
@@ -132,35 +135,41 @@ def merge_streams(k: Any, layer: int, t: int, x: Any, mixes: Any, scratch: int, 
     n, flow = k.streams, line(k.flow, k.w_flow, t, k.streams * k.hidden)
     r = np.float32(1) / np.float32(math.sqrt(mean_square(flow) + k.norm_eps))
     at = k.flow + 4 * t * k.w_flow
-    matrix(k, layer, HEAD_FN, ZERO, ONE, at, k.w_flow, mixes.ctypes.data, PANEL, scratch)
+    matrix(k, layer, HEAD_FN, ZERO, ONE, at, k.w_flow, address(mixes), PANEL, scratch)
     base, scale = vector(k, layer, HEAD_BASE), vector(k, layer, HEAD_SCALE)
     _mix(flow, mixes, r, scale[0], base, n, k.hc_eps, x)
     rmsnorm(x, vector(k, layer, NORM), k.norm_eps, out)
 
 
-@inner
-def combine(k: Any, layer: int, a: int, b: int, scratch: int) -> None:
+def _combine(record: int, layer: int, a: int, b: int, scratch: int) -> int:
     """The MTP block's input, in place of the streams: each projected, plus the embedding."""
+    k = record_at(record)
     n, d, width = k.streams, k.hidden, k.w_normed
     rounded = rounds(k, layer, R_MTP)
     x, y = np.empty(n * width, np.float32), np.empty(n * width, np.float32)
     embedded = np.empty(width, np.float32)
-    at, to = x.ctypes.data, y.ctypes.data
+    at, to = address(x), address(y)
     for t in range(a, b):
         own = part(x, width, 0, d)
         token = view_float32(k.embed + 4 * of_row(k, TOKEN, t) * d, d)
         rmsnorm(token, vector(k, layer, E_NORM), k.norm_eps, own)
         if rounded:
-            round_fp8(own, 128)
-        matrix(k, layer, E_PROJ, ZERO, ONE, at, width, embedded.ctypes.data, width, scratch)
+            round_fp8(own, FP8_GROUP)
+        matrix(k, layer, E_PROJ, ZERO, ONE, at, width, address(embedded), width, scratch)
         flow = line(k.flow, k.w_flow, t, n * d)
         for i in range(n):
             own = part(x, width, i, d)
             rmsnorm(flow[i * d : (i + 1) * d], vector(k, layer, H_NORM), k.norm_eps, own)
             if rounded:
-                round_fp8(own, 128)
+                round_fp8(own, FP8_GROUP)
         matrix(k, layer, H_PROJ, ZERO, n, at, width, to, width, scratch)
         for i in range(n):
             for j in range(d):
                 flow[i * d + j] = embedded[j] + y[i * width + j]
     x[0] = y[0] = 0  # keep them alive until here: their addresses are in use
+    return 1
+
+
+read_streams = external("fathom_read_streams", _read_streams, 6, fails=True)
+write_streams = external("fathom_write_streams", _write_streams, 3, fails=True)
+combine = external("fathom_combine", _combine, 5, fails=True)

@@ -404,6 +404,12 @@ def pointer(typingctx: Any, address: Any) -> Any:
     return types.voidptr(types.int64), generate
 
 
+@inner
+def address(array: Any) -> Any:
+    """Where an array lies, as int64: numba's own number is unsigned, and made float by a sum."""
+    return np.int64(array.ctypes.data)
+
+
 def _make_view(dtype: Any) -> Any:
     @inner
     def view(address: int, count: int) -> Any:

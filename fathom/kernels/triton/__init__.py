@@ -20,6 +20,7 @@ from fathom.kernels.triton import (
     mhc,
     route,
     sinkhorn,
+    step,
     stored_experts,
 )
 
@@ -40,5 +41,6 @@ __all__ = [
     "mhc",
     "route",
     "sinkhorn",
+    "step",
     "stored_experts",
 ]

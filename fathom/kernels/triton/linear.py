@@ -86,11 +86,11 @@ def stored_linear(
     out: torch.Tensor | None = None,
     plain_out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As the reference. x: [tokens, groups * cols]; codes: [rows, cols] uint8, rows and cols
-    multiples of 128, one group where the input is rounded; scale: [rows / 128, cols / 128] uint8;
-    norm: [cols]; plain: [rows, cols] unquantised; out, plain_out: where to write, the same shapes
-    as below. Returns ([tokens, rows] in x's dtype, plain's products [tokens, rows] float32 or
-    None).
+    """As the reference. x: [tokens, groups * cols]; codes: [rows, cols] uint8, rows a multiple
+    of 32 and cols of 128, one group where the input is rounded; scale: [rows / 128, cols / 128]
+    uint8; norm: [cols]; plain: [rows, cols] unquantised; out, plain_out: where to write, the same
+    shapes as below. Returns ([tokens, rows] in x's dtype, plain's products [tokens, rows] float32
+    or None).
     """
     tokens, (rows, cols) = x.shape[0], codes.shape
     assert quantize_input or norm is None
@@ -105,7 +105,8 @@ def stored_linear(
         rounded = p.round_inputs(x, norm=norm, norm_eps=norm_eps)
         values, unit = rounded.for_fp8, rounded.unit
     block = p.block_columns(cols, 4)
-    own_rows = min(rows // groups, p.program_rows(block, 4))
+    each = rows // groups
+    own_rows = min(each & -each, p.program_rows(block, 4))
     plain_block = min(cols & -cols, PLAIN_VALUES)
     plain_rows = max(1, PLAIN_VALUES // plain_block)
     tile = p.token_tile(tokens)
@@ -113,7 +114,7 @@ def stored_linear(
     _linear[(fp8_blocks + triton.cdiv(count, plain_rows), triton.cdiv(tokens, tile))](
         values, values.stride(0), unit, codes, scale, out, x, x.stride(0),
         plain if plain is not None else x, plain_out if plain_out is not None else out,
-        tokens, rows, count, rows // groups, fp8_blocks,
+        tokens, rows, count, each, fp8_blocks,
         COLS=cols, BLOCK=block, ROWS=own_rows, PLAIN_BLOCK=plain_block, PLAIN_ROWS=plain_rows,
         TOKENS=tile, ROUNDED=quantize_input, PACKED=x.dtype != torch.float32, num_warps=WARPS,
     )  # fmt: skip

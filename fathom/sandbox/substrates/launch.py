@@ -49,7 +49,9 @@ class Launch:
 
     `agent`: the compiled agent. `ids`: host's id of root inside. `netns`: path of its network
     namespace, None for a new one without any device. `outlive`: whether it lives on without us.
-    `layers`: of the image store `store`, the lowest first; then `rootfs` is of no meaning.
+    `io_read`, `io_write`: bytes per second from and to each disk. `layers`: of the image store
+    `store`, the lowest first; then `rootfs` is of no meaning, and `image` describes their image,
+    whatever its name means by now.
     """
 
     folder: Path
@@ -68,7 +70,10 @@ class Launch:
     outlive: bool = False
     store: str = ""
     layers: tuple[str, ...] = ()
+    image: str = ""
     door: str | None = None
+    io_read: int | None = None
+    io_write: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

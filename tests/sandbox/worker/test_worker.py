@@ -219,6 +219,7 @@ def test_the_daemon_and_the_keeper_are_killed_while_the_model_thinks(node: Daemo
         assert asked.wait(PATIENCE)
         os.kill(keeper(store), signal.SIGKILL)
         node.end(signal.SIGKILL)
+        until(lambda: worker.state == "stopped early")
         go_on.set()
         with pytest.raises(DaemonLost):
             attach(store)

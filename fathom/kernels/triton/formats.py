@@ -136,3 +136,21 @@ def bfloat16_bits(v):
     """float32 rounded to bfloat16 (ties to even), as its uint16 bits."""
     bits = v.to(tl.uint32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+
+
+@triton.jit
+def round_group(values):
+    """[groups, 128] float32 as FP8 with a power-of-two scale for each group would give it."""
+    amax = tl.maximum(tl.max(tl.abs(values), axis=1), FP8_FLOOR)
+    unit, inverse = power_of_two_scale(amax, E4M3_RECIPROCAL)
+    return round_e4m3(values * inverse[:, None]) * unit[:, None]
+
+
+@triton.jit
+def store_groups(out, values, group, live, PLANES: tl.constexpr):
+    """Store [groups, 128]; PLANES puts column 64a + 32b + 8c + d of each at 16d + 8a + 2c + b."""
+    if PLANES:
+        parts = tl.reshape(values, [values.shape[0], 2, 2, 4, 8])
+        values = tl.reshape(tl.permute(parts, (0, 4, 1, 3, 2)), [values.shape[0], 128])
+    at = out + group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    tl.store(at, values.to(out.dtype.element_ty), mask=live[:, None])

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from fathom.errors import DaemonLost, PolicyDenied, SandboxError, SandboxLost, Unsupported
+from fathom.errors import DaemonLost, KeyConflict, PolicyDenied, SandboxLost, Unsupported
 from fathom.sandbox import Container, Net, SyncClient, messages, state
 from fathom.sandbox.edge import SOCKET
 from tests.sandbox.edge.daemon import REPOSITORY, Daemon, environment
@@ -37,8 +37,8 @@ def test_sandboxes_outlive_clients_and_the_daemon(daemon: Daemon):
     with daemon.client() as client:
         sandbox = client.create(Container(), key="job/1", group="job")
         sandbox.exec("echo kept > f; (sleep 4321 > /dev/null 2>&1 &)", timeout=20)
-        assert client.create(Container(), key="job/1").id == sandbox.id
-        with pytest.raises(SandboxError, match="another kind"):
+        assert client.create(Container(), key="job/1", group="job").id == sandbox.id
+        with pytest.raises(KeyConflict, match="other values"):
             client.create(Container(pids=9), key="job/1")
         name = sandbox.id
     daemon.end(signal.SIGKILL)
@@ -51,7 +51,7 @@ def test_sandboxes_outlive_clients_and_the_daemon(daemon: Daemon):
         sandbox = client.attach(name)
         shown = sandbox.exec("cat f; pgrep -fc 'sleep 432[1]'", timeout=20).stdout
         assert shown == "kept\n1\n"
-        assert client.create(Container(), key="job/1").id == name
+        assert client.create(Container(), key="job/1", group="job").id == name
         if sandbox.caps.fork:
             (copy,) = sandbox.fork()
             assert copy.exec("cat f", timeout=20).stdout == "kept\n"

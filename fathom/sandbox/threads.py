@@ -59,13 +59,15 @@ async def whole(
 
     What a caller gave up must be nobody's: no one else could ever reach it.
     """
+    results: list[T] = []
     with anyio.CancelScope(shield=True):
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            result = await work()
+            results.append(await work())
         else:
-            result = await _kept_going(work, undo)
+            results.append(await _kept_going(work, undo))
+    (result,) = results
     try:
         await anyio.lowlevel.checkpoint_if_cancelled()
     except BaseException:

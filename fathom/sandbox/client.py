@@ -155,8 +155,7 @@ class Client:
             raise Unsupported(wanted.missing())
         _check_kind(wanted)
         _check_texts(key=key, group=group)
-        if not isinstance(net, Net | None):
-            raise SandboxError(f"net is {net!r:.80}: give a policy such as Net.deny()")
+        _check_net(net)
         if self._remote:
             values = {"spec": wanted, "net": net, "key": key or "", "group": group or ""}
             return await self._make("create", group, **values)
@@ -319,6 +318,11 @@ class Client:
 def _check_kind(spec: object) -> None:
     if not isinstance(spec, Kept):
         raise SandboxError(f"{spec!r:.80} is no sandbox: give a Container, a MicroVM or a FullVM")
+
+
+def _check_net(net: object) -> None:
+    if not isinstance(net, Net | None):
+        raise SandboxError(f"net is {net!r:.80}: give a policy such as Net.deny()")
 
 
 def _check_texts(**values: object) -> None:

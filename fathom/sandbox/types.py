@@ -79,7 +79,8 @@ class Container:
         """Refuse values that no substrate could serve. Raises SandboxError."""
         if self.memory is not None and self.memory_bytes < MINIMUM_MEMORY:
             raise SandboxError(f"memory is {self.memory!r}: a sandbox needs at least 16MiB")
-        if not (_is_number(self.pids_limit, 1, 1 << 20) and isinstance(self.pids_limit, int)):
+        pids: object = self.pids_limit
+        if not (_is_number(pids, 1, 1 << 20) and isinstance(pids, int)):
             raise SandboxError(f"pids is {self.pids!r:.80}: give a number of processes from 1 up")
         if self.cpu is not None and not _is_number(self.cpu, 0.01, 4096):
             raise SandboxError(f"cpu is {self.cpu!r:.80}: give a number of cores from 0.01 up")
@@ -233,15 +234,17 @@ def _check_lives(spec: Container | MicroVM | FullVM) -> None:
         value = getattr(spec, name)
         if value is not None and not _is_number(value, 1e-9, LONGEST_LIFE):
             raise SandboxError(f"{name} is {value!r:.80}: give a number of seconds above 0")
-    hostname: object = spec.hostname
-    if not (isinstance(hostname, str) and _HOSTNAME.fullmatch(hostname)):
-        raise SandboxError(f"hostname is {hostname!r:.80}: use letters, digits and hyphens")
-    image: object = spec.image
-    if not (isinstance(image, str) and image):
+    if not _is_text(spec.hostname) or not _HOSTNAME.fullmatch(spec.hostname):
+        raise SandboxError(f"hostname is {spec.hostname!r:.80}: use letters, digits and hyphens")
+    if not _is_text(spec.image) or not spec.image:
         raise SandboxError(
-            f'image is {image!r:.80}: give "base" or "python" for a Container or MicroVM, or the '
-            "name of one of the store"
+            f'image is {spec.image!r:.80}: give "base" or "python" for a Container or MicroVM, or '
+            "the name of one of the store"
         )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _is_number(value: object, least: float, most: float) -> bool:

@@ -255,7 +255,7 @@ def test_odd_requests_of_a_daemon(daemon: Daemon):
         ("memory", {"a": 1}),
         ("image", 7),
         ("workdir", 5),
-        ("hostname", None),
+        ("hostname", [1]),
     ]:
         request = {"spec": {"type": "container", name: value}}
         answer = anyio.run(host.ask, "create", request)  # pyright: ignore

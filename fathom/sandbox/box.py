@@ -205,6 +205,7 @@ def introduce(box: Box) -> None:
     ]
     if started.tenant is not None:
         settings += [(Tag.UID, started.tenant), (Tag.GID, started.tenant)]
+    settings.append((Tag.JOURNAL, journal_limit(box.launch.disk)))
     if not started.filtered:
         settings.append((Tag.FILTER, seccomp.compile_filter()))
     if syscalls.landlock_version() > 0:
@@ -213,8 +214,12 @@ def introduce(box: Box) -> None:
     if box.launch.cpu is not None:
         # So that programs start as many threads as they get processors.
         settings.append((Tag.CPUS, max(1, round(box.launch.cpu + 0.49))))
-    box.line = _reach(box)
-    _inquire(box.line, Frame.CONFIGURE, frames.join_fields(settings))
+    with contextlib.ExitStack() as stack:
+        # Its receipts say which commands ran out of memory, whoever is there to count.
+        counter = box.group and stack.enter_context(box.group.oom_file.open("rb"))
+        files = () if counter is None else (counter.fileno(),)
+        box.line = _reach(box)
+        _inquire(box.line, Frame.CONFIGURE, frames.join_fields(settings), files)
 
 
 def _reach(box: Box) -> socket.socket:
@@ -227,6 +232,11 @@ def _reach(box: Box) -> socket.socket:
         line.close()
         raise
     return line
+
+
+def journal_limit(disk: int) -> int:
+    """Return how many bytes of receipts an agent keeps: as many as its sandbox may write."""
+    return max(1 << 20, min(64 << 20, disk))
 
 
 def greeting(secret: bytes) -> bytes:
@@ -242,9 +252,15 @@ def ask(line: socket.socket, secret: bytes, kind: Frame, payload: bytes) -> fram
     return _hear(line)
 
 
-def _inquire(line: socket.socket, kind: Frame, payload: bytes) -> frames.Received:
-    """Ask for one thing on a line that has begun. Raises OSError, SandboxError."""
-    line.sendall(frames.pack(1, kind, payload))
+def _inquire(
+    line: socket.socket, kind: Frame, payload: bytes, files: tuple[int, ...] = ()
+) -> frames.Received:
+    """Ask for one thing on a line that has begun; `files` come along.
+
+    Raises OSError, SandboxError.
+    """
+    data = frames.pack(1, kind, payload)
+    line.sendall(data[socket.send_fds(line, [data], files) if files else 0 :])
     return _hear(line)
 
 

@@ -190,6 +190,24 @@ def test_admission(daemon: Daemon):
         client.create(Container())
 
 
+def test_those_that_wait_count(daemon: Daemon):
+    """What was made in advance is handed out, never more than admitted, and gone afterwards."""
+    with daemon.client() as client:
+        spec = Container(hostname="waits")
+        with pytest.raises(PolicyDenied):
+            client.prewarm(spec, 7)
+        client.prewarm(spec, 5)
+        assert client.list() == []
+        client.create(Container())
+        with pytest.raises(PolicyDenied, match="6 sandboxes of 6"):
+            client.create(Container())
+        for _ in range(5):
+            client.create(spec)
+        with pytest.raises(PolicyDenied):
+            client.create(spec)
+        assert len(client.list()) == 6
+
+
 def test_a_sandbox_that_died_while_nobody_looked(daemon: Daemon):
     with daemon.client() as client:
         sandbox = client.create(Container())

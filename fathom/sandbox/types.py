@@ -80,7 +80,7 @@ class Container:
         if self.memory is not None and self.memory_bytes < MINIMUM_MEMORY:
             raise SandboxError(f"memory is {self.memory!r}: a sandbox needs at least 16MiB")
         pids: object = self.pids_limit
-        if not (_is_number(pids, 1, 1 << 20) and isinstance(pids, int)):
+        if not _is_number(pids, 1, 1 << 20) or isinstance(pids, float):
             raise SandboxError(f"pids is {self.pids!r:.80}: give a number of processes from 1 up")
         if self.cpu is not None and not _is_number(self.cpu, 0.01, 4096):
             raise SandboxError(f"cpu is {self.cpu!r:.80}: give a number of cores from 0.01 up")

@@ -37,6 +37,9 @@ class Writes:
         try:
             self._link.request("save", id=id, target=str(work / "upper"))
             facts = {"image": known.spec.image, "ids": known.ids, "substrate": known.name}
+            if isinstance(known.image, Image):
+                # The name may mean another image by the time that somebody goes on from here.
+                facts["description"] = known.image.encode().decode()
             (work / "facts.json").write_text(json.dumps(facts))
             size = sum(path.lstat().st_size for path in (work / "upper").rglob("*"))
             work.rename(folder / name)

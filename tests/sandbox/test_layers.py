@@ -97,3 +97,17 @@ def test_layers_need_root(client: SyncClient, tmp_path: Path):
         pytest.skip("root can mount layers")
     with pytest.raises(Unsupported, match="pack_diff"):
         client.create().pack_diff()
+
+
+def test_a_snapshot_goes_on_from_its_own_image(stored: SyncClient):
+    """A name that has moved since must not put another image below what was written."""
+    for file in ("first", "second"):
+        with stored.create(Container()) as made:
+            made.exec(f"touch {file}", timeout=10).check()
+            made.pack_diff(name="moved")
+        if file == "first":
+            sandbox = stored.create(Container(image="moved"))
+            sandbox.exec("touch mine", timeout=10).check()
+            kept = sandbox.snapshot()
+    again = stored.restore(kept, Container(image="moved"))
+    assert again.exec("ls", timeout=10).stdout.split() == ["first", "mine"]

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 
+import anyio
 import pytest
 
 from fathom.errors import DaemonLost, KeyConflict, PolicyDenied, SandboxLost, Unsupported
-from fathom.sandbox import Container, Net, SyncClient, messages, state
+from fathom.sandbox import Client, Container, Net, SyncClient, messages, state
 from fathom.sandbox.edge import SOCKET
 from tests.sandbox.edge.daemon import REPOSITORY, Daemon, environment
 
@@ -260,3 +261,27 @@ def test_other_clients_leave_a_daemon_s_sandboxes_alone(daemon: Daemon):
         sandbox = client.create(Container())
         assert state.reap(daemon.folder) == []
         assert sandbox.exec("echo alive", timeout=20).stdout == "alive\n"
+
+
+def test_odd_requests_of_a_daemon(daemon: Daemon):
+    """What a client of another language may send."""
+    host = Client("edge", runtime_dir=daemon.folder)._host  # pyright: ignore
+    for name, value in [
+        ("ttl", "soon"),
+        ("pids", "many"),
+        ("cpu", [1]),
+        ("memory", {"a": 1}),
+        ("image", 7),
+        ("workdir", 5),
+        ("hostname", [1]),
+    ]:
+        request = {"spec": {"type": "container", name: value}}
+        answer = anyio.run(host.ask, "create", request)  # pyright: ignore
+        assert answer["error"].startswith("sandbox"), name
+        for words in ("must be real", "argument of type", "NoneType", "unpack", "not supported"):
+            assert words not in answer["message"]
+    for net in (5, {"domains": [[]]}, {"addresses": [1]}, {"mirrors": 3}):
+        request = {"spec": {"type": "container"}, "net": net}
+        answer = anyio.run(host.ask, "create", request)  # pyright: ignore
+        assert "unpack" not in answer["message"]
+        assert "iterable" not in answer["message"]

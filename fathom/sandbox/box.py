@@ -55,6 +55,8 @@ WRITABLE = (
 )
 # The holder of the user's own pause.
 PAUSE = "pause"
+# Where the agent keeps the folder of the writes: KEPT_FILE of agent.h.
+_UPPER_FD = 100
 _HELLO_TIMEOUT = 30.0
 _GONE_TIMEOUT = 10.0
 
@@ -157,7 +159,8 @@ def _start(box: Box, copied: Box | None = None, saved: Path | None = None) -> No
         if launch.substrate == "bubblewrap":
             raise SandboxError(bubblewrap.failure(launch)) from error
         raise SandboxError(f"the sandbox's agent did not answer: {error}") from error
-    note = {"secret": box.secret.hex(), "pid": box.started.pid, "launch": as_json(launch)}
+    note: dict[str, Any] = {"secret": box.secret.hex(), "pid": box.started.pid}
+    note |= {"launch": as_json(launch), "upper": _identity(box.upper) if box.upper >= 0 else None}
     session = launch.folder / state.SESSION
     session.touch(mode=0o600)
     session.write_text(json.dumps(note))
@@ -169,7 +172,7 @@ def _let_go_of_mounts(box: Box) -> None:
     Each sandbox that starts copies all mounts of this process first: there should be few.
     """
     disk = box.folder / state.DISK
-    box.upper = os.open(disk / container.UPPER, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    box.upper = syscalls.clone_mount(str(disk / container.UPPER))
     if box.composed is not None:
         box.composed.detach()
     _unmount(box)
@@ -214,7 +217,11 @@ def introduce(box: Box) -> None:
         # So that programs start as many threads as they get processors.
         settings.append((Tag.CPUS, max(1, round(box.launch.cpu + 0.49))))
     box.line = _reach(box)
-    _inquire(box.line, Frame.CONFIGURE, frames.join_fields(settings))
+    data = frames.pack(1, Frame.CONFIGURE, frames.join_fields(settings))
+    # The folder of its writes goes along: the agent keeps it open for the next node.
+    sent = socket.send_fds(box.line, [data], [box.upper]) if box.upper >= 0 else 0
+    box.line.sendall(data[sent:])
+    _hear(box.line)
 
 
 def _reach(box: Box) -> socket.socket:
@@ -358,6 +365,7 @@ def adopt(folder: Path) -> Box:
         if not state.is_first(folder, pid):
             raise SandboxError(f"the agent of {folder.name} is gone")
         _hold_image(box)
+        box.upper = _kept_upper(pid, session.get("upper"))
         tenant = TENANT if launch.substrate != "bubblewrap" else None
         box.started = Started(pid=pid, tenant=tenant)
         layout = cgroups.current_layout()
@@ -381,7 +389,7 @@ def adopt(folder: Path) -> Box:
             box.line.close()
         if box.held is not None:
             box.held.close()
-        for fd in (box.pidfd, box.net, box.image_lock, box.lock):
+        for fd in (box.pidfd, box.net, box.upper, box.image_lock, box.lock):
             if fd >= 0:
                 os.close(fd)
         raise
@@ -398,17 +406,36 @@ def _hold_image(box: Box) -> None:
             box.image_lock = rootfs.hold(Path(box.launch.rootfs))
 
 
-def writes_of(box: Box) -> Path:
-    """Return the folder with what the sandbox wrote.
+def _identity(fd: int) -> list[int]:
+    found = os.fstat(fd)
+    return [found.st_dev, found.st_ino]
 
-    One that was adopted has its mounts in namespaces that are gone; its own shows the same files.
+
+def _kept_upper(pid: int, identity: object) -> int:
+    """Open the folder of its writes that an agent keeps for us; -1 where it has another or none."""
+    try:
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        fd = os.open(f"/proc/{pid}/fd/{_UPPER_FD}", flags)
+    except OSError:
+        return -1
+    if _identity(fd) == identity:
+        return fd
+    os.close(fd)
+    return -1
+
+
+def writes_of(box: Box) -> Path:
+    """Return the folder with what the sandbox wrote, marks of deletion included.
+
+    Never what its root shows: there a deleted file of the image is missing without a mark, and a
+    copy would have it again. Raises Unsupported where the folder cannot be reached.
     """
-    if box.upper >= 0:
-        return Path(f"/proc/{os.getpid()}/fd/{box.upper}")
-    upper = box.folder / state.DISK / container.UPPER
-    if upper.exists() or box.started is None:
-        return upper
-    return Path(f"/proc/{box.started.pid}/root")
+    if box.upper < 0:
+        raise Unsupported(
+            f"the writes of {box.id} cannot be copied: it outlived the node that made it, and its "
+            "agent holds no folder of them (an older one does not); start another sandbox"
+        )
+    return Path(f"/proc/{os.getpid()}/fd/{box.upper}")
 
 
 def copy_writes(box: Box, target: Path) -> None:

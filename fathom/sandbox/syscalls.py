@@ -107,22 +107,25 @@ def open_folder(path: str) -> int:
     )
 
 
+def clone_mount(path: str) -> int:
+    """Return a descriptor of a mount of its own that shows the folder `path`, and nowhere else.
+
+    It is in no namespace, its root has nothing above, and it goes with its last descriptor.
+    Raises OSError.
+    """
+    flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC)
+    here = ctypes.c_int(_AT_FDCWD)
+    call = _libc.syscall(ctypes.c_long(_SYS_OPEN_TREE), here, os.fsencode(path), flags)
+    return _check(call, "open_tree", path)
+
+
 def bind_mapped(source: str, target: str, userns_fd: int) -> None:
     """Bind `source` at `target`, its owners translated by the user namespace behind `userns_fd`.
 
     The mount is nosuid and nodev. Raises OSError (EINVAL where the file system of `source` cannot
     translate owners).
     """
-    tree = _check(
-        _libc.syscall(
-            ctypes.c_long(_SYS_OPEN_TREE),
-            ctypes.c_int(_AT_FDCWD),
-            os.fsencode(source),
-            ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC),
-        ),
-        "open_tree",
-        source,
-    )
+    tree = clone_mount(source)
     try:
         wanted = _MOUNT_ATTR_IDMAP | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV
         attributes = struct.pack("=QQQQ", wanted, 0, 0, userns_fd)

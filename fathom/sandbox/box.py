@@ -438,12 +438,15 @@ def writes_of(box: Box) -> Path:
     return Path(f"/proc/{os.getpid()}/fd/{box.upper}")
 
 
-def copy_writes(box: Box, target: Path) -> None:
-    """Copy what the sandbox wrote, at one moment, into the folder `target`. Raises SandboxError."""
+def copy_writes(box: Box, target: Path) -> int:
+    """Copy what the sandbox wrote, at one moment, into the folder `target`.
+
+    Returns how many bytes its files have. Raises SandboxError.
+    """
     if box.group is None:
         raise Unsupported("bubblewrap keeps no writes that could be copied: run as root")
     with _still(box):
-        container.copy_tree(box.launch.agent, writes_of(box), target, box.group)
+        return container.copy_tree(box.launch.agent, writes_of(box), target, box.group)
 
 
 def destroy(box: Box) -> None:

@@ -212,8 +212,8 @@ def _compose(launch: Launch, upper: Path) -> Composed:
         os.close(namespace)
 
 
-def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> None:
-    """Copy an upper folder, owners, links and marks of deletion included.
+def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> int:
+    """Copy an upper folder, owners, links and marks of deletion included; return its files' bytes.
 
     The copy is made by a process in the groups of the new sandbox, whose memory it will be.
     Raises SandboxError.
@@ -223,8 +223,7 @@ def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> N
     done = subprocess.run(
         [agent, "--copy", str(source), str(target), "--group", door, "work", "tmp"],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         timeout=600,
         env={},
         check=False,
@@ -232,6 +231,7 @@ def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> N
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()[-500:]
         raise SandboxError(f"the sandbox's writes cannot be copied: {said}")
+    return int(done.stdout)
 
 
 def start(launch: Launch, ends: Ends, group: cgroups.Group, rootfs: Path) -> Started:

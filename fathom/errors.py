@@ -16,6 +16,7 @@
     +-- SandboxError             the sandbox itself failed (a command that fails is a result)
     |   +-- Unsupported             this machine or substrate cannot do what was asked
     |   +-- SandboxLost             the sandbox ended while it was needed
+    |   +-- ProcessClosed           a command was closed while it was still read or written to
     |   +-- DaemonLost              nobody answers for sandboxes any more; they may still run
     |   +-- SandboxTimeout          a command, or the sandbox's own part, took too long
     |   +-- SandboxOutOfMemory      a command was ended because its sandbox's memory was full
@@ -136,6 +137,12 @@ class SandboxLost(SandboxError):
     """The sandbox ended while it was still needed."""
 
     code = "sandbox_lost"
+
+
+class ProcessClosed(SandboxError):
+    """A running command was closed by another task or thread while this one used it."""
+
+    code = "sandbox_process_closed"
 
 
 class DaemonLost(SandboxError):

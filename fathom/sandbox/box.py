@@ -208,6 +208,7 @@ def introduce(box: Box) -> None:
     ]
     if started.tenant is not None:
         settings += [(Tag.UID, started.tenant), (Tag.GID, started.tenant)]
+    settings.append((Tag.JOURNAL, journal_limit(box.launch.disk)))
     if not started.filtered:
         settings.append((Tag.FILTER, seccomp.compile_filter()))
     if syscalls.landlock_version() > 0:
@@ -216,24 +217,30 @@ def introduce(box: Box) -> None:
     if box.launch.cpu is not None:
         # So that programs start as many threads as they get processors.
         settings.append((Tag.CPUS, max(1, round(box.launch.cpu + 0.49))))
-    box.line = _reach(box)
-    data = frames.pack(1, Frame.CONFIGURE, frames.join_fields(settings))
-    # The folder of its writes goes along: the agent keeps it open for the next node.
-    sent = socket.send_fds(box.line, [data], [box.upper]) if box.upper >= 0 else 0
-    box.line.sendall(data[sent:])
-    _hear(box.line)
+    with contextlib.ExitStack() as stack:
+        # Its receipts say which commands ran out of memory, whoever is there to count.
+        counter = box.group and stack.enter_context(box.group.oom_file.open("rb"))
+        files = () if counter is None else (counter.fileno(),)
+        # The agent keeps the folder of its writes open for the next node.
+        box.line = _reach(box, (box.upper,) if box.upper >= 0 else ())
+        _inquire(box.line, Frame.CONFIGURE, frames.join_fields(settings), files)
 
 
-def _reach(box: Box) -> socket.socket:
-    """Open the node's own line to an agent. Raises OSError."""
+def _reach(box: Box, files: tuple[int, ...] = ()) -> socket.socket:
+    """Open the node's own line to an agent; `files` come along. Raises OSError."""
     line = messages.connect(box.folder, state.SOCKET, timeout=_HELLO_TIMEOUT)
     try:
         line.settimeout(_HELLO_TIMEOUT)
-        line.sendall(greeting(box.secret))
+        _send(line, greeting(box.secret), files)
     except BaseException:
         line.close()
         raise
     return line
+
+
+def journal_limit(disk: int) -> int:
+    """Return how many bytes of receipts an agent keeps: as many as its sandbox may write."""
+    return max(1 << 20, min(64 << 20, disk))
 
 
 def greeting(secret: bytes) -> bytes:
@@ -249,10 +256,19 @@ def ask(line: socket.socket, secret: bytes, kind: Frame, payload: bytes) -> fram
     return _hear(line)
 
 
-def _inquire(line: socket.socket, kind: Frame, payload: bytes) -> frames.Received:
-    """Ask for one thing on a line that has begun. Raises OSError, SandboxError."""
-    line.sendall(frames.pack(1, kind, payload))
+def _inquire(
+    line: socket.socket, kind: Frame, payload: bytes, files: tuple[int, ...] = ()
+) -> frames.Received:
+    """Ask for one thing on a line that has begun; `files` come along.
+
+    Raises OSError, SandboxError.
+    """
+    _send(line, frames.pack(1, kind, payload), files)
     return _hear(line)
+
+
+def _send(line: socket.socket, data: bytes, files: tuple[int, ...]) -> None:
+    line.sendall(data[socket.send_fds(line, [data], files) if files else 0 :])
 
 
 def _hear(line: socket.socket) -> frames.Received:

@@ -116,7 +116,8 @@ class Sandbox:
         variables besides the fixed ones. `merge`: one stream in order of arrival. `cap`: bytes kept
         of each stream; with `spill`, so many go to the content store where there are more than
         that. `op`: a key under which the command runs at most once: asked for again, its result
-        comes back. Processes left in the background live on until the sandbox stops.
+        comes back, until it is acknowledged; where no room is left for another receipt it does not
+        run. Processes left in the background live on until the sandbox stops.
         Raises SandboxError for unusable arguments and SandboxLost after the sandbox ended.
         """
         request = form_request(command, timeout=timeout, cwd=cwd, env=env)
@@ -139,7 +140,10 @@ class Sandbox:
         finally:
             for stream in kept.values():
                 stream.close()
-        oom = ended.oom_killed or await self._host.oom_count(self.id) > ooms
+        # What is killed now says nothing of a command that ran before.
+        oom = ended.oom_killed or (
+            not ended.replayed and await self._host.oom_count(self.id) > ooms
+        )
         texts = [kept["stdout"].data.decode(errors="replace")]
         texts.append(kept["stderr"].data.decode(errors="replace"))
         return ExecResult(
@@ -149,8 +153,10 @@ class Sandbox:
             output="".join(texts),
             timed_out=ended.timed_out,
             oom_killed=oom,
-            truncated=max(ended.stdout_total, ended.stderr_total) > cap,
+            truncated=ended.stdout_total > len(kept["stdout"].data)
+            or ended.stderr_total > len(kept["stderr"].data),
             replayed=ended.replayed,
+            lost=ended.lost,
             duration=ended.duration,
             cpu=ended.cpu,
             spilled=tuple(
@@ -226,7 +232,7 @@ class Sandbox:
             cap=cap,
             flags=flags,
             op=op,
-            digest=request.digest(stdin) if op is not None else "",
+            digest=request.digest(stdin, merge=bool(flags & Flags.MERGE)) if op is not None else "",
             env=self.environment,
         )
 

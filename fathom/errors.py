@@ -20,6 +20,8 @@
     |   +-- DaemonLost              nobody answers for sandboxes any more; they may still run
     |   +-- SandboxTimeout          a command, or the sandbox's own part, took too long
     |   +-- SandboxOutOfMemory      a command was ended because its sandbox's memory was full
+    |   +-- KeyConflict             a key for creation belongs to a sandbox of other values
+    |   +-- MachineFull             a disk, folder or table of this machine is full
     |   +-- PolicyDenied            a policy or quota of this machine forbids what was asked
     |   +-- SnapshotMissing         a snapshot, or one that it grew from, is not there
     |   +-- SnapshotDamaged         a snapshot, or one that it grew from, is not what was written
@@ -159,6 +161,18 @@ class SandboxOutOfMemory(SandboxError):
     """A process was ended because the memory of its sandbox was full."""
 
     code = "sandbox_out_of_memory"
+
+
+class KeyConflict(SandboxError):
+    """A sandbox was made under this key already, from other values than are given now."""
+
+    code = "sandbox_key_conflict"
+
+
+class MachineFull(SandboxError):
+    """This machine has no room left for what had to be written or opened; nothing was changed."""
+
+    code = "sandbox_machine_full"
 
 
 class PolicyDenied(SandboxError):

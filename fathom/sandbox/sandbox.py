@@ -42,6 +42,7 @@ from fathom.sandbox.request import (
     form_request,
     to_bytes,
 )
+from fathom.sandbox.threads import whole
 from fathom.sandbox.types import DEFAULT_CAP, Caps, ExecResult, Snapshot, Spilled, Stats
 
 # The agent ends its command on time; beyond this it is taken for lost.
@@ -390,12 +391,14 @@ class Sandbox:
         self._need("fork", bool(self.caps.fork) and self._adopt is not None)
         if count < 1:
             raise SandboxError(f"count is {count}: ask for one sandbox or more")
-        assert self._adopt is not None
-        made: list[Sandbox] = []
-        with anyio.CancelScope(shield=True):
+        adopt = self._adopt
+        assert adopt is not None
+
+        async def make() -> list[Sandbox]:
             answer = await self._call("fork", id=self.id, count=count, reseed=reseed)
-            made += [self._adopt(one) for one in answer["made"]]
-        return made
+            return [adopt(one) for one in answer["made"]]
+
+        return await whole(make, _stop_all)
 
     async def screenshot(self) -> bytes:
         """Return the graphical console as a picture, PNG. Raises Unsupported, SandboxLost."""
@@ -453,6 +456,11 @@ class Sandbox:
     def _need(self, what: str, has: bool) -> None:
         if not has:
             raise Unsupported(f"a sandbox by {self.caps.substrate} has no {what}: see its caps")
+
+
+async def _stop_all(made: list[Sandbox]) -> None:
+    for sandbox in made:
+        await sandbox.stop()
 
 
 _ENOUGH = Ended(

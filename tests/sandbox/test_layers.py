@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fathom.errors import SandboxError, Unsupported
 from fathom.sandbox import Container, SyncClient
-from fathom.sandbox.images import Image, Store, pack_folder
+from fathom.sandbox.images import Image, RunConfig, Store, pack_folder
 
 
 @pytest.fixture
@@ -34,6 +35,17 @@ def test_writes_become_a_layer_to_run_on(stored: SyncClient):
     # What came first is what it was.
     again = stored.create(Container(image="job/1"))
     assert again.exec("cat f d/g", timeout=20).stdout == "one\ntwo\n"
+
+
+def test_variables_of_an_image_stay_through_policies(stored: SyncClient, tmp_path: Path):
+    stored.create(Container()).pack_diff(name="plain")
+    with Store(tmp_path / "store") as store:
+        run = RunConfig(env=(("PATH", "/usr/bin"), ("GREETING", "hi")))
+        store.put_image(replace(store.resolve("plain"), run=run), "greeting")
+    sandbox = stored.create(Container(image="greeting"))
+    for _ in range(2):
+        assert sandbox.exec("echo $GREETING", timeout=20).stdout == "hi\n"
+        sandbox.phase("next")
 
 
 def test_nothing_of_a_layered_sandbox_stays(stored: SyncClient, traces):

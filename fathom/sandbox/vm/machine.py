@@ -296,8 +296,11 @@ def _note(machine: Machine) -> None:
 # Living ----------------------------------------------------------------------------------------
 
 
-def freeze(machine: Machine) -> None:
-    """Stop the machine's processors, and with them its clock. Raises SandboxError."""
+def freeze(machine: Machine, _: str = "") -> None:
+    """Stop the machine's processors, and with them its clock. Raises SandboxError.
+
+    Whoever copies it keeps it `busy` meanwhile, so a pause needs no other holder than its user.
+    """
     with machine.busy:
         if machine.frozen is None and machine.mux is not None:
             # At the end of a frame: whoever copies a paused machine finds no half of one in it.
@@ -306,7 +309,7 @@ def freeze(machine: Machine) -> None:
             machine.frozen = time.monotonic()
 
 
-def thaw(machine: Machine) -> float:
+def thaw(machine: Machine, _: str = "") -> float:
     """Let the machine go on; return for how many seconds it was paused. Raises SandboxError."""
     with machine.busy:
         if machine.frozen is None or machine.mux is None:

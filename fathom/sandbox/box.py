@@ -214,11 +214,11 @@ def introduce(box: Box) -> None:
     if box.launch.cpu is not None:
         # So that programs start as many threads as they get processors.
         settings.append((Tag.CPUS, max(1, round(box.launch.cpu + 0.49))))
-    box.line = _reach(box)
     with contextlib.ExitStack() as stack:
         # Its receipts say which commands ran out of memory, whoever is there to count.
         counter = box.group and stack.enter_context(box.group.oom_file.open("rb"))
         files = () if counter is None else (counter.fileno(),)
+        box.line = _reach(box)
         _inquire(box.line, Frame.CONFIGURE, frames.join_fields(settings), files)
 
 

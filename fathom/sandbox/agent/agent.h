@@ -161,7 +161,7 @@ void memory_event(void);
 uint64_t memory_kills(void);
 
 /* archive.c */
-int write_archive(const char *path);
+int write_archive(const char *path, uint64_t limit);
 
 /* guest.c */
 int guest_start(int *journal);

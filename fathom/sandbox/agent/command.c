@@ -237,7 +237,7 @@ static void be_command(const Wanted *w, int in, int out, int err, int problem, u
   syscall(SYS_close_range, kept + 1, ~0u, 0);
   if (w->builtin && settings.guest && !strcmp(w->builtin, "archive")) {
     /* Not as the tenant: what was written also holds files that only root can read. */
-    int failed = write_archive(GUEST_FOLDER "/writes/upper");
+    int failed = write_archive(GUEST_FOLDER "/writes/upper", strtoull(*w->args, NULL, 10));
     if (failed) dprintf(kept, "E%d", failed);
     _exit(failed ? 125 : 0);
   }

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fathom.engine.request import Request
+from fathom.chat.generation import TokenMask
+from fathom.engine.request import Request, StopHook
 from fathom.engine.sampler import Drawn, SamplingParams
-from fathom.errors import CacheError, FathomError
+from fathom.errors import CacheError, FathomError, GenerationError
 
 MAGIC = b"fathomW2"
 # Token, log-probability, number of the draw (its last 16 bits: the rest is its place), checksum.
@@ -234,6 +235,35 @@ class WriteAheadLog:
             path.unlink(missing_ok=True)
             raise
         return _File(descriptor, checksum, len(data))
+
+
+def revive(
+    logged: Logged, mask: TokenMask | None, stop: StopHook | None
+) -> tuple[Request, str | None]:
+    """The request of a log, with its tokens, which mask and stop hook are told; and why it ends
+    here, if it does. A request that had a mask and gets none ends with an error.
+    """
+    request = Request(
+        prompt=logged.prompt,
+        params=logged.params,
+        id=logged.id,
+        priority=logged.priority,
+        mask=mask,
+        stop=stop,
+    )
+    reason = None
+    try:
+        for drawn in logged.output:
+            request.add(drawn)
+            request.sampler.accept(drawn.token)
+            if mask is not None:
+                mask.accept(drawn.token)
+            reason = request.ending() or reason
+        if logged.finish_reason is None and logged.masked and mask is None:
+            raise GenerationError(f"{request.id} cannot go on without its mask")
+    except Exception as error:  # whatever a hook raises is its request's trouble
+        request.error, reason = error, "error"
+    return request, reason
 
 
 def _lock(path: Path, flags: int = 0) -> int:

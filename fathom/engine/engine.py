@@ -323,9 +323,7 @@ class Engine:
                 "running_requests": len(self.scheduler.running),
                 "paused_requests": len(self._paused),
             }
-            return self.metrics.text(
-                {**counts, **gauges(self.memory, self.cache)}, self.cache.stats
-            )
+            return self.metrics.text(counts | gauges(self.memory, self.cache), self.cache.stats)
 
     def close(self) -> None:
         """Close logs; requests that had not finished can be recovered by another engine."""
@@ -386,8 +384,9 @@ class Engine:
         if gained:
             self.drafter.judge(share.drafted, gained - 1)
             self.metrics.tokens_drawn(request, gained, previous)
-        self.residence.commit(request)
-        if reason is not None:
+        if reason is None:
+            self.residence.commit(request)
+        else:
             self._finish(request, reason)
         share.done = True
         return (request, request.output[before:]) if share.logits is not None else None

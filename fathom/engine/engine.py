@@ -178,7 +178,7 @@ class Engine:
             return []
         self._stepping = True
         try:
-            rows = execute(self.runner, shares, self.memory.slabs.data.device)
+            rows = execute(self.runner, shares)
             self.metrics.step_done(rows)
             updates = [update for share in shares if (update := self._postprocess(share))]
             self.drafter.propose(shares)
@@ -443,8 +443,9 @@ class Engine:
         request.remembered = None
         draft, request.draft = request.draft, []
         reason, previous, count = None, request.last_token, 0
-        for row in share.logits:
-            drawn = request.sampler.pick(row, request.mask)
+        for number, row in enumerate(share.logits):
+            summary = share.summaries[number] if share.summaries is not None else None
+            drawn = request.sampler.pick(row, request.mask, summary)
             if self.wal is not None:
                 self.wal.append(request, drawn)
             request.add(drawn)

@@ -15,7 +15,7 @@ from fathom.engine.runner import Runner
 from fathom.engine.scheduler import Share
 
 
-def execute(runner: Runner, shares: Sequence[Share], device: torch.device) -> int:
+def execute(runner: Runner, shares: Sequence[Share]) -> int:
     """Compute the shares and write into them what came out; returns the number of rows."""
     pieces, drawn_from, count = [], [], 0
     for share in shares:
@@ -23,6 +23,7 @@ def execute(runner: Runner, shares: Sequence[Share], device: torch.device) -> in
         if request.remembered is not None:
             share.hidden = request.remembered
             share.logits = runner.head(request.remembered)
+            share.summaries = runner.summaries
             continue
         tokens = request.tokens[share.start : end] + request.draft
         assert request.slot is not None
@@ -36,13 +37,14 @@ def execute(runner: Runner, shares: Sequence[Share], device: torch.device) -> in
     if not pieces:
         return 0
     runner.export = any(share.request.export for share in shares)
-    runner.forward(Batch.of(pieces, device))
+    runner.forward(Batch.of(pieces))
     if drawn_from:
         hidden, logits = runner.logits([row for _, rows in drawn_from for row in rows])
-        at = 0
+        at, summaries = 0, runner.summaries
         for share, rows in drawn_from:
             share.hidden = hidden[at : at + len(rows)]
             share.logits = logits[at : at + len(rows)]
+            share.summaries = summaries[at : at + len(rows)] if summaries is not None else None
             at += len(rows)
     return count
 

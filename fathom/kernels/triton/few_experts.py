@@ -125,7 +125,8 @@ def _down(
         token = begin + tl.arange(0, TOKENS)
         shared = few.fp8_products(
             shared_codes + own * COLS, shared_scale + own // 128 * (COLS // 128),
-            values + begin * COLS, COLS, unit + begin * (COLS // 128), tokens - begin, COLS, SHARED_ROWS, TOKENS, True, BF16, SHARED_PARTS,
+            values + begin * COLS, COLS, unit + begin * (COLS // 128), tokens - begin, COLS,
+            SHARED_ROWS, TOKENS, True, BF16, SHARED_PARTS,
         )  # fmt: skip
         shared_at = shared_out + token[None, :] * hidden
         shared_at = shared_at + (own + tl.arange(0, SHARED_ROWS))[:, None]

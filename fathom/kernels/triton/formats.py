@@ -36,35 +36,6 @@ def decode_e2m1(code):
     return (((c & 7) << 9) | ((c & 8) << 12)).to(tl.float16, bitcast=True)
 
 
-# Four bytes at once: the codes move into float16 as in decode_e2m1, two in a register.
-_E2M1_PAIRS = tl.constexpr("""{
-.reg .b32 half, rest, sign;
-prmt.b32 half, $4, 0, 0x1404;
-shl.b32 sign, half, 4; shl.b32 rest, half, 1; and.b32 rest, rest, 0x0E000E00;
-lop3.b32 $0, sign, 0x80008000, rest, 0xEA;
-shr.b32 rest, half, 3; and.b32 rest, rest, 0x0E000E00;
-lop3.b32 $2, half, 0x80008000, rest, 0xEA;
-prmt.b32 half, $4, 0, 0x3424;
-shl.b32 sign, half, 4; shl.b32 rest, half, 1; and.b32 rest, rest, 0x0E000E00;
-lop3.b32 $1, sign, 0x80008000, rest, 0xEA;
-shr.b32 rest, half, 3; and.b32 rest, rest, 0x0E000E00;
-lop3.b32 $3, half, 0x80008000, rest, 0xEA;
-}""")
-
-
-@triton.jit
-def decode_e2m1_pairs(byte, PACKED: tl.constexpr):
-    """The low and the high codes of bytes, as decode_e2m1; PACKED: four bytes at a time."""
-    if PACKED:
-        low, high = tl.inline_asm_elementwise(
-            _E2M1_PAIRS, "=&r,=&r,=&r,=&r,r", [byte],
-            dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        low, high = decode_e2m1(byte & 15), decode_e2m1(byte >> 4)
-    return low, high
-
-
 @triton.jit
 def decode_e4m3_exactly(byte, NATIVE: tl.constexpr):
     """uint8 codes to float32; NATIVE: by the device's own conversion."""

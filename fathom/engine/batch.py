@@ -26,7 +26,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Rows of a step, piece after piece, each int64 [rows] on the device.
+    """Rows of a step, piece after piece, each int64 [rows] on the CPU.
 
     tokens, positions, slots; firsts: the row where the row's piece begins; known: see Piece.
     """
@@ -39,7 +39,7 @@ class Batch:
     known: torch.Tensor
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece], device: torch.device | str = "cpu") -> Batch:
+    def of(cls, pieces: Sequence[Piece]) -> Batch:
         """Lay pieces out as rows. A sequence may have one piece only."""
         columns: list[list[int]] = [[], [], [], [], []]
         for piece in pieces:
@@ -48,7 +48,7 @@ class Batch:
             columns[1] += range(piece.start, piece.start + count)
             for column, value in zip(columns[2:], (piece.slot, first, piece.known), strict=True):
                 column += [value] * count
-        table = torch.tensor(columns, dtype=torch.int64, device=device)
+        table = torch.tensor(columns, dtype=torch.int64)
         tokens, positions, slots, firsts, known = table.unbind(0)
         return cls(
             pieces=tuple(pieces),

@@ -167,7 +167,7 @@ class Engine:
             return []
         self._stepping = True
         try:
-            rows = execute(self.runner, shares, self.memory.slabs.data.device)
+            rows = execute(self.runner, shares)
             self.metrics.step_done(rows)
             updates = [update for share in shares if (update := self._postprocess(share))]
             self.drafter.propose(shares)

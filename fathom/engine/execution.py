@@ -16,7 +16,7 @@ from fathom.engine.scheduler import Share
 from fathom.engine.wal import WriteAheadLog
 
 
-def execute(runner: Runner, shares: Sequence[Share], device: torch.device) -> int:
+def execute(runner: Runner, shares: Sequence[Share]) -> int:
     """Compute the shares and write into them what came out; returns the number of rows."""
     pieces, drawn_from, count = [], [], 0
     for share in shares:
@@ -24,6 +24,7 @@ def execute(runner: Runner, shares: Sequence[Share], device: torch.device) -> in
         if request.remembered is not None:
             share.hidden = request.remembered
             share.logits = runner.head(request.remembered)
+            share.summaries = runner.summaries
             continue
         tokens = request.tokens[share.start : end] + request.draft
         assert request.slot is not None
@@ -37,13 +38,14 @@ def execute(runner: Runner, shares: Sequence[Share], device: torch.device) -> in
     if not pieces:
         return 0
     runner.export = any(share.request.export for share in shares)
-    runner.forward(Batch.of(pieces, device))
+    runner.forward(Batch.of(pieces))
     if drawn_from:
         hidden, logits = runner.logits([row for _, rows in drawn_from for row in rows])
-        at = 0
+        at, summaries = 0, runner.summaries
         for share, rows in drawn_from:
             share.hidden = hidden[at : at + len(rows)]
             share.logits = logits[at : at + len(rows)]
+            share.summaries = summaries[at : at + len(rows)] if summaries is not None else None
             at += len(rows)
     return count
 
@@ -74,8 +76,9 @@ def draw(share: Share, wal: WriteAheadLog | None) -> str | None:
     request.remembered = None
     draft, request.draft = request.draft, []
     share.drafted = len(draft)
-    for row in share.logits:
-        drawn = request.sampler.pick(row, request.mask)
+    for number, row in enumerate(share.logits):
+        summary = share.summaries[number] if share.summaries is not None else None
+        drawn = request.sampler.pick(row, request.mask, summary)
         if wal is not None:
             wal.append(request, drawn)
         request.add(drawn)

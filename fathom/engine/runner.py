@@ -25,11 +25,14 @@ class Runner(Protocol):
     """Computes batches over an engine's memory.
 
     `batch_invariant`: a row's result depends on its sequence alone. Set to False, a runner that has
-    a faster way may take it. `export`: keep what `routing` and `selection` tell.
+    a faster way may take it. `export`: keep what `routing` and `selection` tell. `summaries`: of
+    the rows that `logits` or `head` returned last, `logit_summary` [rows, 3], where the device has
+    made it.
     """
 
     export: bool
     batch_invariant: bool
+    summaries: np.ndarray | None
 
     def reload(self) -> None:
         """Read the model's weights again."""
@@ -65,9 +68,15 @@ class Runner(Protocol):
 
 
 def make_runner(model: Transformer | StoredModel, memory: Memory, max_rows: int) -> Runner:
-    """The best runner for a model where it lies."""
-    from fathom.engine import stored_runner, torch_runner  # noqa: F401  (they register themselves)
+    """The best runner for a model where it lies.
 
+    Raises ConfigError for a StoredModel that no operation's tiles fit.
+    """
+    from fathom.engine import torch_runner  # noqa: F401  (registers the reference)
+    from fathom.engine.stored_runner import StoredRunner
+
+    if isinstance(model, StoredModel):  # nothing else computes with one
+        return StoredRunner(_weight(model), model, memory, max_rows)
     return _runner(_weight(model), model, memory, max_rows)
 
 

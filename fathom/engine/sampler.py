@@ -118,14 +118,21 @@ class Sampler:
         drawn = self.pick(logits)
         return drawn.token, drawn.logprob
 
-    def pick(self, logits: np.ndarray | torch.Tensor, mask: TokenMask | None = None) -> Drawn:
+    def pick(
+        self,
+        logits: np.ndarray | torch.Tensor,
+        mask: TokenMask | None = None,
+        summary: np.ndarray | None = None,
+    ) -> Drawn:
         """Draw the next token and take note of it; logits: [vocab] float32.
+
+        summary: [3], the operation `logit_summary` of these logits, where it is known already.
 
         Raises GenerationError when the logits are not finite or the mask allows nothing.
         """
         if isinstance(logits, torch.Tensor):
             logits = logits.detach().to("cpu", torch.float32).numpy()
-        drawn = self.propose(logits, mask)
+        drawn = self.propose(logits, mask, summary)
         if mask is not None:
             mask.accept(drawn.token)
         self.accept(drawn.token)
@@ -137,14 +144,23 @@ class Sampler:
         if self._penalised:
             self._counts[token] += 1
 
-    def propose(self, logits: np.ndarray, mask: TokenMask | None = None) -> Drawn:
+    def propose(
+        self, logits: np.ndarray, mask: TokenMask | None = None, summary: np.ndarray | None = None
+    ) -> Drawn:
         """As `pick`, but nothing takes note of the token."""
         params = self.params
-        high = float(logits.max())
+        high = float(logits.max() if summary is None else summary[0])
         if not np.isfinite(high):  # a NaN anywhere makes the maximum one
             raise GenerationError("the model's logits are not finite: the weights are damaged")
-        normal = high + float(np.log(np.exp(logits - np.float32(high)).sum(dtype=np.float64)))
-        token = self._choose(self._shaped(logits, mask))
+        if summary is None:
+            normal = high + float(np.log(np.exp(logits - np.float32(high)).sum(dtype=np.float64)))
+        else:
+            normal = float(summary[2])
+        shaped = self._shaped(logits, mask)
+        if summary is not None and shaped is logits and params.temperature == 0:
+            token = int(summary[1])
+        else:
+            token = self._choose(shaped)
         top: tuple[tuple[int, float], ...] = ()
         if params.top_logprobs:
             best = np.argsort(-logits, kind="stable")[: params.top_logprobs]

@@ -107,8 +107,7 @@ class Drafter:
         for ahead in range(self._count):
             if not pieces:
                 return
-            device = self._memory.slabs.data.device
-            logits = self._runner.draft(Batch.of(pieces, device), np.concatenate(streams))
+            logits = self._runner.draft(Batch.of(pieces), np.concatenate(streams))
             ends = np.cumsum([len(p.tokens) for p in pieces]) - 1
             following_pieces, following_streams, following_owners = [], [], []
             for request, end in zip(owners, ends.tolist(), strict=True):

@@ -18,31 +18,39 @@ Paper: §3.5.1 (KV cache layout); otherwise none (engine).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from fathom.engine.batch import Batch, Memory, Piece
+from fathom.engine.batch import Batch, Memory
 from fathom.engine.kv_cache import SLAB_TOKENS
 from fathom.engine.state_cache import DRAFT_ROOM
+from fathom.engine.stored_steps import (
+    PLACE,
+    POSITION,
+    TOKEN,
+    Span,
+    bucket,
+    cut,
+    table_of,
+    views,
+)
+from fathom.errors import ConfigError
 from fathom.kernels import operation, register
-from fathom.model.config import CSA_RATIO, HCA_RATIO, ModelConfig
+from fathom.model.config import ModelConfig
 from fathom.model.stored import MergeSite, StoredModel, unstorable
-from fathom.model.stored_cache import LayerState, StoredCache
 from fathom.model.stored_forward import Choices, run_layers
 from fathom.model.stored_work import MOST_TOKENS, Chunk, Step, frequencies
 from fathom.model.transformer import Transformer
 
 _head_logits = operation("head_logits")
+_logit_summary = operation("logit_summary")
 _step_rotations = operation("step_rotations")
 _step_streams = operation("step_streams")
 _stream_head = operation("stream_head")
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # rows of a step
 FIRST_BOUND = 4096  # positions that the smallest graphs reach; every next one four times as many
-POSITION, SLOT, FIRST, KNOWN, TOKEN, PLACE = range(6)  # lines of a step's table
 
 
 def _accepts(device: torch.Tensor, model: Any, memory: Memory, max_rows: int) -> bool:
@@ -76,16 +84,6 @@ def fits(config: ModelConfig) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """Some rows of a batch: `count` tokens of a piece from its `at`-th on; the first is `row`."""
-
-    piece: Piece
-    at: int
-    count: int
-    row: int
-
-
 class _Replayed:
     """A computation at fixed addresses: run once, then captured, then replayed."""
 
@@ -109,15 +107,24 @@ class _Replayed:
 
 @register("runner", "triton", accepts=_accepts)
 class StoredRunner:
-    """Runs batches over an engine's memory with the operations of stored formats."""
+    """Runs batches over an engine's memory with the operations of stored formats.
+
+    Raises ConfigError for a model or memory that they do not fit.
+    """
 
     def __init__(
         self, device: torch.Tensor, model: StoredModel | Transformer, memory: Memory, max_rows: int
     ) -> None:
+        if not _accepts(device, model, memory, max_rows):
+            raise ConfigError(
+                "a stored model needs FP4 indexer keys and sizes in whole tiles of 128 columns: "
+                "load it as a Transformer"
+            )
         self.model, self.memory = model, memory
         self.export, self.batch_invariant = False, True
+        self.summaries: np.ndarray | None = None
         self._config, self._device = model.config, device.device
-        self._main, self._own = _views(memory, self._config)
+        self._main, self._own = views(memory, self._config)
         self._frequencies = frequencies(self._config, self._device)
         c = self._config
         make = {"dtype": model.dtype, "device": self._device}
@@ -143,7 +150,7 @@ class StoredRunner:
             self._make_room_for_choices()
         spans, chunks, row = [], [], 0
         for piece in batch.pieces:
-            span = _Span(piece, 0, len(piece.tokens), row)
+            span = Span(piece, 0, len(piece.tokens), row)
             whole = not self.batch_invariant and span.count > DRAFT_ROOM
             (chunks if whole else spans).append(span)
             row += span.count
@@ -161,7 +168,7 @@ class StoredRunner:
         self._given[: len(given)] = given
         spans, row = [], 0
         for piece in batch.pieces:
-            spans.append(_Span(piece, 0, len(piece.tokens), row))
+            spans.append(Span(piece, 0, len(piece.tokens), row))
             row += len(piece.tokens)
         self._steps(spans, self._draft_step)
         return self._read(list(range(row)), self._stored.mtp[0].merge)[1]
@@ -175,7 +182,9 @@ class StoredRunner:
     def head(self, hidden: np.ndarray) -> np.ndarray:
         """The logits [rows, vocab] of hidden states [rows, hidden] that `logits` returned."""
         given = self._upload(torch.from_numpy(np.array(hidden, np.float32)))
-        return self._download(_head_logits(given, self._stored.head))[0]
+        logits = _head_logits(given, self._stored.head)
+        found, self.summaries = self._download(logits, _logit_summary(logits))
+        return found
 
     def streams(self, row: int) -> np.ndarray:
         """A row's residual streams after the last layer that ran: [streams, hidden] float32."""
@@ -195,20 +204,16 @@ class StoredRunner:
     # Steps.
 
     def _steps(
-        self, spans: Sequence[_Span], call: Callable[[torch.Tensor, int], Choices | None]
+        self, spans: Sequence[Span], call: Callable[[torch.Tensor, int], Choices | None]
     ) -> None:
         """Run rows through `call`, a step's table [6, tokens] at a time."""
-        steps = _cut(spans)
+        steps = cut(spans)
         if not steps:
             return
         tables, bounds = [], []
         for step in steps:
-            columns = _table(step)
-            fill = next(size for size in BUCKETS if size >= columns.shape[1]) - columns.shape[1]
-            extra = np.repeat(columns[:, :1], fill, axis=1)
-            extra[FIRST] = np.arange(columns.shape[1], columns.shape[1] + fill)
-            tables.append(np.concatenate((columns, extra), axis=1))
-            bounds.append(self._bound(int(columns[POSITION].max()) + 1))
+            tables.append(table_of(step))
+            bounds.append(self._bound(int(tables[-1][POSITION].max()) + 1))
         uploaded = self._upload(torch.from_numpy(np.concatenate(tables, axis=1)))
         at = 0
         for table, bound in zip(tables, bounds, strict=True):
@@ -268,7 +273,7 @@ class StoredRunner:
         pending = run_layers(c, [block.layer], self._own, work, streams)
         pending.write(table[PLACE], self._streams)
 
-    def _chunk(self, span: _Span) -> None:
+    def _chunk(self, span: Span) -> None:
         """A piece as one chunk, its rows kept where they belong."""
         piece, stored, choices = span.piece, self._stored, Choices()
         ids = self._upload(torch.tensor(list(piece.tokens)))
@@ -284,19 +289,20 @@ class StoredRunner:
 
     # Results.
 
-    def _merge(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _merge(self, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._merged(places, self._stored.merge)
 
-    def _merge_draft(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _merge_draft(self, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._merged(places, self._stored.mtp[0].merge)
 
-    def _merged(self, places: torch.Tensor, site: MergeSite) -> tuple[torch.Tensor, torch.Tensor]:
+    def _merged(self, places: torch.Tensor, site: MergeSite) -> tuple[torch.Tensor, ...]:
         c = self._config
         weights = (site.fn, site.base, site.scale, site.norm)
         hidden = _stream_head(
             self._streams, places, *weights, eps=c.hc_eps, norm_eps=c.rms_norm_eps
         )
-        return hidden, _head_logits(hidden, self._stored.head)
+        logits = _head_logits(hidden, self._stored.head)
+        return hidden, logits, _logit_summary(logits)
 
     def _read(self, which: list[int], site: MergeSite) -> tuple[np.ndarray, np.ndarray]:
         """Hidden states and logits of kept rows."""
@@ -304,16 +310,20 @@ class StoredRunner:
         found = []
         for first in range(0, len(which), MOST_TOKENS):
             some = which[first : first + MOST_TOKENS]
-            size = next(size for size in BUCKETS if size >= len(some))
+            size = bucket(len(some))
             places = torch.tensor(some + some[:1] * (size - len(some)), dtype=torch.int32)
             both = self._run(call, self._upload(places))
             found.append(self._download(*(value[: len(some)] for value in both)))
         c = self._config
-        hidden = [h for h, _ in found] or [np.empty((0, c.hidden_size), np.float32)]
-        logits = [own for _, own in found] or [np.empty((0, c.vocab_size), np.float32)]
-        if len(found) == 1:
-            return found[0]
-        return np.concatenate(hidden), np.concatenate(logits)
+        if not found:
+            self.summaries = np.empty((0, 3))
+            empty = (np.empty((0, size), np.float32) for size in (c.hidden_size, c.vocab_size))
+            return next(empty), next(empty)
+        hidden, logits, self.summaries = (
+            parts[0] if len(parts) == 1 else np.concatenate(parts)
+            for parts in zip(*found, strict=True)
+        )
+        return hidden, logits
 
     def _upload(self, values: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu":
@@ -343,72 +353,3 @@ class StoredRunner:
             self._experts[layer, where] = experts
             if picks is not None:
                 self._picks[layer, where] = picks
-
-
-def _cut(spans: Sequence[_Span]) -> list[list[_Span]]:
-    """Steps of at most 64 rows: of each piece some rows, then of each the next."""
-    steps: list[list[_Span]] = []
-    longest = max((span.count for span in spans), default=0)
-    for begin in range(0, longest, DRAFT_ROOM):
-        rows = MOST_TOKENS
-        for span in spans:
-            count = min(DRAFT_ROOM, span.count - begin)
-            if count <= 0:
-                continue
-            if rows + count > MOST_TOKENS:
-                steps.append([])
-                rows = 0
-            steps[-1].append(_Span(span.piece, begin, count, span.row + begin))
-            rows += count
-    return steps
-
-
-def _table(step: Sequence[_Span]) -> np.ndarray:
-    """A step's table: [6, tokens] int32."""
-    rows: list[tuple[int, ...]] = []
-    for span in step:
-        piece, first = span.piece, len(rows)
-        rows += [
-            (
-                piece.start + span.at + i,
-                piece.slot,
-                first,
-                piece.known,
-                piece.tokens[span.at + i],
-                span.row + i,
-            )
-            for i in range(span.count)
-        ]
-    return np.array(rows, np.int32).T.copy()
-
-
-def _views(memory: Memory, config: ModelConfig) -> tuple[StoredCache, StoredCache]:
-    """An engine's memory as the operations see it: of the main layers, and of the MTP block."""
-    slabs, slots = memory.slabs.layout, memory.slots.layout
-    data = memory.slots.data
-    entry = sum(slabs.kv_sizes)
-
-    def numbers(at: int, *shape: int) -> torch.Tensor:
-        count = 4 * int(np.prod(shape))
-        return data[:, at : at + count].view(torch.float32).unflatten(1, shape)
-
-    layers = []
-    for p in slots.layers:
-        assert p.window_scales == p.window_data + slots.ring * slabs.kv_sizes[0]
-        state = LayerState(data[:, p.window_data : p.window_data + slots.ring * entry])
-        if p.ratio == CSA_RATIO:
-            width, key_width = 2 * config.head_dim, 2 * config.index_head_dim
-            assert p.tail_gate == p.tail_kv + 4 * slots.tail * width
-            assert p.key_tail_gate == p.key_tail_kv + 4 * slots.tail * key_width
-            state.state = numbers(p.tail_kv, 2, slots.tail, width)
-            state.index_state = numbers(p.key_tail_kv, 2, slots.tail, key_width)
-        elif p.ratio == HCA_RATIO:
-            state.state = numbers(p.online, slots.online, 3, config.head_dim)
-        layers.append(state)
-    offsets = tuple((p.kv_data, p.key_data) for p in slabs.layers)
-    pool, tables, count = memory.slabs.data, memory.tables, len(slabs.layers)
-    own = ((0, 0),) * (len(layers) - count)
-    return (
-        StoredCache(offsets, layers[:count], pool, tables),
-        StoredCache(own, layers[count:], pool, tables),
-    )

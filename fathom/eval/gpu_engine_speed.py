@@ -137,7 +137,7 @@ def decode_time(
     ]
 
     def alone() -> None:
-        served.runner.forward(Batch.of(pieces, served.memory.slabs.data.device))
+        served.runner.forward(Batch.of(pieces))
         served.runner.logits(list(range(len(pieces))))
 
     runner = _median_ms(alone, steps)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fathom.engine.sampler import Sampler, SamplingParams, uniform
 from fathom.errors import GenerationError
+from fathom.kernels import operation
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -3.0], np.float32)
 DRAWS = 6000
@@ -156,3 +159,21 @@ def test_logits_that_are_not_finite(value: float) -> None:
     bad[2] = value
     with pytest.raises(GenerationError, match="not finite"):
         Sampler(SamplingParams(seed=1)).pick(bad)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"seed": 3}, {"seed": 3, "top_k": 5}])
+def test_a_summary_made_elsewhere_changes_nothing(settings: dict[str, Any]) -> None:
+    summarise = operation("logit_summary")
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(20, 700, generator=generator) * 3
+    logits[3, 100] = logits[3, 600] = 50.0
+    samplers = [Sampler(SamplingParams(**settings, top_logprobs=2)) for _ in range(2)]
+    for row, summary in zip(logits.numpy(), summarise(logits).numpy(), strict=True):
+        plain, told = samplers[0].pick(row), samplers[1].pick(row, None, summary)
+        assert plain.token == told.token
+        assert plain.logprob == pytest.approx(told.logprob, rel=1e-6)
+    logits[0, 0] = torch.nan
+    with pytest.raises(GenerationError, match="not finite"):
+        samplers[1].pick(logits[0].numpy(), None, summarise(logits)[0].numpy())
+    biased = Sampler(SamplingParams(temperature=0.0, logit_bias={7: 100.0}))
+    assert biased.pick(logits[1].numpy(), None, summarise(logits)[1].numpy()).token == 7

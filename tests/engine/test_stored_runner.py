@@ -211,12 +211,13 @@ def test_new_weights_in_place() -> None:
 
 def test_a_stored_model_needs_no_transformer(net: Transformer) -> None:
     found = []
-    for of in (net, StoredModel.of(net)):
-        served = serve(of)
+    for served in (serve(net), engine(StoredModel.of(net))):
         request = served.submit(prompt(30), greedy(4))
         finish(served, request)
         found.append(bits(request))
     assert found[0] == found[1]
+    with pytest.raises(ConfigError, match="FP4 indexer keys"):
+        engine(StoredModel.of(net), indexer="fp8")
 
 
 def test_models_that_are_stored_otherwise() -> None:

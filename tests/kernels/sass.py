@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16", torch.uint8: "u8",
-    torch.int32: "i32", torch.int64: "i64",
+    torch.int32: "i32", torch.int64: "i64", torch.float64: "fp64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Za-z0-9_.]+)\s*([^;]*);")

@@ -166,6 +166,15 @@ def test_where_a_step_begins_and_ends(s: Sizes, dtype: torch.dtype, tokens: int)
     hidden, weight = d.normal(tokens, s.hidden), d.normal(70, s.hidden, scale=s.hidden**-0.5)
     expected, found = both("head_logits", hidden.float(), weight)
     assert distance(found, expected) < near(dtype)
+    logits = d.normal(tokens, 5000, scale=4.0, dtype=torch.float32)
+    logits[:, 4700] = logits[:, 300] = 30.0  # of two largest the first
+    expected, found = both("logit_summary", logits)
+    assert torch.equal(found[:, :2], expected[:, :2])
+    torch.testing.assert_close(found[:, 2], expected[:, 2], rtol=1e-7, atol=0)
+    logits[0, 17] = torch.nan
+    for result in both("logit_summary", logits):
+        assert result[0, 0].isnan()
+        assert not result[1:].isnan().any()
 
 
 PIECES = {

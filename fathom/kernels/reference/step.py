@@ -46,3 +46,16 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     wide = weight.float()
     return torch.cat([F.linear(row[None], wide) for row in hidden])
+
+
+@register("logit_summary", "reference")
+def logit_summary(logits: torch.Tensor) -> torch.Tensor:
+    """What a choice and its log-probability need of a whole vocabulary.
+
+    logits: [tokens, vocab] float32. Returns [tokens, 3] float64: the largest logit (NaN if any is),
+    the first place that has it, and the logarithm of the sum of all exponentials.
+    """
+    high = logits.amax(dim=-1)
+    place = (logits == high[:, None]).int().argmax(dim=-1)  # the first of equals on any device
+    total = (logits - high[:, None]).exp().sum(dim=-1, dtype=torch.float64)
+    return torch.stack((high.double(), place.double(), high.double() + total.log()), dim=1)

@@ -19,6 +19,7 @@ from fathom.kernels.registry import register
 ROWS, TOKENS, COLS = 32, 16, 256  # of one program of _logits, and columns of one of its steps
 WARPS, STAGES = 4, 4
 COPIED = 1024  # columns of one program of _streams
+SUMMED = 4096  # logits that _summary looks at at once
 
 
 @triton.jit
@@ -98,4 +99,38 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         hidden, weight, out, tokens, vocab, cols, ROWS=ROWS, TOKENS=TOKENS,
         COLS=min(COLS, cols & -cols), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _summary(logits, out, vocab, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    own = logits + token * vocab
+    i = tl.arange(0, BLOCK)
+    high = tl.full([BLOCK], -float("inf"), tl.float32)
+    place = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, vocab, BLOCK):
+        value = tl.load(own + first + i, mask=first + i < vocab, other=-float("inf"))
+        place = tl.where(value > high, first + i, place)
+        high = tl.where(value > high, value, high)
+    largest = tl.max(high, axis=0)
+    place = tl.min(tl.where(high == largest, place, vocab), axis=0)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, vocab, BLOCK):
+        value = tl.load(own + first + i, mask=first + i < vocab, other=-float("inf"))
+        total += tl.exp(value - largest).to(tl.float64)
+    total = tl.sum(total, axis=0)
+    finite = total == total  # a NaN among the logits, or an infinity, makes the sum one
+    whole = tl.where(finite, largest, float("nan")).to(tl.float64)
+    tl.store(out + token * 3, whole)
+    tl.store(out + token * 3 + 1, place.to(tl.float64))
+    tl.store(out + token * 3 + 2, whole + tl.log(total))
+
+
+@register("logit_summary", "triton")
+def logit_summary(logits: torch.Tensor) -> torch.Tensor:
+    """As the reference. logits: [tokens, vocab] float32. Returns [tokens, 3] float64."""
+    tokens, vocab = logits.shape
+    out = torch.empty(tokens, 3, dtype=torch.float64, device=logits.device)
+    _summary[(tokens,)](logits, out, vocab, BLOCK=SUMMED, num_warps=8)
     return out

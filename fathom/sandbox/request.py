@@ -72,7 +72,8 @@ def form_request(
     """Check the arguments of a command. Raises SandboxError."""
     check_seconds(timeout)
     shell = isinstance(command, str)
-    if not shell and (not isinstance(command, Sequence) or isinstance(command, bytes | bytearray)):
+    given: object = command
+    if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
         raise SandboxError(
             f"the command is {command!r:.80}: give text for the shell, or a list of a program and "
             "its arguments"

@@ -54,8 +54,11 @@ class Container:
     are enforced where the substrate can; a limit that is given must be enforced or creation raises
     Unsupported. `disk` bounds all that the sandbox writes outside of a `workdir` (under bubblewrap
     /work and /tmp each); it is kept in memory and counts towards it, so the default is a quarter of
-    the memory. `io_read`, `io_write`: bytes per second from and to each disk, such as "10MiB",
-    where `caps.enforced` has them. `cpu`: cores as a number, None for no limit. `image`: "base", or
+    the memory. It bounds the number of files too, one for each 4 KiB and 1024, where
+    `caps.enforced` has "files". Outside of it are what the host keeps of the sandbox: receipts and
+    output of commands with an operation key, and its network's log.
+    `io_read`, `io_write`: bytes per second from and to each disk, such as "10MiB", where
+    `caps.enforced` has them. `cpu`: cores as a number, None for no limit. `image`: "base", or
     "python" for base and python3, or the name or digest of an image in the store. `ttl`,
     `idle_ttl`: seconds after which a daemon ends the sandbox, in any case and when nothing was
     asked of it; None for never. `door`: host folder shown read-only at /run/door, for Unix sockets
@@ -332,9 +335,10 @@ class Caps:
 
     `substrate`: "crun", "runc", "bubblewrap", "microvm" or "fullvm". `accelerator`: how a virtual
     machine is run, "kvm" where a guest was really booted with it, else "tcg". `enforced`: limits
-    that hold for the whole sandbox; `not_enforced`: limits in the request's defaults that do not
-    hold here. `reports_oom`: whether `oom_killed` can be told. `timeout_kills`: what a timeout
-    ends, the "command" with everything that it started or every process of the "sandbox".
+    that hold for the whole sandbox, "files" is their number; `not_enforced`: limits in the
+    request's defaults that do not hold here. `reports_oom`: whether `oom_killed` can be told.
+    `timeout_kills`: what a timeout ends, the "command" with everything that it started or every
+    process of the "sandbox".
     `separate_user`: the tenant is another user than the owner of this process for the kernel too.
     `networks`: what a policy may allow ("none", "address", "domain", "mirror"). `snapshot`, `fork`:
     "disk" for files, "memory" for running processes too, "" where there is none.

@@ -208,13 +208,15 @@ class Node:
             self._shelf = self._shelf or saved.Shelf()
             return self._shelf
 
-    def _enter(self, box: boxes.Box | Machine) -> dict[str, Any]:
+    def _enter(self, box: boxes.Box | Machine, *, adopted: bool = False) -> dict[str, Any]:
         with self._lock:
             stopping = self.stopping
             if not stopping:
                 self.boxes[box.id] = box
         if stopping:
-            _kind(box).destroy(box)
+            # One that was adopted is let go of as this process ends, for the next node.
+            if not adopted:
+                _kind(box).destroy(box)
             raise SandboxLost("the node is stopping")
         self._wake()
         return box.facts()
@@ -229,8 +231,8 @@ class Node:
         if session["launch"]["substrate"] in MACHINES:
             from fathom.sandbox.vm import machine
 
-            return self._enter(machine.adopt(folder))
-        return self._enter(boxes.adopt(folder))
+            return self._enter(machine.adopt(folder), adopted=True)
+        return self._enter(boxes.adopt(folder), adopted=True)
 
     def _destroy(self, message: dict[str, Any]) -> dict[str, Any]:
         with self._lock:

@@ -264,14 +264,17 @@ class NodeLink:
             os.close(fd)
 
     def close(self) -> None:
-        """End the node and with it every sandbox, and wait until nothing of them is left."""
+        """End the node and with it every sandbox, and wait until nothing of them is left.
+
+        Sandboxes that are to outlive their node are left to the next one.
+        """
         if not self.is_ours:
             return
         with self._lock:
             self._forget_node()
         for name in list(self._reach):
             reach = self._reach.pop(name)
-            if reach.folder.exists():
+            if self.reaps and reach.folder.exists():
                 state.reap_one(reach.folder)
 
 

@@ -66,6 +66,16 @@ def test_sandboxes_outlive_clients_and_the_daemon(daemon: Daemon):
             client.attach(name)
 
 
+def test_sandboxes_outlive_a_daemon_that_was_told_to_end(daemon: Daemon):
+    with daemon.client() as client:
+        name = client.create(Container()).id
+        client.attach(name).exec("echo kept > f", timeout=20)
+    daemon.end(signal.SIGTERM)
+    daemon.start()
+    with daemon.client() as client:
+        assert client.attach(name).exec("cat f", timeout=20).stdout == "kept\n"
+
+
 def test_a_result_under_a_key_survives_the_daemon(daemon: Daemon):
     """The command runs on without anybody, once, and its output is told to who asks again."""
     with daemon.client() as client:

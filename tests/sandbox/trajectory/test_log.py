@@ -21,7 +21,8 @@ from fathom.sandbox.trajectory.errors import (
     LogTooNew,
     TrajectoryError,
 )
-from fathom.sandbox.trajectory.log import Log, Reader, is_locked
+from fathom.sandbox.trajectory.log import Log
+from fathom.sandbox.trajectory.reader import Reader, is_locked
 from fathom.sandbox.trajectory.record import Kind
 from fathom.sandbox.trajectory.segment import SEGMENT_HEADER, SMALLEST_SEGMENT
 

@@ -149,7 +149,7 @@ class Log(Reader):
                 digest=digest,
                 parent=parent,
                 previous=head.hash,
-                wall_ns=time.time_ns(),
+                wall_ns=max(0, time.time_ns()),
                 monotonic_ns=time.monotonic_ns(),
                 body=body,
             )

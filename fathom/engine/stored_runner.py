@@ -101,7 +101,7 @@ class _Replayed:
         found = self._call()  # compiles what has to be compiled
         if self._pool is not None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._result = self._call()
             self._graph = graph
         return found

@@ -5,6 +5,10 @@ killed at any moment leaves whole records and at most one torn one, which is dro
 then continues with the next draw, and, since draws and logits depend on nothing else, identically.
 While a process has a log open it holds a lock on it, which ends with the process.
 
+A file's end is mapped into memory: what is stored there is the system's to keep, as after a call of
+write, which would take three times as long. Its blocks are reserved before, so that a full disk is
+an error and no signal. Zeros behind the last record are reserved room.
+
 Paper: §5.2 (token-granular write-ahead log for preemptible rollouts).
 """
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import mmap
 import os
 import struct
 import zlib
@@ -31,6 +36,7 @@ MAGIC = b"fathomW2"
 RECORD = struct.Struct("<IfHI")
 _CHECKED = struct.Struct("<IfH")  # what the checksum covers
 _SIZE = struct.Struct("<I")
+RESERVED = 1 << 14  # bytes at a time
 END = 0xFFFFFFFF  # in place of a token: the request has ended, and why
 _REASONS = ("stop", "length", "cancelled", "error")
 
@@ -55,12 +61,50 @@ class Logged:
     size: int
 
 
+class _File:
+    """A log that is open, with room reserved up to `end`; the next record goes to `at`.
+
+    `header` is the header's checksum.
+    """
+
+    def __init__(self, descriptor: int, header: int, at: int) -> None:
+        self.descriptor, self.header, self.at, self.end = descriptor, header, at, at
+        self._map: mmap.mmap | None = None
+
+    def put(self, token: int, logprob: float, number: int) -> None:
+        """Write a record. Raises OSError when the disk is full.
+
+        Few calls, since after each step of the model none of their code is in the caches.
+        """
+        at, number = self.at, number & 0xFFFF
+        if at + RECORD.size > self.end:
+            self._reserve()
+        check = zlib.crc32(_CHECKED.pack(token, logprob, number), self.header)
+        RECORD.pack_into(self._map, at, token, logprob, number, check)  # type: ignore[arg-type]
+        self.at = at + RECORD.size
+
+    def _reserve(self) -> None:
+        os.posix_fallocate(self.descriptor, self.at, RESERVED)
+        if self._map is not None:
+            self._map.close()
+        self.end = self.at + RESERVED
+        self._map = mmap.mmap(self.descriptor, self.end)
+
+    def close(self) -> None:
+        """Give back what was reserved, and the lock."""
+        if self._map is not None:
+            self._map.close()
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.descriptor, self.at)
+        os.close(self.descriptor)
+
+
 class WriteAheadLog:
     """The logs of one model's requests in a folder. Raises CacheError when it cannot be used."""
 
     def __init__(self, folder: Path | str, root: bytes) -> None:
         self.folder, self._root = Path(folder), root.hex()
-        self._open: dict[str, tuple[int, int]] = {}  # file descriptor, checksum of the header
+        self._open: dict[str, _File] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -72,65 +116,52 @@ class WriteAheadLog:
         """
         path = self._path(request.id)
         try:
-            descriptor = _lock(path, os.O_CREAT | os.O_EXCL)
+            self._open[request.id] = self._create(path, request)
         except FileExistsError as error:
             raise CacheError(
                 f"{path} belongs to another request of this name: recover or forget it first"
             ) from error
         except OSError as error:
             raise CacheError(f"{path} cannot be written: {error}") from error
-        self._write_header(request, path, descriptor)
 
     def take_up(self, request: Request, logged: Logged) -> None:
-        """Go on in the log of a request that was recovered.
+        """Go on in the log of a request that was recovered, behind its last sound record.
 
         Raises CacheError when it is open in another process, or cannot be written.
         """
         try:
             descriptor = _lock(logged.path)
-            try:
-                os.ftruncate(descriptor, logged.size)  # a torn record at the end
-            except OSError:
-                os.close(descriptor)
-                raise
         except BlockingIOError as error:
             raise CacheError(f"{logged.path} is in use by another process") from error
         except OSError as error:
             raise CacheError(f"{logged.path} cannot be written: {error}") from error
-        self._open[request.id] = descriptor, logged.checksum
+        os.ftruncate(descriptor, logged.size)
+        self._open[request.id] = _File(descriptor, logged.checksum, logged.size)
 
     def append(self, request: Request, drawn: Drawn) -> None:
         """Write down the next token; it may be shown afterwards.
 
         Raises CacheError when it cannot be written.
         """
-        descriptor, header = self._open[request.id]
-        record = _record(header, drawn.token, drawn.logprob, len(request.output))
         try:
-            if os.write(descriptor, record) != RECORD.size:
-                raise OSError("the disk is full")
+            self._open[request.id].put(drawn.token, drawn.logprob, len(request.output))
         except OSError as error:
             raise CacheError(f"the log of {request.id} cannot be written: {error}") from error
 
     def end(self, request: Request) -> None:
         """Write down that a request has ended, and close its file."""
-        opened = self._open.pop(request.id, None)
-        if opened is None:
-            return
-        descriptor, header = opened
-        reason = _REASONS.index(request.finish_reason or "error")
-        try:
-            os.write(descriptor, _record(header, END, float(reason), len(request.output)))
-        except OSError:
-            pass  # then it is simply taken up again
-        finally:
-            os.close(descriptor)
+        file = self._open.pop(request.id, None)
+        if file is not None:
+            reason = _REASONS.index(request.finish_reason or "error")
+            with contextlib.suppress(OSError):  # then it is simply taken up again
+                file.put(END, float(reason), len(request.output))
+            file.close()
 
     def forget(self, request_id: str) -> None:
         """Delete the log of a request whose tokens nobody needs any more."""
-        opened = self._open.pop(request_id, None)
-        if opened is not None:
-            os.close(opened[0])
+        file = self._open.pop(request_id, None)
+        if file is not None:
+            file.close()
         with contextlib.suppress(OSError):
             self._path(request_id).unlink()
 
@@ -141,31 +172,26 @@ class WriteAheadLog:
         """
         self._root, problems = root.hex(), []
         for request in requests:
-            old, path = self._open.pop(request.id), self._path(request.id)
+            path = self._path(request.id)
             temporary = path.with_suffix(".new")
             try:
                 temporary.unlink(missing_ok=True)
-                self._write_header(request, temporary, _lock(temporary, os.O_CREAT | os.O_EXCL))
-                descriptor, header = self._open[request.id]
-                records = [
-                    _record(header, d.token, d.logprob, i) for i, d in enumerate(request.output)
-                ]
-                _write(descriptor, b"".join(records))
+                new = self._create(temporary, request)
+                for number, drawn in enumerate(request.output):
+                    new.put(drawn.token, drawn.logprob, number)
                 temporary.replace(path)
-                os.close(old[0])
-            except (OSError, CacheError) as error:
+            except OSError as error:
                 problems.append(f"{path} cannot be written: {error}")
-                new = self._open.get(request.id)
-                if new is not None:
-                    os.close(new[0])
-                self._open[request.id] = old
+                continue
+            self._open[request.id].close()
+            self._open[request.id] = new
         if problems:
             raise CacheError("; ".join(problems))
 
     def close(self) -> None:
         """Close all files; their requests can be recovered."""
-        for descriptor, _ in self._open.values():
-            os.close(descriptor)
+        for file in self._open.values():
+            file.close()
         self._open.clear()
 
     def read(self) -> tuple[list[Logged], list[str]]:
@@ -184,7 +210,8 @@ class WriteAheadLog:
     def _path(self, request_id: str) -> Path:
         return self.folder / f"{quote(request_id, safe='')}.wal"
 
-    def _write_header(self, request: Request, path: Path, descriptor: int) -> None:
+    def _create(self, path: Path, request: Request) -> _File:
+        """A new file with a request's header. Raises OSError; then there is none."""
         params = asdict(request.params) | {"seed": request.sampler.seed}
         params["logit_bias"] = list(request.params.logit_bias.items())
         header = json.dumps(
@@ -198,29 +225,26 @@ class WriteAheadLog:
             }
         ).encode()
         checksum = zlib.crc32(header)
+        data = MAGIC + _SIZE.pack(len(header)) + header + _SIZE.pack(checksum)
+        descriptor = _lock(path, os.O_CREAT | os.O_EXCL)
         try:
-            _write(descriptor, MAGIC + _SIZE.pack(len(header)) + header + _SIZE.pack(checksum))
-        except OSError as error:
+            _write(descriptor, data)
+        except OSError:
             os.close(descriptor)
             path.unlink(missing_ok=True)
-            raise CacheError(f"{path} cannot be written: {error}") from error
-        self._open[request.id] = descriptor, checksum
+            raise
+        return _File(descriptor, checksum, len(data))
 
 
 def _lock(path: Path, flags: int = 0) -> int:
-    """Open a log for appending, for this process alone. Raises BlockingIOError for one in use."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | flags, 0o600)
+    """Open a log for this process alone. Raises BlockingIOError for one in use."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _record(header: int, token: int, logprob: float, number: int) -> bytes:
-    data = _CHECKED.pack(token, logprob, number & 0xFFFF)
-    return data + _SIZE.pack(zlib.crc32(data, header))
 
 
 def _write(descriptor: int, data: bytes) -> None:

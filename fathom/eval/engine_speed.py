@@ -165,26 +165,24 @@ def _of_median(values: Sequence[float]) -> dict[str, float]:
 
 
 def _log_size(engine: Engine, params: SamplingParams) -> dict[str, float]:
-    """Bytes a token in a whole log, and seconds to begin and end one."""
+    """Bytes a token in a whole log without its header, and seconds to begin and end one."""
     assert engine.wal is not None
-    folder, seconds, size = engine.wal.folder, [], 0
-    for _ in range(20):
+    seconds, sizes = [], []
+    for count in (*[0] * 20, params.max_tokens):
         request = Request(prompt=[5] * 64, params=params)
         start = time.perf_counter()
         engine.wal.begin(request)
         begun = time.perf_counter()
-        header = sum(file.stat().st_size for file in folder.iterdir())
-        for _ in range(params.max_tokens):
-            drawn = Drawn(token=5, logprob=-1.0)
-            engine.wal.append(request, drawn)
-            request.add(drawn)
+        for _ in range(count):
+            engine.wal.append(request, Drawn(token=5, logprob=-1.0))
         ending = time.perf_counter()
         engine.wal.end(request)
         seconds.append(begun - start + time.perf_counter() - ending)
-        size = sum(file.stat().st_size for file in folder.iterdir()) - header
+        sizes.append(sum(file.stat().st_size for file in engine.wal.folder.iterdir()))
         engine.wal.forget(request.id)
+    record = (sizes[-1] - sizes[0]) / params.max_tokens
     return {
-        "bytes_per_token": size / params.max_tokens,
+        "bytes_per_token": record * (params.max_tokens + 1) / params.max_tokens,
         "request_seconds": median(seconds),
     }
 

@@ -180,7 +180,7 @@ def test_exports_for_a_trainer(net: Transformer) -> None:
         request = served.submit(prompt(60), greedy(3), export=True)
         beside = served.submit(prompt(20, 1), greedy(3))
         finish(served, request, beside)
-        parts = served.exports.pop(request.id)
+        parts = request.exports
         tokens = request.tokens[:-1]
         hidden = np.concatenate([p.hidden for p in parts])
         routing = np.concatenate([p.routing for p in parts], axis=1)

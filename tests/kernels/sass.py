@@ -98,7 +98,7 @@ def listing(launch: Launch) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """address: in bytes; guarded: under a predicate; code: with its suffixes; operands: as printed."""
+    """address: in bytes; guarded: under a predicate; code: with suffixes; operands: as printed."""
 
     address: int
     guarded: bool

@@ -353,11 +353,11 @@ def test_moe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not GPU:  # the interpreter's time is the number of programs
-        from fathom.kernels.triton import chunk_experts, stored_experts
+        from fathom.kernels.triton import chunk_experts, few_experts
 
-        monkeypatch.setattr(stored_experts, "UP_SHARE", 1)
-        monkeypatch.setattr(stored_experts, "DOWN_SHARE", 1)
+        monkeypatch.setattr(few_experts, "ROWS", 128)
         monkeypatch.setattr(chunk_experts, "TOKENS", 16)
+        monkeypatch.setattr(chunk_experts, "FEW", 0)  # its own kernels, with few tokens
     d = Draw(tokens, dtype, DEVICE)
     bias = d.normal(s.experts, scale=0.1, dtype=torch.float32)
     table = None

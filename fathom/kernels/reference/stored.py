@@ -43,7 +43,6 @@ def fp4_matrix(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return fp4.dequantize(codes, scale.view(E8M0))
 
 
-@register("packed_linear", "reference")
 @register("stored_linear", "reference")
 def stored_linear(
     x: torch.Tensor,
@@ -336,7 +335,6 @@ def topk_positions(
     return F.pad(picks, (0, k - picks.shape[1]), value=-1)
 
 
-@register("packed_moe", "reference")
 @register("stored_moe", "reference")
 def stored_moe(
     x: torch.Tensor,

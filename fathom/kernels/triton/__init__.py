@@ -16,12 +16,10 @@ from fathom.kernels.triton import (
     few_experts,
     few_linear,
     index,
-    linear,
     mhc,
     route,
     sinkhorn,
     step,
-    stored_experts,
 )
 
 __all__ = [
@@ -37,10 +35,8 @@ __all__ = [
     "few_experts",
     "few_linear",
     "index",
-    "linear",
     "mhc",
     "route",
     "sinkhorn",
     "step",
-    "stored_experts",
 ]

@@ -97,8 +97,8 @@ def _attend(
     head = group * HEADS + tl.arange(0, HEADS)
     col, rope_col = tl.arange(0, WIDE), tl.arange(0, ROPE)
     beyond = tl.zeros([STEP], tl.int32) + chunk >= WINDOW_CHUNKS
-    # The ring is read as a page that holds the whole window: no branch is left in the loop, and a
-    # step's entries are fetched while the one before is multiplied.
+    # The ring is read as a page of its own: no branch is left in the loop, and a step's entries are
+    # fetched while the one before is multiplied.
     count = tl.minimum(position + 1, WINDOW)
     oldest = position + 1 - count
     first, room, size = chunk * NEAR, RING, NEAR
@@ -185,7 +185,7 @@ def _combine(
     total = tl.exp(tl.load(sink + head) - high) + tl.sum(tl.exp(highs - high) * totals, axis=0)
     part = tl.program_id(2)
     col = part * PART + tl.arange(0, PART)
-    used = (col < COLS)[None, :]
+    inside = (col < COLS)[None, :]
     value = tl.zeros([PART], tl.float32)
     for first in range(0, chunks, AT_ONCE):
         chunk = first + tl.arange(0, AT_ONCE)
@@ -193,7 +193,7 @@ def _combine(
         each = tl.load(sums + 2 * at, mask=chunk < chunks, other=-float("inf"))
         rows = tl.load(
             partial + at[:, None] * COLS + col[None, :],
-            mask=(each > -float("inf"))[:, None] & used, other=0.0,
+            mask=(each > -float("inf"))[:, None] & inside, other=0.0,
         )  # fmt: skip
         value += tl.sum(tl.exp(each - high)[:, None] * rows, axis=0)
     dtype: tl.constexpr = out.dtype.element_ty

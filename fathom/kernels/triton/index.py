@@ -19,51 +19,23 @@ import triton
 import triton.language as tl
 
 from fathom.kernels.registry import register
-from fathom.kernels.triton import formats as f
-from fathom.kernels.triton.chunk_experts import factors_of_words, ordered, unpacked
+from fathom.kernels.triton.fp4_words import factors_of_words, ordered, unpacked
 
-BLOCK = 64  # entries that _scores takes at once
+BLOCK = 64  # entries that _scores takes at once, or as many as have one maximum
 LONG = 32768  # entries from which on its programs take several blocks after another
-BLOCKS_OF_LONG = 8
-SCORE_WARPS, STAGES = 4, 3
+BLOCKS_OF_LONG = 2
+SCORE_WARPS, STAGES = 4, 1
 COLLECT = 1024  # of one program of _collect
 SORTED = 2048  # candidates that _choose sorts at once
-FEW_GROUPS = 512  # that a warp alone is quickest with
-MOST_GROUPS = 4096  # maxima that _threshold holds
+FEW_GROUPS = 1024  # that a warp alone is quickest with
+MOST_GROUPS = 2048  # maxima that _threshold holds
 
 
 @triton.jit
 def _sortable(score):
-    """float32 as an int32 of the same order (as signed integers)."""
-    bits = score.to(tl.int32, bitcast=True)
+    """float32 as an int32 of the same order; adding zero makes the two zeros equal."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _key(
-    keys, place, live, dtype: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    WORDS: tl.constexpr, BF16: tl.constexpr,
-):  # fmt: skip
-    """Stored keys at places of pages: [BLOCK, DIM], as words are unpacked or in order."""
-    if WORDS:
-        keys = keys.to(tl.pointer_type(tl.int32))
-        words = tl.load(
-            keys[:, None] + (place * (DIM // 8))[:, None] + tl.arange(0, DIM // 8)[None, :],
-            mask=live[:, None], other=0,
-        )  # fmt: skip
-        scale = tl.load(keys + PAGE * (DIM // 8) + place * (DIM // 128), mask=live, other=0)
-        key = unpacked(ordered(words), factors_of_words(scale, BF16), BF16)
-    else:
-        byte = tl.arange(0, DIM // 2)[None, :]
-        packed = tl.load(
-            keys[:, None] + (place * (DIM // 2))[:, None] + byte, mask=live[:, None], other=0
-        )
-        scales = keys[:, None] + PAGE * (DIM // 2) + (place * (DIM // 32))[:, None] + byte // 16
-        unit = f.decode_e8m0(tl.load(scales, mask=live[:, None], other=0)) * f.E2M1_UNIT
-        low = f.decode_e2m1(packed & 15).to(tl.float32) * unit
-        high = f.decode_e2m1(packed >> 4).to(tl.float32) * unit
-        key = tl.reshape(tl.join(low, high), [keys.shape[0], DIM]).to(dtype)
-    return key
 
 
 @triton.jit
@@ -76,16 +48,16 @@ def _scores(
     token = tl.program_id(1).to(tl.int64)
     visible = (tl.load(rows + token) + 1) // RATIO
     slot = tl.load(rows + tokens + token).to(tl.int64)
-    head, place = tl.arange(0, HEADS), tl.arange(0, DIM)
-    own = tl.load(query + (token * HEADS + head[:, None]) * DIM + place[None, :])
-    WORDS: tl.constexpr = DIM == 128  # then a key's scales are one word
-    if WORDS:  # columns come in the order in which words of codes are unpacked (chunk_experts.py)
-        own = tl.permute(tl.reshape(own, [HEADS, 2, 2, 4, 8]), (0, 4, 1, 3, 2))
-        own = tl.reshape(own, [HEADS, DIM])
-    own = tl.trans(own)
+    head, col, word = tl.arange(0, HEADS), tl.arange(0, 128), tl.arange(0, 16)
+    # A key's columns come in the order in which its words of codes are unpacked (fp4_words.py);
+    # a narrower key is filled up with zeros.
+    own_at = query + (token * HEADS + head[:, None]) * DIM + col[None, :]
+    own = tl.load(own_at, mask=(col < DIM)[None, :], other=0.0)
+    own = tl.permute(tl.reshape(own, [HEADS, 2, 2, 4, 8]), (0, 4, 1, 3, 2))
+    own = tl.trans(tl.reshape(own, [HEADS, 128]))
     w = tl.load(weights + token * weights_stride + weights_first + head)
     w = w.to(query.dtype.element_ty).to(tl.float32) * factor
-    if WORDS and BF16:
+    if BF16:
         w *= 4611686018427387904.0  # 2**62, by which unpacked codes are too small
     first = tl.program_id(0) * BLOCKS
     seen = tl.minimum(tl.maximum(tl.cdiv(visible, BLOCK) - first, 0), BLOCKS)
@@ -97,7 +69,19 @@ def _scores(
         live = entry < visible
         page = tl.load(table + slot * pages + entry // PAGE, mask=live, other=0)
         keys = pool + page.to(tl.int64) * page_stride + index_offset
-        key = _key(keys, entry % PAGE, live, own.dtype, DIM, PAGE, WORDS, BF16)
+        words = tl.load(
+            keys.to(tl.pointer_type(tl.int32))[:, None] + (entry % PAGE * (DIM // 8))[:, None]
+            + word[None, :], mask=live[:, None] & (word < DIM // 8)[None, :], other=0,
+        )  # fmt: skip
+        scales = keys + PAGE * (DIM // 2)
+        if DIM == 128:
+            scale = tl.load(scales.to(tl.pointer_type(tl.int32)) + entry % PAGE, mask=live, other=0)
+        else:
+            scale = tl.zeros([BLOCK], tl.int32)
+            for i in tl.static_range(DIM // 32):
+                byte = tl.load(scales + entry % PAGE * (DIM // 32) + i, mask=live, other=0)
+                scale |= byte.to(tl.int32) << (8 * i)
+        key = unpacked(ordered(words), factors_of_words(scale, BF16), BF16)
         products = tl.dot(key, own, input_precision="ieee")
         value = tl.sum(tl.maximum(products, 0.0) * w[None, :], axis=1)
         value = tl.where(live, value, -float("inf"))
@@ -216,16 +200,17 @@ def index_scores_paged(
     pages] int32. Returns (scores [tokens, entries] float32, the maxima of groups of them).
     """
     tokens, heads, dim = query.shape
+    assert dim <= 128 and dim % 32 == 0  # noqa: PT018
     most = triton.cdiv(most_entries, COLLECT) * COLLECT
     group = group_size(most)
     scores = torch.empty(tokens, most, dtype=torch.float32, device=query.device)
     maxima = torch.empty(tokens, most // group, dtype=torch.float32, device=query.device)
-    blocks = BLOCKS_OF_LONG if most >= LONG else 1
-    _scores[(most // BLOCK // blocks, tokens)](
+    blocks, block = BLOCKS_OF_LONG if most >= LONG else 1, max(BLOCK, group)
+    _scores[(most // block // blocks, tokens)](
         query, weights, weights.stride(0), weights.shape[1] - heads, rows, tokens, pool,
         pool.stride(0), index_offset, table, table.stride(0), scores, maxima, most,
         dim**-0.5 * heads**-0.5,
-        HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=BLOCK, BLOCKS=blocks,
+        HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=block, BLOCKS=blocks,
         GROUP=group,
         BF16=query.dtype != torch.float32, num_warps=SCORE_WARPS, num_stages=STAGES,
     )  # fmt: skip

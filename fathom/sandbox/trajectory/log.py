@@ -30,7 +30,7 @@ from fathom.sandbox.trajectory import body as bodies
 from fathom.sandbox.trajectory import segment as segments
 from fathom.sandbox.trajectory.body import Blobs
 from fathom.sandbox.trajectory.errors import LogFull, LogLocked, TrajectoryError
-from fathom.sandbox.trajectory.index import Head, Index
+from fathom.sandbox.trajectory.index import Head, Index, witness
 from fathom.sandbox.trajectory.reader import BLOBS, LOCK, Reader
 from fathom.sandbox.trajectory.record import (
     NOTHING,
@@ -88,8 +88,10 @@ class Log(Reader):
 
     def _open(self) -> None:
         _remove_unfinished(self.folder)
+        witnessed = witness(self.folder)
         self._segments = segments.open_segments(self.folder)
         if not self._segments:
+            self._check_end(witnessed)
             identity = secrets.token_bytes(16)
             self._segments = [self._new_segment(identity, 1)]
         self._blobs = Blobs(self.folder / BLOBS, durable=self.durability == "power")
@@ -100,9 +102,10 @@ class Log(Reader):
         self._salt = self._segments[0].salt
         known = self._index.known_segments(self._segments)
         self._next, self._offset = self._scan(known)
+        self._check_end(witnessed)
         active = self._segments[-1]
         segments.cut(active, self._offset, durable=self.durability == "power")
-        self._durable = self._next - 1
+        self._durable = self._index.durable = self._next - 1
         self._fd = os.open(active.path, os.O_RDWR | os.O_CLOEXEC)
 
     def head(self, sandbox: str) -> Head | None:
@@ -202,7 +205,7 @@ class Log(Reader):
         fd = os.open(fresh.path, os.O_RDWR | os.O_CLOEXEC)
         os.close(self._fd)
         self._fd, self._offset = fd, SEGMENT_HEADER
-        self._durable = self._next - 1
+        self._durable = self._index.durable = self._next - 1
         self._index.seal(self._segments[-1])
         self._segments.append(fresh)
         self._state.notify_all()
@@ -236,7 +239,7 @@ class Log(Reader):
                     # succeeds would prove nothing.
                     self._broken = f"the disk failed: {failure}"
                     self._check_open()
-                self._durable = max(self._durable, written)
+                self._durable = self._index.durable = max(self._durable, written)
 
     def _flush_disk(self, fd: int) -> None:
         if self.durability == "power":

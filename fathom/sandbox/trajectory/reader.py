@@ -17,7 +17,7 @@ from fathom.sandbox.trajectory import body as bodies
 from fathom.sandbox.trajectory import segment as segments
 from fathom.sandbox.trajectory.body import Blob, Blobs, Body
 from fathom.sandbox.trajectory.errors import LogCorrupt, TrajectoryError
-from fathom.sandbox.trajectory.index import Head, Index, Place, Summary
+from fathom.sandbox.trajectory.index import Head, Index, Place, Summary, Witness, witness
 from fathom.sandbox.trajectory.record import NOTHING, Record, chain_hash, record_at
 from fathom.sandbox.trajectory.segment import SEGMENT_HEADER, Found
 
@@ -35,8 +35,11 @@ class Reader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        # Asked first: whatever it knows of is in the segments that are there now.
+        known = witness(self.folder)
         self._segments = segments.open_segments(self.folder) if self.folder.is_dir() else []
         if not self._segments:
+            self._check_end(known)
             raise TrajectoryError(f"there is no log in {self.folder}")
         self._blobs = Blobs(self.folder / BLOBS)
         self._files: dict[int, int] = {}
@@ -45,6 +48,7 @@ class Reader:
             self._index = Index(None, self._segments[0].identity)
             try:
                 self._next, self._offset = self._scan(0)
+                self._check_end(known)
                 return
             except LogCorrupt:
                 self._index.close()
@@ -86,6 +90,17 @@ class Reader:
             if not last:
                 self._index.seal(segment)
         return following, offset
+
+    def _check_end(self, known: Witness) -> None:
+        """Refuse a log without its last records, or without any, where the index knew of more."""
+        ours = not self._segments or self._segments[0].identity == known.identity
+        last = self.last if self._segments else 0
+        if ours and last < known.durable:
+            raise LogCorrupt(
+                f"records {last + 1} to {known.durable} of {self.folder} were on disk and are "
+                "gone: restore its last segments from a copy; or, where this is a copy that was "
+                "made while the log was written, delete its index.sqlite to go on without them"
+            )
 
     def _check_chain(self, found: Found, heads: dict[str, Head | None]) -> None:
         record = found.record

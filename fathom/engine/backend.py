@@ -109,8 +109,9 @@ class LocalBackend:
 
         In this order: a thread that is ending looks at the orders once more before it goes.
         """
-        # Making the engine may take as long as compiling it; what fails here fails for its caller.
-        engine = await asyncio.to_thread(lambda: self._llm.engine)
+        if not self._llm.started:  # it may have to be compiled; what fails here fails its caller
+            await asyncio.to_thread(lambda: self._llm.engine)
+        engine = self._llm.engine
         self._orders.put(order)
         with self._starting:
             if self._thread is None:

@@ -24,12 +24,11 @@ from dataclasses import replace
 from typing import Concatenate, ParamSpec, TypeVar
 
 from fathom.chat.generation import TokenMask
-from fathom.engine.batch import Memory
 from fathom.engine.disk_cache import DiskCache
-from fathom.engine.execution import execute, export, out_of_memory
-from fathom.engine.kv_cache import SLAB_TOKENS, SlabLayout, SlabPool, slabs_for
-from fathom.engine.metrics import Metrics
-from fathom.engine.options import EngineConfig, check_request, slab_count
+from fathom.engine.execution import draw, execute, export, out_of_memory
+from fathom.engine.kv_cache import SLAB_TOKENS, slabs_for
+from fathom.engine.metrics import Metrics, gauges
+from fathom.engine.options import EngineConfig, allocate, check_request
 from fathom.engine.prefix_cache import PrefixCache
 from fathom.engine.request import Request, Status, StopHook
 from fathom.engine.residence import Residence
@@ -37,8 +36,7 @@ from fathom.engine.runner import make_runner
 from fathom.engine.sampler import Drawn, SamplingParams
 from fathom.engine.scheduler import Scheduler, Share
 from fathom.engine.speculative import Drafter
-from fathom.engine.state_cache import SlotLayout, SlotPool
-from fathom.engine.wal import Logged, WriteAheadLog
+from fathom.engine.wal import Logged, WriteAheadLog, revive
 from fathom.errors import CacheError, CacheFull, ConfigError, FathomError, GenerationError
 from fathom.model.fingerprint import fingerprint
 from fathom.model.stored import StoredModel
@@ -80,26 +78,17 @@ class Engine:
         self, model: Transformer | StoredModel, config: EngineConfig | None = None
     ) -> None:
         self.model, self.config = model.eval(), config or EngineConfig()
-        config, device = self.config, model.embed.weight.device
+        config = self.config
         if config.drafts > 0 and not model.mtp:
             raise ConfigError("this model has no MTP block to draft with: set drafts to 0")
-        layout = SlabLayout.of(model.config, model.quantized, model.dtype, config.indexer)
-        try:
-            slabs = SlabPool(layout, slab_count(config, layout, device), device)
-            slots = SlotPool(SlotLayout(layout, config.drafts > 0), config.max_sequences, device)
-            self.memory = Memory(slabs, slots, model.config.max_position_embeddings)
-        except (MemoryError, OSError, RuntimeError) as error:
-            raise ConfigError(
-                f"no memory for {config.max_sequences} sequences and the cache ({error}): lower "
-                "cache_tokens or max_sequences"
-            ) from error
+        self.memory = allocate(config, model)
         rows = config.budget.tokens + config.max_sequences * (1 + config.drafts)
         self.runner = make_runner(model, self.memory, rows)
         self.runner.batch_invariant = config.batch_invariant
         root = self._name()
         self.cache = PrefixCache(
             root,
-            slabs,
+            self.memory.slabs,
             host_bytes=config.host_bytes,
             checkpoint_bytes=config.checkpoint_bytes,
             disk=DiskCache(config.disk, root, config.disk_bytes) if config.disk else None,
@@ -266,32 +255,13 @@ class Engine:
 
     def _take_up(self, logged: Logged, mask: TokenMask | None, stop: StopHook | None) -> Request:
         assert self.wal is not None
-        request = Request(
-            prompt=logged.prompt,
-            params=logged.params,
-            id=logged.id,
-            priority=logged.priority,
-            mask=mask,
-            stop=stop,
-        )
-        if logged.finish_reason is None:
-            self.wal.take_up(request, logged)
-            self.metrics.requests += 1
-        reason = logged.finish_reason
-        try:
-            for drawn in logged.output:
-                request.add(drawn)
-                request.sampler.accept(drawn.token)
-                if mask is not None:
-                    mask.accept(drawn.token)
-                reason = request.ending() or reason
-            if reason is None and logged.masked and mask is None:
-                raise GenerationError(f"{request.id} cannot go on without its mask")
-        except Exception as error:  # whatever a hook raises is its request's trouble
-            request.error, reason = error, "error"
+        request, reason = revive(logged, mask, stop)
         if logged.finish_reason is not None:
             request.status, request.finish_reason = Status.FINISHED, logged.finish_reason
-        elif reason is not None:
+            return request
+        self.wal.take_up(request, logged)
+        self.metrics.requests += 1
+        if reason is not None:
             self._finish(request, reason)
         else:
             self._enter(request)
@@ -352,23 +322,12 @@ class Engine:
     def metrics_text(self) -> str:
         """Counters and the state of this moment, in Prometheus' text format."""
         with self._lock:
-            slabs, slots, disk = self.memory.slabs, self.memory.slots, self.cache.disk
-            gauges: dict[str, float] = {
+            counts = {
                 "waiting_requests": len(self.scheduler.waiting),
                 "running_requests": len(self.scheduler.running),
                 "paused_requests": len(self._paused),
-                "slots_used": slots.count - slots.free,
-                "slots": slots.count,
-                "capacity_tokens": slabs.count * SLAB_TOKENS,
-                "capacity_bytes": slabs.count * slabs.layout.slab_bytes,
-                "in_use_tokens": (slabs.count - self.cache.available()) * SLAB_TOKENS,
             }
-            for tier, (tokens, size) in self.cache.occupancy().items():
-                gauges[f'cached_tokens{{tier="{tier}"}}'] = tokens
-                gauges[f'cached_bytes{{tier="{tier}"}}'] = size
-            if disk is not None:
-                gauges["disk_problems"] = disk.problems
-            return self.metrics.text(gauges, self.cache.stats)
+            return self.metrics.text(counts | gauges(self.memory, self.cache), self.cache.stats)
 
     def close(self) -> None:
         """Close logs; requests that had not finished can be recovered by another engine."""
@@ -414,48 +373,27 @@ class Engine:
 
     def _postprocess(self, share: Share) -> tuple[Request, list[Drawn]] | None:
         """Let a request take in what was computed, and draw where a token can be drawn."""
-        request, drawn = share.request, []
-        before = len(request.output)
+        request = share.request
+        before, previous = len(request.output), request.last_token
         if share.row is not None:
             request.computed = share.start + share.count
         self.residence.checkpoint_if_due(request, share.hidden)
         try:
-            reason = self._draw(request, share)
+            reason = draw(share, self.wal)
             if request.export and (found := export(self.runner, share)):
                 request.exports.append(found)
         except Exception as error:  # of its mask, its stop hook, its logits or its log
-            self._fail(request, error)
-        else:
+            request.error, reason = error, "error"
+        gained = len(request.output) - before
+        if gained:
+            self.drafter.judge(share.drafted, gained - 1)
+            self.metrics.tokens_drawn(request, gained, previous)
+        if reason is None:
             self.residence.commit(request)
-            if reason is not None:
-                self._finish(request, reason)
+        else:
+            self._finish(request, reason)
         share.done = True
-        drawn = request.output[before:]
-        return (request, drawn) if share.logits is not None else None
-
-    def _draw(self, request: Request, share: Share) -> str | None:
-        """Draw a token per row while drafts are what is drawn: each is logged, then shown.
-
-        Returns why the request ends, or None.
-        """
-        if share.logits is None:
-            return None
-        request.remembered = None
-        draft, request.draft = request.draft, []
-        reason, previous, count = None, request.last_token, 0
-        for row in share.logits:
-            drawn = request.sampler.pick(row, request.mask)
-            if self.wal is not None:
-                self.wal.append(request, drawn)
-            request.add(drawn)
-            count += 1
-            reason = request.ending()
-            if reason is not None or count > len(draft) or drawn.token != draft[count - 1]:
-                break
-        request.computed += count - 1
-        self.drafter.judge(len(draft), count - 1)
-        self.metrics.tokens_drawn(request, count, previous)
-        return reason
+        return (request, request.output[before:]) if share.logits is not None else None
 
     def _failed(
         self, shares: Sequence[Share], error: BaseException

@@ -13,6 +13,7 @@ from fathom.engine.batch import Batch, Piece
 from fathom.engine.request import Exported
 from fathom.engine.runner import Runner
 from fathom.engine.scheduler import Share
+from fathom.engine.wal import WriteAheadLog
 
 
 def execute(runner: Runner, shares: Sequence[Share], device: torch.device) -> int:
@@ -59,6 +60,31 @@ def export(runner: Runner, share: Share) -> Exported | None:
         routing=runner.routing(rows.stop)[:, rows],
         selection=runner.selection(rows.stop)[:, rows],
     )
+
+
+def draw(share: Share, wal: WriteAheadLog | None) -> str | None:
+    """Draw a token per row while drafts are what is drawn: each is logged, then shown.
+
+    Returns why the request ends, or None. Raises whatever its mask, its stop hook, its logits or
+    its log have to say.
+    """
+    if share.logits is None:
+        return None
+    request, reason, count = share.request, None, 0
+    request.remembered = None
+    draft, request.draft = request.draft, []
+    share.drafted = len(draft)
+    for row in share.logits:
+        drawn = request.sampler.pick(row, request.mask)
+        if wal is not None:
+            wal.append(request, drawn)
+        request.add(drawn)
+        count += 1
+        reason = request.ending()
+        if reason is not None or count > len(draft) or drawn.token != draft[count - 1]:
+            break
+    request.computed += count - 1
+    return reason
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -127,10 +127,16 @@ class LLM:
     @property
     def engine(self) -> Engine:
         """What `generate`, `stream` and `chat` run on; see fathom.engine.Engine."""
-        with self._making:
-            if self._engine is None:
-                self._engine = Engine(self.model, self._engine_config)
-            return self._engine
+        if self._engine is None:
+            with self._making:
+                if self._engine is None:
+                    self._engine = Engine(self.model, self._engine_config)
+        return self._engine
+
+    @property
+    def started(self) -> bool:
+        """Whether the engine has been made."""
+        return self._engine is not None
 
     @property
     def tokenizer(self) -> Tokenizer:

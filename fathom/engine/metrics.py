@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from fathom.engine.kv_cache import SLAB_TOKENS
+
 if TYPE_CHECKING:
-    from fathom.engine.prefix_cache import TierStats
+    from fathom.engine.batch import Memory
+    from fathom.engine.prefix_cache import PrefixCache, TierStats
     from fathom.engine.request import Request
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -37,6 +40,24 @@ class Histogram:
             running += count
             out.append(f'{name}_bucket{{le="{bound}"}} {running}')
         return [*out, f"{name}_sum {self.total:.6f}", f"{name}_count {running}"]
+
+
+def gauges(memory: Memory, cache: PrefixCache) -> dict[str, float]:
+    """What memory and cache hold at this moment, by the gauges' names."""
+    slabs, slots = memory.slabs, memory.slots
+    found: dict[str, float] = {
+        "slots_used": slots.count - slots.free,
+        "slots": slots.count,
+        "capacity_tokens": slabs.count * SLAB_TOKENS,
+        "capacity_bytes": slabs.count * slabs.layout.slab_bytes,
+        "in_use_tokens": (slabs.count - cache.available()) * SLAB_TOKENS,
+    }
+    for tier, (tokens, size) in cache.occupancy().items():
+        found[f'cached_tokens{{tier="{tier}"}}'] = tokens
+        found[f'cached_bytes{{tier="{tier}"}}'] = size
+    if cache.disk is not None:
+        found["disk_problems"] = cache.disk.problems
+    return found
 
 
 @dataclass(slots=True)

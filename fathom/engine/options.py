@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
-from fathom.engine.kv_cache import SLAB_TOKENS, SlabLayout, slabs_for
+from fathom.engine.batch import Memory
+from fathom.engine.kv_cache import SLAB_TOKENS, SlabLayout, SlabPool, slabs_for
 from fathom.engine.scheduler import Budget
-from fathom.engine.state_cache import DRAFT_ROOM
+from fathom.engine.state_cache import DRAFT_ROOM, SlotLayout, SlotPool
 from fathom.errors import ConfigError, GenerationError
 from fathom.model.config import ModelConfig
+from fathom.model.transformer import Transformer
 
 MIB = 2**20
 
@@ -91,12 +93,23 @@ def check_tokens(tokens: Sequence[int], config: ModelConfig) -> None:
             )
 
 
-def slab_count(config: EngineConfig, layout: SlabLayout, device: torch.device) -> int:
-    """How many slabs the device gets."""
-    if config.cache_tokens is not None:
-        return max(1, slabs_for(config.cache_tokens))
-    wanted = slabs_for(layout.config.max_position_embeddings) + 4 * config.max_sequences
-    return max(1, min(wanted, free_bytes(device) // 4 // max(1, layout.slab_bytes)))
+def allocate(config: EngineConfig, model: Transformer) -> Memory:
+    """An engine's memory where the model lies. Raises ConfigError when there is not enough."""
+    device, most = model.embed.weight.device, model.config.max_position_embeddings
+    layout = SlabLayout.of(model.config, model.quantized, model.dtype, config.indexer)
+    count = slabs_for(config.cache_tokens or 0)
+    if config.cache_tokens is None:
+        wanted = slabs_for(most) + 4 * config.max_sequences
+        count = min(wanted, free_bytes(device) // 4 // max(1, layout.slab_bytes))
+    try:
+        slabs = SlabPool(layout, max(1, count), device)
+        slots = SlotPool(SlotLayout(layout, config.drafts > 0), config.max_sequences, device)
+        return Memory(slabs, slots, most)
+    except (MemoryError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"no memory for {config.max_sequences} sequences and the cache ({error}): lower "
+            "cache_tokens or max_sequences"
+        ) from error
 
 
 def free_bytes(device: torch.device) -> int:

@@ -92,6 +92,7 @@ class Request:
     draft: list[int] = field(default_factory=list[int])
     preemptions: int = 0
     admissions: int = 0
+    log: object = None  # its open log
 
     arrived: float = field(default_factory=time.perf_counter)
     first_token: float | None = None

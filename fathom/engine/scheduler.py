@@ -25,7 +25,8 @@ class Share:
 
     Once it has run, `row` is its first row in the batch (None: nothing had to be computed), and
     `hidden` [rows, hidden] and `logits` [rows, vocab] belong to its last token and the drafts
-    behind it, if a token can be drawn there. `done`: the request has taken note of it.
+    behind it, if a token can be drawn there; `drafted` counts these. `done`: the request has taken
+    note of it.
     """
 
     request: Request
@@ -34,6 +35,7 @@ class Share:
     row: int | None = None
     hidden: np.ndarray | None = None
     logits: np.ndarray | None = None
+    drafted: int = 0
     done: bool = False
 
 

@@ -21,15 +21,16 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fathom.engine.request import Request
+from fathom.chat.generation import TokenMask
+from fathom.engine.request import Request, StopHook
 from fathom.engine.sampler import Drawn, SamplingParams
-from fathom.errors import CacheError, FathomError
+from fathom.errors import CacheError, FathomError, GenerationError
 
 MAGIC = b"fathomW2"
 # Token, log-probability, number of the draw (its last 16 bits: the rest is its place), checksum.
@@ -62,38 +63,38 @@ class Logged:
 
 
 class _File:
-    """A log that is open, with room reserved up to `end`; the next record goes to `at`.
+    """A log that is open, with room reserved up to `end` of `map`; the next record goes to `at`.
 
     `header` is the header's checksum.
     """
 
+    __slots__ = ("at", "descriptor", "end", "header", "map")
+
     def __init__(self, descriptor: int, header: int, at: int) -> None:
         self.descriptor, self.header, self.at, self.end = descriptor, header, at, at
-        self._map: mmap.mmap | None = None
+        self.map: mmap.mmap | None = None
 
     def put(self, token: int, logprob: float, number: int) -> None:
-        """Write a record. Raises OSError when the disk is full.
-
-        Few calls, since after each step of the model none of their code is in the caches.
-        """
-        at, number = self.at, number & 0xFFFF
-        if at + RECORD.size > self.end:
-            self._reserve()
+        """Write a record. Raises OSError when the disk is full."""
+        if self.at + RECORD.size > self.end:
+            self.reserve()
+        number &= 0xFFFF
         check = zlib.crc32(_CHECKED.pack(token, logprob, number), self.header)
-        RECORD.pack_into(self._map, at, token, logprob, number, check)  # type: ignore[arg-type]
-        self.at = at + RECORD.size
+        RECORD.pack_into(self.map, self.at, token, logprob, number, check)  # type: ignore[arg-type]
+        self.at += RECORD.size
 
-    def _reserve(self) -> None:
+    def reserve(self) -> None:
+        """Room for more records. Raises OSError when the disk is full."""
         os.posix_fallocate(self.descriptor, self.at, RESERVED)
-        if self._map is not None:
-            self._map.close()
+        if self.map is not None:
+            self.map.close()
         self.end = self.at + RESERVED
-        self._map = mmap.mmap(self.descriptor, self.end)
+        self.map = mmap.mmap(self.descriptor, self.end)
 
     def close(self) -> None:
         """Give back what was reserved, and the lock."""
-        if self._map is not None:
-            self._map.close()
+        if self.map is not None:
+            self.map.close()
         with contextlib.suppress(OSError):
             os.ftruncate(self.descriptor, self.at)
         os.close(self.descriptor)
@@ -116,7 +117,7 @@ class WriteAheadLog:
         """
         path = self._path(request.id)
         try:
-            self._open[request.id] = self._create(path, request)
+            self._open[request.id] = request.log = self._create(path, request)
         except FileExistsError as error:
             raise CacheError(
                 f"{path} belongs to another request of this name: recover or forget it first"
@@ -136,17 +137,34 @@ class WriteAheadLog:
         except OSError as error:
             raise CacheError(f"{logged.path} cannot be written: {error}") from error
         os.ftruncate(descriptor, logged.size)
-        self._open[request.id] = _File(descriptor, logged.checksum, logged.size)
+        file = _File(descriptor, logged.checksum, logged.size)
+        self._open[request.id] = request.log = file
 
-    def append(self, request: Request, drawn: Drawn) -> None:
+    def append(
+        self,
+        request: Request,
+        drawn: Drawn,
+        checked: Callable[..., bytes] = _CHECKED.pack,
+        put: Callable[..., None] = RECORD.pack_into,
+        crc: Callable[[bytes, int], int] = zlib.crc32,
+        size: int = RECORD.size,
+    ) -> None:
         """Write down the next token; it may be shown afterwards.
 
-        Raises CacheError when it cannot be written.
+        As `_File.put`, in one frame and with everything at hand: after a step of the model the
+        processor's caches hold nothing of this, and every name that is looked up costs a tenth of
+        a microsecond. Raises CacheError when it cannot be written.
         """
-        try:
-            self._open[request.id].put(drawn.token, drawn.logprob, len(request.output))
-        except OSError as error:
-            raise CacheError(f"the log of {request.id} cannot be written: {error}") from error
+        file: _File = request.log  # type: ignore[assignment]
+        at, token, logprob = file.at, drawn.token, drawn.logprob
+        number = len(request.output) & 0xFFFF
+        if at + size > file.end:
+            try:
+                file.reserve()
+            except OSError as error:
+                raise CacheError(f"the log of {request.id} cannot be written: {error}") from error
+        put(file.map, at, token, logprob, number, crc(checked(token, logprob, number), file.header))
+        file.at = at + size
 
     def end(self, request: Request) -> None:
         """Write down that a request has ended, and close its file."""
@@ -184,7 +202,7 @@ class WriteAheadLog:
                 problems.append(f"{path} cannot be written: {error}")
                 continue
             self._open[request.id].close()
-            self._open[request.id] = new
+            self._open[request.id] = request.log = new
         if problems:
             raise CacheError("; ".join(problems))
 
@@ -234,6 +252,35 @@ class WriteAheadLog:
             path.unlink(missing_ok=True)
             raise
         return _File(descriptor, checksum, len(data))
+
+
+def revive(
+    logged: Logged, mask: TokenMask | None, stop: StopHook | None
+) -> tuple[Request, str | None]:
+    """The request of a log, with its tokens, which mask and stop hook are told; and why it ends
+    here, if it does. A request that had a mask and gets none ends with an error.
+    """
+    request = Request(
+        prompt=logged.prompt,
+        params=logged.params,
+        id=logged.id,
+        priority=logged.priority,
+        mask=mask,
+        stop=stop,
+    )
+    reason = None
+    try:
+        for drawn in logged.output:
+            request.add(drawn)
+            request.sampler.accept(drawn.token)
+            if mask is not None:
+                mask.accept(drawn.token)
+            reason = request.ending() or reason
+        if logged.finish_reason is None and logged.masked and mask is None:
+            raise GenerationError(f"{request.id} cannot go on without its mask")
+    except Exception as error:  # whatever a hook raises is its request's trouble
+        request.error, reason = error, "error"
+    return request, reason
 
 
 def _lock(path: Path, flags: int = 0) -> int:

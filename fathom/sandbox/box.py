@@ -55,6 +55,8 @@ WRITABLE = (
 )
 # The holder of the user's own pause.
 PAUSE = "pause"
+# Where the agent keeps the folder of the writes: KEPT_FILE of agent.h.
+_UPPER_FD = 100
 _HELLO_TIMEOUT = 30.0
 _GONE_TIMEOUT = 10.0
 
@@ -157,7 +159,8 @@ def _start(box: Box, copied: Box | None = None, saved: Path | None = None) -> No
         if launch.substrate == "bubblewrap":
             raise SandboxError(bubblewrap.failure(launch)) from error
         raise SandboxError(f"the sandbox's agent did not answer: {error}") from error
-    note = {"secret": box.secret.hex(), "pid": box.started.pid, "launch": as_json(launch)}
+    note: dict[str, Any] = {"secret": box.secret.hex(), "pid": box.started.pid}
+    note |= {"launch": as_json(launch), "upper": _identity(box.upper) if box.upper >= 0 else None}
     session = launch.folder / state.SESSION
     session.touch(mode=0o600)
     session.write_text(json.dumps(note))
@@ -169,7 +172,7 @@ def _let_go_of_mounts(box: Box) -> None:
     Each sandbox that starts copies all mounts of this process first: there should be few.
     """
     disk = box.folder / state.DISK
-    box.upper = os.open(disk / container.UPPER, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    box.upper = syscalls.clone_mount(str(disk / container.UPPER))
     if box.composed is not None:
         box.composed.detach()
     _unmount(box)
@@ -218,16 +221,17 @@ def introduce(box: Box) -> None:
         # Its receipts say which commands ran out of memory, whoever is there to count.
         counter = box.group and stack.enter_context(box.group.oom_file.open("rb"))
         files = () if counter is None else (counter.fileno(),)
-        box.line = _reach(box)
+        # The agent keeps the folder of its writes open for the next node.
+        box.line = _reach(box, (box.upper,) if box.upper >= 0 else ())
         _inquire(box.line, Frame.CONFIGURE, frames.join_fields(settings), files)
 
 
-def _reach(box: Box) -> socket.socket:
-    """Open the node's own line to an agent. Raises OSError."""
+def _reach(box: Box, files: tuple[int, ...] = ()) -> socket.socket:
+    """Open the node's own line to an agent; `files` come along. Raises OSError."""
     line = messages.connect(box.folder, state.SOCKET, timeout=_HELLO_TIMEOUT)
     try:
         line.settimeout(_HELLO_TIMEOUT)
-        line.sendall(greeting(box.secret))
+        _send(line, greeting(box.secret), files)
     except BaseException:
         line.close()
         raise
@@ -259,9 +263,12 @@ def _inquire(
 
     Raises OSError, SandboxError.
     """
-    data = frames.pack(1, kind, payload)
-    line.sendall(data[socket.send_fds(line, [data], files) if files else 0 :])
+    _send(line, frames.pack(1, kind, payload), files)
     return _hear(line)
+
+
+def _send(line: socket.socket, data: bytes, files: tuple[int, ...]) -> None:
+    line.sendall(data[socket.send_fds(line, [data], files) if files else 0 :])
 
 
 def _hear(line: socket.socket) -> frames.Received:
@@ -374,6 +381,7 @@ def adopt(folder: Path) -> Box:
         if not state.is_first(folder, pid):
             raise SandboxError(f"the agent of {folder.name} is gone")
         _hold_image(box)
+        box.upper = _kept_upper(pid, session.get("upper"))
         tenant = TENANT if launch.substrate != "bubblewrap" else None
         box.started = Started(pid=pid, tenant=tenant)
         layout = cgroups.current_layout()
@@ -397,7 +405,7 @@ def adopt(folder: Path) -> Box:
             box.line.close()
         if box.held is not None:
             box.held.close()
-        for fd in (box.pidfd, box.net, box.image_lock, box.lock):
+        for fd in (box.pidfd, box.net, box.upper, box.image_lock, box.lock):
             if fd >= 0:
                 os.close(fd)
         raise
@@ -414,25 +422,47 @@ def _hold_image(box: Box) -> None:
             box.image_lock = rootfs.hold(Path(box.launch.rootfs))
 
 
+def _identity(fd: int) -> list[int]:
+    found = os.fstat(fd)
+    return [found.st_dev, found.st_ino]
+
+
+def _kept_upper(pid: int, identity: object) -> int:
+    """Open the folder of its writes that an agent keeps for us; -1 where it has another or none."""
+    try:
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        fd = os.open(f"/proc/{pid}/fd/{_UPPER_FD}", flags)
+    except OSError:
+        return -1
+    if _identity(fd) == identity:
+        return fd
+    os.close(fd)
+    return -1
+
+
 def writes_of(box: Box) -> Path:
-    """Return the folder with what the sandbox wrote.
+    """Return the folder with what the sandbox wrote, marks of deletion included.
 
-    One that was adopted has its mounts in namespaces that are gone; its own shows the same files.
+    Never what its root shows: there a deleted file of the image is missing without a mark, and a
+    copy would have it again. Raises Unsupported where the folder cannot be reached.
     """
-    if box.upper >= 0:
-        return Path(f"/proc/{os.getpid()}/fd/{box.upper}")
-    upper = box.folder / state.DISK / container.UPPER
-    if upper.exists() or box.started is None:
-        return upper
-    return Path(f"/proc/{box.started.pid}/root")
+    if box.upper < 0:
+        raise Unsupported(
+            f"the writes of {box.id} cannot be copied: it outlived the node that made it, and its "
+            "agent holds no folder of them (an older one does not); start another sandbox"
+        )
+    return Path(f"/proc/{os.getpid()}/fd/{box.upper}")
 
 
-def copy_writes(box: Box, target: Path) -> None:
-    """Copy what the sandbox wrote, at one moment, into the folder `target`. Raises SandboxError."""
+def copy_writes(box: Box, target: Path) -> int:
+    """Copy what the sandbox wrote, at one moment, into the folder `target`.
+
+    Returns how many bytes its files have. Raises SandboxError.
+    """
     if box.group is None:
         raise Unsupported("bubblewrap keeps no writes that could be copied: run as root")
     with _still(box):
-        container.copy_tree(box.launch.agent, writes_of(box), target, box.group)
+        return container.copy_tree(box.launch.agent, writes_of(box), target, box.group)
 
 
 def destroy(box: Box) -> None:

@@ -24,7 +24,7 @@ from fathom.sandbox.edge.unix_client import UnixHost
 from fathom.sandbox.fn import Functions
 from fathom.sandbox.host import Host, LocalHost
 from fathom.sandbox.net import Net
-from fathom.sandbox.sandbox import Sandbox
+from fathom.sandbox.sandbox import Sandbox, check_count
 from fathom.sandbox.substrates.choice import SUBSTRATES, Wanted
 from fathom.sandbox.threads import whole
 from fathom.sandbox.types import Container, Fn, Kept, Snapshot, Spec
@@ -153,6 +153,9 @@ class Client:
         wanted = Container() if spec is None else spec
         if isinstance(wanted, Fn):
             raise Unsupported(wanted.missing())
+        _check_kind(wanted)
+        _check_texts(key=key, group=group)
+        _check_net(net)
         if self._remote:
             values = {"spec": wanted, "net": net, "key": key or "", "group": group or ""}
             return await self._make("create", group, **values)
@@ -193,6 +196,8 @@ class Client:
 
         Each one taken is replaced in the background. Raises SandboxError, Unsupported.
         """
+        _check_kind(spec)
+        check_count(count, least=0)
         await self._host.call("prewarm", spec=spec, count=count)
 
     async def restore(
@@ -205,6 +210,8 @@ class Client:
         Raises SandboxError, Unsupported.
         """
         name = snapshot.id if isinstance(snapshot, Snapshot) else snapshot
+        _check_kind(spec or Container())
+        _check_texts(snapshot=name, group=group)
         values: dict[str, Any] = {"snapshot": name, "spec": spec or Container()}
         if self._remote:
             values["group"] = group or ""
@@ -306,6 +313,22 @@ class Client:
             answer = await self._host.call("thaw", ids=[one.id for one in some])
             for sandbox in some:
                 sandbox.resumed(answer["paused"].get(sandbox.id, 0.0))
+
+
+def _check_kind(spec: object) -> None:
+    if not isinstance(spec, Kept):
+        raise SandboxError(f"{spec!r:.80} is no sandbox: give a Container, a MicroVM or a FullVM")
+
+
+def _check_net(net: object) -> None:
+    if not isinstance(net, Net | None):
+        raise SandboxError(f"net is {net!r:.80}: give a policy such as Net.deny()")
+
+
+def _check_texts(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, str | None):
+            raise SandboxError(f"{name} is {value!r:.80}: give text")
 
 
 def _portions(sandboxes: list[Sandbox]) -> list[list[Sandbox]]:

@@ -329,7 +329,8 @@ class LocalHost:
             )
         # A copy has its origin's range of users, whatever else may serve it.
         name, program = choose(self.wanted)[0]
-        image = self._image(spec.image)
+        description = facts.get("description")
+        image = Image.decode(description.encode()) if description else self._image(spec.image)
         known = Known(spec, name, program, image, int(facts["ids"]), caps_of(name, spec))
         return self._start(known, saved=str(folder / "upper"))
 

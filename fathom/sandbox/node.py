@@ -295,8 +295,8 @@ class Node:
 
     def _save(self, message: dict[str, Any]) -> dict[str, Any]:
         box = self._container(message["id"])
-        boxes.copy_writes(box, Path(message["target"]))
-        return {"ids": box.launch.ids}
+        size = boxes.copy_writes(box, Path(message["target"]))
+        return {"ids": box.launch.ids, "size": size}
 
     def _stats(self, message: dict[str, Any]) -> dict[str, Any]:
         group = self._box(message["id"]).group

@@ -71,13 +71,8 @@ def form_request(
 ) -> Request:
     """Check the arguments of a command. Raises SandboxError."""
     check_seconds(timeout)
+    _check_command(command)
     shell = isinstance(command, str)
-    given: object = command
-    if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
-        raise SandboxError(
-            f"the command is {command!r:.80}: give text for the shell, or a list of a program and "
-            "its arguments"
-        )
     argv = (command,) if isinstance(command, str) else tuple(command)
     if not shell and (not argv or not argv[0]):
         raise SandboxError(f"the command is {list(argv)!r:.80}, its program is empty: name one")
@@ -95,6 +90,15 @@ def form_request(
         cwd=folder,
         env=variables,
     )
+
+
+def _check_command(command: object) -> None:
+    """Refuse what is neither text nor a list: the type checker sees not every caller."""
+    if isinstance(command, bytes | bytearray) or not isinstance(command, Sequence):
+        raise SandboxError(
+            f"the command is {command!r:.80}: give text for the shell, or a list of a program and "
+            "its arguments"
+        )
 
 
 def file_request(builtin: str, *paths: str, timeout: float, mode: int = 0) -> Request:

@@ -389,8 +389,7 @@ class Sandbox:
         `caps.fork` says "disk". Raises Unsupported, SandboxLost, SandboxError.
         """
         self._need("fork", bool(self.caps.fork) and self._adopt is not None)
-        if count < 1:
-            raise SandboxError(f"count is {count}: ask for one sandbox or more")
+        check_count(count, least=1)
         adopt = self._adopt
         assert adopt is not None
 
@@ -456,6 +455,12 @@ class Sandbox:
     def _need(self, what: str, has: bool) -> None:
         if not has:
             raise Unsupported(f"a sandbox by {self.caps.substrate} has no {what}: see its caps")
+
+
+def check_count(count: object, least: int) -> None:
+    """Refuse what is no number of sandboxes. Raises SandboxError."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise SandboxError(f"count is {count!r:.80}: give a whole number from {least} up")
 
 
 async def _stop_all(made: list[Sandbox]) -> None:

@@ -59,15 +59,7 @@ async def whole(
 
     What a caller gave up must be nobody's: no one else could ever reach it.
     """
-    results: list[T] = []
-    with anyio.CancelScope(shield=True):
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            results.append(await work())
-        else:
-            results.append(await _kept_going(work, undo))
-    (result,) = results
+    result = await _shielded(work, undo)
     try:
         await anyio.lowlevel.checkpoint_if_cancelled()
     except BaseException:
@@ -75,6 +67,23 @@ async def whole(
             await undo(result)
         raise
     return result
+
+
+async def _shielded(
+    work: Callable[[], Coroutine[Any, Any, T]], undo: Callable[[T], Coroutine[Any, Any, None]]
+) -> T:
+    results: list[T] = []
+    with anyio.CancelScope(shield=True):
+        results.append(await (_kept_going(work, undo) if _in_asyncio() else work()))
+    return results[0]
+
+
+def _in_asyncio() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 async def _kept_going(

@@ -13,7 +13,7 @@ from fathom.engine.batch import Batch, Memory, Piece
 from fathom.engine.kv_cache import SlabLayout, SlabPool
 from fathom.engine.state_cache import SlotLayout, SlotPool
 from fathom.errors import CheckpointError
-from fathom.kernels.numba import compiled, entries, index_scan, selection, vector
+from fathom.kernels.numba import compiled, entries, index_scan, lanes, selection, vector
 from fathom.kernels.numba.runner import CompiledRunner
 from fathom.model import Transformer
 from fathom.model.attention import SlidingWindowAttention
@@ -305,7 +305,7 @@ def test_the_best_entries_with_ties(count: int) -> None:
 @njit
 def _exp(x, out):
     for i in range(x.shape[0]):
-        out[i] = vector.exp32(x[i])
+        out[i] = lanes.exp32(x[i])
 
 
 def test_exponentials() -> None:

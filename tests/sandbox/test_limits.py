@@ -34,6 +34,21 @@ def test_too_much_memory_is_reported(limited: SyncClient):
     assert (calm.stdout, calm.oom_killed) == ("fine\n", False)
 
 
+@each_substrate
+def test_the_number_of_files_is_bounded_or_said_not_to_be(client: SyncClient, substrate: str):
+    sandbox = client.create(Container(memory="64MiB" if substrate != "bubblewrap" else None))
+    if substrate == "bubblewrap":
+        assert "files" in sandbox.caps.not_enforced
+        return
+    assert "files" in sandbox.caps.enforced
+    fill = "cd {} && for i in $(seq 100); do seq -f $i-%g 100 | xargs touch || exit; done"
+    for folder, disk in (("/work", 16 << 20), ("/dev/shm", 4 << 20)):
+        result = sandbox.exec(fill.format(folder), timeout=60)
+        assert "No space left" in result.stderr
+        found = int(sandbox.exec(f"find {folder} | wc -l", timeout=30).stdout)
+        assert found <= disk // 4096 + 1024 + 100
+
+
 def test_memory_within_the_limit_is_not(limited: SyncClient):
     sandbox = limited.create(Container(memory="64MiB"))
     result = sandbox.exec(EAT.format("24M"), timeout=30)
@@ -99,14 +114,14 @@ def test_processor_time(limited: SyncClient):
 def test_caps_say_what_holds(client: SyncClient, substrate: str):
     caps = client.create(Container()).caps
     assert caps.substrate == substrate
-    everything = {"memory", "pids", "cpu", "disk"}
+    everything = {"memory", "pids", "cpu", "disk", "files"}
     assert (caps.enforced | caps.not_enforced) - {"io_read", "io_write"} == everything
     assert not caps.enforced & caps.not_enforced
     if os.geteuid() == 0:
         assert caps.enforced >= everything
         assert (caps.reports_oom, caps.timeout_kills, caps.separate_user) == (True, "command", True)
     else:
-        assert caps.not_enforced == {"memory", "cpu"}
+        assert caps.not_enforced == {"memory", "cpu", "files"}
         assert (caps.reports_oom, caps.timeout_kills) == (False, "command")
 
 

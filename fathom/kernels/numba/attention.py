@@ -10,40 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from fathom.kernels.numba import layout
 from fathom.kernels.numba.compiled import external, inner, once
 from fathom.kernels.numba.entries import FP8, FP8_GROUP, load_kv, round_fp8, store_kv
 from fathom.kernels.numba.index_scan import search
+from fathom.kernels.numba.lanes import softmax
 from fathom.kernels.numba.layout import (
-    COMP_APE,
-    COMP_KV,
-    FIRST,
-    INDEX_APE,
-    INDEX_KV,
-    INDEX_Q,
-    INDEX_W,
-    KEY_DATA,
-    KEY_SCALES,
-    KV_DATA,
-    KV_NORM,
-    KV_SCALES,
-    POSITION,
-    Q_NORM,
-    R_ENTRIES,
-    R_INDEX_Q,
-    R_QKV,
-    R_WO_B,
-    R_WQ_B,
-    RATIO,
-    SINK,
-    SLOT,
-    WINDOW_DATA,
-    WINDOW_SCALES,
-    WKV,
-    WO_A,
-    WO_B,
-    WQ_A,
-    WQ_B,
-    ZERO,
     line,
     matrix,
     of_row,
@@ -55,18 +27,11 @@ from fathom.kernels.numba.layout import (
     slot_of,
     vector,
 )
+from fathom.kernels.numba.llvm import LANES
+from fathom.kernels.numba.memory import address, view_float32, view_int32, view_int64, view_uint32
 from fathom.kernels.numba.primitives import copy, hadamard, mean_square, rmsnorm, rope, round_fp4
 from fathom.kernels.numba.selection import compiled_capacity, keep_best
-from fathom.kernels.numba.vector import (
-    LANES,
-    address,
-    product,
-    softmax,
-    view_float32,
-    view_int32,
-    view_int64,
-    view_uint32,
-)
+from fathom.kernels.numba.vector import product
 
 
 @inner
@@ -80,31 +45,31 @@ def _turn(k: Any, far: bool, t: int, x: Any, direction: Any) -> None:
 def _project(record: int, layer: int, a: int, b: int, scratch: int) -> int:
     """Queries, raw entries, what the compressors and the indexer need, of normed inputs."""
     k = record_at(record)
-    ratio, c, one = place(k, layer, RATIO), k.head_dim, np.float32(1)
+    ratio, c, one = place(k, layer, layout.RATIO), k.head_dim, np.float32(1)
     source = k.normed
-    if rounds(k, layer, R_QKV):
+    if rounds(k, layer, layout.R_QKV):
         source = k.rounded
         for t in range(a, b):
             own = line(source, k.w_normed, t, k.hidden)
             copy(line(k.normed, k.w_normed, t, k.hidden), own)
             round_fp8(own, FP8_GROUP)
     x, latent = source + 4 * a * k.w_normed, k.q_latent + 4 * a * k.w_q_latent
-    matrix(k, layer, WQ_A, ZERO, b - a, x, k.w_normed, latent, k.w_q_latent, scratch)
+    matrix(k, layer, layout.WQ_A, layout.ZERO, b - a, x, k.w_normed, latent, k.w_q_latent, scratch)
     raw = k.kv + 4 * a * k.w_kv
-    matrix(k, layer, WKV, ZERO, b - a, x, k.w_normed, raw, k.w_kv, scratch)
-    q_norm, kv_norm = vector(k, layer, Q_NORM), vector(k, layer, KV_NORM)
+    matrix(k, layer, layout.WKV, layout.ZERO, b - a, x, k.w_normed, raw, k.w_kv, scratch)
+    q_norm, kv_norm = vector(k, layer, layout.Q_NORM), vector(k, layer, layout.KV_NORM)
     exact = np.empty((b - a) * k.q_rank, np.float32)
     for t in range(a, b):
         qr, kv = line(k.q_latent, k.w_q_latent, t, k.q_rank), line(k.kv, k.w_kv, t, c)
         rmsnorm(qr, q_norm, k.norm_eps, qr)
         copy(qr, part(exact, k.q_rank, t - a, k.q_rank))
-        if rounds(k, layer, R_WQ_B):
+        if rounds(k, layer, layout.R_WQ_B):
             round_fp8(qr, FP8_GROUP)
         rmsnorm(kv, kv_norm, k.norm_eps, kv)
         _turn(k, ratio != 0, t, kv, one)
-        store_kv(kv, k.rope_dim, k.kv_form, ZERO, ZERO)
+        store_kv(kv, k.rope_dim, k.kv_form, layout.ZERO, layout.ZERO)
     q = k.q + 4 * a * k.w_q
-    matrix(k, layer, WQ_B, ZERO, b - a, latent, k.w_q_latent, q, k.w_q, scratch)
+    matrix(k, layer, layout.WQ_B, layout.ZERO, b - a, latent, k.w_q_latent, q, k.w_q, scratch)
     for t in range(a, b):
         for h in range(k.heads):
             head = view_float32(k.q + 4 * (t * k.w_q + h * c), c)
@@ -113,9 +78,9 @@ def _project(record: int, layer: int, a: int, b: int, scratch: int) -> int:
                 head[j] *= r
             _turn(k, ratio != 0, t, head, one)
     if ratio:
-        _project_tail(k, layer, COMP_KV, COMP_APE, a, b, scratch)
+        _project_tail(k, layer, layout.COMP_KV, layout.COMP_APE, a, b, scratch)
     if ratio == 4:
-        _project_tail(k, layer, INDEX_KV, INDEX_APE, a, b, scratch)
+        _project_tail(k, layer, layout.INDEX_KV, layout.INDEX_APE, a, b, scratch)
         _project_index(k, layer, a, b, exact, scratch)
     return 1
 
@@ -123,17 +88,17 @@ def _project(record: int, layer: int, a: int, b: int, scratch: int) -> int:
 @inner
 def _project_tail(k: Any, layer: int, which: int, ape: int, a: int, b: int, scratch: int) -> None:
     """What a compressor makes of each token: values, and gates with their position bias."""
-    ratio = place(k, layer, RATIO)
+    ratio = place(k, layer, layout.RATIO)
     kv, gate, width = k.tail_kv, k.tail_gate, k.w_tail_kv
-    if which == INDEX_KV:
+    if which == layout.INDEX_KV:
         kv, gate, width = k.key_kv, k.key_gate, k.w_key_kv
     x, kvs, gates = k.normed + 4 * a * k.w_normed, kv + 4 * a * width, gate + 4 * a * width
-    matrix(k, layer, which, ZERO, b - a, x, k.w_normed, kvs, width, scratch)
-    matrix(k, layer, which + 1, ZERO, b - a, x, k.w_normed, gates, width, scratch)
+    matrix(k, layer, which, layout.ZERO, b - a, x, k.w_normed, kvs, width, scratch)
+    matrix(k, layer, which + 1, layout.ZERO, b - a, x, k.w_normed, gates, width, scratch)
     bias = vector(k, layer, ape)
     cols = bias.shape[0] // ratio
     for t in range(a, b):
-        at = of_row(k, POSITION, t) % ratio * cols
+        at = of_row(k, layout.POSITION, t) % ratio * cols
         own = line(gate, width, t, cols)
         for j in range(cols):
             own[j] += bias[at + j]
@@ -144,22 +109,24 @@ def _project_index(k: Any, layer: int, a: int, b: int, exact: Any, scratch: int)
     """The indexer's queries and head weights, where there is something to choose."""
     needed = False
     for t in range(a, b):
-        needed = needed or (of_row(k, POSITION, t) + 1) // 4 > k.index_topk
+        needed = needed or (of_row(k, layout.POSITION, t) + 1) // 4 > k.index_topk
     if not needed:
         return
     x, x_row = k.q_latent + 4 * a * k.w_q_latent, k.w_q_latent
-    if rounds(k, layer, R_INDEX_Q) != rounds(k, layer, R_WQ_B):
+    if rounds(k, layer, layout.R_INDEX_Q) != rounds(k, layer, layout.R_WQ_B):
         x, x_row = address(exact), k.q_rank
     q, w, normed = k.index_q + 4 * a * k.w_index_q, k.index_w + 4 * a * k.w_index_w, k.normed
-    matrix(k, layer, INDEX_Q, ZERO, b - a, x, x_row, q, k.w_index_q, scratch)
+    matrix(k, layer, layout.INDEX_Q, layout.ZERO, b - a, x, x_row, q, k.w_index_q, scratch)
     normed += 4 * a * k.w_normed
-    matrix(k, layer, INDEX_W, ZERO, b - a, normed, k.w_normed, w, k.w_index_w, scratch)
+    matrix(
+        k, layer, layout.INDEX_W, layout.ZERO, b - a, normed, k.w_normed, w, k.w_index_w, scratch
+    )
     exact[0] = 0  # keep it alive until here: its address is in use
     for t in range(a, b):
         for h in range(k.index_heads):
             head = view_float32(k.index_q + 4 * (t * k.w_index_q + h * k.index_dim), k.index_dim)
             _turn(k, True, t, head, np.float32(1))
-            if rounds(k, layer, R_ENTRIES):
+            if rounds(k, layer, layout.R_ENTRIES):
                 hadamard(head)
                 if k.key_form == FP8:
                     round_fp8(head, k.index_dim)
@@ -172,10 +139,11 @@ def search_entries(
     k: Any, layer: int, t: int, first: int, last: int, values: int, places: int, held: int
 ) -> None:
     """The best of the entries first .. last - 1 for row t, into the arrays at these addresses."""
+    table = k.tables + 4 * of_row(k, layout.SLOT, t) * k.table_columns
+    data, scales = place(k, layer, layout.KEY_DATA), place(k, layer, layout.KEY_SCALES)
     done = search(
         k.index_q + 4 * t * k.w_index_q, k.index_w + 4 * t * k.w_index_w, k.index_heads,
-        k.index_dim, k.slabs, k.tables + 4 * of_row(k, SLOT, t) * k.table_columns, k.slab_bytes,
-        place(k, layer, KEY_DATA), place(k, layer, KEY_SCALES), k.key_data, k.key_scales,
+        k.index_dim, k.slabs, table, k.slab_bytes, data, scales, k.key_data, k.key_scales,
         k.key_form, k.slab_tokens // 4, first, last, k.index_topk, values, places, held,
     )  # fmt: skip
     if not done:
@@ -188,15 +156,15 @@ def _pick(k: Any, layer: int, t: int, shares: int, values: Any, places: Any, hel
 
     shares: so many parts of the entries have been searched already.
     """
-    ratio = place(k, layer, RATIO)
-    count = (of_row(k, POSITION, t) + 1) // ratio if ratio else 0
+    ratio = place(k, layer, layout.RATIO)
+    count = (of_row(k, layout.POSITION, t) + 1) // ratio if ratio else 0
     if ratio != 4 or count <= k.index_topk:
         for i in range(count):
             places[i] = i
         return count
     if not shares:
         to = address(values), address(places), address(held)
-        search_entries(k, layer, t, ZERO, count, to[0], to[1], to[2])
+        search_entries(k, layer, t, layout.ZERO, count, to[0], to[1], to[2])
         return held[0]
     found = 0
     for share in range(shares):
@@ -217,10 +185,10 @@ def _attend_row(
 
     turned: [head_dim, lanes]; logits: [keys, lanes]; keys: [keys, head_dim], flat.
     """
-    c, heads, ratio = k.head_dim, k.heads, place(k, layer, RATIO)
+    c, heads, ratio = k.head_dim, k.heads, place(k, layer, layout.RATIO)
     lanes = (heads + LANES - 1) // LANES * LANES
-    position, slot, first = of_row(k, POSITION, t), slot_of(k, t), of_row(k, FIRST, t)
-    start = of_row(k, POSITION, first)  # from here on raw entries lie in this batch
+    position, slot, first = of_row(k, layout.POSITION, t), slot_of(k, t), of_row(k, layout.FIRST, t)
+    start = of_row(k, layout.POSITION, first)  # from here on raw entries lie in this batch
     low = max(0, position - k.window + 1)
     old = max(0, min(start, position + 1) - low)
     near = position + 1 - low
@@ -230,14 +198,17 @@ def _attend_row(
         for j in range(c):
             turned[j * lanes + h] = head[j] * scale
     query, p, at = address(turned), address(logits), address(keys)
-    data, scales = slot + place(k, layer, WINDOW_DATA), slot + place(k, layer, WINDOW_SCALES)
+    data, scales = (
+        slot + place(k, layer, layout.WINDOW_DATA),
+        slot + place(k, layer, layout.WINDOW_SCALES),
+    )
     for i in range(old):
         n = (low + i) % k.ring
         load_kv(
             data + n * k.kv_data, scales + n * k.kv_scales, k.rope_dim, c, k.kv_form, at + 4 * i * c
         )
     per_slab = k.slab_tokens // ratio if ratio else 1
-    data, scales = place(k, layer, KV_DATA), place(k, layer, KV_SCALES)
+    data, scales = place(k, layer, layout.KV_DATA), place(k, layer, layout.KV_SCALES)
     for i in range(count):
         slab, n = slab_of(k, t, picks[i] // per_slab), picks[i] % per_slab
         load_kv(
@@ -249,7 +220,7 @@ def _attend_row(
     product(old, lanes, c, at, c, 1, query, lanes, p, lanes, 0)
     product(near - old, lanes, c, fresh, k.w_kv, 1, query, lanes, p + 4 * old * lanes, lanes, 0)
     product(count, lanes, c, far, c, 1, query, lanes, p + 4 * near * lanes, lanes, 0)
-    sink, total = vector(k, layer, SINK), np.empty(lanes, np.float32)
+    sink, total = vector(k, layer, layout.SINK), np.empty(lanes, np.float32)
     for h in range(lanes):
         total[h] = sink[h] if h < heads else np.float32(-1e30)
     softmax(p, near + count, lanes, address(total))
@@ -268,10 +239,10 @@ def _attend_row(
 def _attend(record: int, layer: int, a: int, b: int, shares: int, scratch: int) -> int:
     """y = attention over window and entries, and its output projection."""
     k = record_at(record)
-    ratio = place(k, layer, RATIO)
+    ratio = place(k, layer, layout.RATIO)
     most = 0
     for t in range(a, b):
-        most = max(most, of_row(k, POSITION, t) + 1)
+        most = max(most, of_row(k, layout.POSITION, t) + 1)
     entries = most // ratio if ratio else 0
     kept = min(entries, k.index_topk) if ratio == 4 else entries
     lanes = (k.heads + LANES - 1) // LANES * LANES
@@ -295,12 +266,12 @@ def _attend(record: int, layer: int, a: int, b: int, shares: int, scratch: int) 
     attended, low = k.attended + 4 * a * k.w_attended, k.low + 4 * a * k.w_low
     for g in range(k.groups):
         x, to = attended + 4 * g * own, low + 4 * g * k.o_rank
-        matrix(k, layer, WO_A, g, b - a, x, k.w_attended, to, k.w_low, scratch)
-    if rounds(k, layer, R_WO_B):
+        matrix(k, layer, layout.WO_A, g, b - a, x, k.w_attended, to, k.w_low, scratch)
+    if rounds(k, layer, layout.R_WO_B):
         for t in range(a, b):
             round_fp8(line(k.low, k.w_low, t, k.groups * k.o_rank), FP8_GROUP)
     y = k.y + 4 * a * k.w_y
-    matrix(k, layer, WO_B, ZERO, b - a, low, k.w_low, y, k.w_y, scratch)
+    matrix(k, layer, layout.WO_B, layout.ZERO, b - a, low, k.w_low, y, k.w_y, scratch)
     return 1
 
 

@@ -13,27 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from fathom.kernels.numba import layout
 from fathom.kernels.numba.compiled import external, inner, once
 from fathom.kernels.numba.entries import store_key, store_kv
+from fathom.kernels.numba.lanes import exp32, fma
 from fathom.kernels.numba.layout import (
-    COMP_NORM,
-    FIRST,
-    INDEX_NORM,
-    KEY_DATA,
-    KEY_SCALES,
-    KEY_TAIL_GATE,
-    KEY_TAIL_KV,
-    KNOWN,
-    KV_DATA,
-    KV_SCALES,
-    ONLINE,
-    POSITION,
-    R_ENTRIES,
-    RATIO,
-    TAIL_GATE,
-    TAIL_KV,
-    WINDOW_DATA,
-    WINDOW_SCALES,
     line,
     of_row,
     place,
@@ -43,8 +27,8 @@ from fathom.kernels.numba.layout import (
     slot_of,
     vector,
 )
+from fathom.kernels.numba.memory import view_float32
 from fathom.kernels.numba.primitives import copy, hadamard, rmsnorm, rope
-from fathom.kernels.numba.vector import exp32, fma, view_float32
 
 
 @inner
@@ -104,19 +88,22 @@ def _pool_online(
 def _absorb(record: int, layer: int, a: int, b: int) -> int:
     """Compressor states move on by the rows; entries that are complete go into slabs."""
     k = record_at(record)
-    c, ratio = k.head_dim, place(k, layer, RATIO)
+    c, ratio = k.head_dim, place(k, layer, layout.RATIO)
     if ratio == 0:
         return 1
     pooled, entry = np.empty(c, np.float32), np.empty(c, np.float32)
     key, wide = np.empty(k.index_dim, np.float32), 2 * k.index_dim
     for t in range(a, b):
-        position, slot = of_row(k, POSITION, t), slot_of(k, t)
-        ends = position % ratio == ratio - 1 and position - ratio + 1 >= of_row(k, KNOWN, t)
+        position, slot = of_row(k, layout.POSITION, t), slot_of(k, t)
+        ends = position % ratio == ratio - 1 and position - ratio + 1 >= of_row(k, layout.KNOWN, t)
         if ratio == 4:
             at = position % k.tail
-            kvs, gates = slot + place(k, layer, TAIL_KV), slot + place(k, layer, TAIL_GATE)
-            key_kvs = slot + place(k, layer, KEY_TAIL_KV)
-            key_gates = slot + place(k, layer, KEY_TAIL_GATE)
+            kvs, gates = (
+                slot + place(k, layer, layout.TAIL_KV),
+                slot + place(k, layer, layout.TAIL_GATE),
+            )
+            key_kvs = slot + place(k, layer, layout.KEY_TAIL_KV)
+            key_gates = slot + place(k, layer, layout.KEY_TAIL_GATE)
             copy(line(k.tail_kv, k.w_tail_kv, t, 2 * c), line(kvs, 2 * c, at, 2 * c))
             copy(line(k.tail_gate, k.w_tail_gate, t, 2 * c), line(gates, 2 * c, at, 2 * c))
             copy(line(k.key_kv, k.w_key_kv, t, wide), line(key_kvs, wide, at, wide))
@@ -127,7 +114,7 @@ def _absorb(record: int, layer: int, a: int, b: int) -> int:
                 _store_index_key(k, layer, t, position, key)
         else:
             kv, gate = line(k.tail_kv, k.w_tail_kv, t, c), line(k.tail_gate, k.w_tail_gate, t, c)
-            online = slot + place(k, layer, ONLINE)
+            online = slot + place(k, layer, layout.ONLINE)
             _pool_online(online, k.online, position, ratio, kv, gate, pooled)
         if ends:
             _store_entry(k, layer, t, position, pooled, entry)
@@ -149,13 +136,13 @@ def _turn_entry(k: Any, first: int, x: Any) -> None:
 
 @once
 def _store_entry(k: Any, layer: int, t: int, position: int, pooled: Any, entry: Any) -> None:
-    ratio = place(k, layer, RATIO)
+    ratio = place(k, layer, layout.RATIO)
     number, per_slab = position // ratio, k.slab_tokens // ratio
     slab, i = slab_of(k, t, number // per_slab), number % per_slab
-    rmsnorm(pooled, vector(k, layer, COMP_NORM), k.norm_eps, entry)
+    rmsnorm(pooled, vector(k, layer, layout.COMP_NORM), k.norm_eps, entry)
     _turn_entry(k, number * ratio, entry)
-    data = slab + place(k, layer, KV_DATA) + i * k.kv_data
-    scales = slab + place(k, layer, KV_SCALES) + i * k.kv_scales
+    data = slab + place(k, layer, layout.KV_DATA) + i * k.kv_data
+    scales = slab + place(k, layer, layout.KV_SCALES) + i * k.kv_scales
     store_kv(entry, k.rope_dim, k.kv_form, data, scales)
 
 
@@ -163,12 +150,12 @@ def _store_entry(k: Any, layer: int, t: int, position: int, pooled: Any, entry: 
 def _store_index_key(k: Any, layer: int, t: int, position: int, key: Any) -> None:
     number, per_slab = position // 4, k.slab_tokens // 4
     slab, i = slab_of(k, t, number // per_slab), number % per_slab
-    rmsnorm(key, vector(k, layer, INDEX_NORM), k.norm_eps, key)
+    rmsnorm(key, vector(k, layer, layout.INDEX_NORM), k.norm_eps, key)
     _turn_entry(k, number * 4, key)
-    if rounds(k, layer, R_ENTRIES):
+    if rounds(k, layer, layout.R_ENTRIES):
         hadamard(key)
-    data = slab + place(k, layer, KEY_DATA) + i * k.key_data
-    store_key(key, k.key_form, data, slab + place(k, layer, KEY_SCALES) + i * k.key_scales)
+    data = slab + place(k, layer, layout.KEY_DATA) + i * k.key_data
+    store_key(key, k.key_form, data, slab + place(k, layer, layout.KEY_SCALES) + i * k.key_scales)
 
 
 def _remember(record: int, layer: int, a: int, b: int) -> int:
@@ -177,12 +164,12 @@ def _remember(record: int, layer: int, a: int, b: int) -> int:
     entry = np.empty(k.head_dim, np.float32)
     for t in range(a, b):
         later = t + k.ring
-        if later < b and of_row(k, FIRST, later) == of_row(k, FIRST, t):
+        if later < b and of_row(k, layout.FIRST, later) == of_row(k, layout.FIRST, t):
             continue
-        at, slot = of_row(k, POSITION, t) % k.ring, slot_of(k, t)
+        at, slot = of_row(k, layout.POSITION, t) % k.ring, slot_of(k, t)
         copy(line(k.kv, k.w_kv, t, k.head_dim), entry)
-        data = slot + place(k, layer, WINDOW_DATA) + at * k.kv_data
-        scales = slot + place(k, layer, WINDOW_SCALES) + at * k.kv_scales
+        data = slot + place(k, layer, layout.WINDOW_DATA) + at * k.kv_data
+        scales = slot + place(k, layer, layout.WINDOW_SCALES) + at * k.kv_scales
         store_kv(entry, k.rope_dim, k.kv_form, data, scales)
     return 1
 

@@ -16,29 +16,26 @@ from typing import Any
 import numpy as np
 
 from fathom.kernels.numba.compiled import inner
-from fathom.kernels.numba.primitives import (
-    E4M3_RECIPROCAL,
-    FP4_RECIPROCAL,
-    ceil_power_of_two,
-    copy,
-    power_of_two,
-)
-from fathom.kernels.numba.vector import (
-    LANES,
+from fathom.kernels.numba.lanes import decode_lanes, greatest, round_lanes, widen_lanes
+from fathom.kernels.numba.llvm import LANES
+from fathom.kernels.numba.memory import (
     address,
     bits_of_float,
-    decode_lanes,
     float_of_bits,
-    greatest,
     peek_byte,
     peek_float,
     peek_half,
     poke_byte,
     poke_float,
     poke_half,
-    round_lanes,
     view_float32,
-    widen_lanes,
+)
+from fathom.kernels.numba.primitives import (
+    E4M3_RECIPROCAL,
+    FP4_RECIPROCAL,
+    ceil_power_of_two,
+    copy,
+    power_of_two,
 )
 
 RAW, FP8, FP4 = 0, 1, 2

@@ -10,27 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from fathom.kernels.numba import layout
 from fathom.kernels.numba.compiled import external, inner, once
 from fathom.kernels.numba.entries import FP8_GROUP, round_fp8
-from fathom.kernels.numba.layout import (
-    GATE,
-    GATE_BIAS,
-    R_EXPERTS,
-    R_SHARED,
-    SHARED_1,
-    TOKEN,
-    W1,
-    ZERO,
-    line,
-    matrix,
-    of_row,
-    part,
-    record_at,
-    rounds,
-    vector,
-)
+from fathom.kernels.numba.lanes import exp32
+from fathom.kernels.numba.layout import line, matrix, of_row, part, record_at, rounds, vector
+from fathom.kernels.numba.memory import address, view_int16, view_int64
 from fathom.kernels.numba.primitives import copy
-from fathom.kernels.numba.vector import PANEL, address, exp32, view_int16, view_int64
+from fathom.kernels.numba.vector import PANEL
 
 
 @once
@@ -44,7 +31,7 @@ def _route(k: Any, layer: int, token: int, scores: Any, chosen: Any, weights: An
         at = (layer * k.vocab + token) * k.topk
         copy(view_int64(k.hashes + 8 * at, k.topk), chosen)
     else:
-        bias = vector(k, layer, GATE_BIAS)
+        bias = vector(k, layer, layout.GATE_BIAS)
         for i in range(k.topk):
             found = -1
             for j in range(k.experts):
@@ -95,11 +82,13 @@ def _run_experts(record: int, layer: int, a: int, b: int, scratch: int) -> int:
     lines, wide = (k.experts + PANEL - 1) // PANEL * PANEL, (k.inner + PANEL - 1) // PANEL * PANEL
     logits = np.empty(count * lines, np.float32)
     normed = k.normed + 4 * a * width
-    matrix(k, layer, GATE, ZERO, count, normed, width, address(logits), lines, scratch)
+    matrix(
+        k, layer, layout.GATE, layout.ZERO, count, normed, width, address(logits), lines, scratch
+    )
     chosen, weights = np.empty(count * k.topk, np.int64), np.empty(count * k.topk, np.float32)
     for i in range(count):
         own, scores = slice(i * k.topk, (i + 1) * k.topk), part(logits, lines, i, k.experts)
-        _route(k, layer, of_row(k, TOKEN, a + i), scores, chosen[own], weights[own])
+        _route(k, layer, of_row(k, layout.TOKEN, a + i), scores, chosen[own], weights[own])
         if k.export:
             kept = view_int16(k.chosen + 2 * (layer * k.capacity + a + i) * k.topk, k.topk)
             for j in range(k.topk):
@@ -115,7 +104,7 @@ def _run_experts(record: int, layer: int, a: int, b: int, scratch: int) -> int:
     members, shares = np.empty(count, np.int64), np.empty(count, np.float32)
     for expert in range(k.experts + 1):
         shared = expert == k.experts
-        rounded = rounds(k, layer, R_SHARED if shared else R_EXPERTS)
+        rounded = rounds(k, layer, layout.R_SHARED if shared else layout.R_EXPERTS)
         source = k.rounded if rounded else k.normed
         found = 0
         for i in range(count):
@@ -129,7 +118,7 @@ def _run_experts(record: int, layer: int, a: int, b: int, scratch: int) -> int:
                 found += 1
         if found == 0:
             continue
-        first, number = (SHARED_1, 0) if shared else (W1, expert)
+        first, number = (layout.SHARED_1, 0) if shared else (layout.W1, expert)
         _expert(k, layer, first, number, found, rounded, shares, x, gate, up, y, scratch)
         for i in range(found):
             total, own = line(k.y, k.w_y, a + members[i], d), part(y, width, i, d)

@@ -19,39 +19,46 @@ from typing import Any
 import numpy as np
 from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fathom.kernels.numba.compiled import external, inner, once
 from fathom.kernels.numba.entries import FP4, FP4_GROUP, fp4_codes, load_key
-from fathom.kernels.numba.primitives import power_of_two
-from fathom.kernels.numba.selection import INTS, compiled_capacity, keep_best, offer
-from fathom.kernels.numba.vector import (
+from fathom.kernels.numba.lanes import fma
+from fathom.kernels.numba.llvm import (
     FLOAT,
+    FLOATS,
     I8,
     I16,
     I32,
     I64,
+    INTS,
     LANES,
-    _load,
-    _splat,
-    _store,
+    ZERO,
+    every,
+    function,
+    load,
+    loop,
+    pointer,
+    splat,
+    store,
+)
+from fathom.kernels.numba.memory import (
     address,
-    fma,
     prefetch,
-    product,
     view_float32,
     view_int32,
     view_int64,
     view_uint32,
 )
+from fathom.kernels.numba.primitives import power_of_two
+from fathom.kernels.numba.selection import compiled_capacity, keep_best, offer
+from fathom.kernels.numba.vector import product
 
 FEATURES = binding.get_host_cpu_features()
 INTEGER = bool(FEATURES.get("avx2"))  # byte products
 VNNI = bool(FEATURES.get("avx512vnni") and FEATURES.get("avx512vl"))  # and their sums in one step
 OFFSET = 12  # keys are multiplied as unsigned bytes: twice their value plus this
 BYTES32, SHORTS = ir.VectorType(I8, 32), ir.VectorType(I16, 16)
-FLOATS = ir.VectorType(FLOAT, LANES)
 
 
 @intrinsic
@@ -66,18 +73,17 @@ def _unpack_eight(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data, row, scale, scale_row, keys, scales = args
-        zero = ir.Constant(I64, 0)
-        memory, scale_memory = (builder.inttoptr(value, I8.as_pointer()) for value in (data, scale))
+        memory, scale_memory = pointer(builder, data), pointer(builder, scale)
         rows = []
         exponents = ir.Constant(ir.VectorType(I8, LANES), ir.Undefined)
         for e in range(LANES):
             at = builder.mul(row, ir.Constant(I64, e))
-            rows.append(_load(builder, memory, at, ir.VectorType(I32, 4)))
+            rows.append(load(builder, memory, at, ir.VectorType(I32, 4)))
             at = builder.mul(scale_row, ir.Constant(I64, e))
             exponent = builder.load(builder.gep(scale_memory, [at]))
             exponents = builder.insert_element(exponents, exponent, ir.Constant(I32, e))
-        powers = builder.shl(builder.zext(exponents, INTS), ir.Constant(INTS, [23] * LANES))
-        _store(builder, powers, builder.inttoptr(scales, I8.as_pointer()), zero)
+        powers = builder.shl(builder.zext(exponents, INTS), every(23))
+        store(builder, powers, pointer(builder, scales), ZERO)
 
         def shuffle(a: Any, b: Any, order: list[int]) -> Any:
             return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(order)), order))
@@ -92,17 +98,15 @@ def _unpack_eight(
             columns.append(shuffle(*pair, [2, 3, 10, 11, 6, 7, 14, 15]))
         twice = [0, 1, 2, 3, 4, 6, 8, 12]
         table = [OFFSET + v for v in twice] + [OFFSET - v for v in twice]
-        lookup = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(BYTES32, [BYTES32] * 2), "llvm.x86.avx2.pshuf.b"
-        )
-        target = builder.inttoptr(keys, I8.as_pointer())
+        lookup = function(builder, "x86.avx2.pshuf.b", BYTES32, BYTES32, BYTES32)
+        target = pointer(builder, keys)
         for c, column in enumerate(columns):
             packed = builder.bitcast(column, BYTES32)
             even = builder.and_(packed, ir.Constant(BYTES32, [15] * 32))
             odd = builder.lshr(packed, ir.Constant(BYTES32, [4] * 32))
             for part, codes in enumerate((even, odd)):
                 values = builder.call(lookup, [ir.Constant(BYTES32, table * 2), codes])
-                _store(builder, values, target, ir.Constant(I64, 64 * c + 32 * part))
+                store(builder, values, target, ir.Constant(I64, 64 * c + 32 * part))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), generate
@@ -118,13 +122,10 @@ class _Sums:
     def __init__(self, builder: Any, vnni: bool) -> None:
         self._builder, self._vnni = builder, vnni
         if vnni:
-            kind, name = ir.FunctionType(INTS, [INTS] * 3), "llvm.x86.avx512.vpdpbusd.256"
+            self._multiply = function(builder, "x86.avx512.vpdpbusd.256", INTS, INTS, INTS, INTS)
         else:
-            kind, name = ir.FunctionType(SHORTS, [BYTES32] * 2), "llvm.x86.avx2.pmadd.ub.sw"
-        self._multiply = cgutils.get_or_insert_function(builder.module, kind, name)
-        self._widen = None if vnni else cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(INTS, [SHORTS] * 2), "llvm.x86.avx2.pmadd.wd"
-        )  # fmt: skip
+            self._multiply = function(builder, "x86.avx2.pmadd.ub.sw", SHORTS, BYTES32, BYTES32)
+            self._widen = function(builder, "x86.avx2.pmadd.wd", INTS, SHORTS, SHORTS)
 
     def start(self) -> Any:
         """Nothing yet."""
@@ -149,72 +150,50 @@ def _make_score_eight(vnni: bool) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         keys, key_scales, groups, codes, excess, factors, weights, blocks, out = args
         kp, xp, cp, ep, fp, wp, op = (
-            builder.inttoptr(value, I8.as_pointer())
+            pointer(builder, value)
             for value in (keys, key_scales, codes, excess, factors, weights, out)
         )
         sums = _Sums(builder, vnni)
-        fused = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(FLOATS, [FLOATS] * 3), "llvm.fma.v8f32"
-        )
-        nothing, zero, one = ir.Constant(FLOATS, None), ir.Constant(I64, 0), ir.Constant(I64, 1)
+        fused = function(builder, "fma.v8f32", FLOATS, FLOATS, FLOATS, FLOATS)
 
         def at(base: Any, scale: int, offset: int = 0) -> Any:
             scaled = builder.mul(base, ir.Constant(I64, scale))
             return builder.add(scaled, ir.Constant(I64, offset))
 
-        def lane(pointer: Any, offset: Any, kind: Any) -> Any:
-            return _splat(builder, _load(builder, pointer, offset, kind), LANES)
+        def lane(source: Any, offset: Any, kind: Any) -> Any:
+            return splat(builder, load(builder, source, offset, kind))
 
-        before = builder.basic_block
-        heads, inside, after, done = (builder.append_basic_block() for _ in range(4))
-        builder.branch(heads)
-        builder.position_at_end(heads)  # eight heads at a time
-        block = builder.phi(I64)
-        totals = [builder.phi(FLOATS) for _ in range(LANES)]
-        builder.branch(inside)
-        builder.position_at_end(inside)  # a group of 32 dimensions
-        g = builder.phi(I64)
-        scores = [builder.phi(FLOATS) for _ in range(LANES)]
-        place = builder.add(builder.mul(block, groups), g)
-        whole = [sums.start() for _ in range(LANES)]
-        for v in range(8):
-            key = _load(builder, kp, at(g, 256, 32 * v), INTS)
+        def heads(block: Any, totals: list[Any]) -> list[Any]:  # eight heads at a time
+            def group(g: Any, scores: list[Any]) -> list[Any]:  # of 32 dimensions
+                place = builder.add(builder.mul(block, groups), g)
+                whole = [sums.start() for _ in range(LANES)]
+                for v in range(8):
+                    key = load(builder, kp, at(g, 256, 32 * v), INTS)
+                    for h in range(LANES):
+                        code = lane(cp, at(place, 256, 32 * v + 4 * h), I32)
+                        whole[h] = sums.add(whole[h], key, code)
+                scale = load(builder, xp, at(g, 32), FLOATS)
+                grown = []
+                for h in range(LANES):
+                    excess = lane(ep, at(place, 32, 4 * h), I32)
+                    exact = builder.sitofp(builder.sub(sums.finish(whole[h]), excess), FLOATS)
+                    factor = builder.fmul(lane(fp, at(place, 32, 4 * h), FLOAT), scale)
+                    grown.append(builder.call(fused, [exact, factor, scores[h]]))
+                return grown
+
+            scores = loop(builder, groups, [every(0.0)] * LANES, group)
+            added = []
             for h in range(LANES):
-                code = lane(cp, at(place, 256, 32 * v + 4 * h), I32)
-                whole[h] = sums.add(whole[h], key, code)
-        scale = _load(builder, xp, at(g, 32), FLOATS)
-        grown = []
-        for h in range(LANES):
-            exact = builder.sub(sums.finish(whole[h]), lane(ep, at(place, 32, 4 * h), I32))
-            factor = builder.fmul(lane(fp, at(place, 32, 4 * h), FLOAT), scale)
-            grown.append(builder.call(fused, [builder.sitofp(exact, FLOATS), factor, scores[h]]))
-        following = builder.add(g, one)
-        for phi, start, then in (
-            (g, zero, following),
-            *zip(scores, [nothing] * 8, grown, strict=True),
-        ):
-            phi.add_incoming(start, heads)
-            phi.add_incoming(then, inside)
-        builder.cbranch(builder.icmp_signed("<", following, groups), inside, after)
-        builder.position_at_end(after)
-        added = []
-        for h in range(LANES):
-            positive = builder.fcmp_ordered(">", grown[h], nothing)
-            positive = builder.select(positive, grown[h], nothing)
-            weight = lane(wp, at(block, 32, 4 * h), FLOAT)
-            added.append(builder.call(fused, [positive, weight, totals[h]]))
-        following = builder.add(block, one)
-        for phi, start, then in (
-            (block, zero, following),
-            *zip(totals, [nothing] * 8, added, strict=True),
-        ):
-            phi.add_incoming(start, before)
-            phi.add_incoming(then, after)
-        builder.cbranch(builder.icmp_signed("<", following, blocks), heads, done)
-        builder.position_at_end(done)
+                positive = builder.fcmp_ordered(">", scores[h], every(0.0))
+                positive = builder.select(positive, scores[h], every(0.0))
+                weight = lane(wp, at(block, 32, 4 * h), FLOAT)
+                added.append(builder.call(fused, [positive, weight, totals[h]]))
+            return added
+
+        added = loop(builder, blocks, [every(0.0)] * LANES, heads)
         fours = [builder.fadd(added[h], added[h + 4]) for h in range(4)]
         even, odd = builder.fadd(fours[0], fours[2]), builder.fadd(fours[1], fours[3])
-        _store(builder, builder.fadd(even, odd), op, zero)
+        store(builder, builder.fadd(even, odd), op, ZERO)
         return context.get_dummy_value()
 
     @intrinsic

@@ -17,14 +17,8 @@ import numpy as np
 from numba import carray
 
 from fathom.kernels.numba.compiled import inner
-from fathom.kernels.numba.vector import (
-    PANEL,
-    panels,
-    pointer,
-    view_float32,
-    view_int32,
-    view_int64,
-)
+from fathom.kernels.numba.memory import pointer, view_float32, view_int32, view_int64
+from fathom.kernels.numba.vector import PANEL, panels
 
 
 def _numbered(count: int) -> Any:

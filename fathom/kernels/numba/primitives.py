@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 
 from fathom.kernels.numba.compiled import inner
-from fathom.kernels.numba.vector import bits_of_float, float_of_bits
+from fathom.kernels.numba.memory import bits_of_float, float_of_bits
 
 # Sums may be reordered and fused; nothing else may change, and roundings not even that.
 SUMS = {"reassoc", "contract", "nsz"}

@@ -24,26 +24,16 @@ from typing import Any
 
 import numpy as np
 
+from fathom.kernels.numba import layout
 from fathom.kernels.numba.attention import attend, project, search_entries
 from fathom.kernels.numba.compiled import compiled
 from fathom.kernels.numba.compressor import absorb, remember
 from fathom.kernels.numba.experts import run_experts
-from fathom.kernels.numba.layout import (
-    COLUMNS,
-    HEAD,
-    MATRICES,
-    ONE,
-    POSITION,
-    TOKEN,
-    ZERO,
-    line,
-    matrix,
-    of_row,
-    part,
-)
+from fathom.kernels.numba.layout import line, matrix, of_row, part
+from fathom.kernels.numba.memory import address, view_float32, view_int64
 from fathom.kernels.numba.primitives import copy
 from fathom.kernels.numba.streams import combine, merge_streams, read_streams, write_streams
-from fathom.kernels.numba.vector import PANEL, address, view_float32, view_int64
+from fathom.kernels.numba.vector import PANEL
 
 PROJECT, ABSORB, ATTEND, REMEMBER, COMBINE = 1, 2, 4, 8, 16
 EVERYTHING = PROJECT | ABSORB | ATTEND | REMEMBER
@@ -62,8 +52,8 @@ def forward(
     k, at = record[0], address(record)
     widest = 0
     for layer in range(first_layer, last_layer):
-        sizes = view_int64(k.meta + 8 * layer * COLUMNS, 4 * MATRICES)
-        for which in range(MATRICES):
+        sizes = view_int64(k.meta + 8 * layer * layout.COLUMNS, 4 * layout.MATRICES)
+        for which in range(layout.MATRICES):
             widest = max(widest, sizes[4 * which + 3])
     panel = np.empty(widest * PANEL, np.float32)
     scratch = address(panel)
@@ -74,7 +64,7 @@ def forward(
         if parts & PROJECT:
             for t in range(a, b, BLOCK):
                 end = min(t + BLOCK, b)
-                done &= read_streams(at, layer, ZERO, t, end, scratch)
+                done &= read_streams(at, layer, layout.ZERO, t, end, scratch)
                 done &= project(at, layer, t, end, scratch)
         if parts & ABSORB:
             done &= absorb(at, layer, a, b)
@@ -83,7 +73,7 @@ def forward(
                 end = min(t + BLOCK, b)
                 done &= attend(at, layer, t, end, shares, scratch)
                 done &= write_streams(at, t, end)
-                done &= read_streams(at, layer, ONE, t, end, scratch)
+                done &= read_streams(at, layer, layout.ONE, t, end, scratch)
                 done &= run_experts(at, layer, t, end, scratch)
                 done &= write_streams(at, t, end)
         if parts & REMEMBER:
@@ -104,11 +94,11 @@ def prepare(record: Any, count: int, embed: int) -> None:
             sin = line(k.far_sin if far else k.plain_sin, k.w_plain_cos, t, pairs)
             frequencies = view_float32(k.frequencies + 4 * far * pairs, pairs)
             for j in range(pairs):
-                phase = np.float32(of_row(k, POSITION, t)) * frequencies[j]
+                phase = np.float32(of_row(k, layout.POSITION, t)) * frequencies[j]
                 cos[j] = np.float32(math.cos(phase))
                 sin[j] = np.float32(math.sin(phase))
         if embed:
-            source = view_float32(k.embed + 4 * of_row(k, TOKEN, t) * d, d)
+            source = view_float32(k.embed + 4 * of_row(k, layout.TOKEN, t) * d, d)
             for i in range(k.streams):
                 copy(source, line(k.flow + 4 * i * d, k.w_flow, t, d))
 
@@ -143,5 +133,5 @@ def output(record: Any, count: int, hidden: Any, logits: Any) -> None:
     width, wide = k.w_normed, (k.vocab + PANEL - 1) // PANEL * PANEL
     panel = np.empty(width * PANEL, np.float32)
     x, to = address(hidden), address(logits)
-    matrix(k, ZERO, HEAD, ZERO, count, x, width, to, wide, address(panel))
+    matrix(k, layout.ZERO, layout.HEAD, layout.ZERO, count, x, width, to, wide, address(panel))
     panel[0] = hidden[0] = hidden[0]

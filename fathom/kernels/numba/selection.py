@@ -20,9 +20,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from fathom.kernels.numba.compiled import inner
-from fathom.kernels.numba.vector import I32, I64, LANES, _load, _splat, address, bits_of_float
+from fathom.kernels.numba.llvm import I32, I64, INTS, LANES, every, load, loop, pointer, splat
+from fathom.kernels.numba.memory import address, bits_of_float
 
-INTS = ir.VectorType(I32, LANES)
 SPARE = 1024  # candidates beyond the best k that are gathered before the worst are dropped
 
 
@@ -39,25 +39,13 @@ def _reaching(typingctx: Any, values: Any, count: Any, least: Any) -> Any:
     """How many of the uint32 numbers at an address reach `least`; count is a multiple of 8."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values, count, least = args
-        pointer = builder.inttoptr(values, I32.as_pointer())
-        bound = _splat(builder, least, LANES)
-        before = builder.basic_block
-        loop, done = builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        i, found = builder.phi(I64), builder.phi(INTS)
-        reached = builder.icmp_unsigned(">=", _load(builder, pointer, i, INTS), bound)
-        grown = builder.sub(found, builder.sext(reached, INTS))
-        following = builder.add(i, ir.Constant(I64, LANES))
-        for phi, start, then in (
-            (i, ir.Constant(I64, 0), following),
-            (found, ir.Constant(INTS, None), grown),
-        ):
-            phi.add_incoming(start, before)
-            phi.add_incoming(then, loop)
-        builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
-        builder.position_at_end(done)
+        at, bound = pointer(builder, args[0], I32), splat(builder, args[2])
+
+        def body(i: Any, values: list[Any]) -> list[Any]:
+            reached = builder.icmp_unsigned(">=", load(builder, at, i, INTS), bound)
+            return [builder.sub(values[0], builder.sext(reached, INTS))]
+
+        (grown,) = loop(builder, args[1], [every(0)], body, LANES)
         total = ir.Constant(I32, 0)
         for lane in range(LANES):
             total = builder.add(total, builder.extract_element(grown, ir.Constant(I32, lane)))

@@ -13,39 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from fathom.kernels.numba import layout
 from fathom.kernels.numba.compiled import external, inner, once
 from fathom.kernels.numba.entries import FP8_GROUP, round_fp8
-from fathom.kernels.numba.layout import (
-    ATTN_BASE,
-    ATTN_FN,
-    ATTN_NORM,
-    ATTN_SCALE,
-    E_NORM,
-    E_PROJ,
-    FFN_BASE,
-    FFN_FN,
-    FFN_NORM,
-    FFN_SCALE,
-    H_NORM,
-    H_PROJ,
-    HEAD_BASE,
-    HEAD_FN,
-    HEAD_SCALE,
-    NORM,
-    ONE,
-    R_MTP,
-    TOKEN,
-    ZERO,
-    line,
-    matrix,
-    of_row,
-    part,
-    record_at,
-    rounds,
-    vector,
-)
+from fathom.kernels.numba.lanes import exp32, fma
+from fathom.kernels.numba.layout import line, matrix, of_row, part, record_at, rounds, vector
+from fathom.kernels.numba.memory import address, view_float32
 from fathom.kernels.numba.primitives import copy, mean_square, rmsnorm, sigmoid
-from fathom.kernels.numba.vector import PANEL, address, exp32, fma, view_float32
+from fathom.kernels.numba.vector import PANEL
 
 
 @once
@@ -90,11 +65,11 @@ def _read_streams(record: int, layer: int, site: int, a: int, b: int, scratch: i
     k = record_at(record)
     n, d = k.streams, k.hidden
     flows, mixed = k.flow + 4 * a * k.w_flow, k.mixes + 4 * a * k.w_mixes
-    which = FFN_FN if site else ATTN_FN
-    matrix(k, layer, which, ZERO, b - a, flows, k.w_flow, mixed, k.w_mixes, scratch)
-    base = vector(k, layer, FFN_BASE if site else ATTN_BASE)
-    scale = vector(k, layer, FFN_SCALE if site else ATTN_SCALE)
-    norm = vector(k, layer, FFN_NORM if site else ATTN_NORM)
+    which = layout.FFN_FN if site else layout.ATTN_FN
+    matrix(k, layer, which, layout.ZERO, b - a, flows, k.w_flow, mixed, k.w_mixes, scratch)
+    base = vector(k, layer, layout.FFN_BASE if site else layout.ATTN_BASE)
+    scale = vector(k, layer, layout.FFN_SCALE if site else layout.ATTN_SCALE)
+    norm = vector(k, layer, layout.FFN_NORM if site else layout.ATTN_NORM)
     x = np.empty(d, np.float32)
     for t in range(a, b):
         flow, mixes = line(k.flow, k.w_flow, t, n * d), line(k.mixes, k.w_mixes, t, k.w_mixes)
@@ -135,34 +110,56 @@ def merge_streams(k: Any, layer: int, t: int, x: Any, mixes: Any, scratch: int, 
     n, flow = k.streams, line(k.flow, k.w_flow, t, k.streams * k.hidden)
     r = np.float32(1) / np.float32(math.sqrt(mean_square(flow) + k.norm_eps))
     at = k.flow + 4 * t * k.w_flow
-    matrix(k, layer, HEAD_FN, ZERO, ONE, at, k.w_flow, address(mixes), PANEL, scratch)
-    base, scale = vector(k, layer, HEAD_BASE), vector(k, layer, HEAD_SCALE)
+    matrix(
+        k,
+        layer,
+        layout.HEAD_FN,
+        layout.ZERO,
+        layout.ONE,
+        at,
+        k.w_flow,
+        address(mixes),
+        PANEL,
+        scratch,
+    )
+    base, scale = vector(k, layer, layout.HEAD_BASE), vector(k, layer, layout.HEAD_SCALE)
     _mix(flow, mixes, r, scale[0], base, n, k.hc_eps, x)
-    rmsnorm(x, vector(k, layer, NORM), k.norm_eps, out)
+    rmsnorm(x, vector(k, layer, layout.NORM), k.norm_eps, out)
 
 
 def _combine(record: int, layer: int, a: int, b: int, scratch: int) -> int:
     """The MTP block's input, in place of the streams: each projected, plus the embedding."""
     k = record_at(record)
     n, d, width = k.streams, k.hidden, k.w_normed
-    rounded = rounds(k, layer, R_MTP)
+    rounded = rounds(k, layer, layout.R_MTP)
     x, y = np.empty(n * width, np.float32), np.empty(n * width, np.float32)
     embedded = np.empty(width, np.float32)
     at, to = address(x), address(y)
     for t in range(a, b):
         own = part(x, width, 0, d)
-        token = view_float32(k.embed + 4 * of_row(k, TOKEN, t) * d, d)
-        rmsnorm(token, vector(k, layer, E_NORM), k.norm_eps, own)
+        token = view_float32(k.embed + 4 * of_row(k, layout.TOKEN, t) * d, d)
+        rmsnorm(token, vector(k, layer, layout.E_NORM), k.norm_eps, own)
         if rounded:
             round_fp8(own, FP8_GROUP)
-        matrix(k, layer, E_PROJ, ZERO, ONE, at, width, address(embedded), width, scratch)
+        matrix(
+            k,
+            layer,
+            layout.E_PROJ,
+            layout.ZERO,
+            layout.ONE,
+            at,
+            width,
+            address(embedded),
+            width,
+            scratch,
+        )
         flow = line(k.flow, k.w_flow, t, n * d)
         for i in range(n):
             own = part(x, width, i, d)
-            rmsnorm(flow[i * d : (i + 1) * d], vector(k, layer, H_NORM), k.norm_eps, own)
+            rmsnorm(flow[i * d : (i + 1) * d], vector(k, layer, layout.H_NORM), k.norm_eps, own)
             if rounded:
                 round_fp8(own, FP8_GROUP)
-        matrix(k, layer, H_PROJ, ZERO, n, at, width, to, width, scratch)
+        matrix(k, layer, layout.H_PROJ, layout.ZERO, n, at, width, to, width, scratch)
         for i in range(n):
             for j in range(d):
                 flow[i * d + j] = embedded[j] + y[i * width + j]

@@ -93,6 +93,16 @@ static bool same(const uint8_t *a, const uint8_t *b, size_t len) {
   return !difference;
 }
 
+/* The folder of this sandbox's writes may come along: it is kept open for the next node, which finds
+ * it in /proc, and never used here. Its mount has nothing above it, so that it leads nowhere else.
+ * Commands do not inherit it. */
+static void keep_writes(Conn *c) {
+  if (c->given < 0) return;
+  dup3(c->given, KEPT_FILE, O_CLOEXEC);
+  close(c->given);
+  c->given = -1;
+}
+
 static void hello(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
   Fields fields = {data, data + len};
   Field f, given = {0};
@@ -115,6 +125,7 @@ static void hello(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
    * origin. The commands go on. */
   if (c->serial && c->known) command_disown(c), journal_quit(c, NULL);
   c->known = true;
+  if (!settings.done) keep_writes(c);
   Buffer b = {0};
   put_number(&b, T_VERSION, PROTOCOL);
   put(&b, T_EPOCH, epoch, sizeof epoch);

@@ -16,6 +16,7 @@
 enum { PROTOCOL = 1, MAGIC = 0xF47A, HEADER = 12 };
 enum { FRAME_LIMIT = 1 << 20, STRANGER_LIMIT = 4096, OUT_HIGH = 1 << 19, STDIN_LIMIT = 1 << 20 };
 enum { SECRET_LIMIT = 64, EPOCH_SIZE = 16 };
+enum { KEPT_FILE = 100 }; /* where the folder of the writes is kept: _UPPER_FD of box.py */
 /* In a virtual machine: where what is the agent's own lies, a folder of root alone. */
 #define GUEST_FOLDER "/run/fathom"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fathom.errors import FathomError
+from fathom.errors import DaemonLost, FathomError
 from fathom.sandbox import state
 from fathom.sandbox.edge import entry as entries
 from fathom.sandbox.edge.entry import NOTE, Entry
@@ -26,6 +26,7 @@ from fathom.sandbox.known import Known
 from fathom.sandbox.types import Container
 
 _log = logging.getLogger(__name__)
+_NODES = 5  # that may die over one sandbox before it is left alone
 
 
 @dataclass(slots=True)
@@ -57,7 +58,7 @@ def adopt_all(host: LocalHost) -> Found:
 def adopt_one(host: LocalHost, folder: Path) -> Entry | str:
     """Return a sandbox that was taken over, or why one that lives was not; "" for no sandbox."""
     try:
-        entry = _adopt(host, folder)
+        entry = _patiently(host, folder)
         event(_log, logging.INFO, "adopted", id=folder.name)
         return entry
     except (FathomError, OSError, ValueError, KeyError, TypeError) as error:
@@ -67,6 +68,16 @@ def adopt_one(host: LocalHost, folder: Path) -> Entry | str:
         event(_log, logging.WARNING, "not_adopted", id=folder.name, error=error)
         state.reap_one(folder)
         return ""
+
+
+def _patiently(host: LocalHost, folder: Path) -> Entry:
+    """Take over a sandbox by another node where one dies over it: that is not the sandbox's end."""
+    for _ in range(_NODES - 1):
+        try:
+            return _adopt(host, folder)
+        except DaemonLost as error:
+            event(_log, logging.WARNING, "node_died", id=folder.name, error=error)
+    return _adopt(host, folder)
 
 
 def _adopt(host: LocalHost, folder: Path) -> Entry:

@@ -201,7 +201,9 @@ def read(op: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     try:
         found = _fields(dict(given), table[op], op)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise SandboxError(f"the request does not fit {op}: {str(error)[:200]}") from error
+        raise SandboxError(
+            f"a value of the request {op} is of another kind than this operation takes"
+        ) from error
     for name in table[op]:
         if name in _NEEDED and name not in found:
             raise SandboxError(f"the request {op} needs {name}")

@@ -111,7 +111,13 @@ def from_path(path: Path, blob: BlobWriter, taking: Taking, where: str = "") -> 
         walker = _Walker(blob, taking)
         found = os.stat(path.name, dir_fd=parent, follow_symlinks=False)
         if stat.S_ISDIR(found.st_mode):
-            return walker.folder(parent, path.name, where, 0)
+            below = _open_folder(parent, path.name)
+            try:
+                node = walker.node(os.fstat(below), _names(below, None))
+                walker.fill(below, node, where, 0)
+                return node
+            finally:
+                os.close(below)
         node = walker.leaf(parent, path.name, found, where or f"/{path.name}")
         if node is None:
             raise ImageError(f"{path} is a socket: a layer holds none")
@@ -158,21 +164,17 @@ class _Walker:
             found = os.stat(name, dir_fd=fd, follow_symlinks=False)
             key = os.fsencode(name)
             if stat.S_ISDIR(found.st_mode):
-                parent.children[key] = self.folder(fd, name, where, depth + 1)
+                # One call a level: as many as there may be fit into what Python allows.
+                below = _open_folder(fd, name)
+                try:
+                    child = self.node(os.fstat(below), _names(below, None))
+                    self.fill(below, child, where, depth + 1)
+                finally:
+                    os.close(below)
             else:
                 child = self.leaf(fd, name, found, where)
-                if child is not None:
-                    parent.children[key] = child
-
-    def folder(self, fd: int, name: str, where: str, depth: int) -> Node:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        below = os.open(name, flags, dir_fd=fd)
-        try:
-            node = self.node(os.fstat(below), _names(below, None))
-            self.fill(below, node, where, depth)
-            return node
-        finally:
-            os.close(below)
+            if child is not None:
+                parent.children[key] = child
 
     def leaf(self, fd: int, name: str, found: os.stat_result, where: str) -> Node | None:
         if stat.S_ISSOCK(found.st_mode):
@@ -228,6 +230,11 @@ class _Walker:
             return node
         finally:
             os.close(file)
+
+
+def _open_folder(parent: int, name: str) -> int:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(name, flags, dir_fd=parent)
 
 
 def _pieces(fd: int, size: int) -> Generator[bytes | int]:

@@ -40,6 +40,11 @@ def caps_of(substrate: Name, spec: Container) -> Caps:
         # A folder of the host has whatever room its file system has; /tmp is still bounded.
         missing |= {"disk"}
     privileged = substrate != "bubblewrap"
+    # Empty files take no room but the kernel's memory. bubblewrap mounts no file system with a
+    # bound for their number, and a folder of the host has none.
+    limits |= {"files"}
+    if not privileged or spec.workdir is not None:
+        missing |= {"files"}
     networks = {"none"}
     if privileged:
         networks |= {"domain", "mirror"} | ({"address"} if nft_program() else set[str]())

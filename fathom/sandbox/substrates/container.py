@@ -88,7 +88,7 @@ def configuration(
             "source": "devpts",
             "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"],
         },
-        memory_folder("/dev/shm", [*quiet, "noexec", "mode=1777", f"size={launch.disk // 4}"]),
+        memory_folder("/dev/shm", [*quiet, "noexec", "mode=1777", *_bounds(launch.disk // 4)]),
         {
             "destination": AGENT,
             "type": "bind",
@@ -150,9 +150,7 @@ def mount_root(
     for folder in (disk, rootfs):
         folder.mkdir(mode=0o755)
     quiet = syscalls.MS_NOSUID | syscalls.MS_NODEV
-    # Empty files take no room but the kernel's memory: their number is bounded as well.
-    inodes = launch.disk // 4096 + 1024
-    options = f"size={launch.disk},nr_inodes={inodes},mode=711"
+    options = ",".join((*_bounds(launch.disk), "mode=711"))
     syscalls.mount("tmpfs", str(disk), "tmpfs", quiet, options)
     upper, beside = disk / UPPER, disk / UPPER_WORK
     beside.mkdir(mode=0o700)
@@ -178,6 +176,14 @@ def mount_root(
             composed.close()
         raise
     return rootfs, composed
+
+
+def _bounds(size: int) -> list[str]:
+    """Return the options of a file system in memory of `size` bytes.
+
+    Empty files take no room but the kernel's memory: their number is bounded as well.
+    """
+    return [f"size={size}", f"nr_inodes={size // 4096 + 1024}"]
 
 
 def _make_folders(rootfs: Path, tenant: int) -> None:
@@ -212,8 +218,8 @@ def _compose(launch: Launch, upper: Path) -> Composed:
         os.close(namespace)
 
 
-def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> None:
-    """Copy an upper folder, owners, links and marks of deletion included.
+def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> int:
+    """Copy an upper folder, owners, links and marks of deletion included; return its files' bytes.
 
     The copy is made by a process in the groups of the new sandbox, whose memory it will be.
     Raises SandboxError.
@@ -223,8 +229,7 @@ def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> N
     done = subprocess.run(
         [agent, "--copy", str(source), str(target), "--group", door, "work", "tmp"],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         timeout=600,
         env={},
         check=False,
@@ -232,6 +237,7 @@ def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> N
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()[-500:]
         raise SandboxError(f"the sandbox's writes cannot be copied: {said}")
+    return int(done.stdout)
 
 
 def start(launch: Launch, ends: Ends, group: cgroups.Group, rootfs: Path) -> Started:

@@ -20,6 +20,8 @@ OOM_SCORE = 500
 MASKED_PATHS = (
     "/proc/acpi",
     "/proc/asound",
+    "/proc/cmdline",
+    "/proc/diskstats",
     "/proc/kcore",
     "/proc/keys",
     "/proc/key-users",
@@ -37,6 +39,7 @@ MASKED_PATHS = (
     "/proc/modules",
     "/proc/config.gz",
     "/proc/mdstat",
+    "/proc/partitions",
     "/proc/interrupts",
     "/proc/sysrq-trigger",
 )

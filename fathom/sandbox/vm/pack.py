@@ -24,10 +24,12 @@ from fathom.sandbox.vm import disks, talk
 _TIMEOUT = 600.0
 
 
-def pack(cache: Path, spec: MicroVM, folder: Path, secret: bytes, name: str | None) -> str:
+def pack(
+    cache: Path, spec: MicroVM, disk: str, folder: Path, secret: bytes, name: str | None
+) -> str:
     """Make a layer and return its digest; `name`: also an image with it on top.
 
-    Raises SandboxError.
+    `disk`: what the machine runs on. Raises SandboxError.
     """
     # Heads of entries come on top of what the guest may have written.
     limit = 2 * spec.disk_bytes + (64 << 20)
@@ -42,6 +44,11 @@ def pack(cache: Path, spec: MicroVM, folder: Path, secret: bytes, name: str | No
             layer = layering.publish(store, root, work / "data", blob)
         if name is not None:
             base = disks.image_of(store, spec.image)
+            if disks.small_disk_of(cache, base) != Path(disk):
+                raise SandboxError(
+                    f"{spec.image!r} means another image now than this machine runs on: pack it "
+                    "without a name, or give the former image a name again"
+                )
             image = Image(
                 layers=(*base.layers, layer.digest), run=base.run, architecture=base.architecture
             )

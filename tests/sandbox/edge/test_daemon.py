@@ -9,12 +9,17 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
+from shutil import rmtree
 
+import anyio
 import pytest
 
 from fathom.errors import DaemonLost, KeyConflict, PolicyDenied, SandboxLost, Unsupported
-from fathom.sandbox import Container, Net, SyncClient, messages, state
+from fathom.sandbox import Client, Container, Net, SyncClient, messages, state
 from fathom.sandbox.edge import SOCKET
+from fathom.sandbox.images import ImageError, Store
 from tests.sandbox.edge.daemon import REPOSITORY, Daemon, environment
 
 
@@ -120,6 +125,64 @@ def test_a_paused_sandbox_is_adopted_paused(daemon: Daemon):
         assert entry["paused"]
         assert client.attach(entry["id"]).exec("echo back", timeout=20).stdout == "back\n"
         assert not client.list()[0]["paused"]
+
+
+@pytest.mark.usefixtures("need_root")
+@pytest.mark.parametrize("what", ["daemon", "node"])
+def test_what_was_deleted_stays_deleted_in_copies_after_an_adoption(daemon: Daemon, what: str):
+    name = f"adoption-test/{what}"
+    spec = Container(image=name, memory="64MiB", disk="8MiB")
+    listing = "find . | sort; cat d/*"
+    try:
+        with daemon.client() as client:
+            with client.create(Container(memory="64MiB", disk="8MiB")) as base:
+                files = "echo old > secret; mkdir d e; echo old > d/old; echo old > e/old"
+                base.exec(files, timeout=20)
+                base.pack_diff(name=name)
+            sandbox = client.create(spec)
+            sandbox.exec("rm -r secret d e; mkdir d; echo new > d/new", timeout=20)
+            shown = sandbox.exec(listing, timeout=20).stdout
+            assert shown == ".\n./d\n./d/new\nnew\n"
+            if what == "node":
+                (node,) = daemon.processes("fathom.sandbox.node")
+                os.kill(node, signal.SIGKILL)
+        if what == "daemon":
+            daemon.end(signal.SIGKILL)
+            daemon.start()
+        with daemon.client() as client:
+            (entry,) = [one for one in client.list() if one["id"] == sandbox.id]
+            sandbox = client.attach(entry["id"])
+            assert sandbox.exec(listing, timeout=20).stdout == shown
+            (fork,) = sandbox.fork()
+            assert fork.exec(listing, timeout=20).stdout == shown
+            kept = sandbox.snapshot()
+            restored = client.restore(kept, spec)
+            assert restored.exec(listing, timeout=20).stdout == shown
+            sandbox.pack_diff(name=f"{name}/later")
+            later = client.create(replace(spec, image=f"{name}/later"))
+            assert later.exec(listing, timeout=20).stdout == shown
+            rmtree(daemon.cache / "snapshots" / kept.id)
+    finally:
+        with Store(daemon.cache / "store") as store:
+            for one in (name, f"{name}/later"):
+                with suppress(ImageError):
+                    store.untag(one)
+
+
+@pytest.mark.usefixtures("need_root")
+def test_the_folder_that_an_agent_keeps_leads_nowhere(daemon: Daemon):
+    with daemon.client() as client:
+        sandbox = client.create(Container())
+        session = json.loads((daemon.folder / sandbox.id / "session.json").read_text())
+        kept = f"/proc/{session['pid']}/fd/100"
+        above = os.path.join(kept, "..", "..")
+        assert os.path.samefile(kept, above)
+        assert sorted(os.listdir(kept)) == sorted(os.listdir(above)) == ["tmp", "work"]
+        # No command has it, and none reaches that of the agent.
+        look = "ls /proc/self/fd /proc/1/fd; ls /proc/1/fd/100/; ls /proc/self/fd/100/"
+        result = sandbox.exec(look, timeout=20)
+        assert "100" not in result.stdout.split()
+        assert result.stderr.count("ermission denied") >= 2
 
 
 @pytest.mark.usefixtures("need_root")
@@ -260,3 +323,27 @@ def test_other_clients_leave_a_daemon_s_sandboxes_alone(daemon: Daemon):
         sandbox = client.create(Container())
         assert state.reap(daemon.folder) == []
         assert sandbox.exec("echo alive", timeout=20).stdout == "alive\n"
+
+
+def test_odd_requests_of_a_daemon(daemon: Daemon):
+    """What a client of another language may send."""
+    host = Client("edge", runtime_dir=daemon.folder)._host  # pyright: ignore
+    for name, value in [
+        ("ttl", "soon"),
+        ("pids", "many"),
+        ("cpu", [1]),
+        ("memory", {"a": 1}),
+        ("image", 7),
+        ("workdir", 5),
+        ("hostname", [1]),
+    ]:
+        request = {"spec": {"type": "container", name: value}}
+        answer = anyio.run(host.ask, "create", request)  # pyright: ignore
+        assert answer["error"].startswith("sandbox"), name
+        for words in ("must be real", "argument of type", "NoneType", "unpack", "not supported"):
+            assert words not in answer["message"]
+    for net in (5, {"domains": [[]]}, {"addresses": [1]}, {"mirrors": 3}):
+        request = {"spec": {"type": "container"}, "net": net}
+        answer = anyio.run(host.ask, "create", request)  # pyright: ignore
+        assert "unpack" not in answer["message"]
+        assert "iterable" not in answer["message"]

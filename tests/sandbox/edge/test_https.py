@@ -284,25 +284,51 @@ def test_certificates(far: Daemon, token: str, tmp_path: Path):
 def test_a_stranger_who_answers_gets_no_token(far: Daemon, token: str, tmp_path: Path):
     """The certificate is compared before anything is sent."""
     certificate.own(tmp_path, "127.0.0.1")
+    with _server(tmp_path, [b""]) as (url, heard):
+        with SyncClient(url, token=token, fingerprint=far.fingerprint) as client:
+            with pytest.raises(DaemonLost, match="somebody else"):
+                client.list()
+    assert b"".join(heard) == b""
+
+
+@contextlib.contextmanager
+def _server(folder: Path, answers: list[bytes]) -> Iterator[tuple[str, list[bytes]]]:
+    """A server that gives one answer to each connection; yields its address and what it heard."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "certificate.pem", tmp_path / "key.pem")
+    context.load_cert_chain(folder / "certificate.pem", folder / "key.pem")
     heard: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
-            sock, _ = server.accept()
-            with contextlib.suppress(OSError), context.wrap_socket(sock, server_side=True) as tls:
-                tls.settimeout(10)
-                heard.append(tls.recv(4096))
+            for text in answers:
+                sock, _ = server.accept()
+                with contextlib.suppress(OSError), sock:
+                    with context.wrap_socket(sock, server_side=True) as tls:
+                        tls.settimeout(10)
+                        heard.append(tls.recv(4096))
+                        tls.sendall(text)
 
         thread = threading.Thread(target=answer)
         thread.start()
-        url = f"https://127.0.0.1:{server.getsockname()[1]}"
-        with SyncClient(url, token=token, fingerprint=far.fingerprint) as client:
-            with pytest.raises(DaemonLost, match="somebody else"):
-                client.list()
+        yield f"https://127.0.0.1:{server.getsockname()[1]}", heard
         thread.join(20)
-    assert b"".join(heard) == b""
+
+
+def test_answers_that_are_none(tmp_path: Path):
+    """Who answers may have the right certificate and be no daemon, or one that was taken over."""
+    certificate.own(tmp_path, "127.0.0.1")
+    good = b"HTTP/1.1 200 OK\r\nContent-Length: "
+    answers = [b"", b"x", b"\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 x y\r\n\r\n"]
+    answers += [good + b"2\r\n\r\n[]", good + b"-5\r\n\r\n{}", good + b"9\r\n\r\n{}"]
+    answers += [good + b"99999999999\r\n\r\n{}", good + b"5\r\n\r\n{{{{{"]
+    answers += [b"HTTP/1.1 200 OK\r\n" + b"A: " + b"b" * 100_000]
+    pinned = certificate.fingerprint(tmp_path / "certificate.pem")
+    with _server(tmp_path, answers) as (url, heard):
+        for text in answers:
+            with SyncClient(url, token="t", fingerprint=pinned) as client:
+                with pytest.raises(DaemonLost):
+                    client.list()
+            assert heard, text
 
 
 # Abuse ---------------------------------------------------------------------------------------

@@ -82,6 +82,23 @@ def test_holes_are_neither_read_nor_written(store: Store, tmp_path: Path):
             assert hashlib.sha256(shown.read()).digest() == hashlib.sha256(dense).digest()
 
 
+def test_a_long_chain_of_writes_can_be_mounted(need_root, store: Store, tmp_path: Path):
+    base = place(tmp_path, "base")
+    (base / "start").write_text("0")
+    image = image_of_folder(store, base, "chain")
+    upper = place(tmp_path, "upper")
+    for number in range(150):
+        for path in upper.iterdir():
+            path.unlink()
+        (upper / f"f{number}").write_text(str(number))
+        image = snapshot(store, image, upper, name="chain")
+    writes = place(tmp_path, "writes")
+    with compose(store, image, place(tmp_path, "m"), upper=writes, mode="erofs") as stack:
+        shown = {path.name: path.read_text() for path in stack.root.iterdir()}
+        assert shown == {"start": "0"} | {f"f{number}": str(number) for number in range(150)}
+        (stack.root / "new").write_text("1")
+
+
 def test_a_file_of_nothing_is_refused(store: Store, tmp_path: Path):
     folder = place(tmp_path, "a")
     with (folder / "x").open("wb") as file:

@@ -519,22 +519,28 @@ def test_a_full_disk_refuses_what_begins_and_keeps_what_ends(tiny_disk):
         assert log.last == before + 2
 
 
-def test_a_log_on_a_full_disk_opens_and_takes_the_receipts_it_kept_room_for(tiny_disk):
-    with Log(tiny_disk / "log", segment_size=SMALL) as log:
-        for number in range(40):
-            log.append(Kind.VALUE, "sb", fields={"n": number}, blobs={"out": b"x" * 3000})
-        intent = log.append(Kind.INTENT, "sb", key="kept", fields={"n": 40}, reserve=True)
-    for _ in range(2):
+def test_a_log_on_a_full_disk_opens_and_takes_the_receipts_it_kept_room_for(tiny_disk, tmp_path):
+    whole = tmp_path / "whole"
+    with Log(whole, segment_size=SMALL) as log:
+        for number in range(200):
+            log.append(Kind.VALUE, "sb", fields={"n": number}, blobs={"out": b"x" * 500})
+        intent = log.append(Kind.INTENT, "sb", key="kept", fields={"n": 200}, reserve=True)
+    assert len(segment_files(whole)) == 3
+    folder, filler = tiny_disk / "log", tiny_disk / "filler"
+    # Whatever of the index finds room yet: nothing of it, its first page, or all but the last.
+    for free in range(24):
+        shutil.copytree(whole, folder)
         with pytest.raises(OSError, match="No space"):
-            _use_up(tiny_disk / "filler")
-        with Log(tiny_disk / "log", segment_size=SMALL) as log:
-            assert numbers(log)[:41] == list(range(41))
+            _use_up(filler)
+        os.truncate(filler, max(0, filler.stat().st_size - free * 4096))
+        with Log(folder, segment_size=SMALL) as log:
+            assert numbers(log) == list(range(201)), free
             log.keep(intent.node_sequence)
-            fields = {"n": 41}
-            log.append(Kind.RECEIPT, "sb", parent=intent.node_sequence, fields=fields)
-    (tiny_disk / "filler").unlink()
-    with Reader(tiny_disk / "log") as log:
-        assert numbers(log) == [*range(41), 41, 41]
+            log.append(Kind.RECEIPT, "sb", parent=intent.node_sequence, fields={"n": 201})
+        with Reader(folder) as log:
+            assert numbers(log) == list(range(202)), free
+        filler.unlink()
+        shutil.rmtree(folder)
 
 
 def test_a_full_disk_makes_no_half_log(tiny_disk):

@@ -29,6 +29,11 @@ Make = Callable[[], Awaitable[Sandbox]]
 Check = Callable[[Sandbox], Awaitable[None]]
 _TIMEOUT = 60.0
 CHECKS: dict[str, Check] = {}
+# What every type of sandbox has, if only to say that it cannot.
+METHODS = (
+    *("exec", "run", "files", "pty", "fork", "snapshot", "pack_diff"),
+    *("pause", "resume", "phase", "stop", "caps"),
+)
 # Checks that end their sandbox or leave it changed.
 OWN: set[str] = set()
 
@@ -436,6 +441,53 @@ async def check_snapshot(sandbox: Sandbox) -> None:
     if not kept.id:
         raise Failed("the snapshot has no name")
     _same((await sandbox.exec("cat f", timeout=_TIMEOUT)).stdout, "kept\n", "afterwards")
+
+
+@_own
+async def check_pack_diff(sandbox: Sandbox) -> None:
+    """What was written becomes a layer with a digest, the same for the same writes."""
+    if not sandbox.caps.snapshot:
+        await _raises(Unsupported, sandbox.pack_diff(), "pack_diff without a snapshot")
+        return
+    await sandbox.exec("echo kept > f", timeout=_TIMEOUT)
+    try:
+        layer = await sandbox.pack_diff()
+    except Unsupported:
+        return  # it writes to a disk, and says so
+    if not layer.startswith("sha256:"):
+        raise Failed(f"pack_diff returned {layer!r}")
+    _same(await sandbox.pack_diff(), layer, "the layer of the same writes")
+    await sandbox.exec("echo more > g", timeout=_TIMEOUT)
+    if await sandbox.pack_diff() == layer:
+        raise Failed("other writes gave the same layer")
+
+
+@_own
+async def check_phases(sandbox: Sandbox) -> None:
+    """Each phase has a policy of its own with the next version; none allows nothing."""
+    first = await sandbox.phase("one")
+    _same(await sandbox.phase("two"), first + 1, "the version of the second policy")
+    _same(sandbox.phases, ["one", "two"], "phases")
+    if "address" in sandbox.caps.networks:
+        policy = Net.deny().address("203.0.113.1", 80)
+        _same(await sandbox.phase("three", net=policy), first + 2, "the version of the third")
+    out = await sandbox.exec(
+        ["timeout", "2", "bash", "-c", ": < /dev/tcp/1.1.1.1/53"], timeout=_TIMEOUT
+    )
+    if out.exit_code == 0:
+        raise Failed("what no policy allows was reached")
+
+
+@_check
+async def check_surface(sandbox: Sandbox) -> None:
+    """Every method of the surface is there; what one cannot do raises Unsupported (see `caps`)."""
+    for name in METHODS:
+        if getattr(sandbox, name, None) is None:
+            raise Failed(f"it has no {name}")
+    if not sandbox.caps.screenshot:
+        await _raises(Unsupported, sandbox.screenshot(), "a screenshot without the cap")
+    if not sandbox.caps.substrate:
+        raise Failed("caps do not say what it is")
 
 
 @_own

@@ -34,8 +34,9 @@ from fathom.sandbox.host import LocalHost
 from fathom.sandbox.sandbox import Sandbox
 from fathom.sandbox.trajectory.errors import OutcomeUnknown
 from fathom.sandbox.trajectory.executor import AgentExecutor
-from fathom.sandbox.trajectory.log import Log, Reader
+from fathom.sandbox.trajectory.log import Log
 from fathom.sandbox.trajectory.operation import Operation, exec_request
+from fathom.sandbox.trajectory.reader import Reader
 from fathom.sandbox.trajectory.session import Session
 from fathom.sandbox.trajectory.tape import read_outcome, read_tape
 

@@ -16,14 +16,15 @@ Paper: §5.2.5 (function calls in pre-created containers).
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import math
 import secrets
 import struct
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -33,9 +34,10 @@ import anyio
 from fathom.errors import SandboxError, SandboxLost
 from fathom.sandbox import fn_worker, seccomp
 from fathom.sandbox.process import Process
-from fathom.sandbox.request import check_seconds
+from fathom.sandbox.request import PATH, check_seconds, form_request, to_bytes
 from fathom.sandbox.sandbox import Sandbox
-from fathom.sandbox.types import Container, Fn
+from fathom.sandbox.stateless import Stateless
+from fathom.sandbox.types import Caps, Container, ExecResult, Fn
 
 _REQUEST = struct.Struct(f"<{fn_worker.NONCE}sI")
 _ANSWER = struct.Struct(f"<{fn_worker.NONCE}sBI")
@@ -44,6 +46,49 @@ _READY_TIMEOUT = 30.0
 # For removing what a call left; one that takes longer is not waited for by the next caller.
 _CLEAN_TIMEOUT = 5.0
 OUTPUT_CAP = 1 << 20
+# Runs a command in the process of a call. Output beyond the cap is read and dropped.
+_COMMAND = """
+import base64, os, subprocess, threading
+
+def main(order):
+    os.chdir(order["cwd"])
+    given = order["stdin"]
+    try:
+        process = subprocess.Popen(order["argv"], env=order["env"],
+            stdin=subprocess.DEVNULL if given is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if order["merge"] else subprocess.PIPE)
+    except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
+        code = 127 if isinstance(error, FileNotFoundError) else 126
+        said = base64.b64encode(str(error).encode()).decode()
+        return {"code": code, "out": "", "err": said, "truncated": False}
+    cap, kept, threads = order["cap"], {}, []
+
+    def drain(name, pipe):
+        data, cut = b"", False
+        while piece := pipe.read1(65536):
+            cut = cut or len(data) + len(piece) > cap
+            data += piece[:cap - len(data)]
+        kept[name] = data, cut
+
+    for name, pipe in (("out", process.stdout), ("err", process.stderr)):
+        if pipe is not None:
+            threads.append(threading.Thread(target=drain, args=(name, pipe), daemon=True))
+            threads[-1].start()
+    if given is not None:
+        try:
+            with process.stdin:
+                process.stdin.write(base64.b64decode(given))
+        except BrokenPipeError:
+            pass
+    code = process.wait()
+    for thread in threads:
+        thread.join(1)
+    shown = {name: base64.b64encode(kept.get(name, (b"", False))[0]).decode()
+        for name in ("out", "err")}
+    return {"code": 128 - code if code < 0 else code, "truncated": any(c for _, c in kept.values()),
+        **shown}
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +166,7 @@ class _Worker:
         await self.sandbox.stop()
 
 
-class Functions:
+class Functions(Stateless):
     """A pool of interpreters. Made by `Client.functions`."""
 
     def __init__(self, spec: Fn, make: Callable[[Container], Awaitable[Sandbox]]) -> None:
@@ -131,6 +176,7 @@ class Functions:
         self._count = 0
         self._changed = anyio.Condition()
         self._closed = False
+        self._caps: Caps | None = None
 
     async def __aenter__(self) -> Functions:
         return self
@@ -183,6 +229,7 @@ class Functions:
             worker = _Worker(sandbox, await sandbox.run(argv, timeout=_LIFETIME, cwd="/"))
             with anyio.move_on_after(_READY_TIMEOUT):
                 await worker.ready()
+                self._caps = sandbox.caps
                 return worker
             raise SandboxError("the interpreter of a function sandbox did not start")
         except BaseException:
@@ -281,6 +328,69 @@ class Functions:
             else:
                 await self._end(worker)
 
+    async def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout: float,
+        cwd: str | None = None,
+        stdin: bytes | str | None = None,
+        env: Mapping[str, str] | None = None,
+        merge: bool = False,
+        cap: int = OUTPUT_CAP,
+    ) -> ExecResult:
+        """Run a command in an interpreter's sandbox, from its start to its end; see `Sandbox.exec`.
+
+        What it wrote and left running is gone with its end. Raises SandboxError, SandboxLost.
+        """
+        request = form_request(command, timeout=timeout, cwd=cwd, env=env)
+        data = to_bytes(stdin)
+        if cap < 0:
+            raise SandboxError(f"cap is {cap}: give the number of bytes to keep")
+        argument = {
+            "argv": ["/bin/sh", "-c", *request.argv] if request.shell else list(request.argv),
+            "cwd": request.cwd,
+            "env": {"PATH": PATH, **request.env},
+            "stdin": None if data is None else base64.b64encode(data).decode(),
+            "merge": merge,
+            "cap": cap,
+        }
+        result = await self.call(_COMMAND, argument, timeout=timeout, cap=1000)
+        if result.timed_out:
+            return ExecResult(
+                exit_code=137,
+                stdout="",
+                stderr="",
+                output="",
+                timed_out=True,
+                duration=result.duration,
+            )
+        if result.error:
+            raise SandboxError(f"the command did not run: {result.error.strip()[-500:]}")
+        return _ended(result)
+
+    @property
+    def caps(self) -> Caps:
+        """What each interpreter's sandbox really does, less what a pool cannot offer.
+
+        Raises SandboxLost before `open` and after `close`.
+        """
+        if self._caps is None:
+            raise SandboxLost("there are no interpreters: open the pool")
+        return replace(
+            self._caps,
+            timeout_kills="sandbox",
+            networks=frozenset({"none"}),
+            snapshot="",
+            fork="",
+            pause=False,
+            pty=False,
+        )
+
+    async def stop(self) -> None:
+        """End every interpreter, as `close`."""
+        await self.close()
+
     async def close(self) -> None:
         """End every interpreter. Does nothing the second time."""
         async with self._changed:
@@ -290,6 +400,23 @@ class Functions:
         async with anyio.create_task_group() as group:
             for worker in idle:
                 group.start_soon(worker.close)
+
+
+def _ended(result: FnResult) -> ExecResult:
+    """Read what `_COMMAND` returned. Raises SandboxError for what is not that."""
+    value = result.value
+    try:
+        texts = [base64.b64decode(value[name]).decode(errors="replace") for name in ("out", "err")]
+        return ExecResult(
+            exit_code=int(value["code"]),
+            stdout=texts[0],
+            stderr=texts[1],
+            output="".join(texts),
+            truncated=bool(value["truncated"]),
+            duration=result.duration,
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        raise SandboxError("a function sandbox sent something that is no result") from error
 
 
 @functools.cache

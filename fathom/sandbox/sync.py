@@ -21,6 +21,7 @@ from fathom.sandbox.net import Net
 from fathom.sandbox.ports import Forward
 from fathom.sandbox.process import Ended, Process, StreamName
 from fathom.sandbox.sandbox import Receipt, Sandbox
+from fathom.sandbox.stateless import SyncStateless
 from fathom.sandbox.substrates.choice import Wanted
 from fathom.sandbox.threads import Portal
 from fathom.sandbox.types import (
@@ -336,7 +337,7 @@ class SyncSandbox:
             self._portal.call(self._sandbox.stop)
 
 
-class SyncFunctions:
+class SyncFunctions(SyncStateless):
     """A pool of interpreters; see `Functions`."""
 
     def __init__(self, functions: Functions, portal: Portal) -> None:
@@ -378,6 +379,38 @@ class SyncFunctions:
         return self._portal.call(
             self._functions.call, code, argument, timeout=timeout, function=function, cap=cap
         )
+
+    def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout: float,
+        cwd: str | None = None,
+        stdin: bytes | str | None = None,
+        env: Mapping[str, str] | None = None,
+        merge: bool = False,
+        cap: int = OUTPUT_CAP,
+    ) -> ExecResult:
+        """Run a command from its start to its end; see `Functions.exec`."""
+        return self._portal.call(
+            self._functions.exec,
+            command,
+            timeout=timeout,
+            cwd=cwd,
+            stdin=stdin,
+            env=env,
+            merge=merge,
+            cap=cap,
+        )
+
+    @property
+    def caps(self) -> Caps:
+        """What each interpreter's sandbox really does; see `Functions.caps`."""
+        return self._functions.caps
+
+    def stop(self) -> None:
+        """End every interpreter, as `close`."""
+        self.close()
 
     def close(self) -> None:
         """End every interpreter. Does nothing the second time."""

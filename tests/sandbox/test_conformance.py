@@ -9,7 +9,17 @@ import anyio.from_thread
 import pytest
 
 from fathom.errors import SandboxLost, Unsupported
-from fathom.sandbox import Client, Container, Fn, Sandbox, SyncClient, conformance
+from fathom.sandbox import (
+    Client,
+    Container,
+    Fn,
+    FnResult,
+    Functions,
+    Sandbox,
+    SyncClient,
+    conformance,
+    conformance_fn,
+)
 from fathom.sandbox.substrates.choice import suited
 
 each_substrate = pytest.mark.parametrize("substrate", suited(), indirect=True)
@@ -25,7 +35,51 @@ def test_conformance(substrate: str, options: dict[str, Path]):
     report = anyio.run(run)
     assert report.passed, str(report)
     assert {outcome.name for outcome in report.outcomes} == set(conformance.CHECKS)
-    assert len(conformance.CHECKS) >= 18
+    assert len(conformance.CHECKS) >= 21
+
+
+@each_substrate
+@pytest.mark.timeout(300)
+def test_conformance_of_functions(substrate: str, options: dict[str, Path]):
+    async def run() -> conformance.Report:
+        async with Client(substrate=substrate, **options) as client:
+            return await conformance_fn.run(lambda: client.functions(Fn(workers=1, maximum=1)))
+
+    report = anyio.run(run)
+    assert report.passed, str(report)
+    assert {outcome.name for outcome in report.outcomes} == set(conformance_fn.CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("check", "method"), [("call", "call"), ("exec", "exec"), ("surface", "fork"), ("end", "exec")]
+)
+def test_a_pool_that_lies_is_found(check: str, method: str, options: dict[str, Path]):
+    async def run() -> conformance.Report:
+        async with Client(**options) as client:
+
+            async def make() -> Functions:
+                functions = await client.functions(Fn(workers=1, maximum=1))
+
+                async def lie(*_: object, **__: object) -> object:
+                    return FnResult(value=5, output="hi\n")
+
+                setattr(functions, method, lie)
+                return functions
+
+            return await conformance_fn.run(make, only=check)
+
+    with anyio.from_thread.start_blocking_portal() as portal:
+        try:
+            passed = portal.call(run).passed
+        except AttributeError:
+            passed = False
+    assert not passed
+
+
+def test_the_surface_is_that_of_the_documentation():
+    for kind in (Sandbox, Functions):
+        for name in set(conformance.METHODS) - {"caps", "files"}:
+            assert callable(getattr(kind, name)), (kind, name)
 
 
 LIES = {

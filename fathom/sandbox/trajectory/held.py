@@ -30,8 +30,8 @@ from fathom.sandbox.trajectory.executor import (
 )
 from fathom.sandbox.trajectory.frames import Frame, connect
 from fathom.sandbox.trajectory.holder import HELD, JOURNAL
-from fathom.sandbox.trajectory.log import Reader
 from fathom.sandbox.trajectory.operation import Outcome, Request, from_wire
+from fathom.sandbox.trajectory.reader import Reader
 from fathom.sandbox.trajectory.record import Kind, Record
 from fathom.sandbox.trajectory.tape import read_outcome
 from fathom.sandbox.types import Kept

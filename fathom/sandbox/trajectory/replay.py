@@ -17,8 +17,8 @@ from typing import Any, Literal
 from fathom.errors import SandboxError
 from fathom.sandbox.trajectory.changes import Change
 from fathom.sandbox.trajectory.executor import Executor
-from fathom.sandbox.trajectory.log import Reader
 from fathom.sandbox.trajectory.operation import Outcome, Request
+from fathom.sandbox.trajectory.reader import Reader
 from fathom.sandbox.trajectory.record import Kind, Record
 from fathom.sandbox.trajectory.tape import read_outcome, read_request, read_tape
 

@@ -29,7 +29,8 @@ from fathom.sandbox.trajectory.held import (
     hold,
     reconnect,
 )
-from fathom.sandbox.trajectory.log import Durability, Log, Reader, is_locked
+from fathom.sandbox.trajectory.log import Durability, Log
+from fathom.sandbox.trajectory.reader import Reader, is_locked
 from fathom.sandbox.trajectory.record import Kind
 from fathom.sandbox.trajectory.session import Session
 from fathom.sandbox.trajectory.tape import read_outcome, read_request, read_tape

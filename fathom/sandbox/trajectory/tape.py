@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fathom.sandbox.trajectory.errors import LogCorrupt
-from fathom.sandbox.trajectory.log import Reader
 from fathom.sandbox.trajectory.operation import Outcome, Request, decode_outcome
+from fathom.sandbox.trajectory.reader import Reader
 from fathom.sandbox.trajectory.record import Kind, Record
 
 

@@ -22,7 +22,8 @@ from fathom.sandbox.trajectory.errors import (
     LogTooNew,
     TrajectoryError,
 )
-from fathom.sandbox.trajectory.log import Log, Reader, is_locked
+from fathom.sandbox.trajectory.log import Log
+from fathom.sandbox.trajectory.reader import Reader, is_locked
 from fathom.sandbox.trajectory.record import Kind
 from fathom.sandbox.trajectory.segment import SEGMENT_HEADER, SMALLEST_SEGMENT
 
@@ -243,6 +244,23 @@ def test_a_missing_segment_is_noticed(tmp_path):
             Reader(tmp_path)
         kept.rename(victim)
     Log(tmp_path, segment_size=SMALL).close()
+
+
+def test_a_clock_that_jumps_changes_no_order(tmp_path, monkeypatch):
+    """Records are ordered by their numbers; the clock is only told."""
+    clocks = iter([10**18, 5, 2**62, -(10**9), 10**18])
+    with Log(tmp_path, segment_size=SMALL, durability="process") as log:
+        monkeypatch.setattr("fathom.sandbox.trajectory.log.time.time_ns", lambda: next(clocks))
+        for number in range(5):
+            log.append(Kind.VALUE, "sb", key=f"k{number}", fields={"n": number})
+        monkeypatch.undo()
+    with Log(tmp_path, segment_size=SMALL, durability="process") as log:
+        assert numbers(log) == list(range(5))
+        assert [record.wall_ns for record in log.records("sb")] == [10**18, 5, 2**62, 0, 10**18]
+        # The other clock of a record begins anew with each start of the machine.
+        monkeypatch.setattr("fathom.sandbox.trajectory.log.time.monotonic_ns", lambda: 1)
+        log.append(Kind.VALUE, "sb", key="k5", fields={"n": 5})
+        assert numbers(log) == list(range(6))
 
 
 @pytest.mark.parametrize("durability", ["power", "process"])

@@ -16,7 +16,7 @@ from fathom.errors import SandboxError, Unsupported
 from fathom.sandbox import Container, SandboxFileMissing
 from fathom.sandbox.trajectory import replay
 from fathom.sandbox.trajectory.changes import Change
-from fathom.sandbox.trajectory.errors import OperationConflict
+from fathom.sandbox.trajectory.errors import LogFull, OperationConflict
 from fathom.sandbox.trajectory.executor import Finished, Lost, NeverSeen
 from fathom.sandbox.trajectory.held import DeadJournal, HeldExecutor, reconnect
 from fathom.sandbox.trajectory.operation import exec_request
@@ -225,6 +225,41 @@ def test_a_holder_outlives_its_client_and_its_journal_outlives_it(store: Store) 
     answer = anyio.run(DeadJournal(folder).query, "other", REQUEST)
     assert isinstance(answer, Lost)
     assert "cannot be read" in answer.reason
+
+
+def test_what_was_prepared_and_not_promised_has_not_begun(store: Store) -> None:
+    """A client that dies, or whose log is full, after it sent an operation and before it counts."""
+
+    async def fail() -> None:
+        raise LogFull("no room for the intent")
+
+    request = exec_request("echo ran >> f; cat f", timeout=5)
+
+    async def main() -> None:
+        executor = await _interrupted(store)
+        with pytest.raises(LogFull):
+            await executor.dispatch("new", request.digest(), request, lambda: None, fail)
+        assert isinstance(await executor.query("new", request), NeverSeen)
+        seen: list[object] = []
+
+        async def commit() -> None:
+            # At this moment, in which the intent becomes durable, nothing has begun.
+            await anyio.sleep(0.2)
+            seen.append(await executor.query("new", request))
+
+        outcome = await executor.dispatch("new", request.digest(), request, lambda: None, commit)
+        assert isinstance(seen[0], NeverSeen)
+        assert outcome.blobs["stdout"] == b"ran\n"
+        # What is safe in the log is given up with the next operation, and not run again.
+        await executor.acknowledge("new")
+        other = exec_request("cat f", timeout=5)
+        assert (await executor.dispatch("x", other.digest(), other, lambda: None)).blobs["stdout"]
+        again = await executor.query("new", request)
+        assert isinstance(again, Finished)
+        assert again.outcome.blobs == {}
+        await executor.stop()
+
+    anyio.run(main)
 
 
 def test_a_sandbox_that_does_not_start_leaves_nothing(store: Store) -> None:

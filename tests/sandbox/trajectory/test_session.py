@@ -19,8 +19,9 @@ from fathom.sandbox.trajectory.errors import (
     TrajectoryError,
 )
 from fathom.sandbox.trajectory.executor import DirectExecutor
-from fathom.sandbox.trajectory.log import Log, Reader
+from fathom.sandbox.trajectory.log import Log
 from fathom.sandbox.trajectory.operation import Operation, Outcome, exec_request
+from fathom.sandbox.trajectory.reader import Reader
 from fathom.sandbox.trajectory.record import Kind
 from fathom.sandbox.trajectory.session import RolledBack, Session
 from fathom.sandbox.trajectory.tape import read_tape

@@ -1,7 +1,7 @@
 """transformers' deepseek_v4 on one GPU: three layers at V4-Flash's sizes fill a cache and decode.
 
-`fathom bench gpu --against transformers`, with or without `--prefill`, starts this module with a
-number of tokens: of a prompt, and of the context in which single tokens are decoded after it. The
+`fathom bench gpu --against transformers`, with or without `--prefill`, starts this module with two
+numbers: the tokens of a prompt, and those of the context in which single tokens are decoded. The
 weights are random BF16 numbers (it has no FP4 path for these layers), the arithmetic is BF16. Where
 the memory does not suffice the prompt is halved. Prints one JSON object.
 """
@@ -79,10 +79,11 @@ def decode_seconds(model: Any, tokens: int, repeat: int = 10) -> list[float]:
 
 
 def main() -> None:
-    """Measure the number of tokens given, or the largest half of it that fits."""
+    """Measure the numbers of tokens given, or the largest halves of them that fit."""
     import transformers
 
     tokens = int(sys.argv[1])
+    context = int(sys.argv[2]) if len(sys.argv) > 2 else tokens
     model = build()
     weights = torch.cuda.memory_allocated()
     while tokens >= 128:
@@ -100,7 +101,8 @@ def main() -> None:
             "weights_bytes": weights,
             "peak_bytes": torch.cuda.max_memory_allocated() - weights,
         }
-        report["seconds_a_token"] = statistics.median(decode_seconds(model, tokens))
+        report["context"] = min(context, tokens)
+        report["seconds_a_token"] = statistics.median(decode_seconds(model, report["context"]))
         print(json.dumps(report))
         return
     raise SystemExit("no prompt of 128 tokens fits this device")

@@ -19,7 +19,7 @@ SCRIPTS = [
 # The words that name dimensions; `block`, `group` are the sizes of a quantisation tile and group.
 GLOSSARY = frozenset(
     "tokens batch seq blocks window heads head_dim rope_dim index_heads index_dim topk hidden "
-    "streams experts vocab groups entries rows cols block group pages bytes".split()
+    "streams experts vocab groups entries rows cols block group pages bytes slots tail".split()
 )
 ARITHMETIC = frozenset({"min", "max", "ceil", "or"})
 SHAPE = re.compile(r"\[([^\]\[]*)\]")

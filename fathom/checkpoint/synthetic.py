@@ -17,6 +17,8 @@ from fathom.checkpoint.manifest import TensorSpec, manifest
 from fathom.checkpoint.tiny import random_scale, random_values
 from fathom.model.config import ModelConfig
 
+PROFILES = ("uniform", "log-normal", "zipf")  # of how often experts are chosen
+LOG_NORMAL_SIGMA, ZIPF_EXPONENT = 1.46, 0.87
 _EXPERT = re.compile(r"ffn\.experts\.(\d+)\.(w[123])\.(weight|scale)")
 
 
@@ -54,3 +56,29 @@ def _layer_specs(config: ModelConfig, index: int) -> Iterator[TensorSpec]:
         elif expert[1] == "0":
             shape = (config.n_routed_experts, *spec.shape)
             yield TensorSpec(f"ffn.experts.{expert[2]}.{expert[3]}", shape, spec.dtype)
+
+
+def routing_table(
+    config: ModelConfig, profile: str, *, seed: int, device: torch.device | str
+) -> torch.Tensor:
+    """Experts for every token id, drawn by a profile of popularity: [vocab, topk] int64.
+
+    As a layer's hash table it takes the router's place, whose random weights load a few experts
+    with most tokens. "log-normal": popularities exp(1.46 z); "zipf": rank ** -0.87, ranks dealt at
+    random; a token's experts differ. Raises ValueError for another profile.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    experts = config.n_routed_experts
+    if profile == "uniform":
+        logits = torch.zeros(experts, device=device)
+    elif profile == "log-normal":
+        logits = LOG_NORMAL_SIGMA * torch.randn(experts, generator=generator, device=device)
+    elif profile == "zipf":
+        rank = torch.randperm(experts, generator=generator, device=device) + 1
+        logits = -ZIPF_EXPONENT * rank.log()
+    else:
+        raise ValueError(f"no routing profile {profile!r}: name one of {', '.join(PROFILES)}")
+    # Adding Gumbel noise and taking the best draws without replacement.
+    uniform = torch.rand(config.vocab_size, experts, generator=generator, device=device)
+    noise = -(-uniform.clamp(min=1e-20).log()).log()
+    return (logits + noise).topk(config.num_experts_per_tok, dim=-1).indices

@@ -25,7 +25,7 @@ def crashes(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Kill clients, the daemon, its node and agents; compare the log with what really ran.
+    """Kill clients, the daemon, its API process and node, and agents; compare log and effects.
 
     Counts commands that ran twice, receipts that are lost or made up, and outcomes that stay
     unknown; exit code 1 if there is any of the former, or more than 1% of the latter.

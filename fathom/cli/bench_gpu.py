@@ -12,37 +12,54 @@ from typing import Annotated, Any
 
 import typer
 
+from fathom.cli.bench_gpu_engine import measure_engine
 from fathom.cli.bench_gpu_prefill import OTHER, check_other, measure_other, measure_prefill
 from fathom.cli.output import print_json, print_table
 
-# Sequences, context, whether a sequence's result may not depend on the others.
-CASES = (
-    (1, 4096, True), (1, 65_536, True), (1, 900_000, True), (1, 1_048_576, True),
-    (16, 4096, True), (16, 4096, False), (64, 4096, True), (64, 4096, False),
+WHOLE = "43 layers"  # of V4-Flash, each kind with the same weights
+# What is decoded: layers, sequences, context.
+STEPS = (
+    ("SWA", 1, 4096), ("CSA", 1, 4096), ("HCA", 1, 4096), ("all", 1, 4096), ("all", 1, 65_536),
+    ("all", 1, 900_000), ("CSA", 1, 1_048_576), ("HCA", 1, 1_048_576), ("all", 1, 1_048_576),
+    (WHOLE, 1, 4096), (WHOLE, 1, 900_000), (WHOLE, 1, 1_048_576), ("all", 16, 4096),
+    ("all", 64, 4096),
 )  # fmt: skip
+BATCH = (64, 4096)  # sequences and context that each routing profile is measured with
+PROMPT = (8192, 8192)  # tokens and tokens of a chunk, likewise
+PROMPTS = ((8192, 8192), (32_768, 16_384))
 KERNELS_SHOWN = 20
-OTHER_CONTEXT = 4096  # in which the other implementation decodes
+OTHER_TOKENS, OTHER_CONTEXT = 8192, 4096  # of the other implementation's prompt and decoding
 
 
 def gpu(
     repeat: Annotated[int, typer.Option(min=3, help="Replays of each step.")] = 50,
     kernels: Annotated[bool, typer.Option(help="Also list the time of each kernel.")] = False,
     prefill: Annotated[
-        bool, typer.Option("--prefill", help="Measure prompts instead of decode steps.")
+        bool, typer.Option("--prefill", help="Measure prompts alone, with their memory.")
+    ] = False,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Measure the engine that serves from these layers.")
     ] = False,
     against: Annotated[
         str | None, typer.Option(help="Also time `transformers` on this device.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON here.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw them below the device's two limits.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure decode steps of one SWA, CSA and HCA layer at V4-Flash's sizes, weights synthetic.
+    """Measure one SWA, CSA and HCA layer at V4-Flash's sizes: decode steps and prompts.
 
-    Each step is one CUDA graph. The floor is the bytes that a step must read over the copy rate of
-    the same run; nothing about quality can be read off these weights.
+    Weights are synthetic. A decode step is one CUDA graph; its floor is the bytes that it must read
+    over the copy rate of the same run, a prompt's is its operations over the BF16 matmul rate.
+    Nothing about quality can be read off these weights.
     """
     if prefill:
         measure_prefill(max(3, repeat // 10), kernels, against, out, as_json)
+        return
+    if engine:
+        measure_engine(repeat, out, as_json)
         return
     import torch
 
@@ -53,10 +70,16 @@ def gpu(
     check_other(against)
     report = _measure(torch, repeat, kernels)
     torch.cuda.empty_cache()
-    if against is not None:
-        report[OTHER] = measure_other(OTHER_CONTEXT)
-    if out is not None:
+    if out is not None:  # whatever becomes of the rest
         out.write_text(json.dumps(report, indent=1))
+    if against is not None:
+        report[OTHER] = measure_other(OTHER_TOKENS, OTHER_CONTEXT)
+        if out is not None:
+            out.write_text(json.dumps(report, indent=1))
+    if plot is not None:
+        from fathom.eval.gpu_plot import plot_roofline
+
+        plot_roofline(report, plot)
     if as_json:
         print_json(report)
     else:
@@ -64,30 +87,47 @@ def gpu(
 
 
 def _measure(torch: Any, repeat: int, kernels: bool) -> dict[str, Any]:
+    from fathom.checkpoint.synthetic import PROFILES
     from fathom.eval import gpu_speed
+    from fathom.eval.gpu_prefill_speed import prefill_time
     from fathom.model import ModelConfig
 
-    config = gpu_speed.three_layers(ModelConfig.preset("flash"))
-    rate = gpu_speed.copy_rate()
+    flash = ModelConfig.preset("flash")
+    config = gpu_speed.three_layers(flash)
+    copy, matmul = gpu_speed.copy_rate(), gpu_speed.matmul_rate()
+    torch.cuda.empty_cache()
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "copy_bytes_per_s": rate,
-        "matmul_flops": gpu_speed.matmul_rate(),
-        "rows": [],
+        "copy_bytes_per_s": copy,
+        "matmul_flops": matmul,
     }
+    steps, prompts = [], []
     layers = gpu_speed.stored_layers(config)
+    groups = {gpu_speed.NAMES[layer.ratio]: [layer] for layer in layers}
+    groups |= {"all": layers, WHOLE: gpu_speed.whole_model(flash, layers)}
     with torch.inference_mode():
-        for tokens, context, invariant in CASES:
-            for row in gpu_speed.layer_times(
-                config, layers, tokens, context, rate, repeat, invariant
-            ):
-                report["rows"].append(asdict(row) | {"fraction_of_floor": row.fraction})
+        for kind, tokens, context in STEPS:
+            own = flash if kind == WHOLE else config
+            steps.append(
+                gpu_speed.step_time(own, groups[kind], kind, tokens, context, copy, repeat)
+            )
+        for tokens, chunk in PROMPTS:
+            few = max(3, repeat // 10)
+            prompts.append(prefill_time(config, layers, tokens, chunk, (matmul, copy), few))
+        for profile in PROFILES:
+            routed = gpu_speed.routed_by(layers, config, profile)
+            steps.append(gpu_speed.step_time(config, routed, "all", *BATCH, copy, repeat, profile))
+            prompts.append(
+                prefill_time(config, routed, *PROMPT, (matmul, copy), 3, routing=profile)
+            )
         if kernels:
             report["kernels"] = {
                 str(context): gpu_speed.profile_kernels(config, layers, 1, context)[:KERNELS_SHOWN]
                 for context in (4096, 1_048_576)
             }
+    report["steps"] = [asdict(row) | {"fraction_of_floor": row.fraction} for row in steps]
+    report["prompts"] = [asdict(row) | {"tokens_per_s": row.rate} for row in prompts]
     return report
 
 
@@ -95,33 +135,46 @@ def _print(report: dict[str, Any]) -> None:
     copy, matmul = report["copy_bytes_per_s"] / 1e12, report["matmul_flops"] / 1e12
     rates = f"copy {copy:.2f} TB/s, BF16 {matmul:.0f} TFLOP/s"
     print(f"{report['device']}, torch {report['torch']}: {rates}")
-    print("three V4-Flash layers, synthetic weights; milliseconds of one decode step\n")
-    rows = [
-        [
-            r["kind"],
-            str(r["tokens"]) + ("" if r["batch_invariant"] else " free"),
-            f"{r['context']:,}",
-            f"{r['median']:.3f}",
-            f"{r['least']:.3f}",
-            f"{r['floor']:.3f}",
-            f"{r['fraction_of_floor']:.0%}",
-            str(r["launches"]),
-        ]
-        for r in report["rows"]
-    ]
+    print("V4-Flash layers, synthetic weights; milliseconds of a decode step or a prompt\n")
+    other = report.get(OTHER)
+    rows = []
+    for r in report["steps"]:
+        beside = None
+        if other and (r["kind"], r["tokens"], r["context"]) == ("all", 1, other["context"]):
+            beside = other["seconds_a_token"] * 1e3
+        sequences = f"{r['tokens']} at {r['context']:,}"
+        rows.append(["decode", r["kind"], sequences, *_cells(r, beside)])
+    for r in report["prompts"]:
+        beside = None
+        if other and (r["kind"], r["tokens"]) == ("all", other["tokens"]):
+            beside = (
+                other["seconds"] * 1e3 if r["routing"] == report["prompts"][0]["routing"] else None
+            )
+        chunks = f"{r['tokens']:,} by {r['chunk']:,}"
+        rows.append(["prefill", r["kind"], chunks, *_cells(r, beside)])
     print_table(
-        ["layer", "tokens", "context", "median", "least", "floor", "of floor", "launches"], rows
-    )
-    if OTHER in report:
-        other = report[OTHER]
-        own = next(r for r in report["rows"] if r["kind"] == "all")
-        each = other["seconds_a_token"] * 1e3
-        print(
-            f"\n{OTHER} {other['version']}, BF16 weights, one token at {other['tokens']:,}: "
-            f"{each:.2f} ms for three layers, {each / own['median']:.1f} times as long"
-        )
+        ["", "layers", "tokens", "routing", "median", "least", "floor", "of floor", "launches",
+         OTHER, "ratio"],
+        rows,
+    )  # fmt: skip
+    if other:
+        print(f"\n{OTHER} {other['version']}: BF16 weights, eager attention, the same three layers")
     for context, kernels in report.get("kernels", {}).items():
         print(f"\none token at {int(context):,}: microseconds by kernel")
         print_table(
             ["us", "calls", "kernel"], [[f"{us:.1f}", str(n), name[:70]] for name, n, us in kernels]
         )
+
+
+def _cells(r: dict[str, Any], beside: float | None) -> list[str]:
+    """A row from its routing on; beside: milliseconds of the other implementation."""
+    return [
+        r["routing"],
+        f"{r['median']:.3f}",
+        f"{r['least']:.3f}",
+        f"{r['floor']:.3f}",
+        f"{r['floor'] / r['median']:.0%}",
+        str(r["launches"]),
+        f"{beside:.1f}" if beside else "-",
+        f"{beside / r['median']:.1f}" if beside else "-",
+    ]

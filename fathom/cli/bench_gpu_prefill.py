@@ -109,12 +109,13 @@ def check_other(against: str | None) -> None:
         raise ConfigError(f"a GPU is measured against {OTHER!r} only, not {against!r}")
 
 
-def measure_other(tokens: int = OTHER_TOKENS) -> dict[str, Any]:
-    """What the other implementation needs, measured in a process of its own.
+def measure_other(tokens: int = OTHER_TOKENS, context: int = OTHER_TOKENS) -> dict[str, Any]:
+    """What the other implementation needs for a prompt of `tokens` and for single tokens behind
+    `context`, measured in a process of its own.
 
     Raises MissingDependency where it cannot run.
     """
-    command = [sys.executable, "-m", OTHER_MODULE, str(tokens)]
+    command = [sys.executable, "-m", OTHER_MODULE, str(tokens), str(context)]
     try:
         done = subprocess.run(
             command, cwd=CHECKOUT, capture_output=True, text=True, timeout=OTHER_LIMIT

@@ -72,8 +72,8 @@ def _spec(kind: str, given: dict[str, Any]) -> Container | MicroVM | FullVM:
         return Container(**given)
     if kind not in ("microvm", "fullvm"):
         raise typer.BadParameter(f"--sandbox is {kind!r}; choose container, microvm or fullvm")
-    if odd := sorted({"workdir", "pids"} & set(given)):
-        raise typer.BadParameter(f"a virtual machine has no --{odd[0]}")
+    if odd := sorted({"workdir", "pids", "io_read", "io_write"} & set(given)):
+        raise typer.BadParameter(f"a virtual machine has no --{odd[0].replace('_', '-')}")
     return MicroVM(**given) if kind == "microvm" else FullVM(**given)
 
 
@@ -121,6 +121,10 @@ def run(
     cpu: Annotated[float | None, typer.Option(help="Cores, such as 0.5.")] = None,
     pids: Annotated[int | None, typer.Option(help="Processes at the same time.")] = None,
     disk: Annotated[str | None, typer.Option(help="What may be written, such as 64MiB.")] = None,
+    io_read: Annotated[
+        str | None, typer.Option(help="What may be read from each disk a second, such as 10MiB.")
+    ] = None,
+    io_write: Annotated[str | None, typer.Option(help="The same for writing.")] = None,
     allow: Annotated[
         list[str] | None, typer.Option(help="An address and port that may be reached; repeatable.")
     ] = None,
@@ -146,6 +150,8 @@ def run(
         "cpu": cpu,
         "pids": pids,
         "disk": disk,
+        "io_read": io_read,
+        "io_write": io_write,
         "idle_ttl": idle_ttl,
     }
     spec = _spec(kind, {name: value for name, value in given.items() if value is not None})
@@ -175,7 +181,9 @@ def exec_(
     data = None if sys.stdin.isatty() else sys.stdin.buffer.read()
     with _daemon(folder) as client:
         sandbox = client.attach(name)
-        result = sandbox.exec(command, timeout=timeout, stdin=data, cap=16 << 20, op=op)
+        # What follows the name is taken as it is, the mark between them included.
+        words = command[1:] if command[0] == "--" else command
+        result = sandbox.exec(words, timeout=timeout, stdin=data, cap=16 << 20, op=op)
     _finish(result, as_json)
 
 

@@ -39,6 +39,7 @@ from fathom.engine.speculative import Drafter
 from fathom.engine.wal import Logged, WriteAheadLog, revive
 from fathom.errors import CacheError, CacheFull, ConfigError, FathomError, GenerationError
 from fathom.model.fingerprint import fingerprint
+from fathom.model.stored import StoredModel
 from fathom.model.transformer import Transformer
 
 _log = logging.getLogger(__name__)
@@ -73,7 +74,9 @@ class Engine:
     CacheError for folders that cannot be used.
     """
 
-    def __init__(self, model: Transformer, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self, model: Transformer | StoredModel, config: EngineConfig | None = None
+    ) -> None:
         self.model, self.config = model.eval(), config or EngineConfig()
         config = self.config
         if config.drafts > 0 and not model.mtp:
@@ -81,6 +84,7 @@ class Engine:
         self.memory = allocate(config, model)
         rows = config.budget.tokens + config.max_sequences * (1 + config.drafts)
         self.runner = make_runner(model, self.memory, rows)
+        self.runner.batch_invariant = config.batch_invariant
         root = self._name()
         self.cache = PrefixCache(
             root,
@@ -457,6 +461,6 @@ class Engine:
         layout = self.memory.slabs.layout
         kind = (
             f"{layout.kv_format} {layout.key_format} {self.config.drafts > 0} "
-            f"{type(self.runner).__name__}"
+            f"{type(self.runner).__name__} {self.config.batch_invariant}"
         )
         return fingerprint(self.model, kind)

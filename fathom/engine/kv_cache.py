@@ -144,7 +144,7 @@ def slabs_for(tokens: int) -> int:
 
 def read_ranges(row: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> bytes:
     """The bytes of some ranges of row [bytes] uint8, one after the other."""
-    whole = row.cpu().numpy()
+    whole = _on_host(row).numpy()
     return b"".join(whole[a:b].tobytes() for a, b in ranges)
 
 
@@ -154,13 +154,23 @@ def write_ranges(row: torch.Tensor, ranges: Sequence[tuple[int, int]], record: b
     if len(record) != wanted:
         raise ValueError(f"a record of {len(record)} bytes where {wanted} belong")
     source, at = np.frombuffer(record, np.uint8), 0
+    staged = _on_host(row)
+    whole = staged.numpy()  # torch would wake its threads for every copy
     for a, b in ranges:
-        part = source[at : at + b - a]
-        if row.device.type == "cpu":  # torch would wake its threads for every copy
-            row.numpy()[a:b] = part
-        else:
-            row[a:b] = torch.tensor(part, device=row.device)
+        whole[a:b] = source[at : at + b - a]
         at += b - a
+    if row.device.type != "cpu":
+        row.copy_(staged, non_blocking=True)
+
+
+def _on_host(row: torch.Tensor) -> torch.Tensor:
+    """row [bytes] uint8 itself on the CPU; of a GPU a copy in pinned memory, in one transfer."""
+    if row.device.type == "cpu":
+        return row
+    staged = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
+    staged.copy_(row, non_blocking=True)
+    torch.cuda.current_stream(row.device).synchronize()
+    return staged
 
 
 def _allocate(rows: int, cols: int, device: torch.device) -> torch.Tensor:

@@ -30,7 +30,9 @@ class EngineConfig:
     a quarter of the free memory if that is less). checkpoint_spacing: tokens between checkpoints of
     the sliding windows within long prompts; 256 is every slab ("full"), 0 none but at turn ends.
     drafts: tokens that the MTP block drafts per step, 0 for none; `drafts_adaptive` stops drafting
-    while it does not pay. indexer: "fp4" or "fp8" keys.
+    while it does not pay. indexer: "fp4" or "fp8" keys. batch_invariant: False lets a GPU's prompts
+    and large batches go through matrix products whose bits depend on the cutting; the CPU has no
+    such way.
     Raises ConfigError for values that cannot be.
     """
 
@@ -46,6 +48,7 @@ class EngineConfig:
     drafts: int = 0
     drafts_adaptive: bool = True
     indexer: str = "fp4"
+    batch_invariant: bool = True
 
     def __post_init__(self) -> None:
         if self.max_sequences < 1 or self.budget.tokens < 1 or self.budget.beside_streams < 1:

@@ -1,6 +1,7 @@
-"""The two ways to compute a step: compiled rows on the CPU, and the torch model on any device.
+"""The ways to compute a step: compiled rows on the CPU, stored formats on a GPU, and the torch
+model on any device.
 
-`runner` is an operation like any other: the registry chooses by device, a GPU adds its own.
+`runner` is an operation like any other: the registry chooses by device and by what fits a model.
 
 Paper: none (engine).
 """
@@ -14,15 +15,21 @@ import torch
 
 from fathom.engine.batch import Batch, Memory
 from fathom.kernels import operation
+from fathom.model.stored import StoredModel
 from fathom.model.transformer import Transformer
 
 _runner = operation("runner")
 
 
 class Runner(Protocol):
-    """Computes batches over an engine's memory; a row's result depends on its sequence alone."""
+    """Computes batches over an engine's memory.
+
+    `batch_invariant`: a row's result depends on its sequence alone. Set to False, a runner that has
+    a faster way may take it. `export`: keep what `routing` and `selection` tell.
+    """
 
     export: bool
+    batch_invariant: bool
 
     def reload(self) -> None:
         """Read the model's weights again."""
@@ -57,12 +64,12 @@ class Runner(Protocol):
         ...
 
 
-def make_runner(model: Transformer, memory: Memory, max_rows: int) -> Runner:
+def make_runner(model: Transformer | StoredModel, memory: Memory, max_rows: int) -> Runner:
     """The best runner for a model where it lies."""
-    from fathom.engine import torch_runner  # noqa: F401  (registers the reference)
+    from fathom.engine import stored_runner, torch_runner  # noqa: F401  (they register themselves)
 
     return _runner(_weight(model), model, memory, max_rows)
 
 
-def _weight(model: Transformer) -> torch.Tensor:
+def _weight(model: Transformer | StoredModel) -> torch.Tensor:
     return model.embed.weight

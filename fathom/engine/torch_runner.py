@@ -35,6 +35,7 @@ class TorchRunner:
         self, device: torch.Tensor, model: Transformer, memory: Memory, max_rows: int
     ) -> None:
         self.model, self.memory, self.export = model, memory, False
+        self.batch_invariant = True  # nothing else is offered, and cuts may still count
         self._config, self._layout = model.config, memory.slabs.layout
         self._slots = memory.slots.layout
         self._streams = torch.empty(0)

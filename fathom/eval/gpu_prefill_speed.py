@@ -15,12 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fathom.eval.gpu_speed import NAMES, times_ms
+from fathom.eval.gpu_speed import NAMES, kernels_of, layer_flops, times_ms
 from fathom.kernels import operation
 from fathom.model.config import ModelConfig
 from fathom.model.prefill_memory import MemoryPlan, check_memory, plan_prefill
-from fathom.model.stored import SLAB_TOKENS, StoredCache, StoredLayer
-from fathom.model.stored_prefill import Chunk, prefill_layers
+from fathom.model.stored import StoredLayer
+from fathom.model.stored_cache import SLAB_TOKENS, StoredCache
+from fathom.model.stored_forward import run_layers
+from fathom.model.stored_work import Chunk
 
 _chunk_moe = operation("chunk_moe")
 
@@ -38,32 +40,14 @@ class PrefillTime:
     floor: float
     planned: int
     peak: int
+    routing: str
+    launches: int
+    num_bytes: int
 
     @property
     def rate(self) -> float:
         """Tokens per second."""
         return self.tokens / self.median * 1e3
-
-
-def prefill_flops(config: ModelConfig, layer: StoredLayer, start: int, tokens: int) -> float:
-    """Operations of one layer's chunk, two for each multiplication, that any version must do."""
-    c, ratio = config, layer.ratio
-    weights = sum(t[0].numel() for t in (layer.low, layer.high, layer.wo_a, layer.wo_b))
-    weights += layer.shared[0].numel() + layer.shared[2].numel() + layer.gate.numel()
-    weights += layer.plain.numel() if layer.plain is not None else 0
-    weights += 3 * c.num_experts_per_tok * c.hidden_size * c.moe_intermediate_size
-    weights += 2 * layer.attn_site.fn.numel()
-    total = 2.0 * tokens * weights
-    positions = range(start + 1, start + tokens + 1)
-    keys = sum(min(n, c.sliding_window) for n in positions)
-    if ratio:
-        most = c.index_topk if layer.index_compressor is not None else start + tokens
-        keys += sum(min(n // ratio, most) for n in positions)
-    total += 4.0 * keys * c.num_attention_heads * c.head_dim
-    if layer.index_compressor is not None:
-        visible = sum(n // ratio for n in positions if n // ratio > c.index_topk)
-        total += 2.0 * visible * c.index_n_heads * c.index_head_dim
-    return total
 
 
 def run_prompt(
@@ -76,7 +60,7 @@ def run_prompt(
     """Feed all chunks. streams: [tokens, streams, hidden] of the whole prompt."""
     for chunk in chunks:
         own = streams[chunk.start : chunk.start + len(chunk.token_ids)]
-        prefill_layers(config, layers, cache, chunk, own)
+        run_layers(config, layers, cache, chunk, own)
 
 
 def prefill_time(
@@ -87,6 +71,7 @@ def prefill_time(
     rates: tuple[float, float],
     repeat: int = 5,
     show: Callable[[MemoryPlan], None] | None = None,
+    routing: str = "own router",
 ) -> PrefillTime:
     """A prompt of `tokens` from nothing. rates: FLOP/s and bytes/s measured in this run; `show`
     gets the memory plan before anything is allocated. Raises ConfigError where it does not fit.
@@ -114,8 +99,9 @@ def prefill_time(
     before = torch.cuda.memory_allocated()
     times = times_ms(lambda: run_prompt(config, layers, cache, chunks, streams), repeat)
     peak = torch.cuda.max_memory_allocated() - before + given
+    launches = kernels_of(lambda: run_prompt(config, layers, cache, chunks, streams))
     flops = sum(
-        prefill_flops(config, layer, c.start, len(c.token_ids)) for layer in layers for c in chunks
+        layer_flops(config, layer, c.start, len(c.token_ids)) for layer in layers for c in chunks
     )
     weight_bytes = sum(layer.num_bytes() for layer in layers) * len(chunks)
     return PrefillTime(
@@ -128,6 +114,9 @@ def prefill_time(
         floor=1e3 * max(flops / rates[0], weight_bytes / rates[1]),
         planned=plan.working,
         peak=peak,
+        routing=routing,
+        launches=launches,
+        num_bytes=weight_bytes,
     )
 
 
@@ -169,10 +158,10 @@ def kernel_times(
     streams = torch.randn(
         tokens, config.hc_mult, config.hidden_size, device="cuda", dtype=torch.bfloat16
     )
-    prefill_layers(config, layers, cache, chunk, streams)
+    run_layers(config, layers, cache, chunk, streams)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        prefill_layers(config, layers, cache, chunk, streams)
+        run_layers(config, layers, cache, chunk, streams)
         torch.cuda.synchronize()
     rows = [
         (event.key, event.count, event.self_device_time_total)

@@ -15,16 +15,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fathom.checkpoint.synthetic import synthetic_layer
+from fathom.checkpoint.synthetic import routing_table, synthetic_layer
 from fathom.model.config import ModelConfig
-from fathom.model.stored import (
-    SLAB_TOKENS,
-    SlabLayout,
-    Step,
-    StoredCache,
-    StoredLayer,
-    decode_layers,
-)
+from fathom.model.stored import StoredLayer
+from fathom.model.stored_cache import SLAB_TOKENS, SlabLayout, StoredCache
+from fathom.model.stored_forward import run_layers
+from fathom.model.stored_work import Step
 from fathom.quant import fp4, kv_pack
 
 NAMES = {0: "SWA", 4: "CSA", 128: "HCA"}
@@ -32,17 +28,21 @@ DISTINCT_SLABS = 16  # random slabs that a long cache repeats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerTime:
-    """One decode step of one layer. Times in milliseconds; floor from bytes alone."""
+class StepTime:
+    """One decode step. Times in milliseconds; floor from bytes alone; flops: operations that any
+    version must do.
+    """
 
     kind: str
-    batch_invariant: bool
     tokens: int
     context: int
+    routing: str
     median: float
     least: float
     floor: float
     launches: int
+    num_bytes: int
+    flops: float
 
     @property
     def fraction(self) -> float:
@@ -84,17 +84,20 @@ def times_ms(call: Callable[[], object], repeat: int = 50) -> list[float]:
     return times
 
 
+def kernels_of(call: Callable[[], object]) -> int:
+    """How many kernels a call launches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
+
+
 def captured(call: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, int]:
     """The call as a graph, and how many kernels one replay launches."""
     for _ in range(2):
         call()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    launches = sum(
-        event.count for event in profile.key_averages() if event.device_type.name == "CUDA"
-    )
+    launches = kernels_of(call)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
@@ -143,15 +146,42 @@ def filled_cache(
     return cache
 
 
-def step_bytes(config: ModelConfig, layer: StoredLayer, tokens: int, context: int) -> int:
+def layer_flops(config: ModelConfig, layer: StoredLayer, start: int, tokens: int) -> float:
+    """Operations of one layer's chunk, two for each multiplication, that any version must do."""
+    c, ratio = config, layer.ratio
+    weights = sum(t[0].numel() for t in (layer.low, layer.high, layer.wo_a, layer.wo_b))
+    weights += layer.shared[0].numel() + layer.shared[2].numel() + layer.gate.numel()
+    weights += layer.plain.numel() if layer.plain is not None else 0
+    weights += 3 * c.num_experts_per_tok * c.hidden_size * c.moe_intermediate_size
+    weights += 2 * layer.attn_site.fn.numel()
+    total = 2.0 * tokens * weights
+    positions = range(start + 1, start + tokens + 1)
+    keys = sum(min(n, c.sliding_window) for n in positions)
+    if ratio:
+        most = c.index_topk if layer.index_compressor is not None else start + tokens
+        keys += sum(min(n // ratio, most) for n in positions)
+    total += 4.0 * keys * c.num_attention_heads * c.head_dim
+    if layer.index_compressor is not None:
+        visible = sum(n // ratio for n in positions if n // ratio > c.index_topk)
+        total += 2.0 * visible * c.index_n_heads * c.index_head_dim
+    return total
+
+
+def step_bytes(
+    config: ModelConfig, layer: StoredLayer, tokens: int, context: int, touched: int | None = None
+) -> int:
     """Bytes that one step of one layer must read: weights once, entries of every sequence.
 
-    Of the routed experts as many as distinct choices can be at most, at uniform routing on average.
+    touched: how many routed experts were chosen; otherwise what uniform routing gives on average.
     """
     c, ratio = config, layer.ratio
     routed = sum(t.numel() for t in layer.routed)
     share = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** tokens
+    if touched is not None:
+        share = touched / c.n_routed_experts
     total = layer.num_bytes() - routed + int(routed * share)
+    if layer.table is not None:
+        total -= layer.table.numel() * layer.table.element_size()  # a row a token is read
     entry = kv_pack.kv_entry_bytes(c.head_dim, c.qk_rope_head_dim)
     each = min(context, c.sliding_window) * entry
     if ratio == 4:
@@ -162,54 +192,73 @@ def step_bytes(config: ModelConfig, layer: StoredLayer, tokens: int, context: in
     return total + tokens * each
 
 
-def layer_times(
+def routed_by(
+    layers: Sequence[StoredLayer], config: ModelConfig, profile: str
+) -> list[StoredLayer]:
+    """The same layers with a table of a routing profile in place of their routers' choices."""
+    return [
+        replace(layer, table=routing_table(config, profile, seed=index, device="cuda"), bias=None)
+        for index, layer in enumerate(layers)
+    ]
+
+
+def whole_model(config: ModelConfig, layers: Sequence[StoredLayer]) -> list[StoredLayer]:
+    """As many layers as a configuration has, each of them the one of `layers` of its kind.
+
+    Layers of a kind share weights, of which a step reads several times what a cache of the device
+    holds before it comes to them again.
+    """
+    by_ratio = {layer.ratio: layer for layer in layers}
+    return [by_ratio[r] for r in config.compress_ratios[: config.num_hidden_layers]]
+
+
+def step_time(
     config: ModelConfig,
     layers: Sequence[StoredLayer],
+    kind: str,
     tokens: int,
     context: int,
     rate: float,
-    repeat: int = 50,
-    batch_invariant: bool = True,
-) -> list[LayerTime]:
-    """Each layer alone, then all of them as one step (kind "all")."""
-    found = []
-    groups = [[layer] for layer in layers] + [list(layers)]
-    for group in groups:
-        ratios = [layer.ratio for layer in group]
-        cache = filled_cache(config, ratios, tokens, context)
-        step = decode_step(config, tokens, context)
-        streams = torch.randn(tokens, config.hc_mult, config.hidden_size, device="cuda")
-        streams = streams.bfloat16()
+    repeat: int,
+    routing: str = "own router",
+) -> StepTime:
+    """One step of `tokens` sequences at the end of `context` through the layers, as one graph.
 
-        def call(group=group, cache=cache, step=step, streams=streams) -> object:
-            return decode_layers(
-                config, group, cache, step, streams, batch_invariant=batch_invariant
-            )
-
-        graph, launches = captured(call)
-        times = times_ms(graph.replay, repeat)
-        floor = sum(step_bytes(config, layer, tokens, context) for layer in group) / rate * 1e3
-        found.append(
-            LayerTime(
-                kind=NAMES[ratios[0]] if len(group) == 1 else "all",
-                batch_invariant=batch_invariant,
-                tokens=tokens,
-                context=context,
-                median=statistics.median(times),
-                least=min(times),
-                floor=floor,
-                launches=launches,
-            )
-        )
-        del graph, cache
-    return found
+    rate: bytes per second of a copy; kind, routing: what the result is called by.
+    """
+    cache = filled_cache(config, [layer.ratio for layer in layers], tokens, context)
+    step = decode_step(config, tokens, context)
+    streams = torch.randn(tokens, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
+    graph, launches = captured(lambda: run_layers(config, layers, cache, step, streams))
+    times = times_ms(graph.replay, repeat)
+    num_bytes, flops = 0, 0.0
+    for layer in layers:
+        touched = None
+        if layer.table is not None:
+            touched = layer.table[step.token_ids.long()].unique().numel()
+        num_bytes += step_bytes(config, layer, tokens, context, touched)
+        flops += tokens * layer_flops(config, layer, context - 1, 1)
+    return StepTime(
+        kind=kind,
+        tokens=tokens,
+        context=context,
+        routing=routing,
+        median=statistics.median(times),
+        least=min(times),
+        floor=num_bytes / rate * 1e3,
+        launches=launches,
+        num_bytes=num_bytes,
+        flops=flops,
+    )
 
 
-def decode_step(config: ModelConfig, tokens: int, context: int) -> Step:
+def decode_step(
+    config: ModelConfig, tokens: int, context: int, batch_invariant: bool = True
+) -> Step:
     """A step at the last position of `context`."""
     positions = torch.full((tokens,), context - 1, dtype=torch.int32, device="cuda")
     ids = torch.arange(tokens, device="cuda") * 997 % config.vocab_size
-    return Step.create(config, positions, ids, context)
+    return Step.create(config, positions, ids, context, batch_invariant)
 
 
 def stored_layers(config: ModelConfig, seed: int = 1) -> list[StoredLayer]:
@@ -232,14 +281,14 @@ def profile_kernels(
 ) -> list[tuple[str, int, float]]:
     """(kernel, calls, microseconds) of one step of all layers, longest first."""
     cache = filled_cache(config, [layer.ratio for layer in layers], tokens, context)
-    step = decode_step(config, tokens, context)
+    step = decode_step(config, tokens, context, batch_invariant)
     streams = torch.randn(tokens, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
     for _ in range(3):
-        decode_layers(config, layers, cache, step, streams, batch_invariant=batch_invariant)
+        run_layers(config, layers, cache, step, streams)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(5):
-            decode_layers(config, layers, cache, step, streams, batch_invariant=batch_invariant)
+            run_layers(config, layers, cache, step, streams)
         torch.cuda.synchronize()
     rows = [
         (event.key, event.count // 5, event.self_device_time_total / 5)

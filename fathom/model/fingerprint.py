@@ -10,13 +10,14 @@ from dataclasses import asdict
 
 import torch
 
+from fathom.model.stored import StoredModel
 from fathom.model.transformer import Transformer
 
 WHOLE = 2**16  # bytes: smaller parameters are hashed whole, of larger ones as many in samples
 SAMPLES = 64
 
 
-def fingerprint(model: Transformer, kind: str) -> bytes:
+def fingerprint(model: Transformer | StoredModel, kind: str) -> bytes:
     """16 bytes that depend on configuration, arithmetic, `kind` and weights.
 
     Of a large parameter 64 evenly spread samples count, and its float64 sum: enough for any
@@ -31,7 +32,7 @@ def fingerprint(model: Transformer, kind: str) -> bytes:
         if flat.numel() * flat.element_size() > WHOLE:
             each = WHOLE // flat.element_size() // SAMPLES
             starts = torch.linspace(0, flat.numel() - each, SAMPLES).long().tolist()
-            digest.update(str(flat.double().sum().item()).encode())
+            digest.update(str(flat.sum(dtype=torch.float64).item()).encode())
             flat = torch.cat([flat[start : start + each] for start in starts])
         digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.digest()

@@ -1,7 +1,7 @@
 """How much device memory a prefill takes, known before anything is allocated.
 
 A plan lists what is live while each operation of a layer runs; the operation with the most decides.
-It counts tensors, in the order in which fathom/model/stored_prefill.py makes and drops them, and
+It counts tensors, in the order in which fathom/model/stored_forward.py makes and drops them, and
 one fixed workspace of the matrix library; the allocator rounds each tensor up by less than 2 MiB.
 
 Paper: §3.5.1 (cache layout); otherwise none (engineering).
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from fathom.errors import ConfigError
 from fathom.model.config import CSA_RATIO, HCA_RATIO, ModelConfig
-from fathom.model.stored import SLAB_TOKENS, SlabLayout, StoredLayer
+from fathom.model.stored import StoredLayer
+from fathom.model.stored_cache import SLAB_TOKENS, SlabLayout
 from fathom.quant import kv_pack
 
 MATRIX_WORKSPACE = 32 * 2**20  # what cuBLAS keeps for itself on this generation of cards

@@ -1,42 +1,25 @@
-"""Decoding on weights and caches in their stored formats: the model that fits the machine.
+"""A model's weights in their stored formats: what fits the machine, and what a GPU reads.
 
-`Transformer` holds weights dequantised and computes everything differentiably. Here a block keeps
-the bytes of the checkpoint (FP4 experts, FP8 matrices), reads and writes the cache's 584-byte
-entries, and feeds one token to each of up to 64 sequences a step, as about 16 fused operations that
-a GPU replays without the host. Matrices of the same input lie stacked, so that each is one launch.
+`Transformer` holds weights dequantised and computes everything differentiably. A `StoredModel`
+keeps the bytes of the checkpoint (FP4 experts, FP8 matrices); matrices of the same input lie
+stacked, so that each is one launch. fathom/model/stored_forward.py computes with it.
 
-Reading order: decode_layers -> _attention, stored_moe; mhc_boundary in between.
-
-    tokens: sequences of the step; hidden, streams, heads as everywhere.
-
-Paper: §2 (architecture), §3.4 (FP4 and FP8 inference), §3.5.1 (cache layout).
+Paper: §2 (architecture), §3.4 (FP4 and FP8 inference).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from fathom.errors import ConfigError
-from fathom.kernels import operation
-from fathom.model.config import CSA_RATIO, HCA_RATIO, ModelConfig
-from fathom.model.rope import RotaryTable
-from fathom.quant import kv_pack
-
-_chunk_linear = operation("chunk_linear")
-_chunk_moe = operation("chunk_moe")
-_entry_attention = operation("entry_attention")
-_index_scores_paged = operation("index_scores_paged")
-_mhc_boundary = operation("mhc_boundary")
-_store_entries = operation("store_entries")
-_stored_linear = operation("stored_linear")
-_stored_moe = operation("stored_moe")
-_topk_positions = operation("topk_positions")
-
-SLAB_TOKENS = 256  # tokens whose compressed entries, of every layer, lie in one slab
-MOST_TOKENS = 64  # sequences in one decode step
+from fathom.model.config import CSA_RATIO, ModelConfig
+from fathom.model.layers import Linear
+from fathom.model.moe import RoutedExperts
+from fathom.model.transformer import Transformer
+from fathom.quant import fp4, fp8
 
 Tensor = torch.Tensor
 
@@ -174,243 +157,194 @@ def _bytes(t: Tensor) -> Tensor:
     return t.contiguous().view(torch.uint8)
 
 
-@dataclass(frozen=True, slots=True)
-class SlabLayout:
-    """Where each layer's entries lie in a slab: all layers' compressed entries of 256 tokens.
+@dataclass(slots=True, kw_only=True)
+class MergeSite:
+    """The final merge of the streams and the norm behind it.
 
-    offsets: for each layer (entries, index keys), in bytes; sequences differ only in their slabs.
+    fn: [streams, streams * hidden], base: [streams], scale: [1] float32; norm: [hidden].
     """
 
-    offsets: tuple[tuple[int, int], ...]
-    num_bytes: int
+    fn: Tensor
+    base: Tensor
+    scale: Tensor
+    norm: Tensor
 
     @classmethod
-    def of(cls, config: ModelConfig, ratios: Sequence[int]) -> SlabLayout:
-        """The layout for layers of these compress ratios."""
-        entry = kv_pack.kv_entry_bytes(config.head_dim, config.qk_rope_head_dim)
-        key = kv_pack.indexer_entry_bytes("fp4", config.index_head_dim)
-        offsets, at = [], 0
-        for ratio in ratios:
-            count = SLAB_TOKENS // ratio if ratio else 0
-            index = at + count * entry
-            offsets.append((at, index))
-            at = index + (count * key if ratio == CSA_RATIO else 0)
-        return cls(tuple(offsets), at)
-
-
-@dataclass(slots=True)
-class LayerState:
-    """A layer's fixed-size memory of every sequence: its window's ring and compressor states."""
-
-    ring: Tensor
-    state: Tensor | None = None
-    index_state: Tensor | None = None
-
-
-@dataclass(slots=True)
-class StoredCache:
-    """The memory of `tokens` sequences: a state slot each, and slabs found through `table`.
-
-    pool: [slabs, bytes] uint8; table: [tokens, slabs] int32.
-    """
-
-    layout: SlabLayout
-    layers: list[LayerState]
-    pool: Tensor
-    table: Tensor
-
-    @classmethod
-    def empty(
-        cls,
-        config: ModelConfig,
-        ratios: Sequence[int],
-        tokens: int,
-        slabs: int,
-        device: torch.device | str,
-    ) -> StoredCache:
-        """Room for `slabs` slabs of every sequence, in order; nothing in it."""
-        layout = SlabLayout.of(config, ratios)
-        entry = kv_pack.kv_entry_bytes(config.head_dim, config.qk_rope_head_dim)
-        make = {"dtype": torch.float32, "device": device}
-        layers = []
-        for ratio in ratios:
-            ring = torch.zeros(
-                tokens, config.sliding_window * entry, dtype=torch.uint8, device=device
-            )
-            own = LayerState(ring)
-            if ratio == CSA_RATIO:
-                own.state = torch.zeros(tokens, 8, 2, 2 * config.head_dim, **make)
-                own.index_state = torch.zeros(tokens, 8, 2, 2 * config.index_head_dim, **make)
-            elif ratio == HCA_RATIO:
-                own.state = torch.zeros(tokens, 3, config.head_dim, **make)
-            layers.append(own)
-        pool = torch.zeros(tokens * slabs, layout.num_bytes, dtype=torch.uint8, device=device)
-        table = torch.arange(tokens * slabs, dtype=torch.int32, device=device)
-        return cls(layout, layers, pool, table.view(tokens, slabs))
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> MergeSite:
+        """tensors: of the model, or of an MTP block without the `mtp.N.` before their names, in the
+        same shape as in the files, such as fn [streams, streams * hidden].
+        """
+        parts = {part: tensors[f"hc_head_{part}"] for part in ("fn", "base", "scale")}
+        return cls(**parts, norm=tensors["norm.weight"])
 
 
 @dataclass(slots=True, kw_only=True)
-class Step:
-    """What the layers of one decode step share; fixed addresses, so that a graph can replay it.
+class StoredDraft:
+    """The MTP block as stored: its projections, its layer (of ratio 0) and its own merge."""
 
-    positions: [tokens] int32; token_ids: [tokens] int64; rotations: [tokens, 2, rope_dim / 2] of
-    this position without and with YaRN, and of the first positions of its windows of 4 and 128;
-    most_positions: a bound on every position + 1, which sizes the grids.
-    """
-
-    positions: Tensor
-    token_ids: Tensor
-    most_positions: int
-    rotations: dict[str, Tensor] = field(default_factory=dict)
+    layer: StoredLayer
+    e_proj: tuple[Tensor, Tensor]
+    h_proj: tuple[Tensor, Tensor]
+    enorm: Tensor
+    hnorm: Tensor
+    merge: MergeSite
 
     @classmethod
-    def create(
-        cls, config: ModelConfig, positions: Tensor, token_ids: Tensor, most_positions: int
-    ) -> Step:
-        """positions: [tokens] int32; token_ids: [tokens] int64. Raises ConfigError beyond 64."""
-        if len(positions) > MOST_TOKENS:
-            raise ConfigError(
-                f"a decode step takes at most {MOST_TOKENS} sequences, not {len(positions)}: "
-                "split the batch"
-            )
-        step = cls(positions=positions, token_ids=token_ids, most_positions=most_positions)
-        step.rotate(config)
-        return step
-
-    def rotate(self, config: ModelConfig) -> None:
-        """Bring the rotations up to date with the positions, in place where they exist."""
-        plain, yarn = RotaryTable(config, False), RotaryTable(config, True)
-        at = self.positions.long()
-        for name, rotary, position in (
-            ("plain", plain, at),
-            ("yarn", yarn, at),
-            (f"entry{CSA_RATIO}", yarn, at // CSA_RATIO * CSA_RATIO),
-            (f"entry{HCA_RATIO}", yarn, at // HCA_RATIO * HCA_RATIO),
-        ):
-            value = torch.stack(rotary.at(position), dim=1)
-            if name in self.rotations:
-                self.rotations[name].copy_(value)
-            else:
-                self.rotations[name] = value.contiguous()
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> StoredDraft:
+        """tensors: the block's by their official names, without the `mtp.N.` before them, each in
+        the same shape as in the files, such as e_proj [hidden, hidden].
+        """
+        projections = {
+            name: (_bytes(tensors[f"{name}.weight"]), _bytes(tensors[f"{name}.scale"]))
+            for name in ("e_proj", "h_proj")
+        }
+        return cls(
+            layer=StoredLayer.from_tensors(tensors, 0),
+            enorm=tensors["enorm.weight"],
+            hnorm=tensors["hnorm.weight"],
+            merge=MergeSite.from_tensors(tensors),
+            **projections,
+        )
 
 
-def decode_layers(
-    config: ModelConfig,
-    layers: Sequence[StoredLayer],
-    cache: StoredCache,
-    step: Step,
-    streams: Tensor,
-    *,
-    batch_invariant: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Feed one token of every sequence through the blocks.
+@dataclass(slots=True)
+class Table:
+    """A matrix that rows are looked up in; weight: [vocab, hidden]."""
 
-    streams: [tokens, streams, hidden]; batch_invariant: a token's result is the same bits whatever
-    the batch; without it, linears and experts go through the matrix units, which is quicker from
-    about eight sequences on. Returns (streams before the last write, the last sublayer's
-    output [tokens, hidden], its post [tokens, streams] and comb [tokens, streams, streams]): the
-    head's read finishes the write.
+    weight: Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class StoredModel:
+    """A whole model as stored, for inference: what the engine needs of a `Transformer`.
+
+    embed: [vocab, hidden] in the arithmetic's dtype; head: [vocab, hidden].
     """
-    constants = {
-        "iterations": config.hc_sinkhorn_iters,
-        "eps": config.hc_eps,
-        "norm_eps": config.rms_norm_eps,
-    }
-    y = pairs = post = comb = None
-    for index, layer in enumerate(layers):
-        for site in (layer.attn_site, layer.ffn_site):
-            streams, x, post, comb = _mhc_boundary(
-                streams, site.fn, site.base, site.scale, site.norm,
-                y=y, pairs=pairs, post=post, comb=comb, **constants,
-            )  # fmt: skip
-            if site is layer.attn_site:
-                y = _attention(config, layer, cache, index, step, x, batch_invariant)
-                pairs = None
-            else:
-                moe = _stored_moe if batch_invariant else _chunk_moe
-                pairs, y, _ = moe(
-                    x,
-                    step.token_ids,
-                    layer.gate,
-                    layer.routed,
-                    layer.shared,
-                    topk=config.num_experts_per_tok,
-                    scaling_factor=config.routed_scaling_factor,
-                    limit=config.swiglu_limit,
-                    bias=layer.bias,
-                    table=layer.table,
-                )
-    assert y is not None
-    assert pairs is not None
-    assert post is not None
-    assert comb is not None
-    y = (pairs.float().sum(1) + y.float()).to(y.dtype)
-    return streams, y, post, comb
+
+    config: ModelConfig
+    embed: Table
+    layers: list[StoredLayer]
+    merge: MergeSite
+    head: Tensor
+    mtp: list[StoredDraft] = field(default_factory=list)
+    quantized: bool = True
+
+    @classmethod
+    def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor]) -> StoredModel:
+        """From all tensors of a checkpoint by their official names, on one device.
+
+        tensors: each in the same shape as in the files; experts may be stacked, [experts, rows,
+        cols].
+        """
+
+        def block(name: str) -> dict[str, Tensor]:
+            return {n.removeprefix(name): t for n, t in tensors.items() if n.startswith(name)}
+
+        return cls(
+            config=config,
+            embed=Table(tensors["embed.weight"]),
+            layers=[
+                StoredLayer.from_tensors(block(f"layers.{index}."), ratio)
+                for index, ratio in enumerate(config.compress_ratios)
+            ],
+            merge=MergeSite.from_tensors(tensors),
+            head=tensors["head.weight"],
+            mtp=[
+                StoredDraft.from_tensors(block(f"mtp.{index}."))
+                for index in range(config.num_mtp_layers)
+            ],
+        )
+
+    @classmethod
+    def of(cls, model: Transformer) -> StoredModel:
+        """A Transformer's weights in the formats that it says they have.
+
+        Raises ConfigError for a weight that its format cannot hold.
+        """
+        return cls.from_tensors(model.config, stored_tensors(model))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The arithmetic of activations."""
+        return self.embed.weight.dtype
+
+    def eval(self) -> StoredModel:
+        """Itself: there is nothing to switch off."""
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor by a name of its own, such as .embed.weight: [vocab, hidden]."""
+        found: dict[str, Tensor] = {}
+        _collect(self, "", found)
+        return found
 
 
-def _attention(
-    config: ModelConfig,
-    layer: StoredLayer,
-    cache: StoredCache,
-    index: int,
-    step: Step,
-    x: Tensor,
-    batch_invariant: bool,
-) -> Tensor:
-    """x: [tokens, hidden], normed -> the attention's output [tokens, hidden]."""
-    linear = _stored_linear if batch_invariant else _chunk_linear
-    c, own, ratio = config, cache.layers[index], layer.ratio
-    entry_offset, index_offset = cache.layout.offsets[index]
-    page = SLAB_TOKENS // ratio if ratio else 1
-    most = step.most_positions // ratio if ratio else 0
-    rotation = step.rotations["yarn" if ratio else "plain"]
-    paged = {"pool": cache.pool, "table": cache.table, "page_entries": page} if ratio else {}
+def _collect(part: object, name: str, found: dict[str, Tensor]) -> None:
+    if isinstance(part, Tensor):
+        found[name] = part
+    elif isinstance(part, list | tuple):
+        for index, item in enumerate(part):
+            _collect(item, f"{name}.{index}", found)
+    else:
+        for slot in getattr(part, "__slots__", ()):
+            _collect(getattr(part, slot), f"{name}.{slot}", found)
 
-    low, projected = linear(x, *layer.low, plain=layer.plain)
-    qr = low[:, : c.q_lora_rank]
-    query, _ = linear(qr, *layer.high, norm=layer.q_norm, norm_eps=c.rms_norm_eps)
-    index_query = _store_entries(
-        low,
-        layer.kv_norm,
-        step.positions,
-        rotation,
-        own.ring,
-        kind=ratio,
-        window=c.sliding_window,
-        norm_eps=c.rms_norm_eps,
-        projected=projected,
-        query=query,
-        compressor=(*layer.compressor, own.state) if layer.compressor else None,
-        index_compressor=(
-            (*layer.index_compressor, own.index_state) if layer.index_compressor else None
-        ),
-        entry_rotation=step.rotations.get(f"entry{ratio}"),
-        offsets=(entry_offset, index_offset),
-        index_heads=c.index_n_heads if ratio == CSA_RATIO else 0,
-        **paged,
-    )
-    picks = None
-    if ratio == CSA_RATIO:
-        scores, maxima = _index_scores_paged(
-            index_query, projected, step.positions, cache.pool, cache.table,
-            index_offset=index_offset, page_entries=page, ratio=ratio, most_entries=most,
-        )  # fmt: skip
-        picks = _topk_positions(scores, maxima, step.positions, k=c.index_topk, ratio=ratio)
-    out = _entry_attention(
-        query,
-        step.positions,
-        rotation,
-        own.ring,
-        layer.sink,
-        kind=ratio,
-        head_dim=c.head_dim,
-        window=c.sliding_window,
-        norm_eps=c.rms_norm_eps,
-        entry_offset=entry_offset,
-        picks=picks,
-        most_entries=most,
-        **paged,
-    )
-    # Stored in FP8 but never met by a rounded input: the official converter expands wo_a.
-    low_rank, _ = linear(out, *layer.wo_a, groups=c.o_groups, quantize_input=False)
-    return linear(low_rank, *layer.wo_b)[0]
+
+def unstorable(model: Transformer) -> str | None:
+    """Why a Transformer cannot be a StoredModel, or None: FP8 matrices and FP4 experts, all with
+    power-of-two scales, are what its operations know.
+    """
+    if not model.quantized:
+        return "the model is not quantised"
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedExperts):
+            wanted = "fp4"
+        elif isinstance(module, Linear):
+            wanted = "bf16" if name.endswith("weights_proj") else "fp8"
+        else:
+            continue
+        if module.weight_format != wanted:
+            return f"{name} is stored as {module.weight_format}, not {wanted}"
+        if any(buffer is not None for buffer in module.buffers(recurse=False)):
+            return f"{name} has float32 scales"
+    return None
+
+
+@torch.no_grad()
+def stored_tensors(model: Transformer) -> dict[str, Tensor]:
+    """A Transformer's tensors as a checkpoint of its formats has them, experts stacked: [experts,
+    rows, cols].
+
+    Raises ConfigError for a weight that its format cannot hold.
+    """
+    tensors = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.weight_format == "fp8":
+            codes, scale = fp8.quantize_weight(module.effective_weight())
+            _check(name, fp8.dequantize_weight(codes, scale), module.effective_weight())
+            tensors |= {f"{name}.weight": codes, f"{name}.scale": scale}
+        elif isinstance(module, RoutedExperts):
+            for leaf in ("w1", "w2", "w3"):
+                weight = tensors.pop(f"{name}.{leaf}")
+                codes, scale = fp4.quantize(weight)
+                if not module.simulate_weight:
+                    _check(f"{name}.{leaf}", fp4.dequantize(codes, scale), weight)
+                tensors |= {f"{name}.{leaf}.weight": codes, f"{name}.{leaf}.scale": scale}
+    narrow = [
+        name
+        for name in tensors
+        if name == "head.weight" or name.endswith(("wgate.weight", "compressor.wkv.weight"))
+        or name.endswith(("ffn.gate.weight", "weights_proj.weight"))
+    ]  # fmt: skip
+    # Float32 in the model, BF16 in files: as long as nothing is lost.
+    if all(torch.equal(tensors[name].bfloat16().float(), tensors[name].float()) for name in narrow):
+        tensors |= {name: tensors[name].bfloat16() for name in narrow}
+    return tensors
+
+
+def _check(name: str, stored: Tensor, weight: Tensor) -> None:
+    if not torch.equal(stored.float(), weight.float()):
+        raise ConfigError(
+            f"{name} has values that its stored format cannot hold: save the model and load it "
+            "again, or set its weight formats with simulate"
+        )

@@ -31,6 +31,7 @@ __all__ = [
     "pack_indexer_page",
     "pack_kv_block",
     "pack_kv_entries",
+    "ring_entries",
     "simulate_kv",
     "unpack_indexer_entries",
     "unpack_indexer_page",
@@ -51,6 +52,14 @@ def kv_entry_bytes(head_dim: int = 512, rope_dim: int = 64) -> int:
     """
     data, scales = _kv_sizes(head_dim, rope_dim)
     return data + scales
+
+
+def ring_entries(ring: Tensor, head_dim: int = 512, rope_dim: int = 64) -> int:
+    """How many main entries a ring has room for: all their data bytes, then all their scale bytes.
+
+    ring: [..., bytes] uint8
+    """
+    return ring.shape[-1] // kv_entry_bytes(head_dim, rope_dim)
 
 
 def kv_block_bytes(entries: int, head_dim: int = 512, rope_dim: int = 64) -> int:

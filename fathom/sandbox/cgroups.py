@@ -22,6 +22,7 @@ from fathom.errors import SandboxError, Unsupported
 PARENT = "fathom"
 CONTROLLERS = ("memory", "pids", "cpu")
 FREEZER = "freezer"
+IO = "blkio"  # v1; v2 calls it io
 # What a sandbox's own plumbing uses of the process limit: the agent and two commands' monitors.
 RESERVED_PIDS = 3
 _PERIOD = 100_000
@@ -33,13 +34,15 @@ class Layout:
     """How control groups are mounted: `version` 1 or 2, controller name -> root of its tree.
 
     `beside`: a v2 tree that is mounted too while v1 is the one in use. `others`: trees of
-    controllers that are not used here, in which a container runtime may still make folders.
+    controllers that are not used here, in which a container runtime may still make folders. `io`:
+    the tree of the one that bounds reading from disks (v1), or that of all (v2) where it does.
     """
 
     version: int
     roots: dict[str, Path]
     beside: Path | None = None
     others: tuple[Path, ...] = ()
+    io: Path | None = None
 
 
 def read_layout(mounts: str) -> Layout | None:
@@ -50,6 +53,7 @@ def read_layout(mounts: str) -> Layout | None:
     v1: dict[str, Path] = {}
     v2: Path | None = None
     others: list[Path] = []
+    io: Path | None = None
     for line in mounts.splitlines():
         left, _, right = line.partition(" - ")
         fields, kind = left.split(), right.split()
@@ -63,14 +67,16 @@ def read_layout(mounts: str) -> Layout | None:
                 v1.setdefault(option, target)
             if not used:
                 others.append(target)
+            if IO in kind[2].split(","):
+                io = target
         elif kind[0] == "cgroup2" and v2 is None:
             v2 = target
     if v1:
         if not all(controller in v1 for controller in CONTROLLERS):
             return None
-        return Layout(version=1, roots=v1, beside=v2, others=tuple(others))
+        return Layout(version=1, roots=v1, beside=v2, others=tuple(others), io=io)
     if v2 is not None:
-        return Layout(version=2, roots=dict.fromkeys(CONTROLLERS, v2))
+        return Layout(version=2, roots=dict.fromkeys(CONTROLLERS, v2), io=v2)
     return None
 
 
@@ -78,6 +84,49 @@ def read_layout(mounts: str) -> Layout | None:
 def current_layout() -> Layout | None:
     """Return the layout of this machine, or None; looked at once, while there are few mounts."""
     return read_layout(Path("/proc/self/mountinfo").read_text())
+
+
+def io_limits(layout: Layout | None) -> set[str]:
+    """Return which ways to and from disks can be bounded.
+
+    In v1 what a program writes is on its way long after, by nobody's group: only reading holds.
+    """
+    if layout is None or layout.io is None:
+        return set()
+    if layout.version == 1:
+        there = (layout.io / "blkio.throttle.read_bps_device").exists()
+        return {"io_read"} if there else set()
+    with contextlib.suppress(OSError):
+        if "io" in (layout.io / "cgroup.controllers").read_text().split():
+            return {"io_read", "io_write"}
+    return set()
+
+
+def disks(block: Path = Path("/sys/block")) -> list[str]:
+    """Return the numbers of this machine's disks, as MAJOR:MINOR; no memory, no empty ones."""
+    found: list[str] = []
+    for path in sorted(block.iterdir()):
+        with contextlib.suppress(OSError):
+            if path.name.startswith(("ram", "zram")) or not int((path / "size").read_text()):
+                continue
+            found.append((path / "dev").read_text().strip())
+    return found
+
+
+def io_files(
+    layout: Layout, devices: list[str], read: int | None, write: int | None
+) -> list[tuple[str, str]]:
+    """Return what to write to bound the ways to and from disks: (file, text)."""
+    if layout.version == 1:
+        ways = {"read": read, "write": write}
+        return [
+            (f"blkio.throttle.{way}_bps_device", f"{device} {rate}")
+            for way, rate in ways.items()
+            for device in devices
+            if rate is not None
+        ]
+    rates = [f"{name}={rate}" for name, rate in (("rbps", read), ("wbps", write)) if rate]
+    return [("io.max", " ".join([device, *rates])) for device in devices]
 
 
 def group_folders(layout: Layout, name: str) -> dict[str, Path]:
@@ -123,9 +172,11 @@ def oom_count(text: str) -> int:
 class Group:
     """The control groups of one sandbox. Made by root on the host; raises OSError."""
 
-    def __init__(self, layout: Layout, name: str) -> None:
+    def __init__(self, layout: Layout, name: str, *, io: bool = False) -> None:
         self.layout = layout
         self.folders = group_folders(layout, name)
+        if io and layout.io is not None:
+            self.folders[IO] = layout.io / PARENT / name
 
     def create(self) -> None:
         """Make the folders, still without limits: a runtime may need more than its sandbox."""
@@ -143,13 +194,20 @@ class Group:
                 if required:
                     raise
 
+    def limit_io(self, read: int | None, write: int | None) -> None:
+        """Bound the bytes per second from and to each disk. Raises OSError."""
+        if read is not None or write is not None:
+            for file, text in io_files(self.layout, disks(), read, write):
+                _write(self.folders[IO] / file, text)
+
     def _make(self, folder: Path) -> None:
         for attempt in range(100):
             try:
                 folder.parent.mkdir(exist_ok=True)
                 if self.layout.version == 2:
-                    _enable(folder.parent.parent)
-                    _enable(folder.parent)
+                    more = ("io",) if IO in self.folders else ()
+                    _enable(folder.parent.parent, more)
+                    _enable(folder.parent, more)
                 folder.mkdir()
                 return
             except FileNotFoundError:
@@ -240,16 +298,17 @@ class Group:
         return sorted(tree / PARENT / name for tree in trees)
 
 
-def _enable(folder: Path) -> None:
+def _enable(folder: Path, more: tuple[str, ...] = ()) -> None:
     """Turn on the controllers for the groups below `folder`, where they are not on yet (v2)."""
+    wanted = (*CONTROLLERS, *more)
     file = folder / "cgroup.subtree_control"
     present = file.read_text().split() if file.exists() else []
-    if missing := [f"+{name}" for name in CONTROLLERS if name not in present]:
+    if missing := [f"+{name}" for name in wanted if name not in present]:
         try:
             _write(file, " ".join(missing))
         except OSError as error:
             raise SandboxError(
-                f"the controllers {', '.join(CONTROLLERS)} cannot be turned on in {folder} "
+                f"the controllers {', '.join(wanted)} cannot be turned on in {folder} "
                 f"({error.strerror}): run outside of a container, or move the processes of "
                 f"{folder} into a group below it"
             ) from error

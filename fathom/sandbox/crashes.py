@@ -1,7 +1,8 @@
 """Crash injection: processes of a sandbox killed at random points around commands that really run.
 
-A client begins operations one after another in a sandbox of a daemon. Again and again one of four
-is killed by SIGKILL: the client, the daemon, the daemon's node (its helper), or the agent inside.
+A client begins operations one after another in a sandbox of a daemon. Again and again one of five
+is killed by SIGKILL: the client, the daemon's privileged parent, its API process, its node, or the
+agent inside.
 The next client resumes from the log. Each command adds a line to a file of its own in a folder of
 the host, so what ran twice shows there, whatever the logs say. At the end every operation must have
 a receipt or be unknown, and no file two lines.
@@ -39,7 +40,7 @@ from fathom.sandbox.trajectory.session import Session
 from fathom.sandbox.trajectory.tape import read_outcome, read_tape
 
 # An agent takes what runs in its sandbox along: that outcome is unknown, and no wit can change it.
-SHARES = {"client": 0.84, "daemon": 0.10, "node": 0.05, "agent": 0.01}
+SHARES = {"client": 0.74, "daemon": 0.10, "api": 0.10, "node": 0.05, "agent": 0.01}
 # A client reads the whole trajectory; a longer one would measure reading.
 PER_ROUND = 100
 _NAME = "crashes"
@@ -102,15 +103,21 @@ class Crasher:
         if not self.client:
             self.client = _child(lambda: anyio.run(self._work, number, until))
 
-    def node(self) -> int | None:
-        """The node of the daemon that runs now."""
+    def helper(self, module: bytes) -> int | None:
+        """The process of the daemon that runs now which runs `module`."""
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 words = (path / "cmdline").read_bytes().split(b"\0")
-                mine = words[-2:-1] == [str(self.daemon).encode()]
-                if mine and any(b"fathom.sandbox.node" in word for word in words):
+                if not any(b"from " + module + b" import" in word for word in words):
+                    continue
+                parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
+                if int(parent) == self.daemon:
                     return int(path.name)
         return None
+
+    def node(self) -> int | None:
+        """The node of the daemon that runs now."""
+        return self.helper(b"fathom.sandbox.node")
 
     def agent(self) -> int | None:
         """The first process of the sandbox."""
@@ -199,6 +206,7 @@ class Crasher:
         pids: dict[str, Callable[[], int | None]] = {
             "client": lambda: self.client or None,
             "daemon": lambda: self.daemon,
+            "api": lambda: self.helper(b"fathom.sandbox.edge.api"),
             "node": self.node,
             "agent": self.agent,
         }

@@ -27,6 +27,7 @@ _FIRST = "first"
 # Where a node mounts an image and a user's folder, in a mount namespace of its own.
 ROOTFS = "rootfs"
 WORK = "work"
+DOOR = "door"
 DISK = "disk"
 LAYERS = "layers"
 # The agent's socket, its journal, and what a later owner must know to take the sandbox over.
@@ -71,6 +72,16 @@ def is_first(folder: Path, pid: int) -> bool:
     with contextlib.suppress(OSError, ValueError):
         noted, started = (folder / _FIRST).read_text().split()
         return int(noted) == pid and _start_time(pid) == started
+    return False
+
+
+def lives(folder: Path) -> bool:
+    """Whether the first process of a sandbox still runs."""
+    pid = first_process(folder)
+    if pid is None or not is_first(folder, pid):
+        return False
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
 
 

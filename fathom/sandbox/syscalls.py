@@ -11,6 +11,8 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from collections.abc import Sequence
+from typing import Any
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
@@ -33,6 +35,9 @@ PR_SET_CHILD_SUBREAPER = 36
 # Numbers above 400 are the same on every architecture.
 _SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
+_SYS_FSOPEN = 430
+_SYS_FSCONFIG = 431
+_SYS_FSMOUNT = 432
 _SYS_MOUNT_SETATTR = 442
 _LANDLOCK_CREATE = ctypes.c_long(444)
 _LANDLOCK_RESTRICT = ctypes.c_long(446)
@@ -42,6 +47,8 @@ _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 _OPEN_TREE_CLONE = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
+_MOUNT_ATTR_RDONLY = 0x1
 _MOUNT_ATTR_NOSUID = 0x2
 _MOUNT_ATTR_NODEV = 0x4
 _MOUNT_ATTR_IDMAP = 0x00100000
@@ -85,6 +92,38 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str | No
     _check(result, "mount", target)
 
 
+def mount_read_only(kind: str, options: Sequence[tuple[str, str]], target: str) -> None:
+    """Mount a file system read-only and nodev, its options given one by one. Raises OSError.
+
+    mount(2) takes one page of options together; here each may have 255 bytes.
+    """
+
+    def call(name: str, number: int, *arguments: Any) -> int:
+        return _check(_libc.syscall(ctypes.c_long(number), *arguments), name, target)
+
+    fd = call("fsopen", _SYS_FSOPEN, kind.encode(), ctypes.c_uint(1))
+    try:
+
+        def configure(command: int, key: bytes | None, value: bytes | None) -> None:
+            numbers = ctypes.c_int(fd), ctypes.c_uint(command)
+            call("fsconfig", _SYS_FSCONFIG, *numbers, key, value, ctypes.c_int(0))
+
+        configure(_FSCONFIG_SET_FLAG, b"ro", None)
+        for key, value in options:
+            configure(_FSCONFIG_SET_STRING, key.encode(), os.fsencode(value))
+        configure(_FSCONFIG_CMD_CREATE, None, None)
+        attributes = ctypes.c_uint(_MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NODEV)
+        tree = call("fsmount", _SYS_FSMOUNT, ctypes.c_int(fd), ctypes.c_uint(1), attributes)
+    finally:
+        os.close(fd)
+    try:
+        here, flags = ctypes.c_int(_AT_FDCWD), ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH)
+        place = os.fsencode(target)
+        call("move_mount", _SYS_MOVE_MOUNT, ctypes.c_int(tree), b"", here, place, flags)
+    finally:
+        os.close(tree)
+
+
 def unmount(target: str) -> None:
     """Detach the mount at `target`. Raises OSError."""
     _check(_libc.umount2(os.fsencode(target), MNT_DETACH), "umount2", target)
@@ -107,22 +146,25 @@ def open_folder(path: str) -> int:
     )
 
 
+def clone_mount(path: str) -> int:
+    """Return a descriptor of a mount of its own that shows the folder `path`, and nowhere else.
+
+    It is in no namespace, its root has nothing above, and it goes with its last descriptor.
+    Raises OSError.
+    """
+    flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC)
+    here = ctypes.c_int(_AT_FDCWD)
+    call = _libc.syscall(ctypes.c_long(_SYS_OPEN_TREE), here, os.fsencode(path), flags)
+    return _check(call, "open_tree", path)
+
+
 def bind_mapped(source: str, target: str, userns_fd: int) -> None:
     """Bind `source` at `target`, its owners translated by the user namespace behind `userns_fd`.
 
     The mount is nosuid and nodev. Raises OSError (EINVAL where the file system of `source` cannot
     translate owners).
     """
-    tree = _check(
-        _libc.syscall(
-            ctypes.c_long(_SYS_OPEN_TREE),
-            ctypes.c_int(_AT_FDCWD),
-            os.fsencode(source),
-            ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC),
-        ),
-        "open_tree",
-        source,
-    )
+    tree = clone_mount(source)
     try:
         wanted = _MOUNT_ATTR_IDMAP | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV
         attributes = struct.pack("=QQQQ", wanted, 0, 0, userns_fd)

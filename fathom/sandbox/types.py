@@ -5,7 +5,6 @@ Paper: §5.2.5 (the sandbox types share one surface; `Caps` says what this backe
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,18 @@ DEFAULT_MEMORY = "512MiB"
 DEFAULT_PIDS = 128
 DEFAULT_CAP = 1 << 20
 MINIMUM_MEMORY = 16 << 20
+MINIMUM_IO = 64 << 10
 WORKDIR = "/work"
 DOOR = "/run/door"
 
 # What snapshots are called.
 SNAPSHOT = re.compile(r"snap-[0-9a-f]{16}")
+_HOSTNAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}")
+LONGEST_LIFE = 1e10  # seconds, 300 years
 _SIZE = re.compile(r"(\d+)(?:\s*(B|KiB|MiB|GiB))?")
 _UNITS = {None: 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
-Limit = Literal["memory", "pids", "cpu", "disk"]
+Limit = Literal["memory", "pids", "cpu", "disk", "io_read", "io_write"]
 
 
 def parse_size(value: str | int, what: str) -> int:
@@ -35,7 +37,9 @@ def parse_size(value: str | int, what: str) -> int:
     elif isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
         size = int(match[1]) * _UNITS[match[2]]
     else:
-        raise SandboxError(f'{what} is {value!r}: give bytes or text such as "512MiB" or "2GiB"')
+        raise SandboxError(
+            f'{what} is {value!r:.80}: give bytes or text such as "512MiB" or "2GiB"'
+        )
     if size <= 0:
         raise SandboxError(f"{what} is {value!r}: it must be more than nothing")
     return size
@@ -50,11 +54,15 @@ class Container:
     are enforced where the substrate can; a limit that is given must be enforced or creation raises
     Unsupported. `disk` bounds all that the sandbox writes outside of a `workdir` (under bubblewrap
     /work and /tmp each); it is kept in memory and counts towards it, so the default is a quarter of
-    the memory. `cpu`: cores as a number, None for no limit. `image`: "base", or "python" for base
-    and python3, or the name or digest of an image in the store. `ttl`, `idle_ttl`: seconds after
-    which a daemon ends the sandbox, in any case and when nothing was asked of it; None for never.
-    `door`: host folder shown read-only at /run/door, for Unix sockets that somebody answers there:
-    each is a way out of the sandbox, whatever its network policy says.
+    the memory. It bounds the number of files too, one for each 4 KiB and 1024, where
+    `caps.enforced` has "files". Outside of it are what the host keeps of the sandbox: receipts and
+    output of commands with an operation key, and its network's log.
+    `io_read`, `io_write`: bytes per second from and to each disk, such as "10MiB", where
+    `caps.enforced` has them. `cpu`: cores as a number, None for no limit. `image`: "base", or
+    "python" for base and python3, or the name or digest of an image in the store. `ttl`,
+    `idle_ttl`: seconds after which a daemon ends the sandbox, in any case and when nothing was
+    asked of it; None for never. `door`: host folder shown read-only at /run/door, for Unix sockets
+    that somebody answers there: each is a way out of the sandbox, whatever its network policy says.
     """
 
     workdir: str | Path | None = None
@@ -62,6 +70,8 @@ class Container:
     pids: int | None = None
     cpu: float | None = None
     disk: str | int | None = None
+    io_read: str | int | None = None
+    io_write: str | int | None = None
     image: str = "base"
     hostname: str = "sandbox"
     ttl: float | None = None
@@ -72,22 +82,28 @@ class Container:
         """Refuse values that no substrate could serve. Raises SandboxError."""
         if self.memory is not None and self.memory_bytes < MINIMUM_MEMORY:
             raise SandboxError(f"memory is {self.memory!r}: a sandbox needs at least 16MiB")
-        if not 1 <= self.pids_limit <= 1 << 20:
-            raise SandboxError(f"pids is {self.pids!r}: give a number of processes from 1 up")
-        if self.cpu is not None and not (math.isfinite(self.cpu) and 0.01 <= self.cpu <= 4096):
-            raise SandboxError(f"cpu is {self.cpu!r}: give a number of cores from 0.01 up")
+        pids: object = self.pids_limit
+        if not _is_number(pids, 1, 1 << 20) or isinstance(pids, float):
+            raise SandboxError(f"pids is {self.pids!r:.80}: give a number of processes from 1 up")
+        if self.cpu is not None and not _is_number(self.cpu, 0.01, 4096):
+            raise SandboxError(f"cpu is {self.cpu!r:.80}: give a number of cores from 0.01 up")
+        for way in ("read", "write"):
+            if (rate := self.io_bytes(way)) is not None and rate < MINIMUM_IO:
+                raise SandboxError(f"io_{way} is {rate} bytes a second: give 64KiB or more")
         if 3 * self.disk_bytes > self.memory_bytes:
             raise SandboxError(
                 f"disk is {self.disk!r}, which is kept in memory: it may be a third of memory at "
                 "most; ask for more memory"
             )
         _check_lives(self)
-        if not self.image:
-            raise SandboxError('image is empty: choose "base", "python" or one of the store')
-        if self.workdir is not None and not Path(self.workdir).is_dir():
-            raise SandboxError(f"workdir {self.workdir} is not a folder: create it first")
-        if self.door is not None and not Path(self.door).is_dir():
-            raise SandboxError(f"door {self.door} is not a folder: create it first")
+        for name in ("workdir", "door"):
+            value: object = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, str | Path):
+                raise SandboxError(f"{name} is {value!r:.80}: give the path of a folder")
+            if "\0" in str(value) or not Path(value).is_dir():
+                raise SandboxError(f"{name} {value!s:.300} is not a folder: create it first")
 
     @property
     def memory_bytes(self) -> int:
@@ -98,6 +114,11 @@ class Container:
     def disk_bytes(self) -> int:
         """The size of each in-memory folder in bytes, the default where none was given."""
         return self.memory_bytes // 4 if self.disk is None else parse_size(self.disk, "disk")
+
+    def io_bytes(self, way: Literal["read", "write"]) -> int | None:
+        """The limit of one way in bytes per second, None for none. Raises SandboxError."""
+        value = self.io_read if way == "read" else self.io_write
+        return None if value is None else parse_size(value, f"io_{way}")
 
     @property
     def pids_limit(self) -> int:
@@ -206,20 +227,33 @@ def _check_machine(spec: MicroVM | FullVM, least: int) -> None:
         raise SandboxError(
             f"memory is {spec.memory!r}: give {least >> 20}MiB to 2048MiB, an even number"
         )
-    if spec.cpu is not None and not (math.isfinite(spec.cpu) and 0.01 <= spec.cpu <= 64):
-        raise SandboxError(f"cpu is {spec.cpu!r}: give a number of cores from 0.01 to 64")
+    if spec.cpu is not None and not _is_number(spec.cpu, 0.01, 64):
+        raise SandboxError(f"cpu is {spec.cpu!r:.80}: give a number of cores from 0.01 to 64")
     _check_lives(spec)
-    if not spec.image:
-        raise SandboxError("image is empty: name one")
 
 
 def _check_lives(spec: Container | MicroVM | FullVM) -> None:
     for name in ("ttl", "idle_ttl"):
         value = getattr(spec, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise SandboxError(f"{name} is {value!r}: give a number of seconds above 0")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}", spec.hostname):
-        raise SandboxError(f"hostname is {spec.hostname!r}: use letters, digits and hyphens")
+        if value is not None and not _is_number(value, 1e-9, LONGEST_LIFE):
+            raise SandboxError(f"{name} is {value!r:.80}: give a number of seconds above 0")
+    if not _is_text(spec.hostname) or not _HOSTNAME.fullmatch(spec.hostname):
+        raise SandboxError(f"hostname is {spec.hostname!r:.80}: use letters, digits and hyphens")
+    if not _is_text(spec.image) or not spec.image:
+        raise SandboxError(
+            f'image is {spec.image!r:.80}: give "base" or "python" for a Container or MicroVM, or '
+            "the name of one of the store"
+        )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: object, least: float, most: float) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return least <= value <= most
 
 
 # What `Client.create` makes, and what a daemon keeps.
@@ -243,10 +277,12 @@ class ExecResult:
     A command ended by signal n has `exit_code` 128 + n, as in a shell. `output` holds both streams
     in order of arrival when `merge=True` was asked (then `stderr` is empty and `stdout` is the same
     text), else stdout followed by stderr. Bytes that are not UTF-8 are replaced. `truncated` says
-    that more than the cap was written; `spilled` where all of it is, if that was asked.
+    that more was written than is here; `spilled` where what came is, if that was asked.
     `oom_killed`: a process of this sandbox was killed for memory while the command ran.
     `duration`: seconds inside the sandbox; `cpu`: processor seconds of the command and what it
-    waited for. `replayed`: the command had run before under the same operation key.
+    waited for. `replayed`: the command had run before under the same operation key; `lost`: bytes
+    of its output that were kept then and are not any more, for want of room or because its result
+    was acknowledged.
     """
 
     exit_code: int
@@ -257,6 +293,7 @@ class ExecResult:
     oom_killed: bool = False
     truncated: bool = False
     replayed: bool = False
+    lost: int = 0
     duration: float = 0.0
     cpu: float = 0.0
     spilled: tuple[Spilled, ...] = ()
@@ -298,9 +335,10 @@ class Caps:
 
     `substrate`: "crun", "runc", "bubblewrap", "microvm" or "fullvm". `accelerator`: how a virtual
     machine is run, "kvm" where a guest was really booted with it, else "tcg". `enforced`: limits
-    that hold for the whole sandbox; `not_enforced`: limits in the request's defaults that do not
-    hold here. `reports_oom`: whether `oom_killed` can be told. `timeout_kills`: what a timeout
-    ends, the "command" with everything that it started or every process of the "sandbox".
+    that hold for the whole sandbox, "files" is their number; `not_enforced`: limits in the
+    request's defaults that do not hold here. `reports_oom`: whether `oom_killed` can be told.
+    `timeout_kills`: what a timeout ends, the "command" with everything that it started or every
+    process of the "sandbox".
     `separate_user`: the tenant is another user than the owner of this process for the kernel too.
     `networks`: what a policy may allow ("none", "address", "domain", "mirror"). `snapshot`, `fork`:
     "disk" for files, "memory" for running processes too, "" where there is none.

@@ -26,8 +26,8 @@ LENGTH = 700
 
 
 @pytest.fixture(scope="module")
-def net() -> Transformer:
-    return model()
+def net(device: str) -> Transformer:
+    return model(device=device)
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +141,8 @@ def test_every_byte_of_a_record_counts(net: Transformer, stored: Path) -> None:
     assert cache._unpack(kind, key, whole) is not None
 
 
-def test_another_models_cache_is_not_seen(net: Transformer, stored: Path) -> None:
-    other = model(seed=2)
+def test_another_models_cache_is_not_seen(net: Transformer, device: str, stored: Path) -> None:
+    other = model(seed=2, device=device)
     later = engine(other, disk=stored)
     assert serve(later).cached_tokens == 0
     assert len(list(stored.iterdir())) == 3  # a marker and two models

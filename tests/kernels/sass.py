@@ -98,7 +98,7 @@ def listing(launch: Launch) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """address: in bytes; guarded: under a predicate; code: with its suffixes; operands: as printed."""
+    """address: in bytes; guarded: under a predicate; code: with suffixes; operands: as printed."""
 
     address: int
     guarded: bool
@@ -186,9 +186,7 @@ def _target(own: Instruction) -> int | None:
     return int(found[1], 16) if found else None
 
 
-def _step(
-    own: Instruction, under_way: tuple[Flight, ...], found: Findings
-) -> tuple[Flight, ...]:
+def _step(own: Instruction, under_way: tuple[Flight, ...], found: Findings) -> tuple[Flight, ...]:
     matrix = MATRIX.match(own.code)
     if own.code.startswith("WARPGROUP.DEPBAR"):
         left = int(re.findall(r"0x([0-9a-f]+)", own.operands)[-1], 16)

@@ -30,10 +30,15 @@ class Sizes:
 
 
 SMALL = Sizes()
+# No power of two anywhere: the shipped models' dimensions.
+ODD = Sizes(heads=8, head_dim=96, rope_dim=32, index_heads=8, index_dim=64, window=64)
 FLASH = Sizes(
     hidden=4096, heads=64, head_dim=512, q_lora=1024, groups=8, index_heads=64, topk=512,
     inner=2048, experts=32, chosen=6,
 )  # fmt: skip
+
+
+SPARE = 5  # tokens that rings have room for beyond what is looked at
 
 
 class Draw:
@@ -92,19 +97,33 @@ def pages(d: Draw, s: Sizes, ratio: int, tokens: int, entries: int) -> Pages:
     return Pages(pool, d.permutation(total).view(tokens, count), each, (0, size))
 
 
-def ring(d: Draw, s: Sizes, tokens: int) -> torch.Tensor:
-    """A full window of every token: [tokens, bytes] uint8."""
-    data, scales = kv_pack.pack_kv_entries(d.normal(tokens, s.window, s.head_dim), s.rope_dim)
-    return torch.cat((data.flatten(1), scales.flatten(1)), dim=1).contiguous()
+def ring(d: Draw, s: Sizes, slots: int) -> torch.Tensor:
+    """A full ring of every slot: [slots, bytes] uint8, rows further apart than they are long."""
+    entries = d.normal(slots, s.window + SPARE, s.head_dim)
+    data, scales = kv_pack.pack_kv_entries(entries, s.rope_dim)
+    whole = torch.cat((data.flatten(1), scales.flatten(1)), dim=1)
+    return torch.nn.functional.pad(whole, (0, 24))[:, : whole.shape[1]]
 
 
-def compressor(d: Draw, kind: int, cols: int, tokens: int) -> tuple[torch.Tensor, ...]:
+def rows(pieces: list[tuple[int, ...]], device: str, known: int = 0) -> torch.Tensor:
+    """What a step knows of its tokens, [4, tokens] int32, from each sequence's positions.
+
+    The slots are the sequences', last one first.
+    """
+    table: list[tuple[int, int, int, int]] = []
+    for slot, positions in enumerate(pieces):
+        first = len(table)
+        table += [(p, len(pieces) - 1 - slot, first, known) for p in positions]
+    return torch.tensor(table, dtype=torch.int32, device=device).T.contiguous()
+
+
+def compressor(d: Draw, kind: int, cols: int, slots: int) -> tuple[torch.Tensor, ...]:
     """(ape, norm, state) as after some tokens."""
     width = 2 * cols if kind == 4 else cols
     ape = d.normal(kind, width, dtype=torch.float32)
     norm = 1 + d.normal(cols, scale=0.2)
     if kind == 4:
-        return ape, norm, d.normal(tokens, 8, 2, width, dtype=torch.float32)
-    state = d.normal(tokens, 3, cols, dtype=torch.float32)
-    state[:, 1] = state[:, 1].abs() + 1
+        return ape, norm, d.normal(slots, 2, 8 + SPARE, width, dtype=torch.float32)
+    state = d.normal(slots, 1 + SPARE, 3, cols, dtype=torch.float32)
+    state[:, :, 1] = state[:, :, 1].abs() + 1
     return ape, norm, state

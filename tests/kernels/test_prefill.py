@@ -1,4 +1,4 @@
-"""Operations of a prefill chunk: the CUDA kernels against their references.
+"""Operations that know a chunk's tokens to follow one another: CUDA kernels against references.
 
 As in test_stored.py, Triton's interpreter runs them in float32 where there is no GPU.
 """
@@ -20,66 +20,9 @@ from tests.kernels.test_stored import DEVICE, DTYPES, GPU, SIZES, both, cases_of
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-chunk_experts = importlib.import_module("fathom.kernels.triton.chunk_experts")
 chunk_index = importlib.import_module("fathom.kernels.triton.chunk_index")
 
 pytestmark = [pytest.mark.parametrize("dtype", DTYPES), pytest.mark.parametrize("s", SIZES)]
-
-
-@pytest.mark.parametrize("tokens", cases_of([1, 20, 64, 70, 257], [3, 70]))
-@pytest.mark.parametrize("norm", [False, True])
-def test_linear(s: Sizes, dtype: torch.dtype, tokens: int, norm: bool) -> None:
-    d = Draw(tokens, dtype, DEVICE)
-    codes, scale = d.fp8(256, s.hidden)
-    x = d.normal(tokens, s.hidden + 128)[:, : s.hidden]  # rows further apart than they are long
-    (expected, other), (found, found_other) = both(
-        "chunk_linear",
-        x,
-        codes,
-        scale,
-        norm=1 + d.normal(s.hidden, scale=0.2) if norm else None,
-        plain=None if norm else d.normal(72, s.hidden, scale=s.hidden**-0.5),
-    )
-    assert distance(found, expected) < near(dtype)
-    if not norm:
-        assert distance(found_other, other) < near(dtype)
-
-
-def test_grouped_linear_reads_its_own_columns(s: Sizes, dtype: torch.dtype) -> None:
-    d = Draw(3, dtype, DEVICE)
-    codes, scale = d.fp8(128 * s.groups, 256)
-    x = d.normal(5, 256 * s.groups)
-    (expected, _), (found, _) = both(
-        "chunk_linear", x, codes, scale, groups=s.groups, quantize_input=False
-    )
-    assert distance(found, expected) < near(dtype)
-
-
-@pytest.mark.parametrize("tokens", cases_of([1, 300], [2]))
-@pytest.mark.parametrize("mode", ["first", "attention", "experts"])
-def test_mhc_boundary(s: Sizes, dtype: torch.dtype, tokens: int, mode: str) -> None:
-    d = Draw(tokens, dtype, DEVICE)
-    kwargs: dict[str, object] = {}
-    if mode != "first":
-        comb = d.normal(tokens, 4, 4, dtype=torch.float32).softmax(-1)
-        post = d.normal(tokens, 4, dtype=torch.float32).sigmoid()
-        kwargs = {"y": d.normal(tokens, s.hidden), "post": post, "comb": comb}
-    if mode == "experts":
-        kwargs["pairs"] = d.normal(tokens, s.chosen, s.hidden)
-    expected, found = both(
-        "chunk_mhc_boundary",
-        d.normal(tokens, 4, s.hidden),
-        d.normal(24, 4 * s.hidden, scale=0.02, dtype=torch.float32),
-        d.normal(24, dtype=torch.float32),
-        d.normal(3, dtype=torch.float32),
-        1 + d.normal(s.hidden, scale=0.2),
-        iterations=20,
-        eps=1e-6,
-        norm_eps=1e-6,
-        **kwargs,
-    )
-    for a, b in zip(found, expected, strict=True):
-        assert distance(a, b) < near(dtype)
 
 
 @pytest.mark.parametrize("kind", [0, 4, 128])
@@ -90,7 +33,10 @@ def test_mhc_boundary(s: Sizes, dtype: torch.dtype, tokens: int, mode: str) -> N
         [(0, 2), (5, 2), (119, 19)],
     ),
 )
-def test_entries(s: Sizes, dtype: torch.dtype, kind: int, start: int, tokens: int) -> None:
+@pytest.mark.parametrize("known", cases_of([0, 256], [0]))
+def test_entries(
+    s: Sizes, dtype: torch.dtype, kind: int, start: int, tokens: int, known: int
+) -> None:
     if not GPU:
         s = replace(s, window=16)  # so that a short chunk wraps the ring
     results = []
@@ -132,6 +78,7 @@ def test_entries(s: Sizes, dtype: torch.dtype, kind: int, start: int, tokens: in
                 kind=kind,
                 window=s.window,
                 norm_eps=1e-6,
+                known=known,
                 **kwargs,
             )
         results.append((kept, store.pool, recent, states, query))
@@ -142,6 +89,9 @@ def test_entries(s: Sizes, dtype: torch.dtype, kind: int, start: int, tokens: in
     assert (ring_a != ring_b).float().mean() < 1e-3
     assert (pool_a != pool_b).float().mean() < 1e-3
     assert distance(recent_b, recent_a) < 5e-3
+    if kind == 128:  # a chunk is never taken back: only the newest state counts
+        newest = (start + tokens - 1) % (1 + cases.SPARE)
+        states_a, states_b = ([state[newest] for state in found] for found in (states_a, states_b))
     for a, b in zip(states_a, states_b, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     if query_a is not None:
@@ -199,9 +149,10 @@ def test_picks(s: Sizes, dtype: torch.dtype, start: int, tokens: int) -> None:
     expected, found = both(
         "chunk_picks", query, weights, start, store.pool, store.table[0], **kwargs
     )
-    positions = torch.arange(start, start + tokens, dtype=torch.int32, device=DEVICE)
+    rows = torch.zeros(4, tokens, dtype=torch.int32, device=DEVICE)
+    rows[0] = torch.arange(start, start + tokens)
     scores, _ = reference.index_scores_paged(
-        query, weights, positions, store.pool, store.table.expand(tokens, -1),
+        query, weights, rows, store.pool, store.table,
         index_offset=store.offsets[1], page_entries=store.page_entries, ratio=4, most_entries=1200,
     )  # fmt: skip
     assert ((found >= 0) == (expected >= 0)).all()
@@ -227,62 +178,10 @@ def test_select(s: Sizes, dtype: torch.dtype, shape: str, monkeypatch: pytest.Mo
     elif shape == "signs of zero":
         scores = torch.where(scores > 0, 0.0, -0.0)
     start = 4 * (s.topk - 1) if shape == "few" else 4 * entries - 4
-    positions = torch.arange(start, start + 3, dtype=torch.int32, device=DEVICE)
+    rows = torch.arange(start, start + 3, dtype=torch.int32, device=DEVICE)[None]
     picks = torch.full((3, s.topk), -7, dtype=torch.int32, device=DEVICE)
     chunk_index.select(scores, start, picks, 4)
-    expected = reference.topk_positions(scores, scores, positions, k=s.topk, ratio=4)
+    expected = reference.topk_positions(scores, scores, rows, k=s.topk, ratio=4)
     none = 2**30
     ascending = expected.masked_fill(expected < 0, none).sort(dim=1).values
     assert torch.equal(picks, ascending.masked_fill(ascending == none, -1))
-
-
-@pytest.mark.parametrize(
-    ("tokens", "routing"),
-    cases_of(
-        [
-            (1, "bias"),
-            (20, "one expert"),
-            (64, "hash"),
-            (70, "bias"),
-            (70, "hash"),
-            (130, "one expert"),
-        ],
-        [(1, "bias"), (7, "hash"), (21, "one expert")],
-    ),
-)
-def test_moe(
-    s: Sizes, dtype: torch.dtype, tokens: int, routing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not GPU:
-        monkeypatch.setattr(chunk_experts, "TOKENS", 16)
-    d = Draw(tokens, dtype, DEVICE)
-    bias = d.normal(s.experts, scale=0.1, dtype=torch.float32)
-    table = None
-    if routing == "hash":
-        rows = [d.permutation(s.experts)[: s.chosen] for _ in range(s.vocab)]
-        table = torch.stack(rows).long()
-    elif routing == "one expert":
-        bias[: s.chosen] += 100
-    routed = (
-        *d.fp4(s.experts, s.inner, s.hidden),
-        *d.fp4(s.experts, s.inner, s.hidden),
-        *d.fp4(s.experts, s.hidden, s.inner),
-    )
-    shared = (*d.fp8(2 * s.inner, s.hidden), *d.fp8(s.hidden, s.inner))
-    expected, found = both(
-        "chunk_moe",
-        d.normal(tokens, s.hidden),
-        d.integers(s.vocab, tokens, dtype=torch.int64),
-        d.normal(s.experts, s.hidden, scale=0.1),
-        routed,
-        shared,
-        topk=s.chosen,
-        scaling_factor=1.5,
-        limit=10.0,
-        bias=None if table is not None else bias,
-        table=table,
-    )
-    same = (found[2] == expected[2]).all(1)
-    assert same.float().mean() > 0.98  # two experts whose scores are equal to the last bits
-    assert distance(found[0][same], expected[0][same]) < near(dtype)
-    assert distance(found[1], expected[1]) < near(dtype)

@@ -121,11 +121,11 @@ def test_errors_inside_a_kernel_are_not_swallowed() -> None:
 
 
 def test_every_operation_has_a_reference() -> None:
-    from fathom.engine import torch_runner  # noqa: F401  (registers the reference of `runner`)
+    from fathom.engine import stored_runner, torch_runner  # noqa: F401  (register a `runner` each)
 
     table = registered()
     assert table == dict(sorted(table.items()))
-    assert table["runner"] == ["numba", "reference"]
+    assert table["runner"] == ["numba", "reference", "triton"]
     for op, backends in table.items():
         assert "reference" in backends, op
         assert backends == sorted(set(backends))

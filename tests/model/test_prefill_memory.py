@@ -11,7 +11,8 @@ from fathom.checkpoint.tiny import random_tensors, tiny_config
 from fathom.errors import ConfigError
 from fathom.model.config import ModelConfig
 from fathom.model.prefill_memory import check_memory, plan_prefill
-from fathom.model.stored import StoredCache, StoredLayer
+from fathom.model.stored import StoredLayer
+from fathom.model.stored_cache import StoredCache
 from tests.model.test_stored import SIZES
 
 

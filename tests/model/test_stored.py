@@ -10,8 +10,11 @@ import torch
 from fathom.checkpoint import load_model
 from fathom.checkpoint.tiny import random_tensors, tiny_config, write_tiny
 from fathom.kernels import use_backend
-from fathom.model.stored import SlabLayout, Step, StoredCache, StoredLayer, decode_layers
-from fathom.quant import kv_pack
+from fathom.model.stored import StoredLayer
+from fathom.model.stored_cache import SlabLayout, StoredCache
+from fathom.model.stored_forward import run_layers
+from fathom.model.stored_work import Step
+from tests.model.tiny import as_stored
 
 SIZES = {
     "hidden_size": 256,
@@ -30,14 +33,7 @@ TOKENS = 134  # past a window of 128, with far more entries than the indexer pic
 
 
 def test_stored_decode_equals_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    simulate = kv_pack.simulate_kv
-
-    def as_stored(kv: torch.Tensor, rope_dim: int = 64) -> torch.Tensor:
-        """Float32 arithmetic, but the rotated part is stored in BF16, which simulation leaves."""
-        kv = simulate(kv, rope_dim)
-        return torch.cat((kv[..., :-rope_dim], kv[..., -rope_dim:].bfloat16().to(kv.dtype)), -1)
-
-    monkeypatch.setattr(kv_pack, "simulate_kv", as_stored)
+    as_stored(monkeypatch)
     config = tiny_config("instruct", **SIZES)
     write_tiny(tmp_path, config=config, seed=3)
     model = load_model(tmp_path, dtype=torch.float32, quantized=True)
@@ -59,18 +55,11 @@ def test_stored_decode_equals_the_model(tmp_path: Path, monkeypatch: pytest.Monk
                 config, torch.tensor([position], dtype=torch.int32), token[0], TOKENS
             )
             streams = model.embed(token)[0].unsqueeze(1).repeat(1, config.hc_mult, 1)
-            found = finish(*decode_layers(config, layers, cache, step, streams))
+            found = run_layers(config, layers, cache, step, streams).streams_now()
             error = (found - expected[0].float()).norm() / expected.norm()
             errors.append(error.item())
     # Once in a while a sum in another order rounds one code the other way, and all after it shift.
     assert sum(error < 1e-5 for error in errors) > 0.9 * TOKENS, errors
-
-
-def finish(
-    streams: torch.Tensor, y: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
-) -> torch.Tensor:
-    written = post.unsqueeze(-1) * y.unsqueeze(-2).float()
-    return written + torch.einsum("tij,tid->tjd", comb, streams.float())
 
 
 def test_a_slab_of_v4_flash_has_the_documented_bytes() -> None:

@@ -9,9 +9,11 @@ from fathom.checkpoint.tiny import random_tensors, tiny_config
 from fathom.errors import ConfigError
 from fathom.kernels import use_backend
 from fathom.model.config import ModelConfig
-from fathom.model.stored import Step, StoredCache, StoredLayer, decode_layers
-from fathom.model.stored_prefill import Chunk, prefill_layers
-from tests.model.test_stored import SIZES, finish
+from fathom.model.stored import StoredLayer
+from fathom.model.stored_cache import StoredCache
+from fathom.model.stored_forward import run_layers
+from fathom.model.stored_work import Chunk, Step
+from tests.model.test_stored import SIZES
 
 TOKENS = 263  # past two windows of 128, past a slab, with more entries than the indexer picks
 CHUNKINGS = {"odd": [1, 3, 5, 2, 127, 125], "window": [128, 129, 6]}
@@ -59,12 +61,13 @@ def decoded(
         at = torch.tensor([position], dtype=torch.int32)
         step = Step.create(config, at, ids[position : position + 1], position + 1)
         one = StoredCache(
-            cache.layout,
+            cache.offsets,
             [_of(layer, sequence) for layer in cache.layers],
             cache.pool,
             cache.table[sequence : sequence + 1],
         )
-        out.append(finish(*decode_layers(config, layers, one, step, streams[position][None])))
+        work = run_layers(config, layers, one, step, streams[position][None])
+        out.append(work.streams_now())
     return torch.cat(out)
 
 
@@ -98,7 +101,7 @@ def test_prefill_equals_decoding(config, some, prompt, stepwise, chunking: str) 
         for count in CHUNKINGS[chunking]:
             chunk = Chunk.create(config, cache, 1, start, ids[start : start + count])
             own = streams[start : start + count]
-            found.append(finish(*prefill_layers(config, some, cache, chunk, own)))
+            found.append(run_layers(config, some, cache, chunk, own).streams_now())
             start += count
         found.append(decoded(config, some, prompt, cache, 1, start, start + 3))
     errors = (torch.cat(found) - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
@@ -118,7 +121,7 @@ def test_layers_follow_one_another(config, layers, prompt) -> None:
     with torch.inference_mode(), use_backend("reference"):
         expected = decoded(config, layers, prompt, one, 0, 0, FEW)
         chunk = Chunk.create(config, other, 0, 0, ids[:FEW])
-        found = finish(*prefill_layers(config, layers, other, chunk, streams[:FEW]))
+        found = run_layers(config, layers, other, chunk, streams[:FEW]).streams_now()
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 

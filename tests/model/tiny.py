@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from fathom.model import ModelConfig, Transformer
+from fathom.quant import kv_pack
 
 RANDOM_CONFIG = ModelConfig(
     vocab_size=64,
@@ -61,6 +63,17 @@ def random_model(
             else:
                 p.copy_(noise * 1.2 * p.shape[-1] ** -0.5)
     return model.eval()
+
+
+def as_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 arithmetic too, an entry's rotated part is what BF16 keeps of it."""
+    simulate = kv_pack.simulate_kv
+
+    def stored(kv: torch.Tensor, rope_dim: int = 64) -> torch.Tensor:
+        kv = simulate(kv, rope_dim)
+        return torch.cat((kv[..., :-rope_dim], kv[..., -rope_dim:].bfloat16().to(kv.dtype)), -1)
+
+    monkeypatch.setattr(kv_pack, "simulate_kv", stored)
 
 
 def load_tiny_bf16(folder: Path, **options: object) -> Transformer:

@@ -248,6 +248,9 @@ def test_masked_files_show_nothing(sandbox: SyncSandbox):
         "vmallocinfo",
         "kmsg",
         "interrupts",
+        "cmdline",
+        "diskstats",
+        "partitions",
     ):
         shown = sandbox.exec(f"timeout 2 head -c 64 /proc/{name}", timeout=20)
         assert shown.stdout == "", name

@@ -346,8 +346,10 @@ def test_removal_never_goes_below_what_may_be_mounted(tmp_path: Path):
 # Starts that fail ----------------------------------------------------------------------------
 
 
-def test_where_must_be_this_machine():
-    with pytest.raises(Unsupported, match="this machine only"):
+def test_where_must_be_a_place():
+    with pytest.raises(Unsupported, match="HOST:PORT"):
+        Client("ssh://example.org")
+    with pytest.raises(SandboxError, match="token"):
         Client("https://example.org")
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 from fathom.errors import SandboxError, Unsupported
-from fathom.sandbox import Container, SyncClient
+from fathom.sandbox import Container, SyncClient, cgroups
 from fathom.sandbox.substrates.choice import suited
 
 each_substrate = pytest.mark.parametrize("substrate", suited(), indirect=True)
@@ -31,6 +32,21 @@ def test_too_much_memory_is_reported(limited: SyncClient):
     assert not result.timed_out
     calm = sandbox.exec("echo fine", timeout=10)
     assert (calm.stdout, calm.oom_killed) == ("fine\n", False)
+
+
+@each_substrate
+def test_the_number_of_files_is_bounded_or_said_not_to_be(client: SyncClient, substrate: str):
+    sandbox = client.create(Container(memory="64MiB" if substrate != "bubblewrap" else None))
+    if substrate == "bubblewrap":
+        assert "files" in sandbox.caps.not_enforced
+        return
+    assert "files" in sandbox.caps.enforced
+    fill = "cd {} && for i in $(seq 100); do seq -f $i-%g 100 | xargs touch || exit; done"
+    for folder, disk in (("/work", 16 << 20), ("/dev/shm", 4 << 20)):
+        result = sandbox.exec(fill.format(folder), timeout=60)
+        assert "No space left" in result.stderr
+        found = int(sandbox.exec(f"find {folder} | wc -l", timeout=30).stdout)
+        assert found <= disk // 4096 + 1024 + 100
 
 
 def test_memory_within_the_limit_is_not(limited: SyncClient):
@@ -98,14 +114,14 @@ def test_processor_time(limited: SyncClient):
 def test_caps_say_what_holds(client: SyncClient, substrate: str):
     caps = client.create(Container()).caps
     assert caps.substrate == substrate
-    everything = {"memory", "pids", "cpu", "disk"}
-    assert caps.enforced | caps.not_enforced == everything
+    everything = {"memory", "pids", "cpu", "disk", "files"}
+    assert (caps.enforced | caps.not_enforced) - {"io_read", "io_write"} == everything
     assert not caps.enforced & caps.not_enforced
     if os.geteuid() == 0:
-        assert caps.enforced == everything
+        assert caps.enforced >= everything
         assert (caps.reports_oom, caps.timeout_kills, caps.separate_user) == (True, "command", True)
     else:
-        assert caps.not_enforced == {"memory", "cpu"}
+        assert caps.not_enforced == {"memory", "cpu", "files"}
         assert (caps.reports_oom, caps.timeout_kills) == (False, "command")
 
 
@@ -147,3 +163,30 @@ def test_limits_do_not_slow_the_start(client: SyncClient):
     started = time.monotonic()
     client.create(Container())
     assert time.monotonic() - started < 3
+
+
+def test_bytes_read_from_a_disk(limited: SyncClient, tmp_path: Path):
+    """The folder is on a disk, which the program reads past what is in memory of it."""
+    if "io_read" not in limited.create(Container()).caps.enforced:
+        pytest.skip("no control group bounds reading here")
+    file = tmp_path / "big"
+    file.write_bytes(os.urandom(6 << 20))
+    os.sync()
+    if not os.stat(file).st_dev >> 8:
+        pytest.skip(f"{tmp_path} is on no disk")
+    command = "dd if=big of=/dev/null bs=1M iflag=direct"
+    free = limited.create(Container(workdir=tmp_path)).exec(command, timeout=60)
+    bound = limited.create(Container(workdir=tmp_path, io_read="2MiB")).exec(command, timeout=60)
+    assert (free.exit_code, bound.exit_code) == (0, 0), (free.stderr, bound.stderr)
+    # 6 MiB at 2 MiB a second; the kernel lets the first tenth of a second through.
+    assert bound.duration > 2.4
+    assert free.duration < bound.duration / 2
+
+
+def test_limits_of_io_that_cannot_hold(client: SyncClient, limited: SyncClient):
+    with pytest.raises(SandboxError, match="64KiB"):
+        client.create(Container(io_read=5))
+    layout = cgroups.current_layout()
+    for name in sorted({"io_read", "io_write"} - cgroups.io_limits(layout)):
+        with pytest.raises(Unsupported, match=name):
+            limited.create(Container(**{name: "1MiB"}))

@@ -130,6 +130,44 @@ def test_layout_of_v1_with_v2_beside_it():
     assert str(group.oom_file).endswith("memory/fathom/sb-1/memory.oom_control")
 
 
+def test_what_bounds_disks_in_either_layout(tmp_path: Path):
+    """This machine has one of the two; the other one's files are checked as they are written."""
+    v1 = cgroups.read_layout(
+        V1 + "\n39 31 0:35 / /sys/fs/cgroup/blkio rw - cgroup cgroup rw,blkio\n"
+    )
+    assert v1 is not None
+    assert v1.io == Path("/sys/fs/cgroup/blkio")
+    assert str(cgroups.Group(v1, "sb-1", io=True).folders["blkio"]).endswith("blkio/fathom/sb-1")
+    assert "blkio" not in cgroups.Group(v1, "sb-1").folders
+    assert cgroups.io_files(v1, ["8:0", "8:16"], 5, 6) == [
+        ("blkio.throttle.read_bps_device", "8:0 5"),
+        ("blkio.throttle.read_bps_device", "8:16 5"),
+        ("blkio.throttle.write_bps_device", "8:0 6"),
+        ("blkio.throttle.write_bps_device", "8:16 6"),
+    ]
+    v2 = cgroups.Layout(version=2, roots=dict.fromkeys(cgroups.CONTROLLERS, tmp_path), io=tmp_path)
+    assert cgroups.io_limits(v2) == set()
+    (tmp_path / "cgroup.controllers").write_text("cpu io memory pids\n")
+    assert cgroups.io_limits(v2) == {"io_read", "io_write"}
+    assert cgroups.io_files(v2, ["8:0"], 5, None) == [("io.max", "8:0 rbps=5")]
+    assert cgroups.io_files(v2, ["8:0"], None, 6) == [("io.max", "8:0 wbps=6")]
+    group = cgroups.Group(v2, "sb-1", io=True)
+    group.create()
+    for folder in (tmp_path, tmp_path / "fathom"):
+        assert (folder / "cgroup.subtree_control").read_text() == "+memory +pids +cpu +io"
+    group.limit_io(7, 8)
+    assert (tmp_path / "fathom" / "sb-1" / "io.max").read_text().endswith(" rbps=7 wbps=8")
+
+
+def test_disks_are_those_with_room_that_are_no_memory(tmp_path: Path):
+    for name, size, device in (("sda", 9, "8:0"), ("loop0", 0, "7:0"), ("zram0", 5, "253:0")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "size").write_text(f"{size}\n")
+        (tmp_path / name / "dev").write_text(f"{device}\n")
+    (tmp_path / "gone").mkdir()
+    assert cgroups.disks(tmp_path) == ["8:0"]
+
+
 def test_layout_of_v2():
     layout = cgroups.read_layout(V2)
     assert layout is not None

@@ -67,7 +67,7 @@ class CompiledRunner:
         self._pool: ThreadPoolExecutor | None = None
         self._workers_made = 0
         self._allocated, self._exporting = 0, False
-        self.export = False
+        self.export, self.batch_invariant = False, True
         self._make_found(1)
         self.reload()
 

@@ -15,6 +15,7 @@ from fathom.kernels.reference import (
     prefill,
     rope,
     route,
+    step,
     stored,
 )
 
@@ -30,5 +31,6 @@ __all__ = [
     "prefill",
     "rope",
     "route",
+    "step",
     "stored",
 ]

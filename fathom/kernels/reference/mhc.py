@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from fathom.kernels.reference.norm import rmsnorm
 from fathom.kernels.registry import operation, register
 
 _sinkhorn = operation("sinkhorn")
@@ -122,3 +123,80 @@ def mhc_head(
     """
     weights = torch.sigmoid(mixing_logits(streams, fn, norm_eps) * scale + base) + eps
     return (weights.unsqueeze(-1) * streams.float()).sum(-2).to(streams.dtype)
+
+
+@register("mhc_boundary", "reference")
+def mhc_boundary(
+    streams: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm: torch.Tensor,
+    *,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    y: torch.Tensor | None = None,
+    pairs: torch.Tensor | None = None,
+    post: torch.Tensor | None = None,
+    comb: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Write one sublayer's output into the streams, and read the next one's normed input.
+
+    streams: [tokens, streams, hidden]; y: [tokens, hidden], the last sublayer's output, or None
+    before the first; pairs: [tokens, topk, hidden], routed experts' outputs to be added to it;
+    post, comb: what the last read returned, the same shapes as below; fn: [cols, streams * hidden],
+    base: [cols], scale: [3] and norm: [hidden], the next site's. Returns
+    (streams, x [tokens, hidden], post [tokens, streams], comb [tokens, streams, streams]).
+    """
+    wide = streams.unsqueeze(1)
+    if y is not None:
+        if pairs is not None:
+            y = (pairs.float().sum(1) + y.float()).to(y.dtype)
+        assert post is not None
+        assert comb is not None
+        wide = mhc_post(y.unsqueeze(1), wide, post.unsqueeze(1), comb.unsqueeze(1))
+    x, new_post, new_comb = mhc_pre(wide, fn, base, scale, iterations, eps, norm_eps)
+    return wide[:, 0], rmsnorm(x, norm, norm_eps)[:, 0], new_post[:, 0], new_comb[:, 0]
+
+
+@register("mhc_write", "reference")
+def mhc_write(
+    streams: torch.Tensor,
+    y: torch.Tensor,
+    pairs: torch.Tensor,
+    post: torch.Tensor,
+    comb: torch.Tensor,
+    places: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Write the last sublayer's output, that of experts, into streams that are kept elsewhere.
+
+    streams: [tokens, streams, hidden]; y: [tokens, hidden]; pairs: [tokens, topk, hidden]; post:
+    [tokens, streams], comb: [tokens, streams, streams], of the last read; places: [tokens] int32,
+    the row of out: [rows, streams, hidden] that each token's streams go to.
+    """
+    y = (pairs.float().sum(1) + y.float()).to(y.dtype)
+    out[places.long()] = mhc_post(y, streams, post, comb)
+
+
+@register("stream_head", "reference")
+def stream_head(
+    streams: torch.Tensor,
+    places: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm: torch.Tensor,
+    *,
+    eps: float,
+    norm_eps: float,
+) -> torch.Tensor:
+    """Merge and normalise kept streams: what the output head reads.
+
+    streams: [rows, streams, hidden]; places: [tokens] int32, the rows that are wanted; fn:
+    [streams, streams * hidden], base: [streams], scale: [1] float32; norm: [hidden]. Returns
+    [tokens, hidden] float32, rounded to the streams' dtype.
+    """
+    merged = mhc_head(streams[places.long()], fn, base, scale, eps, norm_eps)
+    return rmsnorm(merged, norm, norm_eps).float()

@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 
 from fathom.kernels.reference.attention import sparse_attention
+from fathom.kernels.reference.mhc import mhc_boundary
 from fathom.kernels.reference.norm import head_rmsnorm
 from fathom.kernels.reference.rope import rope
 from fathom.kernels.reference.stored import (
     index_scores_paged,
-    mhc_boundary,
     read_rows,
     store_entries,
     stored_linear,
@@ -27,6 +27,7 @@ from fathom.kernels.reference.stored import (
     topk_positions,
 )
 from fathom.kernels.registry import register
+from fathom.quant import kv_pack
 
 Compressor = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -56,6 +57,7 @@ def chunk_entries(
     offsets: tuple[int, int] = (0, 0),
     page_entries: int = 1,
     index_heads: int = 0,
+    known: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Write what the chunk adds to the sequence's caches, in place, as one step a token would.
 
@@ -64,16 +66,18 @@ def chunk_entries(
     query: [tokens, rows];
     compressor, index_compressor: (ape, norm, state), the state without its leading dimension;
     entry_rotation: [entries, 2, rope_dim / 2] of the first positions of the windows from start //
-    kind on; table: [pages] int32; pool: [pages, bytes] uint8; the rest as in `store_entries`.
+    kind on; table: [pages] int32; pool: [pages, bytes] uint8; known: entries of positions before it
+    stay as they are; the rest as in `store_entries`.
     Returns (raw entries as stored: [window + tokens, head_dim], the window before the chunk first,
     zeros where nothing was, in low's dtype; rounded index queries [tokens, index_heads, index_dim]
     or None).
     """
     head_dim, rope_dim = kv_norm.shape[0], 2 * rotation.shape[-1]
     recent = low.new_zeros(window + low.shape[0], head_dim)
+    room = kv_pack.ring_entries(ring, head_dim, rope_dim)
+    stored = read_rows(ring, room, head_dim, rope_dim, low.dtype)
     for place in range(max(0, window - start), window):
-        stored = read_rows(ring, window, head_dim, rope_dim, low.dtype)
-        recent[place] = stored[(start - window + place) % window]
+        recent[place] = stored[(start - window + place) % room]
     index_queries = []
     for i in range(low.shape[0]):
         kwargs: dict[str, object] = {}
@@ -95,15 +99,15 @@ def chunk_entries(
                 "page_entries": page_entries,
                 "index_heads": index_heads,
             }
-        position = torch.tensor([start + i], dtype=torch.int32, device=low.device)
+        rows = torch.tensor([[start + i], [0], [0], [known]], dtype=torch.int32)
         index_queries.append(
             store_entries(
-                low[i : i + 1], kv_norm, position, rotation[i : i + 1], ring[None],
-                kind=kind, window=window, norm_eps=norm_eps, **kwargs,
+                low[i : i + 1], kv_norm, rows.to(low.device), rotation[i : i + 1], ring[None],
+                kind=kind, norm_eps=norm_eps, **kwargs,
             )
         )  # fmt: skip
-        stored = read_rows(ring, window, head_dim, rope_dim, low.dtype)
-        recent[window + i] = stored[(start + i) % window]
+        stored = read_rows(ring, room, head_dim, rope_dim, low.dtype)
+        recent[window + i] = stored[(start + i) % room]
     return recent, torch.cat(index_queries) if kind == 4 else None
 
 
@@ -132,13 +136,14 @@ def chunk_picks(
     [pages] int32. Returns [tokens, topk] int32: ascending positions, then -1 where there are fewer.
     """
     tokens = query.shape[0]
-    positions = torch.arange(start, start + tokens, dtype=torch.int32, device=query.device)
+    rows = torch.zeros(4, tokens, dtype=torch.int32, device=query.device)
+    rows[0] = torch.arange(start, start + tokens)
     most = max(1, (start + tokens) // ratio)
     scores, maxima = index_scores_paged(
-        query, weights, positions, pool, table.expand(tokens, -1), index_offset=index_offset,
+        query, weights, rows, pool, table[None], index_offset=index_offset,
         page_entries=page_entries, ratio=ratio, most_entries=most,
     )  # fmt: skip
-    picks = topk_positions(scores, maxima, positions, k=k, ratio=ratio)
+    picks = topk_positions(scores, maxima, rows, k=k, ratio=ratio)
     none = torch.iinfo(torch.int32).max
     ascending = picks.masked_fill(picks < 0, none).sort(dim=1).values
     return ascending.masked_fill(ascending == none, -1)

@@ -1,8 +1,15 @@
 """Operations of the decode step on weights and caches as they are stored, one fused step each.
 
 They compute what the unfused operations beside this file compute, from bytes: FP8 and FP4 codes
-with their scales, 584-byte entries in rings and pages, FP4 index keys. `tokens` here are sequences
-that each feed one token; every sequence has its own window ring, compressor state and page table.
+with their scales, 584-byte entries in rings and pages, FP4 index keys. Every sequence has its own
+slot (window ring, compressor states) and page table.
+
+    rows: [4, tokens] int32, what a step knows of each token: its position, the slot of its
+    sequence, the first token of its piece (consecutive tokens of one sequence) in this step, and
+    the length up to which the sequence's entries are there already and stay as they are.
+
+A ring holds a few entries or states more than are looked at, so that the last tokens of a piece may
+be taken back: everything is found by position, and a later token simply overwrites.
 
 Paper: §2.2 (mHC), §2.3 (attention), §2.1 (experts), §3.5.1 (cache layout).
 """
@@ -16,7 +23,6 @@ from fathom.kernels.reference.attention import sparse_attention
 from fathom.kernels.reference.experts import swiglu
 from fathom.kernels.reference.hadamard import hadamard
 from fathom.kernels.reference.linear import linear
-from fathom.kernels.reference.mhc import mhc_post, mhc_pre
 from fathom.kernels.reference.norm import head_rmsnorm, rmsnorm
 from fathom.kernels.reference.rope import rope
 from fathom.kernels.reference.route import route, router_scores
@@ -37,7 +43,6 @@ def fp4_matrix(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return fp4.dequantize(codes, scale.view(E8M0))
 
 
-@register("packed_linear", "reference")
 @register("stored_linear", "reference")
 def stored_linear(
     x: torch.Tensor,
@@ -65,51 +70,15 @@ def stored_linear(
     return torch.cat([linear(part, w, quantize_input) for part, w in parts], dim=-1), other
 
 
-@register("mhc_boundary", "reference")
-def mhc_boundary(
-    streams: torch.Tensor,
-    fn: torch.Tensor,
-    base: torch.Tensor,
-    scale: torch.Tensor,
-    norm: torch.Tensor,
-    *,
-    iterations: int,
-    eps: float,
-    norm_eps: float,
-    y: torch.Tensor | None = None,
-    pairs: torch.Tensor | None = None,
-    post: torch.Tensor | None = None,
-    comb: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Write one sublayer's output into the streams, and read the next one's normed input.
-
-    streams: [tokens, streams, hidden]; y: [tokens, hidden], the last sublayer's output, or None
-    before the first; pairs: [tokens, topk, hidden], routed experts' outputs to be added to it;
-    post, comb: what the last read returned, the same shapes as below; fn: [cols, streams * hidden],
-    base: [cols], scale: [3] and norm: [hidden], the next site's. Returns
-    (streams, x [tokens, hidden], post [tokens, streams], comb [tokens, streams, streams]).
-    """
-    wide = streams.unsqueeze(1)
-    if y is not None:
-        if pairs is not None:
-            y = (pairs.float().sum(1) + y.float()).to(y.dtype)
-        assert post is not None
-        assert comb is not None
-        wide = mhc_post(y.unsqueeze(1), wide, post.unsqueeze(1), comb.unsqueeze(1))
-    x, new_post, new_comb = mhc_pre(wide, fn, base, scale, iterations, eps, norm_eps)
-    return wide[:, 0], rmsnorm(x, norm, norm_eps)[:, 0], new_post[:, 0], new_comb[:, 0]
-
-
 @register("store_entries", "reference")
 def store_entries(
     low: torch.Tensor,
     kv_norm: torch.Tensor,
-    positions: torch.Tensor,
+    rows: torch.Tensor,
     rotation: torch.Tensor,
     ring: torch.Tensor,
     *,
     kind: int,
-    window: int,
     norm_eps: float,
     projected: torch.Tensor | None = None,
     query: torch.Tensor | None = None,
@@ -122,24 +91,27 @@ def store_entries(
     page_entries: int = 1,
     index_heads: int = 0,
 ) -> torch.Tensor | None:
-    """Write what this token adds to the caches, in place; return the rounded index query.
+    """Write what the tokens add to the caches, in place; return the rounded index queries.
 
-    low: [tokens, rows], whose last head_dim columns are wkv's output; kv_norm: [head_dim];
-    positions: [tokens] int32; rotation, entry_rotation: [tokens, 2, rope_dim / 2] cosines and
-    sines, of this position and of the first position of its window; ring: [tokens, bytes] uint8,
-    `window` entries; projected: [tokens, cols] float32, the compressor's kv | gate, then the
-    indexer's; query: [tokens, rows], whose last index_heads * index_dim columns are the index
-    query; compressor, index_compressor: (ape, norm, state): for ratio 4 the state is the last eight
-    tokens' kv and gate [tokens, 8, 2, 2 * cols], for ratio 128 a running softmax's maximum, sum and
-    weighted sum [tokens, 3, cols]; pool: [pages, bytes] uint8, `page_entries` entries at
-    offsets[0] and index keys at offsets[1] of each page; table: [tokens, pages] int32. Returns
-    [tokens, index_heads, index_dim] or None.
+    low: [tokens, rows], whose last head_dim columns are wkv's output; kv_norm: [head_dim]; rows:
+    [4, tokens] int32; rotation, entry_rotation: [tokens, 2, rope_dim / 2] cosines and sines, of
+    this position and of the first position of its window; ring: [slots, bytes] uint8; projected:
+    [tokens, cols] float32, the compressor's kv | gate, then the indexer's; query: [tokens, rows],
+    whose last index_heads * index_dim columns are the index query; compressor, index_compressor:
+    (ape, norm, state): for ratio 4 the state is the last tokens' kv and gate [slots, 2, tail, 2 *
+    cols], for ratio 128 a running softmax's maximum, sum and weighted sum after each of the last
+    tokens [slots, tail, 3, cols]; pool: [pages, bytes] uint8, `page_entries` entries at offsets[0]
+    and index keys at offsets[1] of each page; table: [slots, pages] int32. Returns [tokens,
+    index_heads, index_dim] or None.
     """
     head_dim = kv_norm.shape[0]
     rope_dim = 2 * rotation.shape[-1]
     raw = rmsnorm(low[:, -head_dim:], kv_norm, norm_eps)
     raw = rope(raw.unsqueeze(1), rotation[:, 0:1], rotation[:, 1:2])[:, 0]
-    _write_rows(ring, positions % window, window, raw, rope_dim)
+    room = kv_pack.ring_entries(ring, head_dim, rope_dim)
+    positions, slots, _, known = rows.tolist()
+    for token, (position, slot) in enumerate(zip(positions, slots, strict=True)):
+        _write_row(ring[slot], position % room, room, raw[token], rope_dim)
     if kind == 0:
         return None
     assert projected is not None
@@ -147,55 +119,61 @@ def store_entries(
     assert entry_rotation is not None
     assert table is not None
     assert pool is not None
-    value = _compress_step(projected[:, : _width(kind, head_dim)], positions, kind, compressor)
-    done = (positions % kind == kind - 1).nonzero()[:, 0]
-    entry = positions[done] // kind
-    pages = table[done, entry // page_entries].long()
-    for token, page, place in zip(done, pages, entry % page_entries, strict=True):
+    value = _compress_step(projected[:, : _width(kind, head_dim)], rows, kind, compressor)
+    own = None
+    if kind == 4:
+        assert index_compressor is not None
+        own = _compress_step(projected[:, 4 * head_dim :], rows, 4, index_compressor)
+    for token, (position, slot) in enumerate(zip(positions, slots, strict=True)):
+        entry, place = position // kind, position // kind % page_entries
+        if position % kind != kind - 1 or entry * kind < known[token]:
+            continue
+        page = pool[int(table[slot, entry // page_entries])]
+        turn = entry_rotation[token, :, None]
         row = rmsnorm(value[token].to(low.dtype), compressor[1], norm_eps)[None, None]
-        row = rope(row, *entry_rotation[token, :, None])[0]
-        block = pool[page, offsets[0] :][None]
-        _write_rows(block, place[None], page_entries, row, rope_dim)
+        _write_row(page[offsets[0] :], place, page_entries, rope(row, *turn)[0, 0], rope_dim)
+        if own is not None:
+            assert index_compressor is not None
+            row = rmsnorm(own[token].to(low.dtype), index_compressor[1], norm_eps)[None, None]
+            _write_key(page[offsets[1] :], place, page_entries, hadamard(rope(row, *turn))[0, 0])
     if kind != 4:
         return None
-    assert index_compressor is not None
     assert query is not None
-    value = _compress_step(projected[:, 4 * head_dim :], positions, 4, index_compressor)
-    index_dim = index_compressor[1].shape[0]
-    for token, page, place in zip(done, pages, entry % page_entries, strict=True):
-        row = rmsnorm(value[token].to(low.dtype), index_compressor[1], norm_eps)[None, None]
-        row = hadamard(rope(row, *entry_rotation[token, :, None]))[0, 0]
-        codes, scale = fp4.quantize(row)
-        keys = pool[page, offsets[1] :]
-        half, scales = index_dim // 2, index_dim // INDEX_GROUP
-        keys[place * half : (place + 1) * half] = codes.view(torch.uint8)
-        at = page_entries * half + place * scales
-        keys[at : at + scales] = scale.view(torch.uint8)
-    q = query[:, query.shape[1] - index_heads * index_dim :].unflatten(-1, (index_heads, -1))
+    assert own is not None
+    q = query[:, query.shape[1] - index_heads * own.shape[1] :].unflatten(-1, (index_heads, -1))
     q = rope(q.unsqueeze(1), rotation[:, 0:1], rotation[:, 1:2])[:, 0]
     return fp4.simulate(hadamard(q))
+
+
+def _write_key(block: torch.Tensor, place: int, room: int, row: torch.Tensor) -> None:
+    """row: [index_dim], to the `place`-th of `room` keys of block [bytes] uint8."""
+    codes, scale = fp4.quantize(row)
+    half, scales = row.shape[0] // 2, row.shape[0] // INDEX_GROUP
+    block[place * half : (place + 1) * half] = codes.view(torch.uint8)
+    at = room * half + place * scales
+    block[at : at + scales] = scale.view(torch.uint8)
 
 
 def _width(kind: int, head_dim: int) -> int:
     return 4 * head_dim if kind == 4 else 2 * head_dim
 
 
-def _write_rows(
-    block: torch.Tensor, place: torch.Tensor, room: int, rows: torch.Tensor, rope_dim: int
+def _write_row(
+    block: torch.Tensor, place: int, room: int, row: torch.Tensor, rope_dim: int
 ) -> None:
-    data, scales = kv_pack.pack_kv_entries(rows, rope_dim)
-    size, scale_size = data.shape[-1], scales.shape[-1]
-    for i, at in enumerate(place.tolist()):
-        block[i, at * size : (at + 1) * size] = data[i]
-        first = room * size + at * scale_size
-        # The padding byte stays as it is, as in the fast version.
-        kept = -(-(rows.shape[-1] - rope_dim) // kv_pack.KV_GROUP)
-        block[i, first : first + kept] = scales[i, :kept]
+    """row: [head_dim], to the `place`-th of `room` entries of block [bytes] uint8."""
+    data, scales = kv_pack.pack_kv_entries(row, rope_dim)
+    size = data.shape[0]
+    block[place * size : (place + 1) * size] = data
+    first = room * size + place * scales.shape[0]
+    # The padding byte stays as it is, as in the fast version.
+    kept = -(-(row.shape[0] - rope_dim) // kv_pack.KV_GROUP)
+    block[first : first + kept] = scales[:kept]
 
 
 def _compress_step(
     projected: torch.Tensor,
-    positions: torch.Tensor,
+    rows: torch.Tensor,
     kind: int,
     compressor: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
@@ -203,33 +181,35 @@ def _compress_step(
     ape, norm, state = compressor
     cols = norm.shape[0]
     out = projected.new_zeros(projected.shape[0], cols)
-    for token, position in enumerate(positions.tolist()):
+    for token, (position, slot) in enumerate(zip(*rows[:2].tolist(), strict=True)):
         width = 2 * cols if kind == 4 else cols
         kv = projected[token, :width]
         gate = projected[token, width : 2 * width] + ape[position % kind]
         if kind == 4:
-            state[token, position % 8, 0], state[token, position % 8, 1] = kv, gate
-            out[token] = _two_windows(state[token], position, cols)
+            tail = state.shape[2]
+            state[slot, 0, position % tail], state[slot, 1, position % tail] = kv, gate
+            out[token] = _two_windows(state[slot], position, cols)
         else:
-            own = state[token]
+            old, new = (state[slot, p % state.shape[1]] for p in (position - 1, position))
+            high, total, value = old
             if position % kind == 0:
-                own[0], own[1], own[2] = -torch.inf, 0.0, 0.0
-            higher = torch.maximum(own[0], gate)
-            fade, p = (own[0] - higher).exp(), (gate - higher).exp()
-            own[0], own[1], own[2] = higher, own[1] * fade + p, own[2] * fade + p * kv
-            out[token] = own[2] / own[1]
+                high, total, value = torch.full_like(kv, -torch.inf), kv * 0, kv * 0
+            higher = torch.maximum(high, gate)
+            fade, p = (high - higher).exp(), (gate - higher).exp()
+            new.copy_(torch.stack((higher, total * fade + p, value * fade + p * kv)))
+            out[token] = new[2] / new[1]
     return out
 
 
 def _two_windows(state: torch.Tensor, position: int, cols: int) -> torch.Tensor:
-    """state: [8, 2, 2 * cols], the last eight tokens -> the entry of the window ending here."""
+    """state: [2, tail, 2 * cols], the last tokens -> the entry of the window ending here."""
     kvs, gates = [], []
     for row in range(8):
         token = position - 7 + row
         half = slice(0, cols) if row < 4 else slice(cols, 2 * cols)
         if token >= 0:
-            kvs.append(state[token % 8, 0, half])
-            gates.append(state[token % 8, 1, half])
+            kvs.append(state[0, token % state.shape[1], half])
+            gates.append(state[1, token % state.shape[1], half])
     return (torch.stack(kvs) * torch.stack(gates).softmax(0)).sum(0)
 
 
@@ -247,7 +227,7 @@ def read_rows(
 @register("entry_attention", "reference")
 def entry_attention(
     query: torch.Tensor,
-    positions: torch.Tensor,
+    rows: torch.Tensor,
     rotation: torch.Tensor,
     ring: torch.Tensor,
     sink: torch.Tensor,
@@ -266,35 +246,37 @@ def entry_attention(
     """Attend to the window and to the picked (or all visible) entries; outputs turned back.
 
     query: [tokens, rows], wq_b's output, heads * head_dim of it first, neither normed nor rotated;
-    positions: [tokens] int32; rotation: [tokens, 2, rope_dim / 2]; ring: [tokens, bytes] uint8;
-    sink: [heads]; pool: [pages, bytes] uint8; table: [tokens, pages] int32; picks: [tokens, topk]
-    int32, -1 = none; most_entries: a bound on visible entries where there are no picks. Returns
+    rows: [4, tokens] int32; rotation: [tokens, 2, rope_dim / 2]; ring: [slots, bytes] uint8; sink:
+    [heads]; pool: [pages, bytes] uint8; table: [slots, pages] int32; picks: [tokens, topk] int32,
+    -1 = none; most_entries: a bound on visible entries where there are no picks. Returns
     [tokens, heads * head_dim].
     """
     heads, rope_dim = sink.shape[0], 2 * rotation.shape[-1]
     q = head_rmsnorm(query[:, : heads * head_dim].unflatten(-1, (heads, head_dim)), norm_eps)
     q = rope(q.unsqueeze(1), rotation[:, 0:1], rotation[:, 1:2])
     out = torch.empty_like(q)
-    for token, position in enumerate(positions.tolist()):
-        near = read_rows(ring[token], window, head_dim, rope_dim, q.dtype)
-        rows = near[: min(position + 1, window)]
+    room = kv_pack.ring_entries(ring, head_dim, rope_dim)
+    for token, (position, slot) in enumerate(zip(*rows[:2].tolist(), strict=True)):
+        near = read_rows(ring[slot], room, head_dim, rope_dim, q.dtype)
+        seen = torch.arange(max(0, position + 1 - window), position + 1, device=q.device)
+        kv = near[seen % room]
         if kind:
             assert pool is not None
             assert table is not None
             count = (position + 1) // kind
-            pages = table[token, : -(-count // page_entries)].long()
+            pages = table[slot, : -(-count // page_entries)].long()
             blocks = [
                 read_rows(pool[p, entry_offset:], page_entries, head_dim, rope_dim, q.dtype)
                 for p in pages
             ]
-            far = torch.cat(blocks)[:count] if blocks else rows[:0]
+            far = torch.cat(blocks)[:count] if blocks else kv[:0]
             if picks is not None:
                 far = far[picks[token][picks[token] >= 0].long()]
-            rows = torch.cat((rows, far))
-        every = torch.arange(rows.shape[0], device=q.device)[None, None]
-        out[token] = sparse_attention(
-            q[token : token + 1], rows[None], every, sink, head_dim**-0.5
-        )[0]
+            kv = torch.cat((kv, far))
+        every = torch.arange(kv.shape[0], device=q.device)[None, None]
+        out[token] = sparse_attention(q[token : token + 1], kv[None], every, sink, head_dim**-0.5)[
+            0
+        ]
     out = rope(out, rotation[:, 0:1], rotation[:, 1:2], inverse=True)
     return out[:, 0].flatten(1)
 
@@ -303,7 +285,7 @@ def entry_attention(
 def index_scores_paged(
     query: torch.Tensor,
     weights: torch.Tensor,
-    positions: torch.Tensor,
+    rows: torch.Tensor,
     pool: torch.Tensor,
     table: torch.Tensor,
     *,
@@ -315,45 +297,44 @@ def index_scores_paged(
     """Scores of all visible entries from their stored keys, -inf beyond; formed in float32.
 
     query: [tokens, index_heads, index_dim], rotated and rounded; weights: [tokens, cols] float32,
-    weights_proj's output in its last index_heads columns; positions: [tokens] int32; pool: [pages,
-    bytes] uint8; table: [tokens, pages] int32. Returns (scores [tokens, most_entries] float32, a
+    weights_proj's output in its last index_heads columns; rows: [4, tokens] int32; pool: [pages,
+    bytes] uint8; table: [slots, pages] int32. Returns (scores [tokens, most_entries] float32, a
     bound per group of entries, here the scores themselves).
     """
     tokens, heads, dim = query.shape
     scores = torch.full((tokens, most_entries), -torch.inf, device=query.device)
     w = weights[:, weights.shape[1] - heads :].to(query.dtype).float() * dim**-0.5 * heads**-0.5
-    for token, position in enumerate(positions.tolist()):
+    for token, (position, slot) in enumerate(zip(*rows[:2].tolist(), strict=True)):
         count = (position + 1) // ratio
         if count == 0:
             continue
-        pages = table[token, : -(-count // page_entries)].long()
+        pages = table[slot, : -(-count // page_entries)].long()
         keys = pool[pages, index_offset : index_offset + page_entries * (dim // 2 + dim // 32)]
         data = keys[:, : page_entries * dim // 2].reshape(-1, dim // 2)
         scale = keys[:, page_entries * dim // 2 :].reshape(-1, dim // 32)
-        rows = fp4.dequantize(data.contiguous(), scale.contiguous().view(E8M0))[:count]
-        products = (query[token].float() @ rows.T).relu()
+        decoded = fp4.dequantize(data.contiguous(), scale.contiguous().view(E8M0))[:count]
+        products = (query[token].float() @ decoded.T).relu()
         scores[token, :count] = (products * w[token, :, None]).sum(0)
     return scores, scores
 
 
 @register("topk_positions", "reference")
 def topk_positions(
-    scores: torch.Tensor, maxima: torch.Tensor, positions: torch.Tensor, *, k: int, ratio: int
+    scores: torch.Tensor, maxima: torch.Tensor, rows: torch.Tensor, *, k: int, ratio: int
 ) -> torch.Tensor:
     """Positions of the k best visible scores, ties to the lower position, -1 where fewer.
 
-    scores: [tokens, entries] float32; maxima (not needed here): the same; positions: [tokens]
+    scores: [tokens, entries] float32; maxima (not needed here): the same; rows: [4, tokens]
     int32. Returns [tokens, topk] int32, best first.
     """
     every = torch.arange(scores.shape[1], device=scores.device)
-    visible = every < ((positions + 1) // ratio)[:, None]
+    visible = every < ((rows[0] + 1) // ratio)[:, None]
     masked = scores.masked_fill(~visible, -torch.inf)
     _, picks = masked.sort(dim=-1, descending=True, stable=True)
     picks = picks.int().masked_fill(~visible.gather(1, picks), -1)[:, :k]
     return F.pad(picks, (0, k - picks.shape[1]), value=-1)
 
 
-@register("packed_moe", "reference")
 @register("stored_moe", "reference")
 def stored_moe(
     x: torch.Tensor,

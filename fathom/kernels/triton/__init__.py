@@ -16,11 +16,10 @@ from fathom.kernels.triton import (
     few_experts,
     few_linear,
     index,
-    linear,
     mhc,
     route,
     sinkhorn,
-    stored_experts,
+    step,
 )
 
 __all__ = [
@@ -36,9 +35,8 @@ __all__ = [
     "few_experts",
     "few_linear",
     "index",
-    "linear",
     "mhc",
     "route",
     "sinkhorn",
-    "stored_experts",
+    "step",
 ]

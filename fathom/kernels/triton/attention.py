@@ -22,6 +22,7 @@ import triton.language as tl
 from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
 from fathom.kernels.triton.entries import turn
+from fathom.quant import kv_pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,31 +58,33 @@ def _rounded(x, dtype: tl.constexpr):
 @triton.jit
 def _turn(
     query, query_stride, rotation, turned, heads, eps,
-    COLS: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr,
+    COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Queries normalised per head and rotated: turned [tokens, heads, COLS]."""
     token = tl.program_id(1).to(tl.int64)
     dtype: tl.constexpr = query.dtype.element_ty
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
-    at = head[:, None] * COLS + tl.arange(0, COLS)[None, :]
-    q = tl.load(query + token * query_stride + at).to(tl.float32)
+    col = tl.arange(0, WIDE)[None, :]
+    at = head[:, None] * COLS + col
+    q = tl.load(query + token * query_stride + at, mask=col < COLS, other=0.0).to(tl.float32)
     mean = _rounded(tl.sum(_rounded(q * q, dtype), axis=1) / COLS, dtype)
     r = _rounded(1.0 / tl.sqrt(_rounded(mean + eps, dtype)), dtype)
     q = _rounded(q * r[:, None], dtype)
-    even, odd = tl.split(tl.reshape(q, [HEADS, COLS // 2, 2]))
+    even, odd = tl.split(tl.reshape(q, [HEADS, WIDE // 2, 2]))
     cos = rotation + token * ROPE
-    even, odd = turn(even, odd, cos, cos + ROPE // 2, COLS // 2, ROPE // 2)
+    even, odd = turn(even, odd, cos, cos + ROPE // 2, WIDE // 2, (COLS - ROPE) // 2, ROPE // 2)
     own = turned + token * heads * COLS
-    tl.store(own + at, tl.reshape(tl.join(even, odd), [HEADS, COLS]).to(dtype))
+    both = tl.reshape(tl.join(even, odd), [HEADS, WIDE])
+    tl.store(own + at, both.to(dtype), mask=col < COLS)
 
 
 @triton.jit
 def _attend(
-    turned, positions, ring, ring_stride, pool, page_stride, entry_offset, table, pages, picks,
+    turned, rows, tokens, ring, ring_stride, pool, page_stride, entry_offset, table, pages, picks,
     picks_count, partial, sums, heads, scale,
-    KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
-    PAGE: tl.constexpr, CHUNK: tl.constexpr, NEAR: tl.constexpr, STEP: tl.constexpr,
-    HEADS: tl.constexpr, PICKED: tl.constexpr,
+    KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
+    WINDOW: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr,
+    NEAR: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
     chunk, group, token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     dtype: tl.constexpr = turned.dtype.element_ty
@@ -89,15 +92,17 @@ def _attend(
     STILL: tl.constexpr = COLS - ROPE
     SCALES: tl.constexpr = (STILL // 64 + 7) // 8 * 8
     WINDOW_CHUNKS: tl.constexpr = (WINDOW + NEAR - 1) // NEAR
-    position = tl.load(positions + token)
+    position = tl.load(rows + token)
+    slot = tl.load(rows + tokens + token).to(tl.int64)
     head = group * HEADS + tl.arange(0, HEADS)
-    col, rope_col = tl.arange(0, COLS), tl.arange(0, ROPE)
+    col, rope_col = tl.arange(0, WIDE), tl.arange(0, ROPE)
     beyond = tl.zeros([STEP], tl.int32) + chunk >= WINDOW_CHUNKS
-    # The ring is read as a page that holds the whole window: no branch is left in the loop, and a
-    # step's entries are fetched while the one before is multiplied.
+    # The ring is read as a page of its own: no branch is left in the loop, and a step's entries are
+    # fetched while the one before is multiplied.
     count = tl.minimum(position + 1, WINDOW)
-    first, room, size = chunk * NEAR, WINDOW, NEAR
-    source = ring + token * ring_stride
+    oldest = position + 1 - count
+    first, room, size = chunk * NEAR, RING, NEAR
+    source = ring + slot * ring_stride
     if chunk >= WINDOW_CHUNKS:
         count = (position + 1) // KIND if KIND > 0 else 0
         if PICKED:
@@ -112,11 +117,11 @@ def _attend(
         own = turned + (token * heads + head[:, None]) * COLS
         # Loaded as they are, so that the matrix units read them from shared memory. The rotated
         # half meets entries of another type: a product of its own.
-        q = tl.load(own + col[None, :])
+        q = tl.load(own + col[None, :], mask=(col < COLS)[None, :], other=0.0)
         q_turned = tl.load(own + STILL + rope_col[None, :])
-        out = tl.zeros([HEADS, COLS], tl.float32)
+        out = tl.zeros([HEADS, WIDE], tl.float32)
         out_turned = tl.zeros([HEADS, ROPE], tl.float32)
-        scaled, inside = tl.arange(0, COLS // 64), tl.arange(0, 64)  # 64 codes with one scale
+        scaled, inside = tl.arange(0, WIDE // 64), tl.arange(0, 64)  # 64 codes with one scale
         for start in range(first, last, STEP):
             index = start + tl.arange(0, STEP)
             live = index < last
@@ -125,9 +130,9 @@ def _attend(
                 picked = tl.load(picks + token * picks_count + index, mask=live & beyond, other=0)
                 live = live & (picked >= 0)
                 entry = tl.where(beyond, tl.maximum(picked, 0), index)
-            page = tl.load(table + token * pages + entry // PAGE, mask=live & beyond, other=0)
+            page = tl.load(table + slot * pages + entry // PAGE, mask=live & beyond, other=0)
             block = source + page.to(tl.int64) * page_stride
-            place = tl.where(beyond, entry % PAGE, entry)
+            place = tl.where(beyond, entry % PAGE, (oldest + entry) % RING)
             data = block + place * DATA
             scales = block + room * DATA + place * SCALES
             codes = tl.load(
@@ -140,7 +145,7 @@ def _attend(
             )  # fmt: skip
             kv = f.decode_e4m3_exactly(codes, dtype != tl.float32)
             kv = (kv * f.decode_e8m0(unit)[:, :, None]).to(dtype)
-            kv = tl.reshape(kv, [STEP, COLS])  # zero in the rotated half
+            kv = tl.reshape(kv, [STEP, WIDE])  # zero in the rotated half
             rope = (data + STILL).to(tl.pointer_type(tl.bfloat16))
             kv_turned = tl.load(
                 rope[:, None] + rope_col[None, :], mask=live[:, None], other=0.0
@@ -180,6 +185,7 @@ def _combine(
     total = tl.exp(tl.load(sink + head) - high) + tl.sum(tl.exp(highs - high) * totals, axis=0)
     part = tl.program_id(2)
     col = part * PART + tl.arange(0, PART)
+    inside = (col < COLS)[None, :]
     value = tl.zeros([PART], tl.float32)
     for first in range(0, chunks, AT_ONCE):
         chunk = first + tl.arange(0, AT_ONCE)
@@ -187,22 +193,23 @@ def _combine(
         each = tl.load(sums + 2 * at, mask=chunk < chunks, other=-float("inf"))
         rows = tl.load(
             partial + at[:, None] * COLS + col[None, :],
-            mask=(each > -float("inf"))[:, None], other=0.0,
+            mask=(each > -float("inf"))[:, None] & inside, other=0.0,
         )  # fmt: skip
         value += tl.sum(tl.exp(each - high)[:, None] * rows, axis=0)
     dtype: tl.constexpr = out.dtype.element_ty
     even, odd = tl.split(tl.reshape(_rounded(value / total, dtype), [PART // 2, 2]))
     pair = part * (PART // 2) + tl.arange(0, PART // 2) - (COLS - ROPE) // 2
-    cos = tl.load(rotation + token * ROPE + pair, mask=pair >= 0, other=1.0)
-    sin = tl.load(rotation + token * ROPE + ROPE // 2 + pair, mask=pair >= 0, other=0.0)
+    live = (pair >= 0) & (pair < ROPE // 2)
+    cos = tl.load(rotation + token * ROPE + pair, mask=live, other=1.0)
+    sin = tl.load(rotation + token * ROPE + ROPE // 2 + pair, mask=live, other=0.0)
     turned = tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), [PART])
-    tl.store(out + (token * heads + head) * COLS + col, turned.to(dtype))
+    tl.store(out + (token * heads + head) * COLS + col, turned.to(dtype), mask=col < COLS)
 
 
 @register("entry_attention", "triton")
 def entry_attention(
     query: torch.Tensor,
-    positions: torch.Tensor,
+    rows: torch.Tensor,
     rotation: torch.Tensor,
     ring: torch.Tensor,
     sink: torch.Tensor,
@@ -218,9 +225,9 @@ def entry_attention(
     picks: torch.Tensor | None = None,
     most_entries: int = 0,
 ) -> torch.Tensor:
-    """As the reference. query: [tokens, rows], heads * head_dim of them first; positions: [tokens]
-    int32; rotation: [tokens, 2, rope_dim / 2]; ring: [tokens, bytes] uint8; sink: [heads]; pool:
-    [pages, bytes] uint8; table: [tokens, pages] int32; picks: [tokens, topk] int32.
+    """As the reference. query: [tokens, rows], heads * head_dim of them first; rows: [4, tokens]
+    int32; rotation: [tokens, 2, rope_dim / 2]; ring: [slots, bytes] uint8; sink: [heads]; pool:
+    [pages, bytes] uint8; table: [slots, pages] int32; picks: [tokens, topk] int32.
     Returns [tokens, heads * head_dim] in the query's dtype.
     """
     tokens, heads = query.shape[0], sink.shape[0]
@@ -233,21 +240,23 @@ def entry_attention(
     turned = torch.empty(tokens, heads, head_dim, dtype=query.dtype, device=query.device)
     out = torch.empty(tokens, heads * head_dim, dtype=query.dtype, device=query.device)
     rope, each = 2 * rotation.shape[-1], min(heads, TURNED_HEADS)
+    wide = triton.next_power_of_2(head_dim)
     _turn[(heads // each, tokens)](
         query, query.stride(0), rotation, turned, heads, norm_eps, COLS=head_dim, ROPE=rope,
-        HEADS=each, num_warps=4,
+        WIDE=wide, HEADS=each, num_warps=4,
     )  # fmt: skip
     _attend[(chunks, heads // own_heads, tokens)](
-        turned, positions, ring, ring.stride(0),
+        turned, rows, tokens, ring, ring.stride(0),
         pool if pool is not None else ring, pool.stride(0) if pool is not None else 0,
-        entry_offset, table if table is not None else positions,
-        table.shape[1] if table is not None else 0,
-        picks if picks is not None else positions, count, partial, sums, heads, head_dim**-0.5,
-        KIND=kind, COLS=head_dim, ROPE=rope, WINDOW=window, PAGE=page_entries, CHUNK=tiles.far,
+        entry_offset, table if table is not None else rows,
+        table.stride(0) if table is not None else 0,
+        picks if picks is not None else rows, count, partial, sums, heads, head_dim**-0.5,
+        KIND=kind, COLS=head_dim, ROPE=rope, WIDE=wide, WINDOW=window,
+        RING=kv_pack.ring_entries(ring, head_dim, rope), PAGE=page_entries, CHUNK=tiles.far,
         NEAR=tiles.near, STEP=tiles.step, HEADS=own_heads, PICKED=picks is not None,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
-    _combine[(heads, tokens, head_dim // PART)](
+    _combine[(heads, tokens, triton.cdiv(head_dim, PART))](
         partial,
         sums,
         sink,

@@ -37,36 +37,39 @@ def _rounded(x, dtype: tl.constexpr):
 @triton.jit
 def _turn_queries(
     query, query_stride, rotation, eps,
-    COLS: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr,
+    COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Normalise each head and rotate it, in place."""
     token = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = query.dtype.element_ty
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    own = query + token * query_stride + head[:, None] * COLS + tl.arange(0, COLS)[None, :]
-    q = tl.load(own).to(tl.float32)
+    col = tl.arange(0, WIDE)[None, :]
+    own = query + token * query_stride + head[:, None] * COLS + col
+    q = tl.load(own, mask=col < COLS, other=0.0).to(tl.float32)
     mean = _rounded(tl.sum(_rounded(q * q, dtype), axis=1) / COLS, dtype)
     r = _rounded(1.0 / tl.sqrt(_rounded(mean + eps, dtype)), dtype)
     q = _rounded(q * r[:, None], dtype)
-    even, odd = tl.split(tl.reshape(q, [HEADS, COLS // 2, 2]))
+    even, odd = tl.split(tl.reshape(q, [HEADS, WIDE // 2, 2]))
     cos = rotation + token * ROPE
-    even, odd = turn(even, odd, cos, cos + ROPE // 2, COLS // 2, ROPE // 2)
-    tl.store(own, tl.reshape(tl.join(even, odd), [HEADS, COLS]).to(dtype))
+    even, odd = turn(even, odd, cos, cos + ROPE // 2, WIDE // 2, (COLS - ROPE) // 2, ROPE // 2)
+    tl.store(own, tl.reshape(tl.join(even, odd), [HEADS, WIDE]).to(dtype), mask=col < COLS)
 
 
 @triton.jit(do_not_specialize=["start", "tokens"])
 def _attend(
     query, query_stride, rotation, rows, picks, sink, start, tokens, scale,
-    KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
-    PICKS: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr,
+    KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
+    WINDOW: tl.constexpr, PICKS: tl.constexpr, STEP: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     # Late tokens see most: they start first, so that short ones fill the end.
     token = (tokens - 1 - tl.program_id(0)).to(tl.int64)
     dtype: tl.constexpr = query.dtype.element_ty
     position = start + token
-    head, col = tl.arange(0, HEADS), tl.arange(0, COLS)
+    head, col = tl.arange(0, HEADS), tl.arange(0, WIDE)
+    used = (col < COLS)[None, :]
     own = query + token * query_stride + head[:, None] * COLS + col[None, :]
-    q = tl.load(own)
+    q = tl.load(own, mask=used, other=0.0)
     count = tl.full([], 0, tl.int32)
     if KIND > 0:
         count = ((position + 1) // KIND).to(tl.int32)
@@ -74,7 +77,7 @@ def _attend(
             count = tl.minimum(count, PICKS)
     high = tl.full([HEADS], -float("inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    out = tl.zeros([HEADS, COLS], tl.float32)
+    out = tl.zeros([HEADS, WIDE], tl.float32)
     for first in range(0, WINDOW + count, STEP):
         index = first + tl.arange(0, STEP)
         row = token + 1 + index  # row WINDOW + i is token i's
@@ -87,7 +90,7 @@ def _attend(
             row = tl.where(far, WINDOW + tokens + entry, row)
             live = live | far
         at = rows + row[:, None] * COLS + col[None, :]
-        kv = tl.load(at, mask=live[:, None], other=0.0)
+        kv = tl.load(at, mask=live[:, None] & used, other=0.0)
         logits = tl.dot(q, tl.trans(kv), input_precision="ieee") * scale
         logits = tl.where(live[None, :], logits, -float("inf"))
         higher = tl.maximum(high, tl.max(logits, axis=1))
@@ -99,13 +102,13 @@ def _attend(
         high = higher
     total += tl.exp(tl.load(sink + head) - high)
     out = _rounded(out / total[:, None], dtype)
-    even, odd = tl.split(tl.reshape(out, [HEADS, COLS // 2, 2]))
-    pair = tl.arange(0, COLS // 2)
-    turned = pair >= (COLS - ROPE) // 2
+    even, odd = tl.split(tl.reshape(out, [HEADS, WIDE // 2, 2]))
+    pair = tl.arange(0, WIDE // 2)
+    turned = (pair >= (COLS - ROPE) // 2) & (pair < COLS // 2)
     cos = tl.load(rotation + token * ROPE + pair - (COLS - ROPE) // 2, mask=turned, other=1.0)
     sin = tl.load(rotation + token * ROPE + pair - (COLS - 2 * ROPE) // 2, mask=turned, other=0.0)
     back_even, back_odd = even * cos + odd * sin, odd * cos - even * sin
-    tl.store(own, tl.reshape(tl.join(back_even, back_odd), [HEADS, COLS]).to(dtype))
+    tl.store(own, tl.reshape(tl.join(back_even, back_odd), [HEADS, WIDE]).to(dtype), mask=used)
 
 
 @register("chunk_attention", "triton")
@@ -132,10 +135,10 @@ def chunk_attention(
     head_dim], a part of the query's memory.
     """
     tokens, heads, rope = query.shape[0], sink.shape[0], 2 * rotation.shape[-1]
-    each = min(TURNED_HEADS, heads)
+    each, wide = min(TURNED_HEADS, heads), triton.next_power_of_2(head_dim)
     _turn_queries[(tokens, heads // each)](
-        query, query.stride(0), rotation, norm_eps, COLS=head_dim, ROPE=rope, HEADS=each,
-        num_warps=4,
+        query, query.stride(0), rotation, norm_eps, COLS=head_dim, ROPE=rope, WIDE=wide,
+        HEADS=each, num_warps=4,
     )  # fmt: skip
     rows = recent
     if kind:
@@ -151,7 +154,7 @@ def chunk_attention(
     _attend[(tokens,)](
         query, query.stride(0), rotation, rows, picks if picks is not None else rows, sink, start,
         tokens, head_dim**-0.5,
-        KIND=kind, COLS=head_dim, ROPE=rope, WINDOW=window,
+        KIND=kind, COLS=head_dim, ROPE=rope, WIDE=wide, WINDOW=window,
         PICKS=picks.shape[1] if picks is not None else 0, STEP=STEP, HEADS=heads,
         num_warps=WARPS, num_stages=STAGES[kind],
     )  # fmt: skip

@@ -21,7 +21,14 @@ import triton.language as tl
 
 from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
-from fathom.kernels.triton.entries import finish_entry, signs, store_entry, turn
+from fathom.kernels.triton.entries import (
+    finish_entry,
+    index_queries,
+    overlapped,
+    store_entry,
+    store_key,
+)
+from fathom.quant import kv_pack
 
 Compressor = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 READ_ROWS = 16  # entries of one program of _read_entries
@@ -30,16 +37,16 @@ INDEX_HEADS = 64  # of one program of _index_queries, at most
 
 
 @triton.jit
-def decode_entries(data, scales, live, dtype: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr):
-    """Entries at pointers [rows] to their data and scale bytes: [rows, COLS] float32."""
+def decode_entries(data, scales, live, COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr):
+    """Entries at pointers [rows] to their data and scale bytes: [rows, WIDE] float32."""
     STILL: tl.constexpr = COLS - ROPE
-    col = tl.arange(0, COLS)
+    col = tl.arange(0, WIDE)
     still = live[:, None] & (col < STILL)[None, :]
     codes = tl.load(data[:, None] + col[None, :], mask=still, other=0)
     unit = tl.load(scales[:, None] + col[None, :] // 64, mask=still, other=0)
     value = f.decode_e4m3(codes).to(tl.float32) * (f.decode_e8m0(unit) * f.E4M3_UNIT)
     rope = (data + STILL).to(tl.pointer_type(tl.bfloat16))
-    turned = live[:, None] & (col >= STILL)[None, :]
+    turned = live[:, None] & ((col >= STILL) & (col < COLS))[None, :]
     bits = tl.load(rope[:, None] + (col - STILL)[None, :], mask=turned, other=0.0)
     return tl.where((col < STILL)[None, :], value, bits.to(tl.float32))
 
@@ -47,7 +54,8 @@ def decode_entries(data, scales, live, dtype: tl.constexpr, COLS: tl.constexpr, 
 @triton.jit
 def _read_entries(
     pool, page_stride, entry_offset, table, out, count,
-    COLS: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     entry = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = entry < count
@@ -56,9 +64,10 @@ def _read_entries(
     page = tl.load(table + entry // PAGE, mask=live, other=0).to(tl.int64)
     block = pool + page * page_stride + entry_offset
     data, scales = block + entry % PAGE * DATA, block + PAGE * DATA + entry % PAGE * SCALES
-    value = decode_entries(data, scales, live, out.dtype.element_ty, COLS, ROPE)
-    at = out + entry[:, None].to(tl.int64) * COLS + tl.arange(0, COLS)[None, :]
-    tl.store(at, value.to(out.dtype.element_ty), mask=live[:, None])
+    value = decode_entries(data, scales, live, COLS, ROPE, WIDE)
+    col = tl.arange(0, WIDE)[None, :]
+    at = out + entry[:, None].to(tl.int64) * COLS + col
+    tl.store(at, value.to(out.dtype.element_ty), mask=live[:, None] & (col < COLS))
 
 
 def read_entries(
@@ -77,154 +86,141 @@ def read_entries(
     if count:
         _read_entries[(triton.cdiv(count, READ_ROWS),)](
             pool, pool.stride(0), entry_offset, table, out, count, COLS=out.shape[1],
-            ROPE=rope_dim, PAGE=page_entries, ROWS=READ_ROWS, num_warps=4,
+            ROPE=rope_dim, WIDE=triton.next_power_of_2(out.shape[1]), PAGE=page_entries,
+            ROWS=READ_ROWS, num_warps=4,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["start"])
-def _older(ring, recent, start, COLS: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr):
+def _older(
+    ring, recent, start,
+    COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, WINDOW: tl.constexpr,
+    RING: tl.constexpr,
+):  # fmt: skip
     """The window before the chunk, from its ring: row r holds token start - WINDOW + r."""
     place = tl.program_id(0) + tl.zeros([1], tl.int32)
     token = start - WINDOW + place
     DATA: tl.constexpr = COLS + ROPE
     SCALES: tl.constexpr = ((COLS - ROPE) // 64 + 7) // 8 * 8
-    slot = (token + WINDOW) % WINDOW
+    slot = (token + RING) % RING
     value = decode_entries(
-        ring + slot * DATA, ring + WINDOW * DATA + slot * SCALES, token >= 0,
-        recent.dtype.element_ty, COLS, ROPE,
-    )  # fmt: skip
-    at = recent + place[:, None] * COLS + tl.arange(0, COLS)[None, :]
-    tl.store(at, value.to(recent.dtype.element_ty))
+        ring + slot * DATA, ring + RING * DATA + slot * SCALES, token >= 0, COLS, ROPE, WIDE
+    )
+    col = tl.arange(0, WIDE)[None, :]
+    tl.store(
+        recent + place[:, None] * COLS + col, value.to(recent.dtype.element_ty), mask=col < COLS
+    )
 
 
 @triton.jit
-def _as_stored(value, COLS: tl.constexpr, ROPE: tl.constexpr):
-    """One entry [COLS] float32 as reading it back from its bytes would give it."""
-    groups = tl.reshape(value, [COLS // 64, 64])
+def _as_stored(value, COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr):
+    """One entry [WIDE] float32 as reading it back from its bytes would give it."""
+    groups = tl.reshape(value, [WIDE // 64, 64])
     amax = tl.maximum(tl.max(tl.abs(groups), axis=1), f.FP8_FLOOR)
     unit, inverse = f.power_of_two_scale(amax, f.E4M3_RECIPROCAL)
     rounded = f.round_e4m3(groups * inverse[:, None]) * unit[:, None]
     turned = (f.bfloat16_bits(groups).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    still = tl.arange(0, COLS // 64) < (COLS - ROPE) // 64
-    return tl.reshape(tl.where(still[:, None], rounded, turned), [COLS])
+    still = tl.arange(0, WIDE // 64) < (COLS - ROPE) // 64
+    return tl.reshape(tl.where(still[:, None], rounded, turned), [WIDE])
 
 
 @triton.jit(do_not_specialize=["start", "tokens"])
 def _raw(
     low, low_stride, kv_norm, rotation, ring, recent, start, tokens, eps,
-    COLS: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
+    COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, WINDOW: tl.constexpr,
+    RING: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = low.dtype.element_ty
     DATA: tl.constexpr = COLS + ROPE
     SCALES: tl.constexpr = ((COLS - ROPE) // 64 + 7) // 8 * 8
-    value = tl.load(low + token * low_stride + tl.arange(0, COLS)).to(tl.float32)
+    col = tl.arange(0, WIDE)
+    value = tl.load(low + token * low_stride + col, mask=col < COLS, other=0.0).to(tl.float32)
     cos = rotation + token * ROPE
-    value = finish_entry(value, kv_norm, cos, cos + ROPE // 2, eps, dtype, COLS, ROPE)
-    kept = _as_stored(value, COLS, ROPE)
-    tl.store(recent + (WINDOW + token) * COLS + tl.arange(0, COLS), kept.to(dtype))
-    if token >= tokens - WINDOW:
-        slot = (start + token) % WINDOW
-        store_entry(value, ring + slot * DATA, ring + WINDOW * DATA + slot * SCALES, COLS, ROPE)
-
-
-@triton.jit
-def _overlapping(
-    projected, stride, ape, state, entry, start, WIDTH: tl.constexpr, COLS: tl.constexpr
-):
-    """The two windows of 4 tokens that make entry `entry`: [COLS] float32."""
-    row, col = tl.arange(0, 8), tl.arange(0, COLS)
-    at = 4 * entry - 4 + row
-    half = tl.where(row < 4, 0, COLS)
-    here = (at >= start)[:, None]
-    before = ((at >= 0) & (at < start))[:, None]
-    new = projected + (at - start).to(tl.int64)[:, None] * stride + half[:, None] + col[None, :]
-    bias = tl.load(ape + ((at + 4) % 4 * WIDTH + half)[:, None] + col[None, :])
-    old = state + ((at + 8) % 8 * 2 * WIDTH + half)[:, None] + col[None, :]
-    kv = tl.load(new, mask=here, other=0.0) + tl.load(old, mask=before, other=0.0)
-    gate = tl.load(new + WIDTH, mask=here, other=0.0) + tl.where(here, bias, 0.0)
-    gate += tl.load(old + WIDTH, mask=before, other=0.0)
-    gate = tl.where((at >= 0)[:, None], gate, -float("inf"))
-    p = tl.exp(gate - tl.max(gate, axis=0)[None, :])
-    return tl.sum(p * kv, axis=0) / tl.sum(p, axis=0)
+    value = finish_entry(value, kv_norm, cos, cos + ROPE // 2, eps, dtype, COLS, ROPE, WIDE)
+    kept = _as_stored(value, COLS, ROPE, WIDE)
+    tl.store(recent + (WINDOW + token) * COLS + col, kept.to(dtype), mask=col < COLS)
+    if token >= tokens - RING:
+        slot = (start + token) % RING
+        store_entry(value, ring + slot * DATA, ring + RING * DATA + slot * SCALES, COLS, ROPE, WIDE)
 
 
 @triton.jit
 def _whole(
     projected, stride, ape, state, new_state, entry, start, end,
-    WINDOW: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
+    WINDOW: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
-    """The softmax over a window of 128 tokens as far as they are there: [COLS] float32."""
-    col = tl.arange(0, COLS)
+    """The softmax over a window of 128 tokens as far as they are there: [WIDE] float32."""
+    col = tl.arange(0, WIDE)
+    used = col < COLS
     first = entry * WINDOW
-    began = first + col * 0 < start
-    high = tl.load(state + col, mask=began, other=-float("inf"))
-    total = tl.load(state + COLS + col, mask=began, other=0.0)
-    value = tl.load(state + 2 * COLS + col, mask=began, other=0.0)
+    began = (first + col * 0 < start) & used
+    own = state + (start + TAIL - 1) % TAIL * 3 * COLS + col
+    high = tl.load(own, mask=began, other=-float("inf"))
+    total = tl.load(own + COLS, mask=began, other=0.0)
+    value = tl.load(own + 2 * COLS, mask=began, other=0.0)
     last = tl.minimum(end, first + WINDOW)
     for begin in range(tl.maximum(first, start), last, STEP):
         token = begin + tl.arange(0, STEP)
         live = (token < last)[:, None]
-        own = projected + (token - start).to(tl.int64)[:, None] * stride + col[None, :]
-        gate = tl.load(own + COLS, mask=live, other=-float("inf"))
-        gate += tl.load(ape + (token % WINDOW)[:, None] * COLS + col[None, :])
+        row = projected + (token - start).to(tl.int64)[:, None] * stride + col[None, :]
+        gate = tl.load(row + COLS, mask=live & used[None, :], other=0.0)
+        bias = ape + (token % WINDOW)[:, None] * COLS + col[None, :]
+        gate = tl.where(live, gate + tl.load(bias, mask=used[None, :], other=0.0), -float("inf"))
         higher = tl.maximum(high, tl.max(gate, axis=0))
         fade, p = tl.exp(high - higher), tl.exp(gate - higher[None, :])
+        kv = tl.load(row, mask=live & used[None, :], other=0.0)
         total = total * fade + tl.sum(p, axis=0)
-        value = value * fade + tl.sum(p * tl.load(own, mask=live, other=0.0), axis=0)
+        value = value * fade + tl.sum(p * kv, axis=0)
         high = higher
     if last == end:
-        tl.store(new_state + col, high)
-        tl.store(new_state + COLS + col, total)
-        tl.store(new_state + 2 * COLS + col, value)
+        own = new_state + (end - 1) % TAIL * 3 * COLS + col
+        tl.store(own, high, mask=used)
+        tl.store(own + COLS, total, mask=used)
+        tl.store(own + 2 * COLS, value, mask=used)
     return value / total
 
 
-@triton.jit(do_not_specialize=["start", "tokens"])
+@triton.jit(do_not_specialize=["start", "tokens", "known"])
 def _compressed(
     projected, stride, ape, norm, state, new_state, index_ape, index_norm, index_state,
-    entry_rotation, table, pool, page_stride, entry_offset, index_offset, start, tokens, eps,
+    entry_rotation, table, pool, page_stride, entry_offset, index_offset, start, tokens, known, eps,
     dtype: tl.constexpr, KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr,
-    INDEX_COLS: tl.constexpr, PAGE: tl.constexpr, STEP: tl.constexpr,
+    WIDE: tl.constexpr, INDEX_COLS: tl.constexpr, PAGE: tl.constexpr, TAIL: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     DATA: tl.constexpr = COLS + ROPE
     SCALES: tl.constexpr = ((COLS - ROPE) // 64 + 7) // 8 * 8
     entry = start // KIND + tl.program_id(0)
     end = start + tokens
-    complete = (entry + 1) * KIND <= end
+    complete = ((entry + 1) * KIND <= end) & (entry * KIND >= known)
     page = tl.load(table + entry // PAGE, mask=complete, other=0).to(tl.int64)
+    page = pool + page * page_stride
     place = entry % PAGE
     cos = entry_rotation + tl.program_id(0) * ROPE
     sin = cos + ROPE // 2
+    last = entry * KIND + KIND - 1
     if tl.program_id(1) == 0:
-        if KIND == 4:
-            value = _overlapping(projected, stride, ape, state, entry, start, 2 * COLS, COLS)
-        else:
+        if KIND > 4:  # also of a window that is not complete: its state is kept
             value = _whole(
-                projected, stride, ape, state, new_state, entry, start, end, KIND, COLS, STEP
-            )
+                projected, stride, ape, state, new_state, entry, start, end, KIND, COLS, WIDE, TAIL,
+                STEP,
+            )  # fmt: skip
         if complete:
-            value = finish_entry(value, norm, cos, sin, eps, dtype, COLS, ROPE)
-            data = pool + page * page_stride + entry_offset
-            store_entry(value, data + place * DATA, data + PAGE * DATA + place * SCALES, COLS, ROPE)
+            if KIND == 4:
+                value = overlapped(projected, stride, ape, state, last, start, COLS, WIDE, TAIL)
+            value = finish_entry(value, norm, cos, sin, eps, dtype, COLS, ROPE, WIDE)
+            data = page + entry_offset
+            scales = data + PAGE * DATA + place * SCALES
+            store_entry(value, data + place * DATA, scales, COLS, ROPE, WIDE)
     elif complete:
-        value = _overlapping(
-            projected + 4 * COLS, stride, index_ape, index_state, entry, start, 2 * INDEX_COLS,
-            INDEX_COLS,
+        key = overlapped(
+            projected + 4 * COLS, stride, index_ape, index_state, last, start, INDEX_COLS,
+            INDEX_COLS, TAIL,
         )  # fmt: skip
-        value = finish_entry(value, index_norm, cos, sin, eps, dtype, INDEX_COLS, ROPE)
-        value = tl.sum(value[None, :] * signs(INDEX_COLS), axis=1) * INDEX_COLS**-0.5
-        value = value.to(dtype).to(tl.float32)
-        groups = tl.reshape(value, [INDEX_COLS // 32, 32])
-        amax = tl.maximum(tl.max(tl.abs(groups), axis=1), f.FP4_FLOOR)
-        unit, inverse = f.power_of_two_scale(amax, f.E2M1_RECIPROCAL)
-        codes = f.encode_e2m1(f.round_e2m1(groups * inverse[:, None]), groups)
-        even, odd = tl.split(tl.reshape(codes, [INDEX_COLS // 2, 2]))
-        keys = pool + page * page_stride + index_offset
-        at = place * (INDEX_COLS // 2) + tl.arange(0, INDEX_COLS // 2)
-        tl.store(keys + at, (even | (odd << 4)).to(tl.uint8))
-        at = PAGE * (INDEX_COLS // 2) + place * (INDEX_COLS // 32)
-        tl.store(keys + at + tl.arange(0, INDEX_COLS // 32), f.exponent_byte(unit))
+        key = finish_entry(key, index_norm, cos, sin, eps, dtype, INDEX_COLS, ROPE, INDEX_COLS)
+        store_key(key, page + index_offset, place, dtype, PAGE, INDEX_COLS)
 
 
 @triton.jit
@@ -234,35 +230,26 @@ def _index_queries(
     DOT: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    dtype: tl.constexpr = query.dtype.element_ty
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     at = head[:, None] * COLS + tl.arange(0, COLS)[None, :]
-    q = tl.load(query + token * query_stride + at).to(tl.float32)
-    even, odd = tl.split(tl.reshape(q, [HEADS, COLS // 2, 2]))
-    cos = rotation + token * ROPE
-    even, odd = turn(even, odd, cos, cos + ROPE // 2, COLS // 2, ROPE // 2)
-    q = tl.reshape(tl.join(even, odd), [HEADS, COLS]).to(dtype)
-    q = tl.dot(q.to(DOT), signs(COLS).to(DOT), input_precision="ieee")
-    q = (q * COLS**-0.5).to(dtype).to(tl.float32)
-    groups = tl.reshape(q, [HEADS, COLS // 32, 32])
-    amax = tl.maximum(tl.max(tl.abs(groups), axis=2), f.FP4_FLOOR)
-    unit, inverse = f.power_of_two_scale(amax, f.E2M1_RECIPROCAL)
-    q = tl.reshape(f.round_e2m1(groups * inverse[:, :, None]) * unit[:, :, None], [HEADS, COLS])
-    tl.store(out + token * TOTAL * COLS + at, q.to(dtype))
+    index_queries(
+        query + token * query_stride, rotation + token * ROPE, out + token * TOTAL * COLS, at,
+        query.dtype.element_ty, COLS, ROPE, HEADS, DOT,
+    )  # fmt: skip
 
 
 def _keep_last(projected: torch.Tensor, first: int, compressor: Compressor, start: int) -> None:
-    """Bring a ring of the last eight tokens up to date.
+    """Bring a ring of the last tokens up to date.
 
     projected: [tokens, cols] float32, kv from column `first` on, then gate.
     """
     ape, _, state = compressor
-    tokens, width = projected.shape[0], state.shape[-1]
-    kept = min(8, tokens)
+    tokens, (_, tail, width) = projected.shape[0], state.shape
+    kept = min(tail, tokens)
     at = torch.arange(start + tokens - kept, start + tokens, device=projected.device)
     last = projected[tokens - kept :, first : first + 2 * width].unflatten(1, (2, width))
     bias = torch.stack((torch.zeros_like(ape), ape), dim=1)  # [4, 2, width]
-    state[at % 8] = last + bias[at % 4]
+    state[:, at % tail] = (last + bias[at % 4]).transpose(0, 1)
 
 
 @register("chunk_entries", "triton")
@@ -286,6 +273,7 @@ def chunk_entries(
     offsets: tuple[int, int] = (0, 0),
     page_entries: int = 1,
     index_heads: int = 0,
+    known: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As the reference. low: [tokens, rows], whose last head_dim columns are the raw entry;
     kv_norm: [head_dim]; rotation: [tokens, 2, rope_dim / 2]; ring: [bytes] uint8; projected:
@@ -294,13 +282,14 @@ def chunk_entries(
     there. Returns (raw entries [window + tokens, head_dim], index queries [tokens, index_heads,
     index_dim] or None).
     """
-    tokens, head_dim = low.shape[0], kv_norm.shape[0]
-    sizes = {"COLS": head_dim, "ROPE": 2 * rotation.shape[-1]}
+    tokens, head_dim, rope = low.shape[0], kv_norm.shape[0], 2 * rotation.shape[-1]
+    sizes = {"COLS": head_dim, "ROPE": rope, "WIDE": triton.next_power_of_2(head_dim)}
+    places = {"WINDOW": window, "RING": kv_pack.ring_entries(ring, head_dim, rope)}
     recent = torch.empty(window + tokens, head_dim, dtype=low.dtype, device=low.device)
-    _older[(window,)](ring, recent, start, WINDOW=window, **sizes)
+    _older[(window,)](ring, recent, start, **sizes, **places)
     _raw[(tokens,)](
         low[:, low.shape[1] - head_dim :], low.stride(0), kv_norm, rotation, ring, recent, start,
-        tokens, norm_eps, WINDOW=window, num_warps=4, **sizes,
+        tokens, norm_eps, num_warps=4, **sizes, **places,
     )  # fmt: skip
     if kind == 0:
         return recent, None
@@ -312,10 +301,10 @@ def chunk_entries(
     touched = (start + tokens - 1) // kind - start // kind + 1
     _compressed[(touched, 2 if kind == 4 else 1)](
         projected, projected.stride(0), ape, norm, state.clone(), state, index[0], index_norm,
-        index[2], entry_rotation, table, pool, pool.stride(0), *offsets, start, tokens, norm_eps,
-        dtype=tl.float32 if low.dtype == torch.float32 else tl.bfloat16,
-        KIND=kind, INDEX_COLS=index_norm.shape[0], PAGE=page_entries, STEP=STEP, num_warps=4,
-        **sizes,
+        index[2], entry_rotation, table, pool, pool.stride(0), *offsets, start, tokens, known,
+        norm_eps, dtype=tl.float32 if low.dtype == torch.float32 else tl.bfloat16,
+        KIND=kind, INDEX_COLS=index_norm.shape[0] if kind == 4 else 64, PAGE=page_entries,
+        TAIL=state.shape[1 if kind == 4 else 0], STEP=STEP, num_warps=4, **sizes,
     )  # fmt: skip
     if kind != 4:
         return recent, None
@@ -328,7 +317,7 @@ def chunk_entries(
     each = min(INDEX_HEADS, index_heads)
     _index_queries[(tokens, index_heads // each)](
         query[:, query.shape[1] - index_heads * cols :], query.stride(0), rotation, index_query,
-        ROPE=sizes["ROPE"], COLS=cols, TOTAL=index_heads, HEADS=each,
+        ROPE=rope, COLS=cols, TOTAL=index_heads, HEADS=each,
         DOT=tl.float32 if low.dtype == torch.float32 else tl.bfloat16, num_warps=4,
     )  # fmt: skip
     return recent, index_query

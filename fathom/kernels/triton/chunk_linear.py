@@ -5,7 +5,7 @@ with the stored codes, scaling each 1x128 by 128x128 product before the float32 
 weight is copied. Elsewhere, and for inputs that are not rounded, the weight is widened for the
 call: rounded inputs and weights times their power-of-two scales are exact in BF16, and so the plain
 BF16 product computes the same. Up to 64 tokens, where reading the weight is all the time,
-`_few_rows` widens it in registers.
+few_linear.py multiplies.
 
 FLOP: 2 * tokens * rows * cols, 2.3e12 for all of a CSA layer's at 8,192 tokens of V4-Flash. Bytes:
 three for each value of the input that is rounded; a widened weight's rows * cols read, and twice
@@ -23,31 +23,14 @@ import triton.language as tl
 
 from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
+from fathom.kernels.triton.few_linear import stored_linear
 from fathom.quant import fp8
 
-FEW = 64  # tokens up to which a weight is widened on its way into the product, and not stored
-FEW_ROWS, FEW_WARPS, FEW_STAGES = 32, 4, 4
+FEW = 64  # tokens up to which few_linear.py multiplies
 ROUNDED_ROWS = 4  # warps of a program that rounds one row
 SCALED_CARDS = ((9, 0),)  # compute capabilities whose library multiplies FP8 blocks with scales
 PADDED = 16  # rows of such a product are a multiple of this
-
-
-@triton.jit
-def round_group(values):
-    """[groups, 128] float32 as FP8 with a power-of-two scale for each group would give it."""
-    amax = tl.maximum(tl.max(tl.abs(values), axis=1), f.FP8_FLOOR)
-    unit, inverse = f.power_of_two_scale(amax, f.E4M3_RECIPROCAL)
-    return f.round_e4m3(values * inverse[:, None]) * unit[:, None]
-
-
-@triton.jit
-def store_groups(out, values, group, live, PLANES: tl.constexpr):
-    """Store [groups, 128]; PLANES puts column 64a + 32b + 8c + d of each at 16d + 8a + 2c + b."""
-    if PLANES:
-        parts = tl.reshape(values, [values.shape[0], 2, 2, 4, 8])
-        values = tl.reshape(tl.permute(parts, (0, 4, 1, 3, 2)), [values.shape[0], 128])
-    at = out + group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    tl.store(at, values.to(out.dtype.element_ty), mask=live[:, None])
+SCALES_ALIGNED = 4  # it wants a row of scales to be a multiple of this
 
 
 @triton.jit
@@ -68,7 +51,7 @@ def _round_rows(
         weight = tl.load(norm + at, mask=live[:, None], other=0.0).to(tl.float32)
         values = values * (1.0 / tl.sqrt(mean + eps)) * weight
         values = values.to(x.dtype.element_ty).to(tl.float32)
-    store_groups(out + row * groups * 128, round_group(values), group, live, PLANES)
+    f.store_groups(out + row * groups * 128, f.round_group(values), group, live, PLANES)
 
 
 @triton.jit
@@ -105,30 +88,6 @@ def _widen(codes, scale, out, cols, TILES: tl.constexpr):
         values = f.decode_e4m3(tl.load(codes + at)).to(tl.float32)
         values *= f.decode_e8m0(unit) * f.E4M3_UNIT
         tl.store(out + at, values.to(out.dtype.element_ty))
-
-
-@triton.jit
-def _few_rows(
-    x, x_stride, codes, scale, out, tokens, rows, cols, group_rows,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows of an FP8 matrix times up to TOKENS tokens, widened on the way."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token, col = tl.arange(0, TOKENS), tl.arange(0, 128)
-    live = token < tokens
-    tiles = cols // 128
-    own_scale = scale + tl.program_id(0) * ROWS // 128 * tiles
-    w_at = codes + row[:, None] * cols + col[None, :]
-    x_at = x + tl.program_id(0) * ROWS // group_rows * cols
-    x_at += token[None, :] * x_stride + col[:, None]
-    total = tl.zeros([ROWS, TOKENS], tl.float32)
-    for tile in range(tiles):
-        w = f.decode_e4m3_exactly(tl.load(w_at + tile * 128), NATIVE)
-        values = tl.load(x_at + tile * 128, mask=live[None, :], other=0.0)
-        part = tl.dot(w.to(values.dtype), values, input_precision="ieee")
-        total += part * f.decode_e8m0(tl.load(own_scale + tile))
-    at = out + token[None, :] * rows + row[:, None]
-    tl.store(at, total.to(out.dtype.element_ty), mask=live[None, :])
 
 
 def rounded_rows(
@@ -232,21 +191,20 @@ def chunk_linear(
     unquantised. Returns ([tokens, rows] in x's dtype, plain's products [tokens, rows] float32 or
     None).
     """
+    if x.shape[0] <= FEW:
+        return stored_linear(
+            x, codes, scale, quantize_input=quantize_input, groups=groups, norm=norm,
+            norm_eps=norm_eps, plain=plain,
+        )  # fmt: skip
     other = float_product(x, plain) if plain is not None else None
     (rows, cols), each, tokens = codes.shape, codes.shape[0] // groups, x.shape[0]
     scaled = quantize_input and groups == 1 and x.dtype == torch.bfloat16
-    if scaled and tokens > FEW and _multiplies_fp8(x.device):
+    scaled = scaled and cols % (128 * SCALES_ALIGNED) == 0
+    if scaled and _multiplies_fp8(x.device):
         return scaled_product(x, codes, scale, norm, norm_eps), other
     if quantize_input:
         x = rounded_rows(x, norm, norm_eps)
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    if tokens <= FEW:
-        _few_rows[(rows // FEW_ROWS,)](
-            x, x.stride(0), codes, scale, out, tokens, rows, cols, each, ROWS=FEW_ROWS,
-            TOKENS=max(16, triton.next_power_of_2(tokens)), NATIVE=x.dtype != torch.float32,
-            num_warps=FEW_WARPS, num_stages=FEW_STAGES,
-        )  # fmt: skip
-        return out, other
     weight = widened(codes, scale, x.dtype)
     for group in range(groups):
         mine = slice(group * each, (group + 1) * each)

@@ -1,8 +1,9 @@
 """The mHC boundary for many tokens, bound by the bytes of the streams.
 
-`_write` adds the last sublayer's output into the streams; the mixing logits are one matrix product
-of the new streams with `fn`, which enters as three BF16 matrices whose sum it is exactly; `_read`
-runs Sinkhorn and takes the next sublayer's normed input out of the streams.
+The last sublayer's output is written into the streams as a decode step's is (mhc.py); the mixing
+logits are one matrix product of the new streams with `fn`, which enters as three BF16 matrices
+whose sum it is exactly; `_read` runs Sinkhorn and takes the next sublayer's normed input out of the
+streams.
 
 Bytes a token of V4-Flash: the streams (32 KB) read three times and written once, the output and the
 input 8 KB each, 48 KB of expert outputs where they are added: 144 or 192 KB, at 3 TB/s 0.4 to 0.5
@@ -19,39 +20,10 @@ import triton
 import triton.language as tl
 
 from fathom.kernels.registry import register
+from fathom.kernels.triton import mhc
+from fathom.kernels.triton.mhc import normed, sigmoid, sinkhorn
 
-COLS = 1024  # hidden columns of one program of _write
 PARTS = 3  # BF16 matrices whose sum is a float32 one: 24 bits of mantissa in three times eight
-
-
-@triton.jit
-def _write(
-    y, pairs, streams, post, comb, new, hidden,
-    N: tl.constexpr, SLOTS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    live = col < hidden
-    dtype = streams.dtype.element_ty
-    value = tl.load(y + token * hidden + col, mask=live, other=0.0).to(tl.float32)
-    if SLOTS > 0:  # routed experts in the order of their choice, then the shared one
-        routed = tl.zeros([COLS], tl.float32)
-        for slot in tl.static_range(SLOTS):
-            at = pairs + (token * SLOTS + slot) * hidden + col
-            routed += tl.load(at, mask=live, other=0.0).to(tl.float32)
-        value = (routed + value).to(dtype).to(tl.float32)
-    for j in tl.static_range(N):
-        stream = tl.load(post + token * N + j) * value
-        for i in tl.static_range(N):
-            at = streams + (token * N + i) * hidden + col
-            old = tl.load(at, mask=live, other=0.0).to(tl.float32)
-            stream += tl.load(comb + token * N * N + i * N + j) * old
-        tl.store(new + (token * N + j) * hidden + col, stream.to(dtype), mask=live)
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -69,7 +41,7 @@ def _read(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     MIXES: tl.constexpr = N * (N + 2)
-    dtype = streams.dtype.element_ty
+    dtype: tl.constexpr = streams.dtype.element_ty
     col = tl.arange(0, HIDDEN)
     live = col < hidden
     own = streams + token * N * hidden + col
@@ -82,25 +54,17 @@ def _read(
     n = tl.arange(0, N)
     cell = n[:, None] * N + n[None, :]
     m = _mixes(logits, 2 * N + cell, r, SUMMANDS, MIXES)
-    m = m * tl.load(scale + 2) + tl.load(base + 2 * N + cell)
-    m = tl.exp(m - tl.max(m, axis=1)[:, None])
-    m = m / tl.sum(m, axis=1)[:, None] + eps
-    m = m / (tl.sum(m, axis=0) + eps)[None, :]
-    for _ in range(ROUNDS - 1):
-        m = m / (tl.sum(m, axis=1) + eps)[:, None]
-        m = m / (tl.sum(m, axis=0) + eps)[None, :]
+    m = sinkhorn(m * tl.load(scale + 2) + tl.load(base + 2 * N + cell), eps, ROUNDS)
     tl.store(comb + token * N * N + cell, m)
     write = _mixes(logits, N + n, r, SUMMANDS, MIXES) * tl.load(scale + 1) + tl.load(base + N + n)
-    tl.store(post + token * N + n, 2 * _sigmoid(write))
+    tl.store(post + token * N + n, 2 * sigmoid(write))
     value = tl.zeros([HIDDEN], tl.float32)
     for j in tl.static_range(N):
         logit = _mixes(logits, j, r, SUMMANDS, MIXES) * tl.load(scale) + tl.load(base + j)
         stream = tl.load(own + j * hidden, mask=live, other=0.0).to(tl.float32)
-        value += (_sigmoid(logit) + eps) * stream
-    value = value.to(dtype).to(tl.float32)
-    r = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / hidden + norm_eps)
-    value = value * r * tl.load(norm + col, mask=live, other=0.0).to(tl.float32)
-    tl.store(x + token * hidden + col, value.to(dtype), mask=live)
+        value += (sigmoid(logit) + eps) * stream
+    value = normed(value, norm, col, live, hidden, norm_eps, dtype)
+    tl.store(x + token * hidden + col, value, mask=live)
 
 
 def _mixing_logits(streams: torch.Tensor, fn: torch.Tensor) -> torch.Tensor:
@@ -141,12 +105,10 @@ def chunk_mhc_boundary(
     tokens, n, hidden = streams.shape
     new = streams
     if y is not None:
+        assert post is not None
+        assert comb is not None
         new = torch.empty_like(streams)
-        width = min(COLS, triton.next_power_of_2(hidden))
-        _write[(tokens, triton.cdiv(hidden, width))](
-            y, pairs if pairs is not None else y, streams, post, comb, new, hidden,
-            N=n, SLOTS=pairs.shape[1] if pairs is not None else 0, COLS=width, num_warps=4,
-        )  # fmt: skip
+        mhc.write(streams, y, pairs, post, comb, new)
     logits = _mixing_logits(new, fn)
     x = torch.empty(tokens, hidden, dtype=streams.dtype, device=streams.device)
     post = torch.empty(tokens, n, dtype=torch.float32, device=streams.device)

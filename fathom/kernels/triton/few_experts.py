@@ -19,50 +19,46 @@ import triton.language as tl
 
 from fathom.kernels.registry import register
 from fathom.kernels.triton import few_linear as few
-from fathom.kernels.triton.chunk_experts import factors_of_words, ordered, settled, unpacked
-from fathom.kernels.triton.chunk_linear import round_group, store_groups
 from fathom.kernels.triton import formats as f
+from fathom.kernels.triton.fp4_words import factors_of_words, ordered, settled, unpacked
 from fathom.kernels.triton.route import TILE, Routing, routing
 
-ROWS, WARPS, STAGES = 16, 4, 4
-PARTS = 4
+ROWS, WARPS, STAGES = 64, 4, 3
+AT_ONCE = 2
 SHARED_ROWS, SHARED_TOKENS = 16, 16  # of a program of the shared expert's
 
 
 @triton.jit
 def _fp4_products(
     codes, scale, x, live, COLS: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr,
-    PARTS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of FP4 codes from `codes` on times the inputs at `x`, pointers [pairs] to their
-    columns in the order of planes: [ROWS, pairs] float32. PARTS: as in few_linear.fp8_products.
+    columns in the order of planes: [ROWS, pairs] float32.
     """
-    both, part, col = tl.arange(0, PARTS * ROWS), tl.arange(0, PARTS), tl.arange(0, 128)
-    EACH: tl.constexpr = COLS // 128 // PARTS
-    words = (
-        codes.to(tl.pointer_type(tl.int32)) + both % ROWS * (COLS // 8) + both // ROWS * EACH * 16
-    )
-    words = words[:, None] + tl.arange(0, 16)[None, :]
-    scales = scale.to(tl.pointer_type(tl.int32)) + both % ROWS * (COLS // 128) + both // ROWS * EACH
-    value_at = x[None, None, :] + part[:, None, None] * (EACH * 128) + col[None, :, None]
-    total = tl.zeros([PARTS, ROWS, x.shape[0]], tl.float32)
-    for i in range(EACH):
-        word = ordered(tl.load(words + i * 16))
-        weight = unpacked(word, factors_of_words(tl.load(scales + i), BF16), BF16)
-        weight = tl.reshape(weight, [PARTS, ROWS, 128])
-        value = tl.load(value_at + i * 128, mask=live[None, None, :], other=0.0)
-        total = tl.dot(weight, value, total, input_precision="ieee")
-    sums = tl.sum(total, axis=0)
+    row, col = tl.arange(0, ROWS), tl.arange(0, 128)
+    words = codes.to(tl.pointer_type(tl.int32)) + row[:, None] * (COLS // 8)
+    words = words + tl.arange(0, 16)[None, :]
+    scales = scale.to(tl.pointer_type(tl.int32)) + row * (COLS // 128)
+    value_at = x[None, :] + col[:, None]
+    total = tl.zeros([ROWS, x.shape[0]], tl.float32)
+    for k in range(0, COLS // 128, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            word = ordered(tl.load(words + (k + i) * 16))
+            weight = unpacked(word, factors_of_words(tl.load(scales + k + i), BF16), BF16)
+            value = tl.load(value_at + (k + i) * 128, mask=live[None, :], other=0.0)
+            total = tl.dot(weight, value, total, input_precision="ieee")
+            total = settled(total, BF16)
     if BF16:
-        sums *= 4611686018427387904.0  # 2**62, see chunk_experts.factor
-    return sums
+        total *= 4611686018427387904.0  # 2**62, see fp4_words.py
+    return total
 
 
 @triton.jit
 def _up(
     x, w1, s1, w3, s3, pairs, tile_expert, tile_first, tile_last, tiles, both, inner, topk,
     COLS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BF16: tl.constexpr,
-    PARTS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """gate | up of each pair: both [pairs, 2 * inner]."""
     block, tile = tl.program_id(0), tl.program_id(1)
@@ -78,7 +74,7 @@ def _up(
         start = expert * inner + first % inner
         total = _fp4_products(
             codes + start * (COLS // 2), scale + start * (COLS // 32), x + pair // topk * COLS,
-            live, COLS, ROWS, BF16, PARTS,
+            live, COLS, ROWS, BF16, AT_ONCE,
         )  # fmt: skip
         at = both + pair[:, None] * 2 * inner + (first + tl.arange(0, ROWS))[None, :]
         tl.store(at, tl.trans(total.to(both.dtype.element_ty)), mask=live[:, None])
@@ -106,7 +102,7 @@ def _swiglu(
     dtype: tl.constexpr = both.dtype.element_ty
     if row < count:
         values = (values * tl.load(weights + row)).to(dtype).to(tl.float32)
-        store_groups(planes + row * groups * 128, round_group(values), group, live, True)
+        f.store_groups(planes + row * groups * 128, f.round_group(values), group, live, True)
     else:
         values = values.to(dtype).to(tl.float32)
         few.store_codes(
@@ -119,7 +115,7 @@ def _down(
     act, w2, s2, pairs, tile_expert, tile_first, tile_last, tiles, out, shared_codes,
     shared_scale, values, unit, shared_out, tokens, hidden, shared_blocks, blocks,
     COLS: tl.constexpr, ROWS: tl.constexpr, SHARED_ROWS: tl.constexpr, TILE: tl.constexpr,
-    TOKENS: tl.constexpr, BF16: tl.constexpr, PARTS: tl.constexpr, SHARED_PARTS: tl.constexpr,
+    TOKENS: tl.constexpr, BF16: tl.constexpr, AT_ONCE: tl.constexpr, SHARED_PARTS: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0)
     tile = (number - shared_blocks) // blocks
@@ -129,7 +125,8 @@ def _down(
         token = begin + tl.arange(0, TOKENS)
         shared = few.fp8_products(
             shared_codes + own * COLS, shared_scale + own // 128 * (COLS // 128),
-            values + begin * COLS, COLS, unit + begin * (COLS // 128), tokens - begin, COLS, SHARED_ROWS, TOKENS, True, BF16, SHARED_PARTS,
+            values + begin * COLS, COLS, unit + begin * (COLS // 128), tokens - begin, COLS,
+            SHARED_ROWS, TOKENS, True, BF16, SHARED_PARTS,
         )  # fmt: skip
         shared_at = shared_out + token[None, :] * hidden
         shared_at = shared_at + (own + tl.arange(0, SHARED_ROWS))[:, None]
@@ -144,16 +141,16 @@ def _down(
         start = expert * hidden + first
         total = _fp4_products(
             w2 + start * (COLS // 2), s2 + start * (COLS // 32), act + pair * COLS, live, COLS,
-            ROWS, BF16, PARTS,
+            ROWS, BF16, AT_ONCE,
         )  # fmt: skip
         at = out + pair[:, None] * hidden + (first + tl.arange(0, ROWS))[None, :]
         tl.store(at, tl.trans(total.to(out.dtype.element_ty)), mask=live[:, None])
 
 
-def parts_of(cols: int) -> int:
-    """As few_linear.column_parts."""
+def at_once(cols: int) -> int:
+    """Tiles of 128 columns that a program fetches at once."""
     tiles = cols // 128
-    return min(PARTS, tiles & -tiles)
+    return min(AT_ONCE, tiles & -tiles)
 
 
 def _experts(
@@ -177,7 +174,7 @@ def _experts(
     both = torch.empty(count, 2 * inner, **make)
     _up[(2 * inner // rows, r.most)](
         x, w1, s1, w3, s3, *lists, both, inner, topk, COLS=hidden, ROWS=rows, TILE=TILE, BF16=bf16,
-        PARTS=parts_of(hidden),        num_warps=WARPS, num_stages=STAGES,
+        AT_ONCE=at_once(hidden),        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     act = torch.empty(count, inner, **make)
     codes = torch.empty(tokens, inner, dtype=values.codes.dtype, device=x.device)
@@ -194,7 +191,7 @@ def _experts(
     _down[(shared_blocks + blocks * r.most,)](
         act, w2, s2, *lists, out, *shared[2:], codes, unit, shared_out, tokens, hidden,
         shared_blocks, blocks, COLS=inner, ROWS=rows, SHARED_ROWS=SHARED_ROWS, TILE=TILE,
-        TOKENS=SHARED_TOKENS, BF16=bf16, PARTS=parts_of(inner),
+        TOKENS=SHARED_TOKENS, BF16=bf16, AT_ONCE=at_once(inner),
         SHARED_PARTS=few.column_parts(inner), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out, shared_out

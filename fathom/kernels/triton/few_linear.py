@@ -22,11 +22,26 @@ import triton.language as tl
 
 from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
-from fathom.kernels.triton.chunk_linear import round_group, store_groups
 
 LEAST_TOKENS = 8  # columns of the smallest product
-ROWS, WARPS, STAGES = 16, 4, 3
-PARTS = 4
+MANY_TOKENS = 32  # from which on programs take more rows, since inputs are read for each
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """Rows of a program, its warps, and steps of its loop that are under way at once."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+# By the parts that columns are walked in, for a few tokens and for many.
+SHAPES = {
+    1: (_Shape(32, 2, 5), _Shape(32, 4, 3)),
+    2: (_Shape(16, 4, 4), _Shape(32, 4, 2)),
+    4: (_Shape(16, 4, 4), _Shape(32, 4, 2)),
+}
 
 
 @triton.jit
@@ -62,7 +77,7 @@ def _round(
         values = values.to(dtype).to(tl.float32)
     store_codes(values, codes + row * groups * 128, unit + row * groups, group, live)
     if PLANES:
-        store_groups(planes + row * groups * 128, round_group(values), group, live, True)
+        f.store_groups(planes + row * groups * 128, f.round_group(values), group, live, True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +86,7 @@ class Rounded:
 
     codes: [tokens, cols], the codes' numbers in float16 (float32 where x is); unit: [tokens,
     cols / 128] float32; planes: [tokens, cols] in x's dtype, or None: codes times units in the
-    order in which FP4 columns are unpacked (chunk_experts.py).
+    order in which FP4 columns are unpacked (fp4_words.py).
     """
 
     codes: torch.Tensor
@@ -189,7 +204,7 @@ def _linear(
 def column_parts(cols: int) -> int:
     """Parts of the columns that a program walks side by side; the batch has no say in it."""
     tiles = cols // 128
-    return min(PARTS, tiles & -tiles)
+    return min(4, tiles & -tiles, max(1, tiles // 8))
 
 
 def token_columns(tokens: int) -> int:
@@ -216,13 +231,17 @@ def few_linear(
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     plain_out = torch.empty(tokens, count, dtype=torch.float32, device=x.device) if count else None
     own, unit = (values.codes, values.unit) if values is not None else (x, x)
-    blocks = rows // ROWS
-    _linear[(blocks + triton.cdiv(count, ROWS),)](
+    parts, columns = column_parts(cols), token_columns(tokens)
+    shape = SHAPES[parts][columns >= MANY_TOKENS]
+    own_rows = min(shape.rows, (rows // groups) & -(rows // groups))
+    blocks = rows // own_rows
+    _linear[(blocks + triton.cdiv(count, own_rows),)](
         own, own.stride(0), unit, codes, scale, out, x, x.stride(0),
         plain if plain is not None else x, plain_out if plain_out is not None else out,
         tokens, rows, count, rows // groups, blocks,
-        COLS=cols, ROWS=ROWS, TOKENS=token_columns(tokens), ROUNDED=values is not None,
-        NATIVE=x.dtype != torch.float32, PARTS=column_parts(cols), num_warps=WARPS, num_stages=STAGES,
+        COLS=cols, ROWS=own_rows, TOKENS=columns, ROUNDED=values is not None,
+        NATIVE=x.dtype != torch.float32, PARTS=parts,
+        num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
     return out, plain_out
 

@@ -36,35 +36,6 @@ def decode_e2m1(code):
     return (((c & 7) << 9) | ((c & 8) << 12)).to(tl.float16, bitcast=True)
 
 
-# Four bytes at once: the codes move into float16 as in decode_e2m1, two in a register.
-_E2M1_PAIRS = tl.constexpr("""{
-.reg .b32 half, rest, sign;
-prmt.b32 half, $4, 0, 0x1404;
-shl.b32 sign, half, 4; shl.b32 rest, half, 1; and.b32 rest, rest, 0x0E000E00;
-lop3.b32 $0, sign, 0x80008000, rest, 0xEA;
-shr.b32 rest, half, 3; and.b32 rest, rest, 0x0E000E00;
-lop3.b32 $2, half, 0x80008000, rest, 0xEA;
-prmt.b32 half, $4, 0, 0x3424;
-shl.b32 sign, half, 4; shl.b32 rest, half, 1; and.b32 rest, rest, 0x0E000E00;
-lop3.b32 $1, sign, 0x80008000, rest, 0xEA;
-shr.b32 rest, half, 3; and.b32 rest, rest, 0x0E000E00;
-lop3.b32 $3, half, 0x80008000, rest, 0xEA;
-}""")
-
-
-@triton.jit
-def decode_e2m1_pairs(byte, PACKED: tl.constexpr):
-    """The low and the high codes of bytes, as decode_e2m1; PACKED: four bytes at a time."""
-    if PACKED:
-        low, high = tl.inline_asm_elementwise(
-            _E2M1_PAIRS, "=&r,=&r,=&r,=&r,r", [byte],
-            dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        low, high = decode_e2m1(byte & 15), decode_e2m1(byte >> 4)
-    return low, high
-
-
 @triton.jit
 def decode_e4m3_exactly(byte, NATIVE: tl.constexpr):
     """uint8 codes to float32; NATIVE: by the device's own conversion."""
@@ -136,3 +107,21 @@ def bfloat16_bits(v):
     """float32 rounded to bfloat16 (ties to even), as its uint16 bits."""
     bits = v.to(tl.uint32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+
+
+@triton.jit
+def round_group(values):
+    """[groups, 128] float32 as FP8 with a power-of-two scale for each group would give it."""
+    amax = tl.maximum(tl.max(tl.abs(values), axis=1), FP8_FLOOR)
+    unit, inverse = power_of_two_scale(amax, E4M3_RECIPROCAL)
+    return round_e4m3(values * inverse[:, None]) * unit[:, None]
+
+
+@triton.jit
+def store_groups(out, values, group, live, PLANES: tl.constexpr):
+    """Store [groups, 128]; PLANES puts column 64a + 32b + 8c + d of each at 16d + 8a + 2c + b."""
+    if PLANES:
+        parts = tl.reshape(values, [values.shape[0], 2, 2, 4, 8])
+        values = tl.reshape(tl.permute(parts, (0, 4, 1, 3, 2)), [values.shape[0], 128])
+    at = out + group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    tl.store(at, values.to(out.dtype.element_ty), mask=live[:, None])

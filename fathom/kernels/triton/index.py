@@ -19,39 +19,42 @@ import triton
 import triton.language as tl
 
 from fathom.kernels.registry import register
-from fathom.kernels.triton.chunk_experts import factors_of_words, ordered, unpacked
+from fathom.kernels.triton.fp4_words import factors_of_words, ordered, unpacked
 
-BLOCK = 64  # entries that _scores takes at once
+BLOCK = 64  # entries that _scores takes at once, or as many as have one maximum
 LONG = 32768  # entries from which on its programs take several blocks after another
-BLOCKS_OF_LONG = 8
-SCORE_WARPS, STAGES = 4, 3
+BLOCKS_OF_LONG = 2
+SCORE_WARPS, STAGES = 4, 1
 COLLECT = 1024  # of one program of _collect
 SORTED = 2048  # candidates that _choose sorts at once
-FEW_GROUPS = 512  # that a warp alone is quickest with
-MOST_GROUPS = 4096  # maxima that _threshold holds
+FEW_GROUPS = 1024  # that a warp alone is quickest with
+MOST_GROUPS = 2048  # maxima that _threshold holds
 
 
 @triton.jit
 def _sortable(score):
-    """float32 as an int32 of the same order (as signed integers)."""
-    bits = score.to(tl.int32, bitcast=True)
+    """float32 as an int32 of the same order; adding zero makes the two zeros equal."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _scores(
-    query, weights, weights_stride, weights_first, positions, pool, page_stride, index_offset,
+    query, weights, weights_stride, weights_first, rows, tokens, pool, page_stride, index_offset,
     table, pages, scores, maxima, most, factor,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, RATIO: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1).to(tl.int64)
-    visible = (tl.load(positions + token) + 1) // RATIO
-    head, place = tl.arange(0, HEADS), tl.arange(0, DIM)
-    # A key's columns come in the order in which its words of codes are unpacked (chunk_experts.py).
-    own = tl.load(query + (token * HEADS + head[:, None]) * DIM + place[None, :])
+    visible = (tl.load(rows + token) + 1) // RATIO
+    slot = tl.load(rows + tokens + token).to(tl.int64)
+    head, col, word = tl.arange(0, HEADS), tl.arange(0, 128), tl.arange(0, 16)
+    # A key's columns come in the order in which its words of codes are unpacked (fp4_words.py);
+    # a narrower key is filled up with zeros.
+    own_at = query + (token * HEADS + head[:, None]) * DIM + col[None, :]
+    own = tl.load(own_at, mask=(col < DIM)[None, :], other=0.0)
     own = tl.permute(tl.reshape(own, [HEADS, 2, 2, 4, 8]), (0, 4, 1, 3, 2))
-    own = tl.trans(tl.reshape(own, [HEADS, DIM]))
+    own = tl.trans(tl.reshape(own, [HEADS, 128]))
     w = tl.load(weights + token * weights_stride + weights_first + head)
     w = w.to(query.dtype.element_ty).to(tl.float32) * factor
     if BF16:
@@ -64,13 +67,20 @@ def _scores(
     for part in range(seen):
         entry = (first + part) * BLOCK + inside
         live = entry < visible
-        page = tl.load(table + token * pages + entry // PAGE, mask=live, other=0)
-        keys = (pool + page.to(tl.int64) * page_stride + index_offset).to(tl.pointer_type(tl.int32))
+        page = tl.load(table + slot * pages + entry // PAGE, mask=live, other=0)
+        keys = pool + page.to(tl.int64) * page_stride + index_offset
         words = tl.load(
-            keys[:, None] + (entry % PAGE * (DIM // 8))[:, None] + tl.arange(0, DIM // 8)[None, :],
-            mask=live[:, None], other=0,
+            keys.to(tl.pointer_type(tl.int32))[:, None] + (entry % PAGE * (DIM // 8))[:, None]
+            + word[None, :], mask=live[:, None] & (word < DIM // 8)[None, :], other=0,
         )  # fmt: skip
-        scale = tl.load(keys + PAGE * (DIM // 8) + entry % PAGE * (DIM // 128), mask=live, other=0)
+        scales = keys + PAGE * (DIM // 2)
+        if DIM == 128:
+            scale = tl.load(scales.to(tl.pointer_type(tl.int32)) + entry % PAGE, mask=live, other=0)
+        else:
+            scale = tl.zeros([BLOCK], tl.int32)
+            for i in tl.static_range(DIM // 32):
+                byte = tl.load(scales + entry % PAGE * (DIM // 32) + i, mask=live, other=0)
+                scale |= byte.to(tl.int32) << (8 * i)
         key = unpacked(ordered(words), factors_of_words(scale, BF16), BF16)
         products = tl.dot(key, own, input_precision="ieee")
         value = tl.sum(tl.maximum(products, 0.0) * w[None, :], axis=1)
@@ -103,11 +113,11 @@ def _threshold(maxima, bound, found, groups, k, GROUPS: tl.constexpr):
 
 @triton.jit
 def _collect(
-    scores, bound, found, candidates, positions, most, room, RATIO: tl.constexpr,
+    scores, bound, found, candidates, rows, most, room, RATIO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     block, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    visible = (tl.load(positions + token) + 1) // RATIO
+    visible = (tl.load(rows + token) + 1) // RATIO
     entry = block * BLOCK + tl.arange(0, BLOCK)
     score = tl.load(scores + token * most + entry, mask=entry < visible, other=-float("inf"))
     key = _sortable(score)
@@ -176,7 +186,7 @@ def group_size(most: int) -> int:
 def index_scores_paged(
     query: torch.Tensor,
     weights: torch.Tensor,
-    positions: torch.Tensor,
+    rows: torch.Tensor,
     pool: torch.Tensor,
     table: torch.Tensor,
     *,
@@ -186,21 +196,21 @@ def index_scores_paged(
     most_entries: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the reference. query: [tokens, index_heads, index_dim]; weights: [tokens, cols] float32,
-    the index_heads last; positions: [tokens] int32; pool: [pages, bytes] uint8; table: [tokens,
+    the index_heads last; rows: [4, tokens] int32; pool: [pages, bytes] uint8; table: [slots,
     pages] int32. Returns (scores [tokens, entries] float32, the maxima of groups of them).
     """
     tokens, heads, dim = query.shape
-    assert dim == 128  # one word of scales a key
+    assert dim <= 128 and dim % 32 == 0  # noqa: PT018
     most = triton.cdiv(most_entries, COLLECT) * COLLECT
     group = group_size(most)
     scores = torch.empty(tokens, most, dtype=torch.float32, device=query.device)
     maxima = torch.empty(tokens, most // group, dtype=torch.float32, device=query.device)
-    blocks = BLOCKS_OF_LONG if most >= LONG else 1
-    _scores[(most // BLOCK // blocks, tokens)](
-        query, weights, weights.stride(0), weights.shape[1] - heads, positions, pool,
-        pool.stride(0), index_offset, table, table.shape[1], scores, maxima, most,
+    blocks, block = BLOCKS_OF_LONG if most >= LONG else 1, max(BLOCK, group)
+    _scores[(most // block // blocks, tokens)](
+        query, weights, weights.stride(0), weights.shape[1] - heads, rows, tokens, pool,
+        pool.stride(0), index_offset, table, table.stride(0), scores, maxima, most,
         dim**-0.5 * heads**-0.5,
-        HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=BLOCK, BLOCKS=blocks,
+        HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=block, BLOCKS=blocks,
         GROUP=group,
         BF16=query.dtype != torch.float32, num_warps=SCORE_WARPS, num_stages=STAGES,
     )  # fmt: skip
@@ -209,10 +219,10 @@ def index_scores_paged(
 
 @register("topk_positions", "triton")
 def topk_positions(
-    scores: torch.Tensor, maxima: torch.Tensor, positions: torch.Tensor, *, k: int, ratio: int
+    scores: torch.Tensor, maxima: torch.Tensor, rows: torch.Tensor, *, k: int, ratio: int
 ) -> torch.Tensor:
-    """As the reference. scores: [tokens, entries] float32; maxima: [tokens, groups]; positions:
-    [tokens] int32. Returns [tokens, topk] int32.
+    """As the reference. scores: [tokens, entries] float32; maxima: [tokens, groups]; rows:
+    [4, tokens] int32. Returns [tokens, topk] int32.
     """
     tokens, most = scores.shape
     groups = maxima.shape[1]
@@ -231,7 +241,7 @@ def topk_positions(
         num_warps=1 if groups <= FEW_GROUPS else 4,
     )
     _collect[(triton.cdiv(most, COLLECT), tokens)](
-        scores, bound, found, candidates, positions, most, most, RATIO=ratio, BLOCK=COLLECT,
+        scores, bound, found, candidates, rows, most, most, RATIO=ratio, BLOCK=COLLECT,
         num_warps=4,
     )  # fmt: skip
     _choose[(tokens,)](candidates, found, picks, most, k, SORTED=SORTED, K=k, num_warps=8)

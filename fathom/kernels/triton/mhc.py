@@ -1,9 +1,10 @@
-"""The mHC boundary between two sublayers in two launches.
+"""The mHC boundary between two sublayers in two launches, and what follows the last of them.
 
 `_write_and_mix` writes the last sublayer's output into the streams and, while they are in
 registers, multiplies them with the next site's `fn`; programs own slices of the hidden dimension.
 `_read` adds those partial products in a fixed order, reads the next sublayer's input out of the
-streams and normalises it, and in a second program runs Sinkhorn.
+streams and normalises it, and in a second program runs Sinkhorn. The output head reads the streams
+in the same way with `_merge`.
 
 Bytes for one token of V4-Flash: fn 24 x 16384 x 4 = 1.5 MB, streams 3 x 32 KB.
 
@@ -20,52 +21,122 @@ from fathom.kernels.registry import register
 
 SLICE = 64  # hidden columns of one program
 MIXES = 32  # 24 mixing logits and the square sum, padded to a power of two
+WRITTEN = 1024  # hidden columns of one program of _write
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def sublayer_output(
+    y, pairs, token, hidden, col, live, SLOTS: tl.constexpr, dtype: tl.constexpr
+):  # fmt: skip
+    """Columns of a sublayer's output; routed experts in the order of their choice, then y."""
+    value = tl.load(y + token * hidden + col, mask=live, other=0.0).to(tl.float32)
+    if SLOTS > 0:
+        routed = tl.zeros(col.shape, tl.float32)
+        for slot in tl.static_range(SLOTS):
+            at = pairs + (token * SLOTS + slot) * hidden + col
+            routed += tl.load(at, mask=live, other=0.0).to(tl.float32)
+        value = (routed + value).to(dtype).to(tl.float32)
+    return value
+
+
+@triton.jit
+def written_stream(
+    value, streams, post, comb, token, hidden, col, live, j: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """Stream j after a write, float32; streams: the token's own."""
+    stream = tl.load(post + token * N + j) * value
+    for i in tl.static_range(N):
+        old = tl.load(streams + i * hidden + col, mask=live, other=0.0).to(tl.float32)
+        stream += tl.load(comb + token * N * N + i * N + j) * old
+    return stream
+
+
+@triton.jit
+def sinkhorn(m, eps, ROUNDS: tl.constexpr):
+    """Logits [N, N] to a matrix whose rows and columns sum to one."""
+    m = tl.exp(m - tl.max(m, axis=1)[:, None])
+    m = m / tl.sum(m, axis=1)[:, None] + eps
+    m = m / (tl.sum(m, axis=0) + eps)[None, :]
+    for _ in range(ROUNDS - 1):
+        m = m / (tl.sum(m, axis=1) + eps)[:, None]
+        m = m / (tl.sum(m, axis=0) + eps)[None, :]
+    return m
+
+
+@triton.jit
+def normed(value, norm, col, live, hidden, eps, dtype: tl.constexpr):
+    """RMSNorm of a merged row, rounded before and after it to the streams' dtype."""
+    value = value.to(dtype).to(tl.float32)
+    r = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / hidden + eps)
+    return (value * r * tl.load(norm + col, mask=live, other=0.0).to(tl.float32)).to(dtype)
 
 
 @triton.jit
 def _write_and_mix(
-    y, pairs, streams, post, comb, fn, new, partial, hidden,
-    N: tl.constexpr, SLOTS: tl.constexpr, WRITE: tl.constexpr, MIXES: tl.constexpr,
-    SLICE: tl.constexpr,
+    y, pairs, streams, places, post, comb, fn, new, partial, hidden,
+    N: tl.constexpr, SLOTS: tl.constexpr, WRITE: tl.constexpr, PLACED: tl.constexpr,
+    ROWS: tl.constexpr, MIXES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
+    """ROWS: of fn. PLACED: the streams of token t are those of row places[t]."""
     slice_, token = tl.program_id(0), tl.program_id(1)
     col = slice_ * SLICE + tl.arange(0, SLICE)
-    base = token.to(tl.int64) * N * hidden
-    dtype = streams.dtype.element_ty
+    live = col < hidden
+    source = token.to(tl.int64)
+    if PLACED:
+        source = tl.load(places + token).to(tl.int64)
+    own = streams + source * N * hidden
+    dtype: tl.constexpr = streams.dtype.element_ty
     mix = tl.arange(0, MIXES)
     total = tl.zeros([MIXES], tl.float32)
     square = tl.zeros([SLICE], tl.float32)
     if WRITE:
-        value = tl.load(y + token * hidden + col).to(tl.float32)
-        if SLOTS > 0:  # routed experts in the order of their choice, then the shared one
-            routed = tl.zeros([SLICE], tl.float32)
-            for slot in range(SLOTS):
-                routed += tl.load(pairs + (token * SLOTS + slot) * hidden + col).to(tl.float32)
-            value = (routed + value).to(dtype).to(tl.float32)
+        value = sublayer_output(y, pairs, token, hidden, col, live, SLOTS, dtype)
     for j in tl.static_range(N):
         if WRITE:
-            stream = tl.load(post + token * N + j) * value
-            for i in tl.static_range(N):
-                old = tl.load(streams + base + i * hidden + col).to(tl.float32)
-                stream += tl.load(comb + token * N * N + i * N + j) * old
+            stream = written_stream(value, own, post, comb, token, hidden, col, live, j, N)
             stream = stream.to(dtype).to(tl.float32)
-            tl.store(new + base + j * hidden + col, stream.to(dtype))
+            tl.store(new + (source * N + j) * hidden + col, stream.to(dtype))
         else:
-            stream = tl.load(streams + base + j * hidden + col).to(tl.float32)
+            stream = tl.load(own + j * hidden + col).to(tl.float32)
         weight = tl.load(
             fn + mix[:, None] * N * hidden + j * hidden + col[None, :],
-            mask=(mix < N * (N + 2))[:, None], other=0.0,
+            mask=(mix < ROWS)[:, None], other=0.0,
         )  # fmt: skip
         total += tl.sum(weight * stream[None, :], axis=1)
         square += stream * stream
-    total = tl.where(mix == N * (N + 2), tl.sum(square, axis=0), total)
+    total = tl.where(mix == MIXES - 1, tl.sum(square, axis=0), total)
     at = (token * tl.num_programs(0) + slice_) * MIXES
     tl.store(partial + at + mix, total)
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+def _inverse_norm(
+    partial, token, hidden, eps, N: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr
+):  # fmt: skip
+    row = tl.arange(0, SLICES) * MIXES + token * SLICES * MIXES
+    square = tl.sum(tl.load(partial + row + MIXES - 1), axis=0)
+    return 1.0 / tl.sqrt(square / (N * hidden) + eps)
+
+
+@triton.jit
+def _merged(
+    streams, partial, base, scale, token, r, col, live, hidden, eps,
+    N: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr,
+):  # fmt: skip
+    """The streams weighed by the first N mixing logits; streams: the token's own."""
+    row = tl.arange(0, SLICES) * MIXES + token * SLICES * MIXES
+    value = tl.zeros(col.shape, tl.float32)
+    for j in tl.static_range(N):
+        logit = tl.sum(tl.load(partial + row + j), axis=0) * r
+        pre = sigmoid(logit * tl.load(scale) + tl.load(base + j)) + eps
+        value += pre * tl.load(streams + j * hidden + col, mask=live, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -75,39 +146,135 @@ def _read(
     HIDDEN: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1)
-    row = tl.arange(0, SLICES) * MIXES + token * SLICES * MIXES
-    square = tl.sum(tl.load(partial + row + N * (N + 2)), axis=0)
-    r = 1.0 / tl.sqrt(square / (N * hidden) + norm_eps)
+    r = _inverse_norm(partial, token, hidden, norm_eps, N, SLICES, MIXES)
     if tl.program_id(0) == 0:
         col = tl.arange(0, HIDDEN)
         live = col < hidden
-        value = tl.zeros([HIDDEN], tl.float32)
         dtype: tl.constexpr = streams.dtype.element_ty
-        for j in tl.static_range(N):
-            logit = tl.sum(tl.load(partial + row + j), axis=0) * r
-            pre = _sigmoid(logit * tl.load(scale) + tl.load(base + j)) + eps
-            at = streams + (token.to(tl.int64) * N + j) * hidden + col
-            value += pre * tl.load(at, mask=live, other=0.0).to(tl.float32)
-        value = value.to(dtype).to(tl.float32)
-        inverse = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / hidden + norm_eps)
-        value = value * inverse * tl.load(norm + col, mask=live, other=0.0).to(tl.float32)
-        tl.store(x + token * hidden + col, value.to(dtype), mask=live)
+        own = streams + token.to(tl.int64) * N * hidden
+        value = _merged(
+            own, partial, base, scale, token, r, col, live, hidden, eps, N, SLICES, MIXES
+        )
+        value = normed(value, norm, col, live, hidden, norm_eps, dtype)
+        tl.store(x + token * hidden + col, value, mask=live)
     else:
         # Needed only by the next write: another program does it meanwhile.
         n = tl.arange(0, N)
         cell = n[:, None] * N + n[None, :]
+        row = tl.arange(0, SLICES) * MIXES + token * SLICES * MIXES
         mixes = tl.sum(tl.load(partial + row[:, None, None] + 2 * N + cell[None]), axis=0) * r
-        m = mixes * tl.load(scale + 2) + tl.load(base + 2 * N + cell)
-        m = tl.exp(m - tl.max(m, axis=1)[:, None])
-        m = m / tl.sum(m, axis=1)[:, None] + eps
-        m = m / (tl.sum(m, axis=0) + eps)[None, :]
-        for _ in range(ROUNDS - 1):
-            m = m / (tl.sum(m, axis=1) + eps)[:, None]
-            m = m / (tl.sum(m, axis=0) + eps)[None, :]
+        m = sinkhorn(mixes * tl.load(scale + 2) + tl.load(base + 2 * N + cell), eps, ROUNDS)
         tl.store(comb + token * N * N + cell, m)
         write = tl.sum(tl.load(partial + row[:, None] + N + n[None, :]), axis=0) * r
-        write = 2 * _sigmoid(write * tl.load(scale + 1) + tl.load(base + N + n))
+        write = 2 * sigmoid(write * tl.load(scale + 1) + tl.load(base + N + n))
         tl.store(post + token * N + n, write)
+
+
+@triton.jit
+def _merge(
+    streams, places, partial, base, scale, norm, out, hidden, eps, norm_eps,
+    N: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr, HIDDEN: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    r = _inverse_norm(partial, token, hidden, norm_eps, N, SLICES, MIXES)
+    col = tl.arange(0, HIDDEN)
+    live = col < hidden
+    own = streams + tl.load(places + token).to(tl.int64) * N * hidden
+    value = _merged(own, partial, base, scale, token, r, col, live, hidden, eps, N, SLICES, MIXES)
+    value = normed(value, norm, col, live, hidden, norm_eps, streams.dtype.element_ty)
+    tl.store(out + token * hidden + col, value.to(tl.float32), mask=live)
+
+
+@triton.jit
+def _write(
+    y, pairs, streams, places, post, comb, new, hidden,
+    N: tl.constexpr, SLOTS: tl.constexpr, PLACED: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """PLACED: the new streams of token t become row places[t]."""
+    token = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    live = col < hidden
+    dtype: tl.constexpr = streams.dtype.element_ty
+    target = token
+    if PLACED:
+        target = tl.load(places + token).to(tl.int64)
+    own = streams + token * N * hidden
+    value = sublayer_output(y, pairs, token, hidden, col, live, SLOTS, dtype)
+    for j in tl.static_range(N):
+        stream = written_stream(value, own, post, comb, token, hidden, col, live, j, N)
+        tl.store(new + (target * N + j) * hidden + col, stream.to(dtype), mask=live)
+
+
+def write(
+    streams: torch.Tensor,
+    y: torch.Tensor,
+    pairs: torch.Tensor | None,
+    post: torch.Tensor,
+    comb: torch.Tensor,
+    new: torch.Tensor,
+    places: torch.Tensor | None = None,
+) -> None:
+    """Write a sublayer's output into new [rows, streams, hidden], at places [tokens] if given.
+
+    streams: [tokens, streams, hidden]; y: [tokens, hidden]; pairs: [tokens, topk, hidden]; post,
+    comb: the same shapes as there.
+    """
+    tokens, n, hidden = streams.shape
+    width = min(WRITTEN, triton.next_power_of_2(hidden))
+    _write[(tokens, triton.cdiv(hidden, width))](
+        y, pairs if pairs is not None else y, streams, places if places is not None else y, post,
+        comb, new, hidden, N=n, SLOTS=pairs.shape[1] if pairs is not None else 0,
+        PLACED=places is not None, COLS=width, num_warps=4,
+    )  # fmt: skip
+
+
+@register("mhc_write", "triton")
+def mhc_write(
+    streams: torch.Tensor,
+    y: torch.Tensor,
+    pairs: torch.Tensor,
+    post: torch.Tensor,
+    comb: torch.Tensor,
+    places: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """As the reference. streams: [tokens, streams, hidden]; y: [tokens, hidden]; pairs: [tokens,
+    topk, hidden]; post, comb: the same as there; places: [tokens] int32; out: [rows, streams,
+    hidden].
+    """
+    write(streams, y, pairs, post, comb, out, places)
+
+
+@register("stream_head", "triton")
+def stream_head(
+    streams: torch.Tensor,
+    places: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm: torch.Tensor,
+    *,
+    eps: float,
+    norm_eps: float,
+) -> torch.Tensor:
+    """As the reference. streams: [rows, streams, hidden]; places: [tokens] int32; fn: [streams,
+    streams * hidden]; base: [streams]; scale: [1]; norm: [hidden]. Returns [tokens, hidden]
+    float32.
+    """
+    tokens, (_, n, hidden) = places.shape[0], streams.shape
+    slices = hidden // SLICE
+    make = {"dtype": torch.float32, "device": streams.device}
+    partial = torch.empty(tokens, slices, MIXES, **make)
+    _write_and_mix[(slices, tokens)](
+        streams, streams, streams, places, base, base, fn, streams, partial, hidden,
+        N=n, SLOTS=0, WRITE=False, PLACED=True, ROWS=n, MIXES=MIXES, SLICE=SLICE, num_warps=4,
+    )  # fmt: skip
+    out = torch.empty(tokens, hidden, **make)
+    _merge[(tokens,)](
+        streams, places, partial, base, scale, norm, out, hidden, eps, norm_eps,
+        N=n, SLICES=slices, MIXES=MIXES, HIDDEN=triton.next_power_of_2(hidden), num_warps=8,
+    )  # fmt: skip
+    return out
 
 
 @register("mhc_boundary", "triton")
@@ -136,9 +303,10 @@ def mhc_boundary(
     new = torch.empty_like(streams) if y is not None else streams
     slots = pairs.shape[1] if pairs is not None else 0
     _write_and_mix[(slices, tokens)](
-        y if y is not None else streams, pairs if pairs is not None else streams, streams,
+        y if y is not None else streams, pairs if pairs is not None else streams, streams, streams,
         post if post is not None else base, comb if comb is not None else base, fn, new, partial,
-        hidden, N=n, SLOTS=slots, WRITE=y is not None, MIXES=MIXES, SLICE=SLICE, num_warps=4,
+        hidden, N=n, SLOTS=slots, WRITE=y is not None, PLACED=False, ROWS=n * (n + 2), MIXES=MIXES,
+        SLICE=SLICE, num_warps=4,
     )  # fmt: skip
     x = torch.empty(tokens, hidden, dtype=streams.dtype, device=streams.device)
     post = torch.empty(tokens, n, dtype=torch.float32, device=streams.device)

@@ -10,7 +10,7 @@
  *
  * makes the folder TARGET and copies the trees NAME of SOURCE into it: owners, modes, times, links,
  * extended attributes and an overlay's marks of deletion included. The copy is charged to the group
- * of FILE. Nothing is followed: the tenant, which stands still meanwhile, chose every name in there.
+ * of FILE, and how many bytes its files have is printed. Nothing is followed: the tenant, which stands still meanwhile, chose every name in there.
  */
 #include "agent.h"
 
@@ -22,7 +22,7 @@
 #include <sys/stat.h>
 #include <sys/xattr.h>
 
-enum { PIECE = 1 << 16, MOST_DEEP = 4096, WORTH_SHARING = 1 << 16 };
+enum { PIECE = 1 << 16, MOST_DEEP = 512 /* as in layers */, WORTH_SHARING = 1 << 16 };
 
 typedef struct {
   DIR *from;
@@ -43,6 +43,7 @@ static char piece[PIECE];
 static char *where;
 static size_t where_room;
 static int root = -1;
+static uint64_t total; /* bytes of files, each with all its names counted once */
 static Known *known[1024];
 
 static _Noreturn void fail(const char *what) {
@@ -117,6 +118,7 @@ static void copy_file(int from, int to, const char *name, const struct stat *s) 
   int out = openat(to, name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
   if (out < 0) fail("create");
   copy_bytes(in, out, s->st_size);
+  total += s->st_size;
   finish(in, out, s);
   close(in);
   close(out);
@@ -173,7 +175,10 @@ static void copy_tree(int from, const char *name) {
     named = enter(name);
     if (fstatat(dirfd(l->from), name, &s, AT_SYMLINK_NOFOLLOW)) fail("look at it");
     if (S_ISDIR(s.st_mode)) {
-      if (depth == MOST_DEEP) return errno = ELOOP, fail("folders in folders in folders");
+      if (depth == MOST_DEEP) {
+        dprintf(2, "/%.200s...: folders are nested more than %d deep\n", where, MOST_DEEP);
+        exit(1);
+      }
       levels[depth++] = descend(dirfd(l->from), l->to, name, &s, named);
       continue;
     }
@@ -227,5 +232,6 @@ int copy_main(int argc, char **argv) {
     strcpy(where, "");
   }
   if (futimens(root, (struct timespec[]){s.st_atim, s.st_mtim})) fail("set the time");
+  dprintf(1, "%llu\n", (unsigned long long)total);
   return 0;
 }

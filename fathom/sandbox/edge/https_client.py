@@ -14,23 +14,26 @@ import ssl
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
 
 from fathom.errors import DaemonLost, SandboxError
+from fathom.sandbox.edge import LOOKING
 from fathom.sandbox.edge.client import EdgeHost
 from fathom.sandbox.line import Line
 from fathom.sandbox.nodelink import raise_error
 
 _CHUNK = 1 << 18
 _HEAD_LIMIT = 1 << 16
+_ANSWER_LIMIT = 64 << 20
 _CONNECT = 20.0
 # The daemon ends a connection that waits for a minute.
 _KEPT = 30.0
 _MOST_KEPT = 16
+_REPEATABLE = LOOKING | {"attach", "oom"}
 _FINGERPRINT = re.compile(r"(sha256:)?([0-9a-fA-F]{2}:?){31}[0-9a-fA-F]{2}")
 
 
@@ -71,9 +74,18 @@ class HttpsHost(EdgeHost):
 
     async def ask(self, op: str, values: dict[str, Any]) -> dict[str, Any]:
         """Send a request and return its answer, which may be an error. Raises DaemonLost."""
-        connection = self._take() or await self._dial()
+        kept = self._take()
+        connection = kept or await self._dial()
         try:
-            _, answer, stays = await connection.request(op, values, self._token)
+            try:
+                _, answer, stays = await connection.request(op, values, self._token)
+            except DaemonLost:
+                # It may have ended since the last request; what changes nothing is asked again.
+                if kept is None or op not in _REPEATABLE:
+                    raise
+                connection.close()
+                connection = await self._dial()
+                _, answer, stays = await connection.request(op, values, self._token)
         except BaseException:
             connection.close()
             raise
@@ -100,7 +112,10 @@ class HttpsHost(EdgeHost):
 
     async def oom_count(self, name: str) -> int:
         """Return how many processes of the sandbox were killed for memory so far."""
-        answer = await self.ask("oom", {"id": name})
+        try:
+            answer = await self.ask("oom", {"id": name})
+        except DaemonLost:
+            return 0  # a command that has come to its end is not lost for that
         return int(answer.get("count", 0))
 
     def _take(self) -> _Connection | None:
@@ -184,8 +199,10 @@ class _Connection:
         try:
             await self._send(head.encode() + body)
             return await self._answer()
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise DaemonLost(f"the daemon at {self.host} went away: {error}") from error
+        except (ValueError, LookupError, RecursionError) as error:
+            raise DaemonLost(f"what answers at {self.host} is no daemon: {error}") from error
 
     async def _answer(self) -> tuple[int, dict[str, Any], bool]:
         data = b""
@@ -203,10 +220,15 @@ class _Connection:
         if status == 101:
             self.early = data
             return status, {}, False
-        length = int(headers["content-length"]) if "content-length" in headers else 0
+        length = int(headers["content-length"])
+        if not 0 <= length <= _ANSWER_LIMIT:
+            raise ValueError("its answer is too long")
         while len(data) < length:
             data += await self._receive()
-        return status, json.loads(data[:length]), headers.get("connection") != "close"
+        found = json.loads(data[:length])
+        if not isinstance(found, dict):
+            raise ValueError("its answer is no object")
+        return status, cast("dict[str, Any]", found), headers.get("connection") != "close"
 
     async def _send(self, data: bytes) -> None:
         view = memoryview(data)

@@ -28,8 +28,8 @@ from fathom.sandbox.edge.front import Front
 from fathom.sandbox.edge.guard import Guard, source
 from fathom.sandbox.edge.tokens import digest_of
 
-_HANDSHAKE = 10.0  # seconds, each: to agree on keys, to send a head, to send a body
-_HEAD = 10.0
+_HANDSHAKE = 5.0  # seconds, each: to agree on keys, to send a head, to send a body
+_HEAD = 5.0
 _BODY = 20.0
 _WRITE = 30.0
 _IDLE = 60.0  # seconds for which a connection that has shown a token may wait

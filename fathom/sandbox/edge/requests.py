@@ -132,8 +132,8 @@ def spec(value: Any) -> Kept:
 
 
 def _domain(value: Any) -> list[Any]:
-    name, ports = value
-    return [text(name), _listed(integer(1, 65535), 64)(ports)]
+    name, ports, private = value
+    return [text(name), _listed(integer(1, 65535), 64)(ports), boolean(private)]
 
 
 def _address(value: Any) -> list[Any]:
@@ -145,7 +145,6 @@ _NET: dict[str, Reader] = {
     "addresses": _listed(_address, _MOST_RULES),
     "domains": _listed(_domain, _MOST_RULES),
     "mirrors": _listed(text, _MOST_RULES),
-    "private": boolean,
 }
 
 
@@ -202,7 +201,9 @@ def read(op: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     try:
         found = _fields(dict(given), table[op], op)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise SandboxError(f"the request does not fit {op}: {str(error)[:200]}") from error
+        raise SandboxError(
+            f"a value of the request {op} is of another kind than this operation takes"
+        ) from error
     for name in table[op]:
         if name in _NEEDED and name not in found:
             raise SandboxError(f"the request {op} needs {name}")

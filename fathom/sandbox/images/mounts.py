@@ -22,6 +22,7 @@ from fathom.sandbox.images.types import Layer
 
 _MS_RDONLY = 1
 _OPTION_LIMIT = 4096 - 1
+_ONE_OPTION_LIMIT = 255
 _TIMEOUT = 30.0
 
 
@@ -67,10 +68,20 @@ def mount_layer(store: Store, layer: Layer, target: Path, *, loop: bool = False)
                 devices[place] = _attach(path)
                 mounted.also.append(_detacher(devices[place]))
         options = ",".join(f"device={device}" for device in devices[1:])
-        if len(options) > _OPTION_LIMIT:
-            raise ImageError("the layer has too many data blobs to be mounted: pack it anew")
-        flags = _MS_RDONLY | syscalls.MS_NODEV
-        syscalls.mount(devices[0], str(target), "erofs", flags, options or None)
+        if len(options) <= _OPTION_LIMIT:
+            flags = _MS_RDONLY | syscalls.MS_NODEV
+            syscalls.mount(devices[0], str(target), "erofs", flags, options or None)
+        elif max(map(len, devices)) > _ONE_OPTION_LIMIT:
+            raise ImageError(
+                f"the layer has {len(devices) - 1} data blobs and the store's folder "
+                f"{store.folder} has a long name: together the kernel takes neither; move the store"
+            )
+        else:
+            syscalls.mount_read_only(
+                "erofs",
+                [("source", devices[0]), *(("device", device) for device in devices[1:])],
+                str(target),
+            )
         if mounted.on_demand:
             # From here on the layer alone keeps the server of its contents alive.
             mounted.also.pop(0)()

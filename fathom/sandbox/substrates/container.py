@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import os
+import select
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,8 +63,10 @@ def first_id(name: str) -> int:
     return _FIRST_ID + slot * ID_COUNT
 
 
-def configuration(launch: Launch, rootfs: Path, work: Path | None) -> dict[str, Any]:
-    """Return the OCI runtime configuration."""
+def configuration(
+    launch: Launch, rootfs: Path, work: Path | None, door: Path | None = None
+) -> dict[str, Any]:
+    """Return the OCI runtime configuration. `work`, `door`: where these folders are mounted."""
     base = launch.ids
     ids = [{"containerID": 0, "hostID": base, "size": ID_COUNT}]
     quiet = ["nosuid", "nodev"]
@@ -85,7 +88,7 @@ def configuration(launch: Launch, rootfs: Path, work: Path | None) -> dict[str, 
             "source": "devpts",
             "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"],
         },
-        memory_folder("/dev/shm", [*quiet, "noexec", "mode=1777", f"size={launch.disk // 4}"]),
+        memory_folder("/dev/shm", [*quiet, "noexec", "mode=1777", *_bounds(launch.disk // 4)]),
         {
             "destination": AGENT,
             "type": "bind",
@@ -103,10 +106,10 @@ def configuration(launch: Launch, rootfs: Path, work: Path | None) -> dict[str, 
                 "options": ["bind", "rw", *quiet],
             }
         )
-    if launch.door is not None:
+    if door is not None:
         options = ["bind", "ro", *quiet, "noexec"]
-        door = {"destination": DOOR, "type": "bind", "source": launch.door, "options": options}
-        mounts.append(door)
+        shown = {"destination": DOOR, "type": "bind", "source": str(door), "options": options}
+        mounts.append(shown)
     network = {"type": "network"} | ({"path": launch.netns} if launch.netns else {})
     return {
         "ociVersion": "1.0.2",
@@ -147,9 +150,7 @@ def mount_root(
     for folder in (disk, rootfs):
         folder.mkdir(mode=0o755)
     quiet = syscalls.MS_NOSUID | syscalls.MS_NODEV
-    # Empty files take no room but the kernel's memory: their number is bounded as well.
-    inodes = launch.disk // 4096 + 1024
-    options = f"size={launch.disk},nr_inodes={inodes},mode=711"
+    options = ",".join((*_bounds(launch.disk), "mode=711"))
     syscalls.mount("tmpfs", str(disk), "tmpfs", quiet, options)
     upper, beside = disk / UPPER, disk / UPPER_WORK
     beside.mkdir(mode=0o700)
@@ -175,6 +176,14 @@ def mount_root(
             composed.close()
         raise
     return rootfs, composed
+
+
+def _bounds(size: int) -> list[str]:
+    """Return the options of a file system in memory of `size` bytes.
+
+    Empty files take no room but the kernel's memory: their number is bounded as well.
+    """
+    return [f"size={size}", f"nr_inodes={size // 4096 + 1024}"]
 
 
 def _make_folders(rootfs: Path, tenant: int) -> None:
@@ -209,8 +218,8 @@ def _compose(launch: Launch, upper: Path) -> Composed:
         os.close(namespace)
 
 
-def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> None:
-    """Copy an upper folder, owners, links and marks of deletion included.
+def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> int:
+    """Copy an upper folder, owners, links and marks of deletion included; return its files' bytes.
 
     The copy is made by a process in the groups of the new sandbox, whose memory it will be.
     Raises SandboxError.
@@ -220,8 +229,7 @@ def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> N
     done = subprocess.run(
         [agent, "--copy", str(source), str(target), "--group", door, "work", "tmp"],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         timeout=600,
         env={},
         check=False,
@@ -229,6 +237,7 @@ def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> N
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()[-500:]
         raise SandboxError(f"the sandbox's writes cannot be copied: {said}")
+    return int(done.stdout)
 
 
 def start(launch: Launch, ends: Ends, group: cgroups.Group, rootfs: Path) -> Started:
@@ -238,7 +247,12 @@ def start(launch: Launch, ends: Ends, group: cgroups.Group, rootfs: Path) -> Sta
         work = launch.folder / state.WORK
         work.mkdir(mode=0o755)
         _bind_work(launch.workdir, work, launch.ids)
-    config = configuration(launch, rootfs, work)
+    door: Path | None = None
+    if launch.door is not None:
+        door = launch.folder / state.DOOR
+        door.mkdir(mode=0o755)
+        _bind(launch.door, door)
+    config = configuration(launch, rootfs, work, door)
     if launch.substrate == "runc":
         config["linux"]["cgroupsPath"] = f"/{cgroups.PARENT}/{launch.folder.name}"
     (launch.folder / "config.json").write_text(json.dumps(config))
@@ -250,6 +264,7 @@ def start(launch: Launch, ends: Ends, group: cgroups.Group, rootfs: Path) -> Sta
     if launch.substrate == "runc":
         group.enter(pid)
     group.limit(memory=launch.memory, pids=launch.pids, cpu=launch.cpu)
+    group.limit_io(launch.io_read, launch.io_write)
     return Started(pid=pid, tenant=TENANT)
 
 
@@ -293,25 +308,47 @@ def _run(launch: Launch, ends: Ends, group: cgroups.Group) -> int:
     # In memory: the agent inherits it as its standard error, and lets go of it.
     errors = os.memfd_create("errors", os.MFD_CLOEXEC)
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             executable=program,
             stdin=ends.listener,
             stdout=ends.journal,
             stderr=errors,
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
-            timeout=_START_TIMEOUT,
-            check=False,
         )
+        code = _await_end(process)
         said = os.pread(errors, 1 << 16, 0).decode(errors="replace")
     finally:
         os.close(errors)
-    if done.returncode:
+    if code:
         raise SandboxError(
-            f"{launch.substrate} could not start the sandbox (exit {done.returncode}): "
+            f"{launch.substrate} could not start the sandbox (exit {code}): "
             f"{said.strip()[-1500:]}; run `fathom doctor` to see what this machine can do"
         )
     return int((launch.folder / "pid").read_text())
+
+
+def _await_end(process: subprocess.Popen[bytes]) -> int:
+    """Return a runtime's exit code, that of a kill where it took too long."""
+    # Popen.wait with a timeout sleeps in growing steps; a pidfd answers at once.
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        if not poller.poll(_START_TIMEOUT * 1000):
+            process.kill()
+        return process.wait()
+    finally:
+        os.close(pidfd)
+
+
+def _bind(source: str, target: Path) -> None:
+    """Bind a folder as it is. It was resolved before it was judged: no link in it is followed."""
+    folder = syscalls.open_folder(source)
+    try:
+        syscalls.mount(f"/proc/self/fd/{folder}", str(target), None, syscalls.MS_BIND)
+    finally:
+        os.close(folder)
 
 
 def _bind_work(source: str, target: Path, base: int) -> None:

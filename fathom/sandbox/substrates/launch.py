@@ -20,6 +20,8 @@ OOM_SCORE = 500
 MASKED_PATHS = (
     "/proc/acpi",
     "/proc/asound",
+    "/proc/cmdline",
+    "/proc/diskstats",
     "/proc/kcore",
     "/proc/keys",
     "/proc/key-users",
@@ -37,6 +39,7 @@ MASKED_PATHS = (
     "/proc/modules",
     "/proc/config.gz",
     "/proc/mdstat",
+    "/proc/partitions",
     "/proc/interrupts",
     "/proc/sysrq-trigger",
 )
@@ -49,7 +52,9 @@ class Launch:
 
     `agent`: the compiled agent. `ids`: host's id of root inside. `netns`: path of its network
     namespace, None for a new one without any device. `outlive`: whether it lives on without us.
-    `layers`: of the image store `store`, the lowest first; then `rootfs` is of no meaning.
+    `io_read`, `io_write`: bytes per second from and to each disk. `layers`: of the image store
+    `store`, the lowest first; then `rootfs` is of no meaning, and `image` describes their image,
+    whatever its name means by now.
     """
 
     folder: Path
@@ -68,7 +73,10 @@ class Launch:
     outlive: bool = False
     store: str = ""
     layers: tuple[str, ...] = ()
+    image: str = ""
     door: str | None = None
+    io_read: int | None = None
+    io_write: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

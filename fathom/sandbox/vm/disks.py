@@ -28,6 +28,15 @@ def small_disk(cache: Path, name: str) -> Path:
         return _disk(cache, store, image_of(store, name), "erofs", 0)
 
 
+def small_disk_of(cache: Path, image: Image) -> Path:
+    """Return where the disk of a small machine on this image is, or would be."""
+    return cache / "vm" / "disks" / f"{_key(image)}.erofs"
+
+
+def _key(image: Image) -> str:
+    return hashlib.blake2b("\n".join(image.layers).encode(), digest_size=12).hexdigest()
+
+
 def full_disk(cache: Path, name: str, room: int) -> Path:
     """Return the disk of a full machine with `room` bytes to write. Raises SandboxError."""
     with Store(cache / "store") as store:
@@ -38,7 +47,7 @@ def full_disk(cache: Path, name: str, room: int) -> Path:
 def _disk(
     cache: Path, store: Store, image: Image, kind: Literal["erofs", "ext4"], room: int
 ) -> Path:
-    key = hashlib.blake2b("\n".join(image.layers).encode(), digest_size=12).hexdigest()
+    key = _key(image)
     folder = cache / "vm" / "disks"
     path = folder / (f"{key}.erofs" if kind == "erofs" else f"{key}-{room >> 20}.ext4")
     if not path.exists():

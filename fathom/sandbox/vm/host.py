@@ -238,7 +238,8 @@ class Machines:
                 "a full VM writes to a disk, not to a layer: use snapshot(), or MicroVM"
             )
         secret, folder = self.link.secret_of(id), self.runtime / id
-        return {"layer": pack.pack(self.cache, known.spec, folder, secret, name)}
+        disk = known.launch.base
+        return {"layer": pack.pack(self.cache, known.spec, disk, folder, secret, name)}
 
     # Living ------------------------------------------------------------------------------------
 

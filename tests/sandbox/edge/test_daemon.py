@@ -9,12 +9,17 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
+from shutil import rmtree
 
+import anyio
 import pytest
 
-from fathom.errors import DaemonLost, PolicyDenied, SandboxError, SandboxLost, Unsupported
-from fathom.sandbox import Container, Net, SyncClient, messages, state
+from fathom.errors import DaemonLost, KeyConflict, PolicyDenied, SandboxLost, Unsupported
+from fathom.sandbox import Client, Container, Net, SyncClient, messages, state
 from fathom.sandbox.edge import SOCKET
+from fathom.sandbox.images import ImageError, Store
 from tests.sandbox.edge.daemon import REPOSITORY, Daemon, environment
 
 
@@ -37,8 +42,8 @@ def test_sandboxes_outlive_clients_and_the_daemon(daemon: Daemon):
     with daemon.client() as client:
         sandbox = client.create(Container(), key="job/1", group="job")
         sandbox.exec("echo kept > f; (sleep 4321 > /dev/null 2>&1 &)", timeout=20)
-        assert client.create(Container(), key="job/1").id == sandbox.id
-        with pytest.raises(SandboxError, match="another kind"):
+        assert client.create(Container(), key="job/1", group="job").id == sandbox.id
+        with pytest.raises(KeyConflict, match="other values"):
             client.create(Container(pids=9), key="job/1")
         name = sandbox.id
     daemon.end(signal.SIGKILL)
@@ -51,7 +56,7 @@ def test_sandboxes_outlive_clients_and_the_daemon(daemon: Daemon):
         sandbox = client.attach(name)
         shown = sandbox.exec("cat f; pgrep -fc 'sleep 432[1]'", timeout=20).stdout
         assert shown == "kept\n1\n"
-        assert client.create(Container(), key="job/1").id == name
+        assert client.create(Container(), key="job/1", group="job").id == name
         if sandbox.caps.fork:
             (copy,) = sandbox.fork()
             assert copy.exec("cat f", timeout=20).stdout == "kept\n"
@@ -123,6 +128,64 @@ def test_a_paused_sandbox_is_adopted_paused(daemon: Daemon):
 
 
 @pytest.mark.usefixtures("need_root")
+@pytest.mark.parametrize("what", ["daemon", "node"])
+def test_what_was_deleted_stays_deleted_in_copies_after_an_adoption(daemon: Daemon, what: str):
+    name = f"adoption-test/{what}"
+    spec = Container(image=name, memory="64MiB", disk="8MiB")
+    listing = "find . | sort; cat d/*"
+    try:
+        with daemon.client() as client:
+            with client.create(Container(memory="64MiB", disk="8MiB")) as base:
+                files = "echo old > secret; mkdir d e; echo old > d/old; echo old > e/old"
+                base.exec(files, timeout=20)
+                base.pack_diff(name=name)
+            sandbox = client.create(spec)
+            sandbox.exec("rm -r secret d e; mkdir d; echo new > d/new", timeout=20)
+            shown = sandbox.exec(listing, timeout=20).stdout
+            assert shown == ".\n./d\n./d/new\nnew\n"
+            if what == "node":
+                (node,) = daemon.processes("fathom.sandbox.node")
+                os.kill(node, signal.SIGKILL)
+        if what == "daemon":
+            daemon.end(signal.SIGKILL)
+            daemon.start()
+        with daemon.client() as client:
+            (entry,) = [one for one in client.list() if one["id"] == sandbox.id]
+            sandbox = client.attach(entry["id"])
+            assert sandbox.exec(listing, timeout=20).stdout == shown
+            (fork,) = sandbox.fork()
+            assert fork.exec(listing, timeout=20).stdout == shown
+            kept = sandbox.snapshot()
+            restored = client.restore(kept, spec)
+            assert restored.exec(listing, timeout=20).stdout == shown
+            sandbox.pack_diff(name=f"{name}/later")
+            later = client.create(replace(spec, image=f"{name}/later"))
+            assert later.exec(listing, timeout=20).stdout == shown
+            rmtree(daemon.cache / "snapshots" / kept.id)
+    finally:
+        with Store(daemon.cache / "store") as store:
+            for one in (name, f"{name}/later"):
+                with suppress(ImageError):
+                    store.untag(one)
+
+
+@pytest.mark.usefixtures("need_root")
+def test_the_folder_that_an_agent_keeps_leads_nowhere(daemon: Daemon):
+    with daemon.client() as client:
+        sandbox = client.create(Container())
+        session = json.loads((daemon.folder / sandbox.id / "session.json").read_text())
+        kept = f"/proc/{session['pid']}/fd/100"
+        above = os.path.join(kept, "..", "..")
+        assert os.path.samefile(kept, above)
+        assert sorted(os.listdir(kept)) == sorted(os.listdir(above)) == ["tmp", "work"]
+        # No command has it, and none reaches that of the agent.
+        look = "ls /proc/self/fd /proc/1/fd; ls /proc/1/fd/100/; ls /proc/self/fd/100/"
+        result = sandbox.exec(look, timeout=20)
+        assert "100" not in result.stdout.split()
+        assert result.stderr.count("ermission denied") >= 2
+
+
+@pytest.mark.usefixtures("need_root")
 def test_a_killed_node_is_replaced(daemon: Daemon):
     """Its sandboxes go on; the next node knows them and their policies again."""
     with socket.create_server(("127.0.0.6", 0)) as server, daemon.client() as client:
@@ -189,6 +252,24 @@ def test_admission(daemon: Daemon):
         client.create(Container())
 
 
+def test_those_that_wait_count(daemon: Daemon):
+    """What was made in advance is handed out, never more than admitted, and gone afterwards."""
+    with daemon.client() as client:
+        spec = Container(hostname="waits")
+        with pytest.raises(PolicyDenied):
+            client.prewarm(spec, 7)
+        client.prewarm(spec, 5)
+        assert client.list() == []
+        client.create(Container())
+        with pytest.raises(PolicyDenied, match="6 sandboxes of 6"):
+            client.create(Container())
+        for _ in range(5):
+            client.create(spec)
+        with pytest.raises(PolicyDenied):
+            client.create(spec)
+        assert len(client.list()) == 6
+
+
 def test_a_sandbox_that_died_while_nobody_looked(daemon: Daemon):
     with daemon.client() as client:
         sandbox = client.create(Container())
@@ -242,3 +323,27 @@ def test_other_clients_leave_a_daemon_s_sandboxes_alone(daemon: Daemon):
         sandbox = client.create(Container())
         assert state.reap(daemon.folder) == []
         assert sandbox.exec("echo alive", timeout=20).stdout == "alive\n"
+
+
+def test_odd_requests_of_a_daemon(daemon: Daemon):
+    """What a client of another language may send."""
+    host = Client("edge", runtime_dir=daemon.folder)._host  # pyright: ignore
+    for name, value in [
+        ("ttl", "soon"),
+        ("pids", "many"),
+        ("cpu", [1]),
+        ("memory", {"a": 1}),
+        ("image", 7),
+        ("workdir", 5),
+        ("hostname", [1]),
+    ]:
+        request = {"spec": {"type": "container", name: value}}
+        answer = anyio.run(host.ask, "create", request)  # pyright: ignore
+        assert answer["error"].startswith("sandbox"), name
+        for words in ("must be real", "argument of type", "NoneType", "unpack", "not supported"):
+            assert words not in answer["message"]
+    for net in (5, {"domains": [[]]}, {"addresses": [1]}, {"mirrors": 3}):
+        request = {"spec": {"type": "container"}, "net": net}
+        answer = anyio.run(host.ask, "create", request)  # pyright: ignore
+        assert "unpack" not in answer["message"]
+        assert "iterable" not in answer["message"]

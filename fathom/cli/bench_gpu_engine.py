@@ -1,0 +1,97 @@
+"""`fathom bench gpu --engine`: the engine on one GPU, against its layers alone.
+
+Paper: none (measurement).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fathom.cli.models import SHIPPED_MODEL, checkpoint_path
+from fathom.cli.output import print_json, print_table
+from fathom.errors import MissingDependency
+
+CONTEXT = 4096
+BATCHES = (1, 8, 64)
+PROMPTS = (2048, 8192)
+
+
+def measure_engine(repeat: int, out: Path | None, as_json: bool) -> None:
+    """Measure, write the figures to `out` if given, and print them.
+
+    Raises MissingDependency without a CUDA device.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MissingDependency("bench gpu needs a CUDA device, and torch sees none here")
+    report = _measure(torch, repeat)
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1))
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def _measure(torch: Any, repeat: int) -> dict[str, Any]:
+    from fathom.checkpoint import load_model
+    from fathom.eval import gpu_engine_speed as speed
+
+    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    flash = speed.three_layer_model(speed.three_layers())
+    nano = load_model(checkpoint_path(Path(SHIPPED_MODEL)), torch.bfloat16, device="cuda")
+    report["decode"], report["prompts"] = [], []
+    for name, model in (("three V4-Flash layers", flash), (SHIPPED_MODEL, nano)):
+        cases = [(batch, True, 0) for batch in BATCHES] + [(max(BATCHES), False, 0)]
+        if model.mtp:
+            cases.append((1, True, 1))
+        for batch, invariant, drafts in cases:
+            row = speed.decode_time(
+                model, batch, CONTEXT, steps=repeat, drafts=drafts, batch_invariant=invariant
+            )
+            report["decode"].append({"model": name, **asdict(row), "tokens_per_s": row.rate})
+        for tokens in PROMPTS:
+            for invariant in (True, False):
+                prompt = speed.prompt_time(model, tokens, batch_invariant=invariant, repeat=3)
+                report["prompts"].append(
+                    {"model": name, **asdict(prompt), "tokens_per_s": prompt.rate}
+                )
+        torch.cuda.empty_cache()
+    return report
+
+
+def _print(report: dict[str, Any]) -> None:
+    print(f"{report['device']}, torch {report['torch']}; milliseconds of one step\n")
+    rows = [
+        [
+            r["model"],
+            str(r["batch"]) + ("" if r["batch_invariant"] else " free"),
+            str(r["drafts"]),
+            f"{r['layers']:.3f}",
+            f"{r['runner']:.3f}",
+            f"{r['engine']:.3f}",
+            f"{r['tokens_per_s']:,.0f}",
+            f"{r['launches']} + {r['copies']}",
+        ]
+        for r in report["decode"]
+    ]
+    print_table(
+        ["model", "streams", "drafts", "layers", "runner", "engine", "tok/s", "kernels + copies"],
+        rows,
+    )
+    print("\nprompts until the first token\n")
+    rows = [
+        [
+            r["model"],
+            f"{r['tokens']:,}",
+            "yes" if r["batch_invariant"] else "no",
+            f"{r['seconds'] * 1e3:.1f}",
+            f"{r['tokens_per_s']:,.0f}",
+        ]
+        for r in report["prompts"]
+    ]
+    print_table(["model", "tokens", "invariant", "ms", "tok/s"], rows)

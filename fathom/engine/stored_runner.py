@@ -1,0 +1,414 @@
+"""Steps of an engine from stored weights: the way to serve on a GPU.
+
+A batch is cut into decode steps of up to 64 rows, of a sequence at most as many as its rings have
+spare room for; the host uploads one small table for all of them, and each step is a replay of one
+CUDA graph, captured once for a number of rows and a bound on positions. Rows that fill a step up
+repeat its first one: they write the same bytes to the same places.
+
+`batch_invariant` (the default): every row of every prompt goes through decode steps, so that its
+bits depend on its sequence alone. Otherwise prompts go through the layers as chunks, ten and more
+times as fast, and large steps through the matrix units: results then depend, within the formats'
+rounding, on how a prompt was cut and on the batch.
+
+Where there is no CUDA device the same operations run as their references, without graphs.
+
+Paper: §3.5.1 (KV cache layout); otherwise none (engine).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fathom.engine.batch import Batch, Memory, Piece
+from fathom.engine.kv_cache import SLAB_TOKENS
+from fathom.engine.state_cache import DRAFT_ROOM
+from fathom.kernels import operation, register
+from fathom.model.config import CSA_RATIO, HCA_RATIO, ModelConfig
+from fathom.model.stored import MergeSite, StoredModel, unstorable
+from fathom.model.stored_cache import LayerState, StoredCache
+from fathom.model.stored_forward import Choices, run_layers
+from fathom.model.stored_work import MOST_TOKENS, Chunk, Step, frequencies
+from fathom.model.transformer import Transformer
+
+_head_logits = operation("head_logits")
+_step_rotations = operation("step_rotations")
+_step_streams = operation("step_streams")
+_stream_head = operation("stream_head")
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # rows of a step
+FIRST_BOUND = 4096  # positions that the smallest graphs reach; every next one four times as many
+POSITION, SLOT, FIRST, KNOWN, TOKEN, PLACE = range(6)  # lines of a step's table
+
+
+def _accepts(device: torch.Tensor, model: Any, memory: Memory, max_rows: int) -> bool:
+    """Whether the stored formats and the operations' tiles fit this model."""
+    layout = memory.slabs.layout
+    if (layout.kv_format, layout.key_format) != ("fp8", "fp4") or not fits(model.config):
+        return False
+    return isinstance(model, StoredModel) or unstorable(model) is None
+
+
+def fits(config: ModelConfig) -> bool:
+    """Whether the CUDA operations' tiles divide a model's dimensions."""
+    c = config
+    tiles = (
+        c.hidden_size, c.q_lora_rank, c.num_attention_heads * c.head_dim, c.group_width,
+        c.o_groups * c.o_lora_rank, c.moe_intermediate_size,
+    )  # fmt: skip
+    powers = (
+        c.hidden_size // 64, c.num_attention_heads, c.qk_rope_head_dim, c.index_n_heads,
+        c.index_head_dim, c.index_topk, c.hc_mult,
+    )  # fmt: skip
+    return (
+        all(size % 128 == 0 for size in tiles)
+        and all(size > 0 and size & (size - 1) == 0 for size in powers)
+        and (c.head_dim - c.qk_rope_head_dim) % 64 == 0
+        and c.head_dim % 32 == 0
+        and c.o_lora_rank % 32 == 0
+        and c.index_head_dim >= 32
+        and c.index_topk <= 1024
+        and c.hc_mult <= 4
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Some rows of a batch: `count` tokens of a piece from its `at`-th on; the first is `row`."""
+
+    piece: Piece
+    at: int
+    count: int
+    row: int
+
+
+class _Replayed:
+    """A computation at fixed addresses: run once, then captured, then replayed."""
+
+    def __init__(self, call: Callable[[], Any], pool: Any) -> None:
+        self._call, self._pool = call, pool
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: Any = None
+
+    def __call__(self) -> Any:
+        if self._graph is not None:
+            self._graph.replay()
+            return self._result
+        found = self._call()  # compiles what has to be compiled
+        if self._pool is not None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._result = self._call()
+            self._graph = graph
+        return found
+
+
+@register("runner", "triton", accepts=_accepts)
+class StoredRunner:
+    """Runs batches over an engine's memory with the operations of stored formats."""
+
+    def __init__(
+        self, device: torch.Tensor, model: StoredModel | Transformer, memory: Memory, max_rows: int
+    ) -> None:
+        self.model, self.memory = model, memory
+        self.export, self.batch_invariant = False, True
+        self._config, self._device = model.config, device.device
+        self._main, self._own = _views(memory, self._config)
+        self._frequencies = frequencies(self._config, self._device)
+        c = self._config
+        make = {"dtype": model.dtype, "device": self._device}
+        self._streams = torch.zeros(max_rows, c.hc_mult, c.hidden_size, **make)
+        self._given = torch.zeros_like(self._streams) if model.mtp else self._streams[:0]
+        self._experts, self._picks = (torch.empty(0, device=self._device) for _ in range(2))
+        self._bound_most = memory.tables.shape[1] * SLAB_TOKENS
+        cuda = self._device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if cuda else None
+        self._graphs: dict[tuple[Any, ...], tuple[torch.Tensor, _Replayed]] = {}
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the model's weights again."""
+        model = self.model
+        self._graphs.clear()
+        self._stored = model if isinstance(model, StoredModel) else StoredModel.of(model)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> None:
+        """All main layers for a batch; `logits` and `streams` then read its rows."""
+        if self.export:
+            self._make_room_for_choices()
+        spans, chunks, row = [], [], 0
+        for piece in batch.pieces:
+            span = _Span(piece, 0, len(piece.tokens), row)
+            whole = not self.batch_invariant and span.count > DRAFT_ROOM
+            (chunks if whole else spans).append(span)
+            row += span.count
+        for span in chunks:
+            self._chunk(span)
+        self._steps(spans, self._step)
+
+    @torch.inference_mode()
+    def draft(self, batch: Batch, streams: np.ndarray) -> np.ndarray:
+        """The MTP block: streams [rows, streams, hidden] before, tokens after each position.
+
+        Returns logits [rows, vocab] float32; `streams` of its rows are then the block's own.
+        """
+        given = self._upload(torch.from_numpy(streams))
+        self._given[: len(given)] = given
+        spans, row = [], 0
+        for piece in batch.pieces:
+            spans.append(_Span(piece, 0, len(piece.tokens), row))
+            row += len(piece.tokens)
+        self._steps(spans, self._draft_step)
+        return self._read(list(range(row)), self._stored.mtp[0].merge)[1]
+
+    @torch.inference_mode()
+    def logits(self, which: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """For rows of the last batch: final hidden states [rows, hidden], logits [rows, vocab]."""
+        return self._read(which, self._stored.merge)
+
+    @torch.inference_mode()
+    def head(self, hidden: np.ndarray) -> np.ndarray:
+        """The logits [rows, vocab] of hidden states [rows, hidden] that `logits` returned."""
+        given = self._upload(torch.from_numpy(np.array(hidden, np.float32)))
+        return self._download(_head_logits(given, self._stored.head))[0]
+
+    def streams(self, row: int) -> np.ndarray:
+        """A row's residual streams after the last layer that ran: [streams, hidden] float32."""
+        return self._streams[row].float().cpu().numpy()
+
+    def routing(self, count: int) -> np.ndarray:
+        """With `export`: experts chosen, [layers, rows, topk] int16."""
+        return self._experts[:, :count].short().cpu().numpy()
+
+    def selection(self, count: int) -> np.ndarray:
+        """With `export`: entries picked, ascending, [layers, rows, index_topk] int32, -1 = none."""
+        none = torch.iinfo(torch.int32).max
+        picks = self._picks[:, :count]
+        picks = picks.masked_fill(picks < 0, none).sort(dim=-1).values
+        return picks.masked_fill(picks == none, -1).cpu().numpy()
+
+    # Steps.
+
+    def _steps(
+        self, spans: Sequence[_Span], call: Callable[[torch.Tensor, int], Choices | None]
+    ) -> None:
+        """Run rows through `call`, a step's table [6, tokens] at a time."""
+        steps = _cut(spans)
+        if not steps:
+            return
+        tables, bounds = [], []
+        for step in steps:
+            columns = _table(step)
+            fill = next(size for size in BUCKETS if size >= columns.shape[1]) - columns.shape[1]
+            extra = np.repeat(columns[:, :1], fill, axis=1)
+            extra[FIRST] = np.arange(columns.shape[1], columns.shape[1] + fill)
+            tables.append(np.concatenate((columns, extra), axis=1))
+            bounds.append(self._bound(int(columns[POSITION].max()) + 1))
+        uploaded = self._upload(torch.from_numpy(np.concatenate(tables, axis=1)))
+        at = 0
+        for table, bound in zip(tables, bounds, strict=True):
+            given = uploaded[:, at : at + table.shape[1]]
+            at += table.shape[1]
+            choices = self._run(call, given, bound)
+            if self.export and choices is not None:
+                self._keep_choices(choices, given[PLACE])
+
+    def _run(self, call: Callable[..., Any], given: torch.Tensor, bound: int = 0) -> Any:
+        """Replay a call's graph on a table [lines, tokens] int32, or on places [tokens]."""
+        key = (call.__name__, given.shape, bound, self.batch_invariant)
+        if key not in self._graphs:
+            fixed = torch.empty(given.shape, dtype=given.dtype, device=given.device)
+            arguments = (fixed, bound) if bound else (fixed,)
+            self._graphs[key] = fixed, _Replayed(lambda: call(*arguments), self._pool)
+        fixed, replayed = self._graphs[key]
+        fixed.copy_(given)
+        return replayed()
+
+    def _bound(self, positions: int) -> int:
+        bound = FIRST_BOUND
+        while bound < positions:
+            bound *= 4
+        return min(bound, self._bound_most)
+
+    def _work(self, table: torch.Tensor, bound: int) -> Step:
+        rows = table[:TOKEN]
+        return Step(
+            rows=rows,
+            token_ids=table[TOKEN],
+            rotations=_step_rotations(rows, self._frequencies),
+            most_positions=bound,
+            batch_invariant=self.batch_invariant,
+        )
+
+    def _step(self, table: torch.Tensor, bound: int) -> Choices:
+        stored, choices = self._stored, Choices()
+        streams = _step_streams(table[TOKEN], stored.embed.weight, self._config.hc_mult)
+        work = self._work(table, bound)
+        pending = run_layers(self._config, stored.layers, self._main, work, streams, choices)
+        pending.write(table[PLACE], self._streams)
+        return choices
+
+    def _draft_step(self, table: torch.Tensor, bound: int) -> None:
+        stored, c = self._stored, self._config
+        block, work = stored.mtp[0], self._work(table, bound)
+        embedded = _step_streams(table[TOKEN], stored.embed.weight, 1)[:, 0]
+        given = self._given.index_select(0, table[PLACE])
+        own, _ = work.linear(embedded, *block.e_proj, norm=block.enorm, norm_eps=c.rms_norm_eps)
+        # A step's operations take 64 rows at most, and every stream is one here.
+        parts = [
+            work.linear(part, *block.h_proj, norm=block.hnorm, norm_eps=c.rms_norm_eps)[0]
+            for part in given.flatten(0, 1).split(MOST_TOKENS)
+        ]
+        streams = own.unsqueeze(1) + torch.cat(parts).view_as(given)
+        pending = run_layers(c, [block.layer], self._own, work, streams)
+        pending.write(table[PLACE], self._streams)
+
+    def _chunk(self, span: _Span) -> None:
+        """A piece as one chunk, its rows kept where they belong."""
+        piece, stored, choices = span.piece, self._stored, Choices()
+        ids = self._upload(torch.tensor(list(piece.tokens)))
+        chunk = Chunk.create(self._config, self._main, piece.slot, piece.start, ids, piece.known)
+        streams = _step_streams(ids, stored.embed.weight, self._config.hc_mult)
+        pending = run_layers(self._config, stored.layers, self._main, chunk, streams, choices)
+        del streams
+        make = {"dtype": torch.int32, "device": self._device}
+        places = torch.arange(span.row, span.row + span.count, **make)
+        pending.write(places, self._streams)
+        if self.export:
+            self._keep_choices(choices, places)
+
+    # Results.
+
+    def _merge(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._merged(places, self._stored.merge)
+
+    def _merge_draft(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._merged(places, self._stored.mtp[0].merge)
+
+    def _merged(self, places: torch.Tensor, site: MergeSite) -> tuple[torch.Tensor, torch.Tensor]:
+        c = self._config
+        weights = (site.fn, site.base, site.scale, site.norm)
+        hidden = _stream_head(
+            self._streams, places, *weights, eps=c.hc_eps, norm_eps=c.rms_norm_eps
+        )
+        return hidden, _head_logits(hidden, self._stored.head)
+
+    def _read(self, which: list[int], site: MergeSite) -> tuple[np.ndarray, np.ndarray]:
+        """Hidden states and logits of kept rows."""
+        call = self._merge if site is self._stored.merge else self._merge_draft
+        found = []
+        for first in range(0, len(which), MOST_TOKENS):
+            some = which[first : first + MOST_TOKENS]
+            size = next(size for size in BUCKETS if size >= len(some))
+            places = torch.tensor(some + some[:1] * (size - len(some)), dtype=torch.int32)
+            both = self._run(call, self._upload(places))
+            found.append(self._download(*(value[: len(some)] for value in both)))
+        c = self._config
+        hidden = [h for h, _ in found] or [np.empty((0, c.hidden_size), np.float32)]
+        logits = [own for _, own in found] or [np.empty((0, c.vocab_size), np.float32)]
+        if len(found) == 1:
+            return found[0]
+        return np.concatenate(hidden), np.concatenate(logits)
+
+    def _upload(self, values: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cpu":
+            return values
+        return values.pin_memory().to(self._device, non_blocking=True)
+
+    def _download(self, *values: torch.Tensor) -> tuple[np.ndarray, ...]:
+        if self._device.type == "cpu":
+            return tuple(value.numpy() for value in values)
+        found = [torch.empty(v.shape, dtype=v.dtype, pin_memory=True) for v in values]
+        for host, value in zip(found, values, strict=True):
+            host.copy_(value, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        return tuple(host.numpy() for host in found)
+
+    def _make_room_for_choices(self) -> None:
+        if self._experts.numel():
+            return
+        c, rows = self._config, len(self._streams)
+        make = {"dtype": torch.int32, "device": self._device}
+        self._experts = torch.full((c.num_hidden_layers, rows, c.num_experts_per_tok), -1, **make)
+        self._picks = torch.full((c.num_hidden_layers, rows, c.index_topk), -1, **make)
+
+    def _keep_choices(self, choices: Choices, places: torch.Tensor) -> None:
+        where = places.long()
+        for layer, (experts, picks) in enumerate(zip(choices.experts, choices.picks, strict=True)):
+            self._experts[layer, where] = experts
+            if picks is not None:
+                self._picks[layer, where] = picks
+
+
+def _cut(spans: Sequence[_Span]) -> list[list[_Span]]:
+    """Steps of at most 64 rows: of each piece some rows, then of each the next."""
+    steps: list[list[_Span]] = []
+    longest = max((span.count for span in spans), default=0)
+    for begin in range(0, longest, DRAFT_ROOM):
+        rows = MOST_TOKENS
+        for span in spans:
+            count = min(DRAFT_ROOM, span.count - begin)
+            if count <= 0:
+                continue
+            if rows + count > MOST_TOKENS:
+                steps.append([])
+                rows = 0
+            steps[-1].append(_Span(span.piece, begin, count, span.row + begin))
+            rows += count
+    return steps
+
+
+def _table(step: Sequence[_Span]) -> np.ndarray:
+    """A step's table: [6, tokens] int32."""
+    rows: list[tuple[int, ...]] = []
+    for span in step:
+        piece, first = span.piece, len(rows)
+        rows += [
+            (
+                piece.start + span.at + i,
+                piece.slot,
+                first,
+                piece.known,
+                piece.tokens[span.at + i],
+                span.row + i,
+            )
+            for i in range(span.count)
+        ]
+    return np.array(rows, np.int32).T.copy()
+
+
+def _views(memory: Memory, config: ModelConfig) -> tuple[StoredCache, StoredCache]:
+    """An engine's memory as the operations see it: of the main layers, and of the MTP block."""
+    slabs, slots = memory.slabs.layout, memory.slots.layout
+    data = memory.slots.data
+    entry = sum(slabs.kv_sizes)
+
+    def numbers(at: int, *shape: int) -> torch.Tensor:
+        count = 4 * int(np.prod(shape))
+        return data[:, at : at + count].view(torch.float32).unflatten(1, shape)
+
+    layers = []
+    for p in slots.layers:
+        assert p.window_scales == p.window_data + slots.ring * slabs.kv_sizes[0]
+        state = LayerState(data[:, p.window_data : p.window_data + slots.ring * entry])
+        if p.ratio == CSA_RATIO:
+            width, key_width = 2 * config.head_dim, 2 * config.index_head_dim
+            assert p.tail_gate == p.tail_kv + 4 * slots.tail * width
+            assert p.key_tail_gate == p.key_tail_kv + 4 * slots.tail * key_width
+            state.state = numbers(p.tail_kv, 2, slots.tail, width)
+            state.index_state = numbers(p.key_tail_kv, 2, slots.tail, key_width)
+        elif p.ratio == HCA_RATIO:
+            state.state = numbers(p.online, slots.online, 3, config.head_dim)
+        layers.append(state)
+    offsets = tuple((p.kv_data, p.key_data) for p in slabs.layers)
+    pool, tables, count = memory.slabs.data, memory.tables, len(slabs.layers)
+    own = ((0, 0),) * (len(layers) - count)
+    return (
+        StoredCache(offsets, layers[:count], pool, tables),
+        StoredCache(own, layers[count:], pool, tables),
+    )

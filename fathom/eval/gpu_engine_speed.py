@@ -1,0 +1,222 @@
+"""How fast the engine serves on one GPU, against its layers alone.
+
+Three V4-Flash layers with a whole vocabulary, weights synthetic, and the shipped model. Everything
+goes through `Engine.step`: scheduling, the runner's graphs, the head, the copy of the logits to the
+host and the choice of tokens there. What that costs beyond the layers' own graph is the overhead.
+
+Paper: none (measurement).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from fathom.engine.batch import Batch, Piece
+from fathom.engine.engine import Engine, EngineConfig
+from fathom.engine.request import Request
+from fathom.engine.sampler import SamplingParams
+from fathom.engine.scheduler import Budget
+from fathom.eval import gpu_speed
+from fathom.eval.speed import random_tokens
+from fathom.model.config import ModelConfig
+from fathom.model.stored import MergeSite, StoredModel, Table
+from fathom.model.stored_forward import run_layers
+from fathom.model.transformer import Transformer
+
+CHUNK = 8192  # tokens of a step's budget
+WARM = 4  # steps before the clock starts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeTime:
+    """A decode step of `batch` streams, milliseconds: through the engine; through its runner alone
+    (layers, head, logits on the host), with its kernels and copies; and the layers' own graph.
+    """
+
+    batch: int
+    context: int
+    batch_invariant: bool
+    drafts: int
+    engine: float
+    runner: float
+    layers: float
+    tokens_per_step: float
+    launches: int
+    copies: int
+
+    @property
+    def rate(self) -> float:
+        """Tokens of all streams per second."""
+        return 1e3 * self.tokens_per_step / self.engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptTime:
+    """A prompt through the engine until its first token: seconds, tokens per second."""
+
+    tokens: int
+    batch_invariant: bool
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+
+def three_layer_model(config: ModelConfig) -> StoredModel:
+    """`gpu_speed.three_layers` with embeddings and a head, all drawn at random on the device."""
+    layers = gpu_speed.stored_layers(config)
+    generator = torch.Generator("cuda").manual_seed(7)
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda") * scale
+
+    n, hidden, vocab = config.hc_mult, config.hidden_size, config.vocab_size
+    return StoredModel(
+        config=config,
+        embed=Table(normal(vocab, hidden).bfloat16()),
+        layers=layers,
+        merge=MergeSite(
+            fn=normal(n, n * hidden, scale=(n * hidden) ** -0.5),
+            base=normal(n),
+            scale=normal(1).abs(),
+            norm=torch.ones(hidden, dtype=torch.bfloat16, device="cuda"),
+        ),
+        head=normal(vocab, hidden, scale=hidden**-0.5).bfloat16(),
+    )
+
+
+def three_layers() -> ModelConfig:
+    """One SWA, CSA and HCA layer of V4-Flash, without its MTP block."""
+    return replace(gpu_speed.three_layers(ModelConfig.preset("flash")), num_nextn_predict_layers=0)
+
+
+def serve(
+    model: StoredModel | Transformer, batch: int, context: int, *, drafts: int = 0,
+    batch_invariant: bool = True,
+) -> Engine:  # fmt: skip
+    """An engine with room for `batch` sequences of `context` tokens."""
+    return Engine(
+        model,
+        EngineConfig(
+            max_sequences=batch,
+            cache_tokens=batch * (context + 1024),
+            budget=Budget(tokens=CHUNK, beside_streams=CHUNK),
+            drafts=drafts,
+            drafts_adaptive=False,
+            checkpoint_spacing=0,
+            batch_invariant=batch_invariant,
+        ),
+    )
+
+
+def decode_time(
+    model: StoredModel | Transformer, batch: int, context: int, *, steps: int = 50, drafts: int = 0,
+    batch_invariant: bool = True, layers_alone: bool = True,
+) -> DecodeTime:  # fmt: skip
+    """Greedy streams that have `context` tokens behind them."""
+    served = serve(model, batch, context, drafts=drafts, batch_invariant=batch_invariant)
+    tokens = random_tokens(model.config.vocab_size, context + batch)
+    params = SamplingParams(temperature=0.0, max_tokens=1000)
+    runs = [served.submit(tokens[i : i + context], params) for i in range(batch)]
+    served.runner.batch_invariant = False  # only how long the prompts take changes
+    while not all(run.output for run in runs):
+        served.step()
+    served.runner.batch_invariant = batch_invariant
+    engine, drawn = _steps(served, runs, steps)
+    pieces = [
+        Piece(slot=run.slot, start=run.computed, tokens=run.tokens[run.computed :][:1])
+        for run in runs
+        if run.slot is not None
+    ]
+
+    def alone() -> None:
+        served.runner.forward(Batch.of(pieces, served.memory.slabs.data.device))
+        served.runner.logits(list(range(len(pieces))))
+
+    runner = _median_ms(alone, steps)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        alone()
+        torch.cuda.synchronize()
+    events = [e for e in profile.key_averages() if e.device_type.name == "CUDA"]
+    for run in runs:
+        served.cancel(run)
+    layers = float("nan")
+    if layers_alone and isinstance(model, StoredModel):
+        layers = layers_time(model, batch, context, batch_invariant, steps)
+    return DecodeTime(
+        batch=batch,
+        context=context,
+        batch_invariant=batch_invariant,
+        drafts=drafts,
+        engine=engine,
+        runner=runner,
+        layers=layers,
+        tokens_per_step=drawn,
+        launches=sum(e.count for e in events if not e.key.startswith("Mem")),
+        copies=sum(e.count for e in events if e.key.startswith("Mem")),
+    )
+
+
+def _steps(served: Engine, runs: list[Request], steps: int) -> tuple[float, float]:
+    """(median milliseconds of a step, tokens drawn by one)."""
+    times, drawn = [], 0
+    for number in range(WARM + steps):
+        before = sum(len(run.output) for run in runs)
+        started = time.perf_counter()
+        served.step()
+        if number >= WARM:
+            times.append(1e3 * (time.perf_counter() - started))
+            drawn += sum(len(run.output) for run in runs) - before
+    return statistics.median(times), drawn / steps
+
+
+def _median_ms(call: Callable[[], None], repeat: int) -> float:
+    times = []
+    for number in range(WARM + repeat):
+        started = time.perf_counter()
+        call()
+        if number >= WARM:
+            times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+def layers_time(
+    model: StoredModel, batch: int, context: int, batch_invariant: bool, repeat: int
+) -> float:
+    """Milliseconds of the layers' graph alone, as `fathom bench gpu` measures it."""
+    config = model.config
+    ratios = [layer.ratio for layer in model.layers]
+    with torch.inference_mode():
+        cache = gpu_speed.filled_cache(config, ratios, batch, context)
+        step = gpu_speed.decode_step(config, batch, context, batch_invariant)
+        streams = torch.randn(batch, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
+        graph, _ = gpu_speed.captured(
+            lambda: run_layers(config, model.layers, cache, step, streams)
+        )
+        return statistics.median(gpu_speed.times_ms(graph.replay, repeat))
+
+
+def prompt_time(
+    model: StoredModel | Transformer, tokens: int, *, batch_invariant: bool, repeat: int = 5
+) -> PromptTime:
+    """A cold prompt until its first token, the second of two engines' runs compiled already."""
+    served = serve(model, 1, tokens, batch_invariant=batch_invariant)
+    times = []
+    for number in range(1 + repeat):
+        ids = random_tokens(model.config.vocab_size, tokens + number)[number:]
+        request = served.submit(ids, SamplingParams(temperature=0.0, max_tokens=1))
+        started = time.perf_counter()
+        while not request.finished:
+            served.step()
+        times.append(time.perf_counter() - started)
+        served.cache.clear()
+    return PromptTime(
+        tokens=tokens, batch_invariant=batch_invariant, seconds=statistics.median(times[1:])
+    )

@@ -1,0 +1,68 @@
+"""The figures of `fathom bench gpu` below the device's two limits: a roofline.
+
+Paper: none (measurement).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fathom.errors import ConfigError
+from fathom.eval.plot import _FAINT, _FORMATS, _INK, _new_figure
+
+DECODE, PREFILL = "#1f5fbf", "#e07b1a"
+
+
+def plot_roofline(report: dict[str, Any], file: Path) -> None:
+    """Draw every row's operations per second against its operations per byte.
+
+    report: what `fathom bench gpu` writes as JSON. Raises MissingDependency without matplotlib, and
+    ConfigError where `file` cannot be written or is no picture.
+    """
+    if file.suffix.lower() not in _FORMATS:
+        raise ConfigError(f"cannot draw {file}: name a file that ends in {', '.join(_FORMATS)}")
+    figure = _new_figure(width=9.0, height=5.4)
+    axes = figure.subplots()
+    copy, matmul = report["copy_bytes_per_s"], report["matmul_flops"]
+    corner, first, last = matmul / copy, 0.7, 3e4
+    axes.plot([first, corner, last], [first * copy, matmul, matmul], color=_INK, linewidth=1.6)
+    axes.annotate(f"copy {copy / 1e12:.2f} TB/s", (1.0, copy * 1.25), rotation=33, color=_INK)
+    axes.annotate(f"BF16 matmul {matmul / 1e12:.0f} TFLOP/s", (corner * 1.6, matmul * 1.15))
+    for rows, color, name in (
+        (report["steps"], DECODE, "decode"), (report["prompts"], PREFILL, "prefill"),
+    ):  # fmt: skip
+        x = [r["flops"] / r["num_bytes"] for r in rows]
+        y = [r["flops"] / (r["median"] / 1e3) for r in rows]
+        axes.scatter(x, y, s=26, color=color, zorder=3, label=name)
+        for r, px, py in zip(rows, x, y, strict=True):
+            said = _label(r)
+            if said:
+                axes.annotate(
+                    said, (px, py), xytext=(7, -9), textcoords="offset points", fontsize=8,
+                    color=color,
+                )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(first, last)
+    axes.set_xlabel("operations per byte that must be read", color=_INK)
+    axes.set_ylabel("operations per second", color=_INK)
+    axes.set_title(f"V4-Flash layers on one {report['device']}", loc="left", color=_INK)
+    axes.grid(True, which="major", color=_FAINT, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    try:
+        figure.savefig(file, dpi=120)
+    except OSError as e:
+        raise ConfigError(f"cannot write {file}: {e.strerror or e}") from e
+
+
+def _label(row: dict[str, Any]) -> str:
+    """A few rows speak for the others."""
+    if "chunk" in row:
+        return f"{row['tokens']:,} tokens" if row["routing"] == "own router" else ""
+    if row["kind"] != "all" or row["routing"] != "own router":
+        return ""
+    if row["tokens"] > 1:
+        return f"{row['tokens']} sequences"
+    return {4096: "1 at 4K", 1_048_576: "1 at 1M"}.get(row["context"], "")

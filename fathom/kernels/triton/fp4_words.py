@@ -1,0 +1,120 @@
+"""Words of eight FP4 codes on their way into the matrix units.
+
+Codes become BF16 (or float32) in registers, in an order that suits the operand which may come from
+there: of every 128 columns, those of the lowest place in a word of eight codes first, and words so
+that a thread of the matrix units has one of each four. Inputs lie in the same order.
+
+Paper: §3.4 (FP4 experts and indexer).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fathom.kernels.triton import formats as f
+
+
+def _two_places(byte: int) -> str:
+    """The codes in one byte of two words: the low one's and the high one's pair of BF16."""
+    return f"""
+prmt.b32 a, $8, $9, 0x{4 + byte}{4 + byte}{byte}{byte};
+shr.b32 t, a, 2;
+shl.b32 s, a, 4;
+and.b32 t, t, 0x01C001C0;
+lop3.b32 t, s, 0x80008000, t, 0xEA;
+mul.rn.bf16x2 ${2 * byte}, t, $10;
+shr.b32 t, a, 6;
+and.b32 t, t, 0x01C001C0;
+lop3.b32 t, a, 0x80008000, t, 0xEA;
+mul.rn.bf16x2 ${2 * byte + 1}, t, $10;"""
+
+
+_PLANES = tl.constexpr(
+    "{\n.reg .b32 a, s, t;" + "".join(_two_places(byte) for byte in range(4)) + "\n}"
+)
+
+
+@triton.jit
+def _planes_bf16(words, factor):
+    """int32 of eight codes and BF16 factors -> the codes at each of the eight places, as BF16.
+
+    They come out as times 2**-126 and the factor: a code's exponent and mantissa, shifted to bits 6
+    to 8, are a BF16 number 2**126 too small. Two neighbouring words make a pair of BF16.
+    """
+    return tl.inline_asm_elementwise(
+        _PLANES,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
+        [words, factor],
+        dtype=(tl.bfloat16,) * 8,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _plane(words, factor, place: tl.constexpr):
+    return f.decode_e2m1((words >> (4 * place)) & 15).to(tl.float32) * factor
+
+
+@triton.jit
+def unpacked(words, factor, BF16: tl.constexpr):
+    """Words of eight codes [rows, 16] -> [rows, 128]: all codes of the lowest place first."""
+    if BF16:
+        p0, p1, p2, p3, p4, p5, p6, p7 = _planes_bf16(words, factor)
+    else:
+        p0, p1 = _plane(words, factor, 0), _plane(words, factor, 1)
+        p2, p3 = _plane(words, factor, 2), _plane(words, factor, 3)
+        p4, p5 = _plane(words, factor, 4), _plane(words, factor, 5)
+        p6, p7 = _plane(words, factor, 6), _plane(words, factor, 7)
+    even = tl.join(tl.join(p0, p4), tl.join(p2, p6))
+    odd = tl.join(tl.join(p1, p5), tl.join(p3, p7))
+    planes = tl.reshape(tl.join(even, odd), [words.shape[0], 16, 8])
+    return tl.reshape(tl.permute(planes, (0, 2, 1)), [words.shape[0], 128])
+
+
+@triton.jit
+def _factor(byte, BF16: tl.constexpr):
+    if BF16:
+        # 2**64 too large, against the 2**126 that codes are too small; 2**62 is left for the end.
+        return (tl.minimum(byte + 64, 254) << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return f.decode_e8m0(byte) * f.E2M1_UNIT
+
+
+@triton.jit
+def ordered(words):
+    """Words [rows, 16] so that a thread of the matrix units' operand has one of each four.
+
+    Every four of a row share a scale; word 8a + 4b + c goes to place 8a + 2c + b.
+    """
+    words = tl.reshape(words, [words.shape[0], 2, 2, 4])
+    return tl.reshape(tl.permute(words, (0, 1, 3, 2)), [words.shape[0], 16])
+
+
+@triton.jit
+def factors_of_words(scales, BF16: tl.constexpr):
+    """Four scale bytes of each row -> a factor for each of 16 words as `ordered`: [rows, 16].
+
+    Only operations without an index: the compiler then lets the operand stay in registers.
+    """
+    first, second = _factor(scales & 0xFF, BF16), _factor((scales >> 8) & 0xFF, BF16)
+    third, fourth = _factor((scales >> 16) & 0xFF, BF16), _factor((scales >> 24) & 0xFF, BF16)
+    unit = tl.join(tl.join(first, third), tl.join(second, fourth))
+    unit = tl.reshape(unit, [scales.shape[0], 2, 1, 2])
+    unit = tl.broadcast_to(unit, [scales.shape[0], 2, 4, 2])
+    return tl.reshape(unit, [scales.shape[0], 16])
+
+
+@triton.jit
+def settled(total, BF16: tl.constexpr):
+    """The same numbers, once the products that make them are complete.
+
+    Without this the compiler lets up to seven products run on into the next step, while it hands
+    their operand's registers to that step's unpacking: some of them then read other values.
+    """
+    if BF16:
+        total = tl.inline_asm_elementwise(
+            "", "=r,0", [total], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return total

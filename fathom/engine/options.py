@@ -17,6 +17,7 @@ from fathom.engine.scheduler import Budget
 from fathom.engine.state_cache import DRAFT_ROOM, SlotLayout, SlotPool
 from fathom.errors import ConfigError, GenerationError
 from fathom.model.config import ModelConfig
+from fathom.model.stored import StoredModel
 from fathom.model.transformer import Transformer
 
 MIB = 2**20
@@ -93,7 +94,7 @@ def check_tokens(tokens: Sequence[int], config: ModelConfig) -> None:
             )
 
 
-def allocate(config: EngineConfig, model: Transformer) -> Memory:
+def allocate(config: EngineConfig, model: Transformer | StoredModel) -> Memory:
     """An engine's memory where the model lies. Raises ConfigError when there is not enough."""
     device, most = model.embed.weight.device, model.config.max_position_embeddings
     layout = SlabLayout.of(model.config, model.quantized, model.dtype, config.indexer)

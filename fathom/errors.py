@@ -16,9 +16,12 @@
     +-- SandboxError             the sandbox itself failed (a command that fails is a result)
     |   +-- Unsupported             this machine or substrate cannot do what was asked
     |   +-- SandboxLost             the sandbox ended while it was needed
+    |   +-- ProcessClosed           a command was closed while it was still read or written to
     |   +-- DaemonLost              nobody answers for sandboxes any more; they may still run
     |   +-- SandboxTimeout          a command, or the sandbox's own part, took too long
     |   +-- SandboxOutOfMemory      a command was ended because its sandbox's memory was full
+    |   +-- KeyConflict             a key for creation belongs to a sandbox of other values
+    |   +-- MachineFull             a disk, folder or table of this machine is full
     |   +-- PolicyDenied            a policy or quota of this machine forbids what was asked
     |   +-- SnapshotMissing         a snapshot, or one that it grew from, is not there
     |   +-- SnapshotDamaged         a snapshot, or one that it grew from, is not what was written
@@ -136,6 +139,12 @@ class SandboxLost(SandboxError):
     code = "sandbox_lost"
 
 
+class ProcessClosed(SandboxError):
+    """A running command was closed by another task or thread while this one used it."""
+
+    code = "sandbox_process_closed"
+
+
 class DaemonLost(SandboxError):
     """Nobody answers for sandboxes any more; those that were running may still run."""
 
@@ -152,6 +161,18 @@ class SandboxOutOfMemory(SandboxError):
     """A process was ended because the memory of its sandbox was full."""
 
     code = "sandbox_out_of_memory"
+
+
+class KeyConflict(SandboxError):
+    """A sandbox was made under this key already, from other values than are given now."""
+
+    code = "sandbox_key_conflict"
+
+
+class MachineFull(SandboxError):
+    """This machine has no room left for what had to be written or opened; nothing was changed."""
+
+    code = "sandbox_machine_full"
 
 
 class PolicyDenied(SandboxError):

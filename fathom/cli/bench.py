@@ -81,6 +81,7 @@ def sandbox(
     ] = CONTAINERS[0],
     count: Annotated[int, typer.Option(min=20, help="Warm calls; slower things less often.")] = 200,
     hold: Annotated[int, typer.Option(min=10, help="Idle sandboxes held at once.")] = 100,
+    edge: Annotated[bool, typer.Option("--edge", help="Through the daemon that runs.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure sandboxes: calls, starts, copies, pauses, and what idle ones cost."""
@@ -96,7 +97,8 @@ def sandbox(
                 folders = paths.runtime_folder(), paths.cache_folder()
                 return await measure_machines(client, *folders, kind, min(count, 20))
         substrate = "auto" if check_kind(sandbox) == "container" else sandbox
-        async with Client("local", substrate=substrate) as client:  # type: ignore[arg-type]
+        where = "edge" if edge else "local"
+        async with Client(where, substrate=substrate) as client:  # type: ignore[arg-type]
             return await measure.everything(client, count, hold)
 
     report = anyio.run(run)

@@ -181,7 +181,9 @@ def exec_(
     data = None if sys.stdin.isatty() else sys.stdin.buffer.read()
     with _daemon(folder) as client:
         sandbox = client.attach(name)
-        result = sandbox.exec(command, timeout=timeout, stdin=data, cap=16 << 20, op=op)
+        # What follows the name is taken as it is, the mark between them included.
+        words = command[1:] if command[0] == "--" else command
+        result = sandbox.exec(words, timeout=timeout, stdin=data, cap=16 << 20, op=op)
     _finish(result, as_json)
 
 

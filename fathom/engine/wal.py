@@ -62,27 +62,33 @@ class Logged:
 
 
 class _File:
-    """A log that is open: records go to `at`; `header` is the header's checksum."""
+    """A log that is open, with room reserved up to `end`; the next record goes to `at`.
+
+    `header` is the header's checksum.
+    """
 
     def __init__(self, descriptor: int, header: int, at: int) -> None:
-        self.descriptor, self.header, self.at = descriptor, header, at
+        self.descriptor, self.header, self.at, self.end = descriptor, header, at, at
         self._map: mmap.mmap | None = None
-        self._end = at
 
     def put(self, token: int, logprob: float, number: int) -> None:
-        """Write a record. Raises OSError when the disk is full."""
-        at, end = self.at, self.at + RECORD.size
-        if self._map is None or end > self._end:
-            self._map = self._reserve()
-        self._map[at:end] = _record(self.header, token, logprob, number)
-        self.at = end
+        """Write a record. Raises OSError when the disk is full.
 
-    def _reserve(self) -> mmap.mmap:
+        Few calls, since after each step of the model none of their code is in the caches.
+        """
+        at, number = self.at, number & 0xFFFF
+        if at + RECORD.size > self.end:
+            self._reserve()
+        check = zlib.crc32(_CHECKED.pack(token, logprob, number), self.header)
+        RECORD.pack_into(self._map, at, token, logprob, number, check)  # type: ignore[arg-type]
+        self.at = at + RECORD.size
+
+    def _reserve(self) -> None:
         os.posix_fallocate(self.descriptor, self.at, RESERVED)
         if self._map is not None:
             self._map.close()
-        self._end = self.at + RESERVED
-        return mmap.mmap(self.descriptor, self._end)
+        self.end = self.at + RESERVED
+        self._map = mmap.mmap(self.descriptor, self.end)
 
     def close(self) -> None:
         """Give back what was reserved, and the lock."""
@@ -125,13 +131,12 @@ class WriteAheadLog:
         """
         try:
             descriptor = _lock(logged.path)
-            file = _File(descriptor, logged.checksum, logged.size)
-            os.ftruncate(descriptor, logged.size)
         except BlockingIOError as error:
             raise CacheError(f"{logged.path} is in use by another process") from error
         except OSError as error:
             raise CacheError(f"{logged.path} cannot be written: {error}") from error
-        self._open[request.id] = file
+        os.ftruncate(descriptor, logged.size)
+        self._open[request.id] = _File(descriptor, logged.checksum, logged.size)
 
     def append(self, request: Request, drawn: Drawn) -> None:
         """Write down the next token; it may be shown afterwards.
@@ -240,11 +245,6 @@ def _lock(path: Path, flags: int = 0) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _record(header: int, token: int, logprob: float, number: int) -> bytes:
-    data = _CHECKED.pack(token, logprob, number & 0xFFFF)
-    return data + _SIZE.pack(zlib.crc32(data, header))
 
 
 def _write(descriptor: int, data: bytes) -> None:

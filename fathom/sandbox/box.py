@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fathom.errors import SandboxError, Unsupported
+from fathom.errors import SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import cgroups, frames, messages, netns, seccomp, state, syscalls
 from fathom.sandbox.frames import Frame, Tag
 from fathom.sandbox.images import rootfs
@@ -28,6 +28,7 @@ from fathom.sandbox.substrates.launch import OOM_SCORE, TENANT, Ends, Launch, St
 
 if TYPE_CHECKING:
     from fathom.sandbox.images.stack import Composed
+    from fathom.sandbox.images.store import Hold
 
 WRITABLE = (
     "/work",
@@ -52,13 +53,20 @@ WRITABLE = (
     "/mnt",
     "/media",
 )
+# The holder of the user's own pause.
+PAUSE = "pause"
 _HELLO_TIMEOUT = 30.0
 _GONE_TIMEOUT = 10.0
 
 
 @dataclass(slots=True)
 class Box:
-    """A sandbox that runs. `frozen`: when it was paused, by the monotonic clock."""
+    """A sandbox that runs.
+
+    `frozen`: when it was stopped, by the monotonic clock. `holders`: who wants it to stand still,
+    the user's pause and each copy that is being made. `line`: to the agent, so that nothing needs
+    to connect to one that stands still; None for one that was adopted so.
+    """
 
     folder: Path
     launch: Launch
@@ -71,8 +79,11 @@ class Box:
     net: int = -1
     upper: int = -1
     frozen: float | None = None
+    holders: set[str] = field(default_factory=set[str])
+    line: socket.socket | None = None
     ended: bool = False
     composed: Composed | None = None
+    held: Hold | None = None
     busy: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -194,6 +205,7 @@ def introduce(box: Box) -> None:
     ]
     if started.tenant is not None:
         settings += [(Tag.UID, started.tenant), (Tag.GID, started.tenant)]
+    settings.append((Tag.JOURNAL, journal_limit(box.launch.disk)))
     if not started.filtered:
         settings.append((Tag.FILTER, seccomp.compile_filter()))
     if syscalls.landlock_version() > 0:
@@ -202,9 +214,29 @@ def introduce(box: Box) -> None:
     if box.launch.cpu is not None:
         # So that programs start as many threads as they get processors.
         settings.append((Tag.CPUS, max(1, round(box.launch.cpu + 0.49))))
-    with messages.connect(box.folder, state.SOCKET) as line:
+    with contextlib.ExitStack() as stack:
+        # Its receipts say which commands ran out of memory, whoever is there to count.
+        counter = box.group and stack.enter_context(box.group.oom_file.open("rb"))
+        files = () if counter is None else (counter.fileno(),)
+        box.line = _reach(box)
+        _inquire(box.line, Frame.CONFIGURE, frames.join_fields(settings), files)
+
+
+def _reach(box: Box) -> socket.socket:
+    """Open the node's own line to an agent. Raises OSError."""
+    line = messages.connect(box.folder, state.SOCKET, timeout=_HELLO_TIMEOUT)
+    try:
         line.settimeout(_HELLO_TIMEOUT)
-        ask(line, box.secret, Frame.CONFIGURE, frames.join_fields(settings))
+        line.sendall(greeting(box.secret))
+    except BaseException:
+        line.close()
+        raise
+    return line
+
+
+def journal_limit(disk: int) -> int:
+    """Return how many bytes of receipts an agent keeps: as many as its sandbox may write."""
+    return max(1 << 20, min(64 << 20, disk))
 
 
 def greeting(secret: bytes) -> bytes:
@@ -217,6 +249,22 @@ def greeting(secret: bytes) -> bytes:
 def ask(line: socket.socket, secret: bytes, kind: Frame, payload: bytes) -> frames.Received:
     """Begin a line, ask for one thing and return the answer. Raises OSError, SandboxError."""
     line.sendall(greeting(secret) + frames.pack(1, kind, payload))
+    return _hear(line)
+
+
+def _inquire(
+    line: socket.socket, kind: Frame, payload: bytes, files: tuple[int, ...] = ()
+) -> frames.Received:
+    """Ask for one thing on a line that has begun; `files` come along.
+
+    Raises OSError, SandboxError.
+    """
+    data = frames.pack(1, kind, payload)
+    line.sendall(data[socket.send_fds(line, [data], files) if files else 0 :])
+    return _hear(line)
+
+
+def _hear(line: socket.socket) -> frames.Received:
     splitter = frames.Splitter()
     while True:
         data = line.recv(1 << 16)
@@ -233,45 +281,85 @@ def ask(line: socket.socket, secret: bytes, kind: Frame, payload: bytes) -> fram
                 return frame
 
 
-def freeze(box: Box) -> None:
-    """Stop every process of the sandbox. Does nothing the second time. Raises SandboxError."""
+def freeze(box: Box, holder: str = PAUSE) -> None:
+    """Stop every process of the sandbox, until every holder let it go on. Raises SandboxError."""
     if box.group is None:
         raise Unsupported("bubblewrap cannot pause a sandbox: run as root with crun or runc")
     with box.busy:
         if box.frozen is None:
             box.group.freeze()
             box.frozen = time.monotonic()
+        box.holders.add(holder)
 
 
-def thaw(box: Box) -> float:
-    """Let the sandbox go on; return for how many seconds it was paused. Raises SandboxError."""
+def thaw(box: Box, holder: str = PAUSE) -> float:
+    """Let the sandbox go on as far as this holder is concerned. Raises SandboxError.
+
+    Returns for how many seconds it has stood still, 0 where this holder had not asked for it.
+    """
     with box.busy:
-        if box.frozen is None or box.group is None:
+        if box.frozen is None or box.group is None or holder not in box.holders:
             return 0.0
         paused = time.monotonic() - box.frozen
-        # Written before the agent runs again: its clock must not end commands for the pause.
-        with messages.connect(box.folder, state.SOCKET) as line:
-            shift = frames.join_fields([(Tag.MICROS, int(paused * 1e6))])
-            line.sendall(greeting(box.secret) + frames.pack(1, Frame.SHIFT, shift))
+        if box.holders == {holder}:
+            told = _tell_shift(box, paused)
             box.group.thaw()
-            line.settimeout(_HELLO_TIMEOUT)
-            splitter = frames.Splitter()
-            while not any(f.number == 1 for f in splitter.feed(line.recv(1 << 16) or b"\0" * 12)):
-                pass
-        box.frozen = None
+            box.frozen = None
+            box.holders.clear()
+            _settle_shift(box, paused, told)
+        box.holders.discard(holder)
         return paused
+
+
+def _tell_shift(box: Box, paused: float) -> bool:
+    """Say how long the pause was before the agent runs again: no command may end for it.
+
+    Never raises and never waits: whatever the agent does, it is let go on.
+    """
+    if box.line is None:
+        return False
+    try:
+        box.line.setblocking(False)
+        box.line.send(frames.pack(1, Frame.SHIFT, frames.join_fields([(Tag.MICROS, _us(paused))])))
+        return True
+    except OSError:
+        box.line.close()
+        box.line = None
+        return False
+
+
+def _settle_shift(box: Box, paused: float, told: bool) -> None:
+    """Hear that a shift was heard of; tell one that could not be told. Raises SandboxError."""
+    try:
+        if box.line is None:
+            box.line = _reach(box)
+        box.line.settimeout(_HELLO_TIMEOUT)
+        if told:
+            _hear(box.line)
+        else:
+            _inquire(box.line, Frame.SHIFT, frames.join_fields([(Tag.MICROS, _us(paused))]))
+    except OSError as error:
+        if box.line is not None:
+            box.line.close()
+            box.line = None
+        if box.ended:
+            return
+        raise SandboxLost(f"sandbox {box.id} does not answer after a pause: {error}") from error
+
+
+def _us(seconds: float) -> int:
+    return int(seconds * 1e6)
 
 
 @contextlib.contextmanager
 def _still(box: Box) -> Generator[None]:
-    """Have a sandbox paused, and go on afterwards if it did before. Raises SandboxError."""
-    paused = box.frozen is not None
-    freeze(box)
+    """Have a sandbox stand still; then it goes on if nobody else holds it. Raises SandboxError."""
+    holder = secrets.token_hex(8)
+    freeze(box, holder)
     try:
         yield
     finally:
-        if not paused:
-            thaw(box)
+        thaw(box, holder)
 
 
 def adopt(folder: Path) -> Box:
@@ -285,6 +373,7 @@ def adopt(folder: Path) -> Box:
         box.pidfd = os.pidfd_open(pid)
         if not state.is_first(folder, pid):
             raise SandboxError(f"the agent of {folder.name} is gone")
+        _hold_image(box)
         tenant = TENANT if launch.substrate != "bubblewrap" else None
         box.started = Started(pid=pid, tenant=tenant)
         layout = cgroups.current_layout()
@@ -293,16 +382,36 @@ def adopt(folder: Path) -> Box:
             box.net = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             if box.group.can_freeze and box.group.frozen:
                 box.frozen = time.monotonic()
+                box.holders.add(PAUSE)
         if box.frozen is None:
-            with messages.connect(folder, state.SOCKET) as line:
-                line.settimeout(_HELLO_TIMEOUT)
-                ask(line, box.secret, Frame.PING, b"")
+            box.line = _reach(box)
+            _inquire(box.line, Frame.PING, b"")
+        else:
+            # It cannot answer now, but a line that waits is heard of as it goes on.
+            with contextlib.suppress(BlockingIOError):
+                box.line = messages.connect(folder, state.SOCKET, timeout=0)
+                box.line.send(greeting(box.secret))
         return box
     except BaseException:
-        for fd in (box.pidfd, box.net, box.lock):
+        if box.line is not None:
+            box.line.close()
+        if box.held is not None:
+            box.held.close()
+        for fd in (box.pidfd, box.net, box.image_lock, box.lock):
             if fd >= 0:
                 os.close(fd)
         raise
+
+
+def _hold_image(box: Box) -> None:
+    """Keep what an adopted sandbox runs on. It lives on without, but no copy can be made of it."""
+    from fathom.sandbox.images.store import Store
+
+    with contextlib.suppress(SandboxError):
+        if box.launch.layers:
+            box.held = Store(box.launch.store, durable=False).hold(*box.launch.layers)
+        else:
+            box.image_lock = rootfs.hold(Path(box.launch.rootfs))
 
 
 def writes_of(box: Box) -> Path:
@@ -343,6 +452,10 @@ def destroy(box: Box) -> None:
             if box.group is not None and box.group.can_freeze:
                 box.group.thaw()
         poller.poll(_GONE_TIMEOUT * 1000)
+    if box.group is None and box.started is not None:
+        # Its runtime waits for it, unless that was killed first.
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(box.started.pid, os.WNOHANG)
     if box.group is not None:
         # Also ends what is frozen, and waits for every process to be gone.
         if box.started is not None:
@@ -351,9 +464,15 @@ def destroy(box: Box) -> None:
     if box.composed is not None:
         with contextlib.suppress(OSError, SandboxError):
             box.composed.close()
+    if box.held is not None:
+        with contextlib.suppress(OSError):
+            box.held.close()
     if box.upper < 0:
         _unmount(box)
     state.remove(box.folder)
+    if box.line is not None:
+        box.line.close()
+        box.line = None
     for fd in (box.pidfd, box.image_lock, box.net, box.upper, box.lock):
         if fd >= 0:
             os.close(fd)

@@ -17,7 +17,7 @@ from typing import Any
 
 import anyio
 
-from fathom.errors import SandboxError, SandboxLost, Unsupported
+from fathom.errors import KeyConflict, SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import fn, paths
 from fathom.sandbox.edge.https_client import HttpsHost
 from fathom.sandbox.edge.unix_client import UnixHost
@@ -26,8 +26,10 @@ from fathom.sandbox.host import Host, LocalHost
 from fathom.sandbox.net import Net
 from fathom.sandbox.sandbox import Sandbox
 from fathom.sandbox.substrates.choice import SUBSTRATES, Wanted
+from fathom.sandbox.threads import whole
 from fathom.sandbox.types import Container, Fn, Kept, Snapshot, Spec
 
+_AT_ONCE = 1000
 _hosts: weakref.WeakSet[LocalHost] = weakref.WeakSet()
 
 
@@ -110,7 +112,7 @@ class Client:
         self._cache = cache
         self._sandboxes: dict[str, Sandbox] = {}
         self._groups: dict[str, str] = {}
-        self._keys: dict[str, tuple[Spec, str]] = {}
+        self._keys: dict[str, tuple[tuple[Spec, Net | None, str | None], str]] = {}
         self._making = anyio.Lock()
         self._closed = False
 
@@ -143,8 +145,8 @@ class Client:
         """Start a sandbox and return once it answers.
 
         `net`: what it may reach, nothing when not given. `key`: asked for again under the same key,
-        the sandbox that was made comes back. `group`: a name under which sandboxes are paused and
-        stopped together.
+        the sandbox that was made comes back; KeyConflict says that it was made from other values.
+        `group`: a name under which sandboxes are paused and stopped together.
         Raises SandboxError for unusable values, Unsupported for limits that cannot hold here or
         when nothing on this machine can run a sandbox.
         """
@@ -157,10 +159,11 @@ class Client:
         if key is None:
             return await self._connected(wanted, net, group)
         async with self._making:
-            if found := self._keyed(key, wanted):
+            values = (wanted, net, group)
+            if found := self._keyed(key, values):
                 return found
             made = await self._connected(wanted, net, group)
-            self._keys[key] = (wanted, made.id)
+            self._keys[key] = (values, made.id)
             return made
 
     async def _connected(self, spec: Spec, net: Net | None, group: str | None) -> Sandbox:
@@ -173,13 +176,16 @@ class Client:
                 raise
         return made
 
-    def _keyed(self, key: str, spec: Spec) -> Sandbox | None:
+    def _keyed(self, key: str, values: tuple[Spec, Net | None, str | None]) -> Sandbox | None:
         known = self._keys.get(key)
         sandbox = self._sandboxes.get(known[1]) if known is not None else None
         if known is None or sandbox is None or sandbox.stopped:
             return None
-        if known[0] != spec:
-            raise SandboxError(f"the key {key!r} belongs to a sandbox of another kind")
+        if known[0] != values:
+            raise KeyConflict(
+                f"the key {key!r} belongs to sandbox {sandbox.id}, made with other values, in "
+                "another group or under another policy: use another key, or stop that one first"
+            )
         return sandbox
 
     async def prewarm(self, spec: Kept, count: int) -> None:
@@ -207,13 +213,19 @@ class Client:
     async def _make(self, op: str, among: str | None, **values: Any) -> Sandbox:
         if self._closed:
             raise SandboxLost("this client was closed: make another one")
-        # A caller who gives up is cancelled once this is done; `close` then finds the sandbox.
-        made: list[Sandbox] = []
-        with anyio.CancelScope(shield=True):
-            made.append(self._adopt(await self._host.call(op, **values)))
+
+        async def make() -> Sandbox:
+            return self._adopt(await self._host.call(op, **values))
+
+        async def undo(made: Sandbox) -> None:
+            # One that was made under a daemon's key is found again by that.
+            if not values.get("key"):
+                await made.stop()
+
+        made = await whole(make, undo)
         if among is not None:
-            self._groups[made[0].id] = among
-        return made[0]
+            self._groups[made.id] = among
+        return made
 
     def _adopt(self, made: dict[str, Any]) -> Sandbox:
         for name in [name for name, old in self._sandboxes.items() if old.stopped]:
@@ -283,13 +295,19 @@ class Client:
         for sandbox in sandboxes:
             if not sandbox.caps.pause:
                 raise Unsupported(f"a sandbox by {sandbox.caps.substrate} has no pause")
-        ids = [sandbox.id for sandbox in sandboxes]
-        await self._host.call("freeze", ids=ids, reclaim=reclaim)
-        for sandbox in sandboxes:
-            sandbox.paused()
+        for some in _portions(sandboxes):
+            await self._host.call("freeze", ids=[one.id for one in some], reclaim=reclaim)
+            for sandbox in some:
+                sandbox.paused()
 
     async def resume_all(self, sandboxes: list[Sandbox]) -> None:
         """Let sandboxes of this client go on together. Raises SandboxLost."""
-        answer = await self._host.call("thaw", ids=[sandbox.id for sandbox in sandboxes])
-        for sandbox in sandboxes:
-            sandbox.resumed(answer["paused"].get(sandbox.id, 0.0))
+        for some in _portions(sandboxes):
+            answer = await self._host.call("thaw", ids=[one.id for one in some])
+            for sandbox in some:
+                sandbox.resumed(answer["paused"].get(sandbox.id, 0.0))
+
+
+def _portions(sandboxes: list[Sandbox]) -> list[list[Sandbox]]:
+    """Split what a daemon would not take in one request."""
+    return [sandboxes[at : at + _AT_ONCE] for at in range(0, len(sandboxes), _AT_ONCE)]

@@ -7,33 +7,42 @@ A call that takes too long, or leaves what cannot be cleaned, costs its containe
 another one when a call needs it. Calls beyond the workers wait, or have one more started up to
 `Fn.maximum`.
 
+An answer is believed because of where it comes from: a call holds no end of the line to the host,
+only a pipe to the interpreter, which frames one answer with the nonce of the request. That nonce is
+new for each request and never reaches a call. A line with anything else on it costs the container.
+
 Paper: §5.2.5 (function calls in pre-created containers).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import secrets
 import struct
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import anyio
 
 from fathom.errors import SandboxError, SandboxLost
+from fathom.sandbox import fn_worker, seccomp
 from fathom.sandbox.process import Process
 from fathom.sandbox.request import check_seconds
 from fathom.sandbox.sandbox import Sandbox
 from fathom.sandbox.types import Container, Fn
 
-_HEAD = struct.Struct("<I")
-_ANSWER_LIMIT = 64 << 20
+_REQUEST = struct.Struct(f"<{fn_worker.NONCE}sI")
+_ANSWER = struct.Struct(f"<{fn_worker.NONCE}sBI")
 _LIFETIME = 1e8
 _READY_TIMEOUT = 30.0
+# For removing what a call left; one that takes longer is not waited for by the next caller.
+_CLEAN_TIMEOUT = 5.0
 OUTPUT_CAP = 1 << 20
 
 
@@ -55,43 +64,56 @@ class _Worker:
     def __init__(self, sandbox: Sandbox, process: Process) -> None:
         self.sandbox = sandbox
         self._process = process
-        self._held = b""
+        self._held = bytearray()
+        self._nonce = bytes(fn_worker.NONCE)
         self._ready = False
 
-    async def hear(self) -> dict[str, Any]:
-        """Return the worker's next message. Raises SandboxLost."""
-        while True:
-            if len(self._held) >= _HEAD.size:
-                (size,) = _HEAD.unpack_from(self._held)
-                if size > _ANSWER_LIMIT:
-                    raise SandboxLost("a function sandbox sent something that is no answer")
-                if len(self._held) >= _HEAD.size + size:
-                    data = self._held[_HEAD.size : _HEAD.size + size]
-                    self._held = self._held[_HEAD.size + size :]
-                    try:
-                        return json.loads(data)
-                    except ValueError as error:
-                        raise SandboxLost("a function sandbox sent no answer") from error
-            piece = await self._process.read()
-            if piece is None:
-                raise SandboxLost("a function sandbox ended")
-            if piece[0] == "stdout":
-                self._held += piece[1]
+    async def _hear(self, *kinds: int) -> tuple[int, bytes]:
+        """Return the kind and content of the interpreter's next message. Raises SandboxLost."""
+        while len(self._held) < _ANSWER.size:
+            await self._more()
+        nonce, kind, size = _ANSWER.unpack_from(self._held)
+        if nonce != self._nonce or kind not in kinds or size > fn_worker.ANSWER_LIMIT:
+            raise SandboxLost("a function sandbox is not in step")
+        while len(self._held) < _ANSWER.size + size:
+            await self._more()
+        content = bytes(self._held[_ANSWER.size : _ANSWER.size + size])
+        del self._held[: _ANSWER.size + size]
+        return kind, content
+
+    async def _more(self) -> None:
+        piece = await self._process.read()
+        if piece is None:
+            raise SandboxLost("a function sandbox ended")
+        if piece[0] == "stdout":
+            self._held += piece[1]
 
     async def ready(self) -> None:
         """Wait until the process of the next call is there. Raises SandboxLost."""
         if not self._ready:
-            if not (await self.hear()).get("ready"):
-                raise SandboxLost("a function sandbox is not in step")
+            await self._hear(fn_worker.READY)
+            if self._held:
+                raise SandboxLost("a function sandbox said something that nobody asked for")
             self._ready = True
 
-    async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Have one call done. Raises SandboxLost."""
-        await self.ready()
+    async def ask(self, request: bytes) -> dict[str, Any] | None:
+        """Have one call done; None where it ended without an answer. Raises SandboxLost.
+
+        The interpreter must be ready.
+        """
         self._ready = False
-        data = json.dumps(request).encode()
-        await self._process.write(_HEAD.pack(len(data)) + data)
-        return await self.hear()
+        self._nonce = secrets.token_bytes(fn_worker.NONCE)
+        await self._process.write(_REQUEST.pack(self._nonce, len(request)) + request)
+        kind, content = await self._hear(fn_worker.ANSWERED, fn_worker.ENDED)
+        if kind == fn_worker.ENDED:
+            return None
+        try:
+            answer: object = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise SandboxLost("a function call answered with something that is no JSON") from error
+        if not isinstance(answer, dict):
+            raise SandboxLost("a function call answered with something that is no answer")
+        return cast("dict[str, Any]", answer)
 
     async def close(self) -> None:
         """End the container."""
@@ -157,8 +179,7 @@ class Functions:
             Container(image="python", memory=spec.memory, pids=spec.pids, cpu=spec.cpu)
         )
         try:
-            code = Path(__file__).with_name("fn_worker.py").read_text()
-            argv = ["python3", "-I", "-c", code]
+            argv = ["python3", "-I", "-c", _program(), seccomp.compile_call_filter().hex()]
             worker = _Worker(sandbox, await sandbox.run(argv, timeout=_LIFETIME, cwd="/"))
             with anyio.move_on_after(_READY_TIMEOUT):
                 await worker.ready()
@@ -186,6 +207,27 @@ class Functions:
         except BaseException:
             await self._forget()
             raise
+
+    async def _take_ready(self) -> _Worker:
+        """Take an interpreter whose next process is there; one that does not come back is ended."""
+        while True:
+            worker = await self._take()
+            try:
+                with anyio.move_on_after(_CLEAN_TIMEOUT):
+                    await worker.ready()
+                    return worker
+            except SandboxLost:
+                pass
+            except BaseException:
+                await self._end(worker)
+                raise
+            # No request was sent to it, so nobody loses a call with it.
+            await self._end(worker)
+
+    async def _end(self, worker: _Worker) -> None:
+        with anyio.CancelScope(shield=True):
+            await worker.close()
+        await self._forget()
 
     async def _give_back(self, worker: _Worker) -> None:
         async with self._changed:
@@ -217,27 +259,27 @@ class Functions:
         Raises SandboxError for what is no JSON, SandboxLost when the interpreter ended.
         """
         check_seconds(timeout)
-        request = {"code": code, "argument": argument, "function": function, "cap": cap}
+        values = {"code": code, "argument": argument, "function": function, "cap": cap}
         try:
-            json.dumps(request)
-        except (TypeError, ValueError) as error:
+            request = json.dumps(values).encode()
+        except (TypeError, ValueError, RecursionError) as error:
             raise SandboxError(f"the argument cannot be sent as JSON: {error}") from error
-        worker = await self._take()
+        if len(request) > fn_worker.REQUEST_LIMIT:
+            raise SandboxError(f"the call has {len(request)} bytes: {fn_worker.REQUEST_LIMIT} go")
+        worker = await self._take_ready()
         began = time.perf_counter()
         whole = False
         try:
             with anyio.move_on_after(timeout):
                 answer = await worker.ask(request)
                 whole = True
-                return _result(answer, time.perf_counter() - began)
+                return _result(answer, time.perf_counter() - began, cap)
             return FnResult(timed_out=True, duration=time.perf_counter() - began)
         finally:
             if whole:
                 await self._give_back(worker)
             else:
-                with anyio.CancelScope(shield=True):
-                    await worker.close()
-                await self._forget()
+                await self._end(worker)
 
     async def close(self) -> None:
         """End every interpreter. Does nothing the second time."""
@@ -250,13 +292,23 @@ class Functions:
                 group.start_soon(worker.close)
 
 
-def _result(answer: dict[str, Any], seconds: float) -> FnResult:
+@functools.cache
+def _program() -> str:
+    """Return the text of the interpreter's program."""
+    return Path(fn_worker.__file__).read_text()
+
+
+def _result(answer: dict[str, Any] | None, seconds: float, cap: int) -> FnResult:
+    if answer is None:
+        error = "the process of the call ended without an answer"
+        return FnResult(error=error, duration=seconds)
     output, error = answer.get("output", ""), answer.get("error", "")
+    output = output if isinstance(output, str) else ""
     return FnResult(
         value=answer.get("value"),
         error=error if isinstance(error, str) else "",
-        output=output if isinstance(output, str) else "",
-        truncated=bool(answer.get("truncated")),
+        output=output[:cap],
+        truncated=bool(answer.get("truncated")) or len(output) > cap,
         duration=seconds,
     )
 

@@ -77,6 +77,7 @@ class Tag(IntEnum):
     GUEST = 25
     LANDLOCK = 26
     MORTAL = 27
+    JOURNAL = 28
     ARG = 32
     ENV = 33
     CWD = 34
@@ -106,6 +107,9 @@ class Tag(IntEnum):
     REPLAYED = 75
     STATE = 76
     CANCELLED = 77
+    STDOUT_KEPT = 78
+    STDERR_KEPT = 79
+    LOST = 80
     ENTROPY = 96
     HOSTNAME = 97
     CLOCK_US = 98

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fathom.errors import SandboxError, SandboxLost, Unsupported
-from fathom.sandbox import agent, line, paths, state
+from fathom.sandbox import agent, full, line, paths, state
 from fathom.sandbox.egress import LOG
 from fathom.sandbox.images import Image, Store, rootfs
 from fathom.sandbox.known import Known
@@ -113,7 +113,8 @@ class LocalHost:
         """Have one operation done in this thread. Raises SandboxError."""
         if op not in self._operations:
             raise Unsupported(f"this kind of sandbox has no {op}: see its caps")
-        return self._operations[op](**values)
+        with full.telling(f"{op} a sandbox"):
+            return self._operations[op](**values)
 
     async def open(self, name: str) -> line.Line:
         """Open a line to an agent. Raises SandboxLost."""
@@ -192,6 +193,7 @@ class LocalHost:
             "rootfs": "" if layered is not None else str(known.image),
             "store": str(self.cache / "store") if layered is not None else "",
             "layers": layered.layers if layered is not None else (),
+            "image": layered.encode().decode() if layered is not None else "",
             "workdir": self._folder(spec.workdir),
             "memory": spec.memory_bytes,
             "pids": spec.pids_limit,
@@ -204,8 +206,8 @@ class LocalHost:
             "outlive": self.outlive,
             "door": self._folder(spec.door),
         }
-        folder.mkdir(mode=0o711)
         try:
+            folder.mkdir(mode=0o711)
             self.link.create(folder, launch, **source)
         except BaseException:
             if not state.reap_one(folder):
@@ -222,10 +224,6 @@ class LocalHost:
         if workdir is None or self.outlive:
             return None if workdir is None else str(workdir)
         return str(Path(workdir).resolve())
-
-    def image_of(self, name: str, folder: str) -> Path | Image:
-        """Return the image that a sandbox of an earlier node runs on. Raises SandboxError."""
-        return Path(folder) if folder else self._image(name)
 
     def _image(self, name: str) -> Path | Image:
         """Return a built-in image's folder, or a layered image of the store."""
@@ -261,6 +259,10 @@ class LocalHost:
         path = self.runtime / id / LOG
         return {"text": path.read_text() if path.exists() else ""}
 
+    def has(self, name: str) -> bool:
+        """Whether a sandbox of this name is known here."""
+        return self.link.has(name)
+
     def adopt(self, folder: Path, known: Known) -> None:
         """Take over a sandbox that outlived its node. Raises SandboxError."""
         self.link.adopt(folder)
@@ -292,13 +294,13 @@ class LocalHost:
         if count == 1:
             return {"made": [copy(1)]}  # it stands still for the copy alone
         # All copies show one moment, so it stands still until the last of them is made.
-        froze = self.link.request("freeze", ids=[id])["froze"]
+        holder = secrets.token_hex(8)
+        self.link.request("freeze", ids=[id], holder=holder)
         try:
             with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
                 copies = [pool.submit(copy, number + 1) for number in range(count)]
         finally:
-            if froze:
-                self.link.request("thaw", ids=froze)
+            self.link.request("thaw", ids=[id], holder=holder)
         problems = [error for one in copies if (error := one.exception()) is not None]
         made = [one.result() for one in copies if one.exception() is None]
         if problems:

@@ -8,14 +8,16 @@ Paper: none (operating system plumbing).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import ssl
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import anyio
 
-from fathom.errors import SandboxError, SandboxLost
+from fathom.errors import ProcessClosed, SandboxError, SandboxLost
 from fathom.sandbox import frames
 from fathom.sandbox.frames import Frame, Received, Tag
 
@@ -34,7 +36,7 @@ class Refused(SandboxError):
 
 
 class Line:
-    """One connected socket. Not for two tasks at once, but for sending while another receives.
+    """One connected socket. Any task may send; one at a time may receive, while others send.
 
     `early`: what of the frames has come already; `along`: a socket that is closed together with it.
     """
@@ -47,20 +49,37 @@ class Line:
         self._along = along
         self._splitter = frames.Splitter()
         self._early = early
+        self._out = bytearray()
+        self._sending = anyio.Lock(fast_acquire=True)
+        self._waiting = 0
+        self._closed = False
 
     async def send(self, data: bytes) -> None:
-        """Send bytes of whole frames. Raises SandboxLost."""
-        view = memoryview(data)
-        while view:
-            try:
-                view = view[self._sock.send(view) :]
-            except (BlockingIOError, ssl.SSLWantWriteError):
-                await anyio.wait_writable(self._sock)
-            except OSError as error:
-                raise SandboxLost(f"the line to the sandbox broke ({error.strerror})") from error
+        """Send bytes of whole frames. Raises SandboxLost, ProcessClosed.
+
+        They are on their way from here on: a caller who gives up leaves no half of a frame behind,
+        the next one to send sends the rest first.
+        """
+        self._check_open()
+        self._out += data
+        async with self._sending:
+            while self._out:
+                self._check_open()
+                try:
+                    del self._out[: self._sock.send(self._out)]
+                except (BlockingIOError, ssl.SSLWantWriteError):
+                    await self._until(anyio.wait_writable)
+                except OSError as error:
+                    raise SandboxLost(
+                        f"the line to the sandbox broke ({error.strerror})"
+                    ) from error
 
     async def receive(self) -> list[Received]:
-        """Return the next frames, at least one; none at the end of the line."""
+        """Return the next frames, at least one; none at the end of the line.
+
+        Raises ProcessClosed when it is closed here meanwhile.
+        """
+        self._check_open()
         if self._early:
             early, self._early = self._early, b""
             if found := self._splitter.feed(early):
@@ -69,7 +88,7 @@ class Line:
             try:
                 data = self._sock.recv(_CHUNK)
             except (BlockingIOError, ssl.SSLWantReadError):
-                await anyio.wait_readable(self._sock)
+                await self._until(anyio.wait_readable)
                 continue
             except OSError:
                 return []
@@ -78,8 +97,35 @@ class Line:
             if found := self._splitter.feed(data):
                 return found
 
+    async def _until(self, ready: Callable[[socket.socket], Awaitable[None]]) -> None:
+        """Wait for the socket. Raises ProcessClosed when it is closed here meanwhile."""
+        self._waiting += 1
+        try:
+            await ready(self._sock)
+        finally:
+            self._waiting -= 1
+            if self._closed and not self._waiting:
+                self._let_go()
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ProcessClosed("this command was closed, by this task or another one")
+
     def close(self) -> None:
-        """Close the socket. Does nothing the second time."""
+        """End the line; whoever waits for it gets ProcessClosed. Does nothing the second time."""
+        if self._closed:
+            return
+        self._closed = True
+        if not self._waiting:
+            return self._let_go()
+        # Closed under its waiters, the event loop would go on to wait for the descriptor's number,
+        # and take the next socket for this one. Shut down, it wakes them; the last one closes.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        return None
+
+    def _let_go(self) -> None:
         self._sock.close()
         if self._along is not None:
             self._along.close()

@@ -33,13 +33,13 @@ _MIRROR = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 class Net:
     """A network policy. Made from `Net.deny()` by naming what is allowed.
 
-    `private`: whether the domains may have addresses of private networks or of this machine.
+    `domains`: each with its ports, and whether it may have addresses of private networks or of this
+    machine.
     """
 
     addresses: tuple[tuple[str, int], ...] = ()
-    domains: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    domains: tuple[tuple[str, tuple[int, ...], bool], ...] = ()
     mirrors: tuple[str, ...] = ()
-    private: bool = False
 
     @classmethod
     def deny(cls) -> Net:
@@ -60,6 +60,7 @@ class Net:
     def domain(self, name: str, *ports: int, private: bool = False) -> Net:
         """Also allow a domain (`*.example.org` for all below one), on ports 80 and 443 by default.
 
+        `private`: whether this one may lead to a private network or to this machine.
         Raises SandboxError.
         """
         text = name.lower().rstrip(".")
@@ -67,8 +68,7 @@ class Net:
             raise SandboxError(f'{name!r} is not a domain: give one such as "example.org"')
         for port in ports:
             _check_port(port)
-        domains = (*self.domains, (text, ports or WEB_PORTS))
-        return replace(self, domains=domains, private=self.private or private)
+        return replace(self, domains=(*self.domains, (text, ports or WEB_PORTS, private)))
 
     def mirror(self, name: str) -> Net:
         """Also allow reading the package mirror `name`, as this client's `mirrors` define it.
@@ -96,9 +96,8 @@ class Net:
                 raise SandboxError(f"this client knows no mirror {name!r} (known: {known})")
         return {
             "addresses": [list(entry) for entry in self.addresses],
-            "domains": [[name, list(ports)] for name, ports in self.domains],
+            "domains": [[name, list(ports), private] for name, ports, private in self.domains],
             "mirrors": {name: mirrors[name].rstrip("/") for name in self.mirrors},
-            "private": self.private,
         }
 
     def environment(self, host: str = "127.0.0.1") -> dict[str, str]:

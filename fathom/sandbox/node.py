@@ -21,13 +21,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fathom.errors import FathomError, SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import box as boxes
-from fathom.sandbox import cgroups, egress, messages, netns, state, syscalls
+from fathom.sandbox import cgroups, egress, full, messages, netns, state, syscalls
 from fathom.sandbox.substrates.choice import MACHINES
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from fathom.sandbox.vm.saved import Saved, Shelf
 
 _THREADS = 32
+# After something was asked or ended orphans are looked for every so many milliseconds, for seconds.
+_REAP_EVERY = 250
+_RESTLESS = 2.0
+_WNOTHREAD = 0x20000000
 
 
 class Node:
@@ -75,23 +80,42 @@ class Node:
         poller = select.poll()
         for fd in (self.owner.fileno(), self.owner_fd, self._wake_read):
             poller.register(fd, select.POLLIN)
+        restless = 0.0
         while True:
-            for fd, _ in poller.poll():
+            found = poller.poll(_REAP_EVERY if time.monotonic() < restless else None)
+            if found:
+                restless = time.monotonic() + _RESTLESS
+            _reap_orphans()
+            for fd, _ in found:
                 if fd == self._wake_read:
                     os.read(fd, 4096)
                     self._watch(poller)
                 elif fd == self.owner.fileno():
-                    message, fds = messages.receive(self.owner)
-                    if message is None:
+                    if not self._take():
                         return
-                    reply = socket.socket(fileno=fds[0])
-                    self._slots.acquire()
-                    threading.Thread(target=self._answer, args=(message, reply)).start()
                 elif fd == self.owner_fd:
                     return
                 elif name := self._watched.pop(fd, None):
                     poller.unregister(fd)
                     self._died(name)
+
+    def _take(self) -> bool:
+        """Have one request carried out; False where the owner is gone."""
+        try:
+            message, fds = messages.receive(self.owner)
+        except messages.BadMessage:  # whoever asked sees that nobody answers
+            return True
+        except OSError:
+            return False
+        if message is None:
+            return False
+        for fd in fds[1:]:
+            os.close(fd)
+        if fds:
+            reply = socket.socket(fileno=fds[0])
+            self._slots.acquire()
+            threading.Thread(target=self._answer, args=(message, reply)).start()
+        return True
 
     def _watch(self, poller: select.poll) -> None:
         with self._lock:
@@ -118,14 +142,28 @@ class Node:
                 answer = self._operations[message["op"]](message)
             except FathomError as error:
                 answer = {"error": error.code, "message": str(error)[:4000]}
-            except (OSError, subprocess.SubprocessError) as error:
+            except OSError as error:
+                told = full.explain(error, f"{message.get('op')} a sandbox")
+                answer = {"error": told.code, "message": str(told)[:4000]}
+            except subprocess.SubprocessError as error:
                 text = f"{error}; run `fathom doctor` to see what this machine can do"
                 answer = {"error": SandboxError.code, "message": text[:4000]}
-            with contextlib.suppress(OSError):
-                messages.send(reply, answer)
+            except Exception as error:
+                # A defect, or a request that fits nothing: neither may cost any sandbox.
+                text = f"the node could not do what it was asked: {error!r}"
+                answer = {"error": SandboxError.code, "message": text[:4000]}
+            self._reply(reply, answer)
         finally:
             reply.close()
             self._slots.release()
+            self._wake()
+
+    def _reply(self, reply: socket.socket, answer: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            try:
+                messages.send(reply, answer)
+            except SandboxError as error:
+                messages.send(reply, {"error": error.code, "message": str(error)})
 
     def _box(self, name: str) -> boxes.Box | Machine:
         with self._lock:
@@ -178,8 +216,12 @@ class Node:
         if stopping:
             _kind(box).destroy(box)
             raise SandboxLost("the node is stopping")
-        os.write(self._wake_write, b"1")
+        self._wake()
         return box.facts()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # then it is awake already
+            os.write(self._wake_write, b"1")
 
     def _adopt(self, message: dict[str, Any]) -> dict[str, Any]:
         folder = Path(message["folder"])
@@ -214,18 +256,42 @@ class Node:
         return box
 
     def _freeze(self, message: dict[str, Any]) -> dict[str, Any]:
-        froze: list[str] = []
-        for name in message["ids"]:
-            box = self._box(name)
-            froze += [name] if box.frozen is None else []
-            _kind(box).freeze(box)
-            if message.get("reclaim") and box.group is not None:
+        """Have sandboxes stand still, all or none of them, until `holder` lets them go on."""
+        holder = message.get("holder", boxes.PAUSE)
+        every = [self._box(name) for name in message["ids"]]
+        done: list[boxes.Box | Machine] = []
+        try:
+            for box in every:
+                fresh = not self._holds(box, holder)
+                _kind(box).freeze(box, holder)
+                done += [box] if fresh else []
+        except BaseException:
+            for box in done:
+                with contextlib.suppress(FathomError, OSError):
+                    _kind(box).thaw(box, holder)
+            raise
+        for box in every if message.get("reclaim") else ():
+            if box.group is not None:
                 box.group.reclaim()
-        return {"froze": froze}
+        return {}
+
+    def _holds(self, box: boxes.Box | Machine, holder: str) -> bool:
+        return holder in box.holders if isinstance(box, boxes.Box) else box.frozen is not None
 
     def _thaw(self, message: dict[str, Any]) -> dict[str, Any]:
-        every = [self._box(name) for name in message["ids"]]
-        return {"paused": {box.id: _kind(box).thaw(box) for box in every}}
+        """Let go of sandboxes, of each whatever becomes of the others."""
+        holder = message.get("holder", boxes.PAUSE)
+        paused: dict[str, float] = {}
+        problems: list[Exception] = []
+        for name in message["ids"]:
+            try:
+                box = self._box(name)
+                paused[name] = _kind(box).thaw(box, holder)
+            except (FathomError, OSError) as error:
+                problems.append(error)
+        if problems:
+            raise problems[0]
+        return {"paused": paused}
 
     def _save(self, message: dict[str, Any]) -> dict[str, Any]:
         box = self._container(message["id"])
@@ -321,6 +387,18 @@ def prepare() -> None:
         # seeing that tree.
         syscalls.unmount(str(layout.beside))
         cgroups.current_layout.cache_clear()
+
+
+def _reap_orphans() -> None:
+    """Wait for what container runtimes left to this process; else it stays as zombies for good.
+
+    Orphans become children of the main thread, which starts nothing itself. What other threads
+    start they wait for themselves, and it is not looked at here.
+    """
+    options = os.WEXITED | os.WNOHANG | _WNOTHREAD
+    with contextlib.suppress(ChildProcessError):
+        while os.waitid(os.P_ALL, 0, options) is not None:
+            pass
 
 
 def _stop(*_: object) -> None:

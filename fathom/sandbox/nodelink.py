@@ -18,6 +18,8 @@ from typing import Any
 
 from fathom.errors import (
     DaemonLost,
+    KeyConflict,
+    MachineFull,
     PolicyDenied,
     SandboxError,
     SandboxLost,
@@ -40,6 +42,8 @@ _ERRORS: dict[str, type[SandboxError]] = {
     kind.code: kind
     for kind in (
         DaemonLost,
+        KeyConflict,
+        MachineFull,
         PolicyDenied,
         SandboxLost,
         SandboxTimeout,
@@ -84,6 +88,8 @@ class NodeLink:
         self._sock: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._reach: dict[str, _Reach] = {}
+        # What a new node could not take over, though it lives; it is tried again.
+        self._left: set[str] = set()
 
     @property
     def is_ours(self) -> bool:
@@ -101,6 +107,10 @@ class NodeLink:
         answer = self.request("adopt", folder=str(folder))
         secret = bytes.fromhex(answer["secret"])
         self._reach[folder.name] = _Reach(folder, secret, answer["oom_file"])
+
+    def has(self, name: str) -> bool:
+        """Whether a sandbox of this name was made or adopted here, and not destroyed."""
+        return name in self._reach
 
     def secret_of(self, name: str) -> bytes:
         """Return the secret of a sandbox's session. Raises SandboxLost."""
@@ -130,7 +140,10 @@ class NodeLink:
             answer = _exchange(sock, op, values)
         except TimeoutError as error:
             raise SandboxTimeout(f"the node did not {op} within {_CALL_TIMEOUT:g} s") from error
-        except OSError:
+        except OSError as error:
+            if self._alive() and not isinstance(error, ConnectionError):
+                # This process has no descriptor left, say: no reason to end any sandbox.
+                raise SandboxError(f"the node cannot be asked to {op}: {error}") from error
             answer = None
         if answer is None:
             if process is not None:
@@ -147,6 +160,16 @@ class NodeLink:
         """
         if self._process is not None and not self._alive():
             self._node()
+        for name in list(self._left):
+            reach = self._reach.get(name)
+            if reach is None:
+                self._left.discard(name)
+                continue
+            try:
+                self.request("adopt", folder=str(reach.folder))
+                self._left.discard(name)
+            except SandboxError:
+                self._leave(name, reach.folder)
 
     def _said(self) -> str:
         process = self._process
@@ -184,8 +207,16 @@ class NodeLink:
             if answer is None:
                 return  # this node died as well: the next one is asked again
             if "error" in answer:
-                self._reach.pop(name, None)
-                state.reap_one(reach.folder)
+                self._leave(name, reach.folder)
+
+    def _leave(self, name: str, folder: Path) -> None:
+        """Let a sandbox that could not be taken over be, and remove what is left of a dead one."""
+        if state.lives(folder):
+            self._left.add(name)
+        else:
+            self._left.discard(name)
+            self._reach.pop(name, None)
+            state.reap_one(folder)
 
     def _forget_node(self) -> None:
         if self._sock is not None:

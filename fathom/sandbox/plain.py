@@ -71,8 +71,8 @@ def net_in(values: dict[str, Any] | None) -> Net | None:
     net = Net.deny()
     for host, port in values.get("addresses", ()):
         net = net.address(host, port)
-    for name, ports in values.get("domains", ()):
-        net = net.domain(name, *ports, private=bool(values.get("private")))
+    for name, ports, private in values.get("domains", ()):
+        net = net.domain(name, *ports, private=private)
     for name in values.get("mirrors", ()):
         net = net.mirror(name)
     return net

@@ -8,13 +8,16 @@ from __future__ import annotations
 import hashlib
 import os
 import signal as signals
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from fathom.errors import SandboxError, SandboxLost
+import anyio
+
+from fathom.errors import ProcessClosed, SandboxError, SandboxLost
 from fathom.sandbox import frames
 from fathom.sandbox.frames import Flags, Frame, Received, Tag
 from fathom.sandbox.line import Line, refusal
@@ -22,13 +25,18 @@ from fathom.sandbox.request import FIXED_ENVIRONMENT, Request
 
 StreamName = Literal["stdout", "stderr"]
 NUMBER = 1
+# Bytes of output that a writer takes in for a reader that is slow.
+_MOST_HELD = 64 << 20
 NO_FLAGS = Flags(0)
 NAMES: dict[int, StreamName] = {Frame.STDOUT: "stdout", Frame.STDERR: "stderr"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """How a command ended, as the agent tells it. Totals count what was written, kept or not."""
+    """How a command ended, as the agent tells it. Totals count what was written, kept or not.
+
+    `lost`: of a replay, bytes of output that were kept as it ran and that the receipt has not.
+    """
 
     exit_code: int
     timed_out: bool
@@ -41,6 +49,7 @@ class Ended:
     peak_memory: int
     stdout_total: int
     stderr_total: int
+    lost: int = 0
     problem: str = ""
 
 
@@ -63,6 +72,7 @@ def read_end(frame: Received) -> Ended:
         peak_memory=number(Tag.MAX_RSS_KB) << 10,
         stdout_total=number(Tag.STDOUT_TOTAL),
         stderr_total=number(Tag.STDERR_TOTAL),
+        lost=number(Tag.LOST),
         problem=frames.text_of(fields.get(Tag.PROBLEM)),
     )
 
@@ -193,7 +203,8 @@ class Kept:
 class Process:
     """A command that runs. `async with` ends it; `async for` gives its output as it comes.
 
-    Output is a pair of the stream's name and bytes; a terminal has one stream, "stdout".
+    Output is a pair of the stream's name and bytes; a terminal has one stream, "stdout". Any number
+    of tasks may read, write and close it at the same time: one of them receives for all.
     """
 
     def __init__(self, line: Line, name: str) -> None:
@@ -201,7 +212,11 @@ class Process:
         self._name = name
         self._taken = 0
         self._sent = 0
-        self._waiting: list[Received] = []
+        self._output: deque[Received] = deque()
+        self._held = 0
+        self._was_read = False
+        self._receiving = False
+        self._news = anyio.Event()
         self._ended: Ended | None = None
         self._closed = False
         self.pid: int | None = None
@@ -225,22 +240,52 @@ class Process:
             yield piece
 
     async def read(self) -> tuple[StreamName, bytes] | None:
-        """Return the next output, None once the command has ended. Raises SandboxLost."""
-        while self._ended is None:
-            while self._waiting:
-                frame = self._waiting.pop(0)
-                if frame.kind in NAMES:
-                    return NAMES[frame.kind], frame.payload
-                self._note(frame)
-                if self._ended is not None:
-                    return None
-            self._waiting = await self._line.receive()
-            if not self._waiting:
+        """Return the next output, None once the command has ended.
+
+        Raises SandboxLost, ProcessClosed.
+        """
+        self._was_read = True
+        while True:
+            if self._closed:
+                raise ProcessClosed(f"this command in sandbox {self._name} was closed")
+            if self._output:
+                frame = self._output.popleft()
+                self._held -= len(frame.payload)
+                if self._held + len(frame.payload) > _MOST_HELD >= self._held:
+                    self._tell()  # whoever writes may hear more
+                return NAMES[frame.kind], frame.payload
+            if self._ended is not None:
+                return None
+            await self._hear()
+
+    async def _hear(self) -> None:
+        """Take in what comes next; while another task does, wait until it has.
+
+        Raises SandboxLost, ProcessClosed, Refused.
+        """
+        if self._receiving:
+            return await self._news.wait()
+        self._receiving = True
+        try:
+            found = await self._line.receive()
+            if not found:
                 raise SandboxLost(f"sandbox {self._name} was lost while a command ran")
+            for frame in found:
+                self._note(frame)
+        finally:
+            self._receiving = False
+            self._tell()
         return None
 
+    def _tell(self) -> None:
+        news, self._news = self._news, anyio.Event()
+        news.set()
+
     def _note(self, frame: Received) -> None:
-        if frame.kind == Frame.ERROR:
+        if frame.kind in NAMES:
+            self._output.append(frame)
+            self._held += len(frame.payload)
+        elif frame.kind == Frame.ERROR:
             problem = refusal(frame)
             if problem.reason != "failed":  # a signal that came too late is no failure
                 raise problem
@@ -254,39 +299,44 @@ class Process:
     async def write(self, data: bytes | str) -> None:
         """Send standard input, waiting while the command does not read it.
 
-        Raises SandboxLost. Input for a command that has ended is dropped.
+        Output that comes meanwhile is kept for `read`; beyond 64 MiB this waits for it to be read.
+        Raises SandboxLost, ProcessClosed, and SandboxError where nobody ever reads the output.
+        Input for a command that has ended is dropped.
         """
         left = memoryview(data.encode() if isinstance(data, str) else data)
         while left and self._ended is None:
             room = self._taken + frames.WINDOW - self._sent
             if room <= 0:
-                await self._hear()
+                await self._hear_for_input()
                 continue
             piece = bytes(left[: min(room, frames.PIECE)])
-            await self._line.send(frames.pack(NUMBER, Frame.STDIN, piece))
+            # Counted first: it counts as sent from the moment at which the line has it.
             self._sent += len(piece)
             left = left[len(piece) :]
+            await self._line.send(frames.pack(NUMBER, Frame.STDIN, piece))
 
-    async def _hear(self) -> None:
-        """Receive once, keeping output for `read`."""
-        found = await self._line.receive()
-        if not found:
-            raise SandboxLost(f"sandbox {self._name} was lost while a command ran")
-        for frame in found:
-            if frame.kind in NAMES or frame.kind == Frame.EXIT:
-                self._waiting.append(frame)
-            else:
-                self._note(frame)
-        if any(frame.kind == Frame.EXIT for frame in found):
-            # Nobody takes input any more.
-            self._taken = 1 << 62
+    async def _hear_for_input(self) -> None:
+        if self._held <= _MOST_HELD:
+            await self._hear()
+        elif self._was_read:
+            await self._news.wait()
+        else:
+            raise SandboxError(
+                f"the command wrote {self._held} bytes that nobody reads: read while you write"
+            )
 
     async def close_input(self) -> None:
-        """Say that no more input comes (on a terminal: by its key). Raises SandboxLost."""
+        """Say that no more input comes (on a terminal: by its key).
+
+        Raises SandboxLost, ProcessClosed.
+        """
         await self._line.send(frames.pack(NUMBER, Frame.EOF))
 
     async def signal(self, number: int = signals.SIGTERM) -> None:
-        """Send a signal to the command and its process group. Raises SandboxLost, SandboxError."""
+        """Send a signal to the command and its process group.
+
+        Raises SandboxLost, ProcessClosed, SandboxError.
+        """
         if not 0 < number < 65:
             raise SandboxError(f"signal is {number}: give a number from 1 to 64")
         await self._line.send(
@@ -294,12 +344,15 @@ class Process:
         )
 
     async def resize(self, rows: int, columns: int) -> None:
-        """Change the size of the command's terminal. Raises SandboxLost."""
+        """Change the size of the command's terminal. Raises SandboxLost, ProcessClosed."""
         size = frames.join_fields([(Tag.ROWS, rows), (Tag.COLS, columns)])
         await self._line.send(frames.pack(NUMBER, Frame.RESIZE, size))
 
     async def wait(self) -> Ended:
-        """Read on, dropping output, and return how the command ended. Raises SandboxLost."""
+        """Read on, dropping output, and return how the command ended.
+
+        Raises SandboxLost, ProcessClosed, SandboxError where it did not run.
+        """
         while await self.read() is not None:
             pass
         assert self._ended is not None
@@ -308,10 +361,14 @@ class Process:
         return self._ended
 
     async def close(self) -> None:
-        """End the command where it still runs. Does nothing the second time."""
+        """End the command where it still runs; tasks that wait for it get ProcessClosed.
+
+        Does nothing the second time.
+        """
         if not self._closed:
             self._closed = True
             self._line.close()
+            self._tell()
 
 
 def file_problem(problem: str) -> int | None:

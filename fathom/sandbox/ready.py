@@ -10,12 +10,20 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 from fathom.errors import FathomError
 from fathom.sandbox.types import Kept
 
 _log = logging.getLogger(__name__)
+
+
+class Room(Protocol):
+    """Room for one that is being made."""
+
+    def settle(self) -> AbstractContextManager[None]:
+        """Count it among those that are there from inside on."""
+        ...
 
 
 class Ready:
@@ -26,7 +34,7 @@ class Ready:
 
     def __init__(self, make: Callable[[Kept], dict[str, Any]]) -> None:
         self._make = make
-        self.admit: Callable[[Kept], AbstractContextManager[None]] = _freely
+        self.admit: Callable[[Kept], AbstractContextManager[Room]] = _freely
         self._waiting: dict[Kept, list[dict[str, Any]]] = {}
         self._sizes: dict[Kept, int] = {}
         self._lock = threading.Lock()
@@ -63,11 +71,19 @@ class Ready:
                 waiting = self._waiting.setdefault(spec, [])
                 if len(waiting) >= self._sizes.get(spec, 0):
                     return
-            with self.admit(spec):
+            with self.admit(spec) as room:
                 made = self._make(spec)
-                with self._lock:
+                with room.settle(), self._lock:
                     waiting.append(made)
 
 
-def _freely(_: Kept) -> AbstractContextManager[None]:
-    return contextlib.nullcontext()
+class _Boundless:
+    """Room where nobody counts."""
+
+    def settle(self) -> AbstractContextManager[None]:
+        """Count nothing."""
+        return contextlib.nullcontext()
+
+
+def _freely(_: Kept) -> AbstractContextManager[Room]:
+    return contextlib.nullcontext(_Boundless())

@@ -28,13 +28,16 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from fathom.sandbox import messages
+from fathom.sandbox import messages, proxy_head
 from fathom.sandbox.carry import Pump, join
+from fathom.sandbox.names import Names
+from fathom.sandbox.proxy_head import Head, Refused
 
 _ORIGINAL_DST = 80
 _HEAD_LIMIT = 1 << 16
 _CONNECT_TIMEOUT = 20.0
-_LOG_LIMIT = 16 << 20  # bytes of a sandbox's network log
+_END_TIMEOUT = 5.0
+_LOG_LIMIT = 4 << 20  # bytes of a sandbox's network log
 _NOBODY = 65534
 _READING = ("GET", "HEAD")
 # Connections of one sandbox at the same time, each with two descriptors and buffers of ours: one
@@ -54,7 +57,9 @@ class Place:
     noted: int = 0
     connections: int = 0
     full: bool = False
+    names: Names = field(default_factory=Names)
     servers: list[asyncio.Server] = field(default_factory=list["asyncio.Server"])
+    tasks: set[asyncio.Task[None]] = field(default_factory=set["asyncio.Task[None]"])
     open: dict[asyncio.Task[None], Verdict] = field(
         default_factory=dict["asyncio.Task[None]", Verdict]
     )
@@ -63,13 +68,25 @@ class Place:
         """Write one line to the sandbox's log, which a tenant must not make endless."""
         line = {"time": round(time.time(), 3), "policy": self.version, **values}
         data = (json.dumps(line) + "\n").encode()
-        if self.noted > _LOG_LIMIT:
+        if self.noted > _LOG_LIMIT or self.log < 0:
             return
         self.noted += len(data)
         if self.noted > _LOG_LIMIT:
             data = b'{"time": %d, "kind": "log_full", "allowed": false}\n' % time.time()
         with contextlib.suppress(OSError):
             os.write(self.log, data)
+
+    async def close(self) -> None:
+        """End every connection, then let go of the log."""
+        for server in self.servers:
+            server.close()
+        for task in self.tasks:
+            task.cancel()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=_END_TIMEOUT)
+        # The number may soon be another file's: whoever is still here must not write to it.
+        log, self.log = self.log, -1
+        os.close(log)
 
     def take(self) -> bool:
         """Count one more connection, unless there are too many; that is noted once a time."""
@@ -88,28 +105,27 @@ def allows_address(host: str, port: int) -> Verdict:
     return lambda policy: [host, port] in policy["addresses"]
 
 
+def _entries(policy: dict[str, Any], name: str, port: int) -> list[bool]:
+    """Return of each entry that allows this domain whether it may lead to private addresses."""
+    wanted = name.lower().rstrip(".")
+    return [
+        private
+        for entry, ports, private in policy["domains"]
+        if port in ports
+        and (wanted == entry or (entry.startswith("*.") and wanted.endswith(entry[1:])))
+    ]
+
+
 def allows_domain(name: str, port: int) -> Verdict:
     """Return the judgement on a connection to a domain."""
-    wanted = name.lower().rstrip(".")
-
-    def judge(policy: dict[str, Any]) -> bool:
-        if allows_address(wanted, port)(policy):
-            return True
-        return any(
-            port in ports
-            and (wanted == entry or (entry.startswith("*.") and wanted.endswith(entry[1:])))
-            for entry, ports in policy["domains"]
-        )
-
-    return judge
+    direct = allows_address(name.lower().rstrip("."), port)
+    return lambda policy: direct(policy) or bool(_entries(policy, name, port))
 
 
-class Refused(Exception):
-    """A request that is not carried out; `status` is its HTTP answer."""
-
-    def __init__(self, status: str) -> None:
-        super().__init__(status)
-        self.status = status
+def _allows_private(name: str, where: str, port: int) -> Verdict:
+    """Return the judgement on a connection to a domain whose address is no public one."""
+    direct = allows_address(where, port)
+    return lambda policy: direct(policy) or any(_entries(policy, name, port))
 
 
 class Relay:
@@ -126,6 +142,8 @@ class Relay:
             return
         place = self.places.get(name)
         if place is None:
+            if len(fds) != 3:
+                raise ValueError("its sockets and log did not come along")
             relay, proxy, log = fds
             place = self.places[name] = Place(name, message["policy"], message["version"], log)
             for fd, serve in ((relay, self._direct), (proxy, self._proxy)):
@@ -140,19 +158,20 @@ class Relay:
 
     async def _listen(self, place: Place, fd: int, serve: Any) -> asyncio.Server:
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            if not place.take():
+            task = asyncio.current_task()
+            if task is None or place.log < 0 or not place.take():
                 writer.transport.abort()
                 return
+            place.tasks.add(task)
             try:
                 await serve(place, reader, writer)
             except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError):
                 pass
-            except asyncio.LimitOverrunError:
-                pass
+            except asyncio.CancelledError:
+                pass  # the policy or the sandbox is gone, and this task ends here
             finally:
-                task = asyncio.current_task()
-                if task is not None:
-                    place.open.pop(task, None)
+                place.open.pop(task, None)
+                place.tasks.discard(task)
                 place.connections -= 1
                 writer.close()
 
@@ -160,13 +179,8 @@ class Relay:
 
     async def _drop(self, name: str) -> None:
         place = self.places.pop(name, None)
-        if place is None:
-            return
-        for server in place.servers:
-            server.close()
-        for task in list(place.open):
-            task.cancel()
-        os.close(place.log)
+        if place is not None:
+            await place.close()
 
     # Judging -----------------------------------------------------------------------------------
 
@@ -182,19 +196,21 @@ class Relay:
         self, place: Place, host: str, port: int, tls: bool = False
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Connect to a name that was admitted, at an address that may be reached."""
-        loop = asyncio.get_running_loop()
         try:
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = await place.names.find(host, port)
+        except TimeoutError as error:
+            raise Refused("504 Gateway Timeout") from error
         except OSError as error:
             raise Refused("502 Bad Gateway") from error
-        for _, _, _, _, address in found:
-            where = str(address[0])
-            ip = ipaddress.ip_address(where)
-            named = [where, port] in place.policy["addresses"]
-            if not (ip.is_global or named or place.policy["private"]):
-                # A name that leads to this machine or its neighbours is an attack, or a mistake.
-                place.note(kind="private", host=host, address=where, allowed=False)
-                continue
+        for where in found:
+            if not ipaddress.ip_address(where).is_global:
+                judge = _allows_private(host, where, port)
+                if not judge(place.policy):
+                    # A name that leads to this machine or its neighbours: an attack or a mistake.
+                    place.note(kind="private", host=host, address=where, allowed=False)
+                    continue
+                if (task := asyncio.current_task()) in place.open:
+                    place.open[task] = judge
             with contextlib.suppress(OSError, TimeoutError):
                 context = _tls_context() if tls else None
                 async with asyncio.timeout(_CONNECT_TIMEOUT):
@@ -224,94 +240,76 @@ class Relay:
     ) -> None:
         """Serve one request of an HTTP client, then close."""
         try:
-            async with asyncio.timeout(_CONNECT_TIMEOUT):
-                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-            first, *headers = head.rstrip("\r\n").split("\r\n")
-            method, _, rest = first.partition(" ")
-            target, _, version = rest.rpartition(" ")
-            # A line that hides a second one would be a second request to whoever reads it next.
-            if " " in target or any(c in line for line in (first, *headers) for c in "\r\n\0"):
-                raise Refused("400 Bad Request")
-            if not version.startswith("HTTP/1."):
-                raise Refused("400 Bad Request")
-            if method == "CONNECT":
-                await self._tunnel(place, target, reader, writer)
-            elif target.startswith("/mirror/"):
-                await self._mirror(place, method, target, headers, writer)
+            head = await self._head(reader)
+            if head.method == "CONNECT":
+                await self._tunnel(place, head, reader, writer)
+            elif head.target.startswith("/mirror/"):
+                await self._mirror(place, head, writer)
             else:
-                await self._forward(place, method, target, headers, reader, writer)
+                await self._forward(place, head, reader, writer)
         except Refused as refused:
-            body = f"{refused.status}: not allowed by this sandbox's network policy\n"
-            writer.write(
-                f"HTTP/1.1 {refused.status}\r\nContent-Length: {len(body)}\r\n"
-                f"Connection: close\r\n\r\n{body}".encode()
-            )
-            with contextlib.suppress(OSError):
-                await writer.drain()
+            writer.write(refused.answer())
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(1):
+                    await writer.drain()
+                    writer.write_eof()
+                    # What comes and is not read would reset the connection, answer and all.
+                    left = 16 * _HEAD_LIMIT
+                    while left > 0 and (data := await reader.read(_HEAD_LIMIT)):
+                        left -= len(data)
+
+    async def _head(self, reader: asyncio.StreamReader) -> Head:
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT):
+                return proxy_head.read_head(await reader.readuntil(b"\r\n\r\n"))
+        except asyncio.LimitOverrunError as error:
+            raise Refused("431 Request Header Fields Too Large") from error
+        except TimeoutError as error:
+            raise Refused("408 Request Timeout") from error
 
     async def _tunnel(
-        self,
-        place: Place,
-        target: str,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        self, place: Place, head: Head, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        host, _, port = target.rpartition(":")
-        if not port.isdigit():
-            raise Refused("400 Bad Request")
-        judge = allows_domain(host, int(port))
-        self._admit(place, judge, kind="connect", host=host[:255], port=int(port))
-        far = await self._dial(place, host, int(port))
+        to = proxy_head.tunnel(head.target)
+        judge = allows_domain(to.host, to.port)
+        self._admit(place, judge, kind="connect", host=to.host, port=to.port)
+        far = await self._dial(place, to.host, to.port)
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
         await join(reader, writer, *far)
 
     async def _forward(
-        self,
-        place: Place,
-        method: str,
-        target: str,
-        headers: list[str],
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        self, place: Place, head: Head, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        parts = urlsplit(target)
-        if parts.scheme != "http" or not parts.hostname:
-            raise Refused("400 Bad Request")
-        port = parts.port or 80
-        judge = allows_domain(parts.hostname, port)
-        self._admit(place, judge, kind="http", method=method, url=target[:2000])
-        far_reader, far_writer = await self._dial(place, parts.hostname, port)
-        path = parts._replace(scheme="", netloc="").geturl() or "/"
-        far_writer.write(_head(method, path, parts.netloc, headers))
+        to = proxy_head.forward(head.target)
+        judge = allows_domain(to.host, to.port)
+        self._admit(place, judge, kind="http", method=head.method, url=head.target[:2000])
+        far_reader, far_writer = await self._dial(place, to.host, to.port)
+        far_writer.write(proxy_head.ask(head, to.path, to.named))
         await join(reader, writer, far_reader, far_writer)
 
-    async def _mirror(
-        self,
-        place: Place,
-        method: str,
-        target: str,
-        headers: list[str],
-        writer: asyncio.StreamWriter,
-    ) -> None:
-        name, _, path = target.removeprefix("/mirror/").partition("/")
+    async def _mirror(self, place: Place, head: Head, writer: asyncio.StreamWriter) -> None:
+        name, _, path = head.target.removeprefix("/mirror/").partition("/")
 
         def judge(policy: dict[str, Any]) -> bool:
             plain = unquote(unquote(path))
             inside = ".." not in plain and "\\" not in plain
-            return name in policy["mirrors"] and method in _READING and inside
+            return name in policy["mirrors"] and head.method in _READING and inside
 
-        self._admit(place, judge, kind="mirror", method=method, url=target[:2000])
+        self._admit(place, judge, kind="mirror", method=head.method, url=head.target[:2000])
         parts = urlsplit(str(place.policy["mirrors"][name]))
         tls = parts.scheme == "https"
         port = parts.port or (443 if tls else 80)
         context = _tls_context() if tls else None
-        async with asyncio.timeout(_CONNECT_TIMEOUT):
-            # The mirror's place is this machine's own choice: it may well be a private one.
-            far_reader, far_writer = await asyncio.open_connection(
-                parts.hostname, port, ssl=context
-            )
         try:
-            far_writer.write(_head(method, f"{parts.path}/{path}", parts.netloc, headers))
+            async with asyncio.timeout(_CONNECT_TIMEOUT):
+                # The mirror's place is this machine's own choice: it may well be a private one.
+                far_reader, far_writer = await asyncio.open_connection(
+                    parts.hostname, port, ssl=context
+                )
+        except (OSError, TimeoutError) as error:
+            raise Refused("502 Bad Gateway") from error
+        try:
+            far_writer.write(proxy_head.ask(head, f"{parts.path}/{path}", parts.netloc))
             await Pump().run(far_reader, writer)
         finally:
             far_writer.close()
@@ -320,14 +318,6 @@ class Relay:
 @functools.cache
 def _tls_context() -> ssl.SSLContext:
     return ssl.create_default_context()
-
-
-def _head(method: str, path: str, host: str, headers: list[str]) -> bytes:
-    """Return a request's head for the other side: one request per connection."""
-    dropped = ("host", "connection", "proxy-connection", "proxy-authorization", "keep-alive")
-    kept = [line for line in headers if line.partition(":")[0].strip().lower() not in dropped]
-    lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close", *kept]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 async def _serve(control: socket.socket) -> None:
@@ -347,9 +337,13 @@ async def _serve(control: socket.socket) -> None:
     async def work() -> None:
         while True:
             message, fds = await jobs.get()
-            await relay.apply(message, fds)
+            answer = {"done": message["id"]}
+            try:
+                await relay.apply(message, fds)
+            except Exception as error:  # of one sandbox; the others' connections go on
+                answer = {"error": f"{type(error).__name__}: {error}"[:500]}
             with contextlib.suppress(OSError):
-                messages.send(control, {"done": message["id"]})
+                messages.send(control, answer)
 
     loop.add_reader(control.fileno(), readable)
     worker = loop.create_task(work())
@@ -375,6 +369,8 @@ def main(argv: list[str]) -> None:
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
     asyncio.run(_serve(control))
+    # A lookup that nobody answers would keep the interpreter for as long as the resolver waits.
+    os._exit(0)
 
 
 if __name__ == "__main__":

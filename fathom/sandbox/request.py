@@ -6,7 +6,6 @@ Paper: none (input checks).
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fathom.sandbox.types import WORKDIR
 # The kernel takes no longer single argument (MAX_ARG_STRLEN), its final NUL included.
 LONGEST_ARGUMENT = 128 * 1024 - 1
 LONGEST_KEY = 256
+LONGEST_TIMEOUT = 1e9  # seconds, 31 years; the agent counts microseconds in 64 bits
 PATH = "/usr/local/bin:/usr/bin:/bin"
 # What every command finds in its environment, whatever the caller's own holds.
 FIXED_ENVIRONMENT = {
@@ -46,14 +46,18 @@ class Request:
     builtin: str = ""
     mode: int = 0
 
-    def digest(self, stdin: bytes | None = None) -> str:
-        """Return what tells this request from another one under the same operation key."""
+    def digest(self, stdin: bytes | None = None, *, merge: bool = False) -> str:
+        """Return what tells this request from another one under the same operation key.
+
+        Timeout and caps are no part of it: a result that came back says how much of it is there.
+        """
         found = hashlib.sha256()
         parts = [self.builtin, str(self.shell), self.cwd, str(self.mode), *self.argv]
         parts += [f"{name}={value}" for name, value in sorted(self.env.items())]
         for part in parts:
             data = os.fsencode(part)
             found.update(len(data).to_bytes(8, "little") + data)
+        found.update(b"merged" if merge else b"apart")
         found.update(b"-" if stdin is None else b"+" + stdin)
         return found.hexdigest()
 
@@ -67,9 +71,15 @@ def form_request(
 ) -> Request:
     """Check the arguments of a command. Raises SandboxError."""
     check_seconds(timeout)
-    if not isinstance(command, str) and not command:
-        raise SandboxError("the command is an empty list: name a program")
+    shell = isinstance(command, str)
+    if not shell and (not isinstance(command, Sequence) or isinstance(command, bytes | bytearray)):
+        raise SandboxError(
+            f"the command is {command!r:.80}: give text for the shell, or a list of a program and "
+            "its arguments"
+        )
     argv = (command,) if isinstance(command, str) else tuple(command)
+    if not shell and (not argv or not argv[0]):
+        raise SandboxError(f"the command is {list(argv)!r:.80}, its program is empty: name one")
     variables = dict(env or {})
     for text in (*argv, cwd or "", *variables, *variables.values()):
         check_text(text)
@@ -79,7 +89,7 @@ def form_request(
     folder = os.path.join(WORKDIR, cwd or "")
     return Request(
         argv=argv,
-        shell=isinstance(command, str),
+        shell=shell,
         timeout=float(timeout),
         cwd=folder,
         env=variables,
@@ -139,5 +149,7 @@ def to_bytes(data: bytes | str | None) -> bytes | None:
 
 def check_seconds(value: object) -> None:
     """Refuse what is no number of seconds above 0. Raises SandboxError."""
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-        raise SandboxError(f"timeout is {value!r}: give a number of seconds above 0")
+    if not (isinstance(value, int | float) and 0 < value <= LONGEST_TIMEOUT):
+        raise SandboxError(
+            f"timeout is {value!r:.80}: give a number of seconds above 0, up to {LONGEST_TIMEOUT:g}"
+        )

@@ -42,6 +42,7 @@ from fathom.sandbox.request import (
     form_request,
     to_bytes,
 )
+from fathom.sandbox.threads import whole
 from fathom.sandbox.types import DEFAULT_CAP, Caps, ExecResult, Snapshot, Spilled, Stats
 
 # The agent ends its command on time; beyond this it is taken for lost.
@@ -115,7 +116,8 @@ class Sandbox:
         variables besides the fixed ones. `merge`: one stream in order of arrival. `cap`: bytes kept
         of each stream; with `spill`, so many go to the content store where there are more than
         that. `op`: a key under which the command runs at most once: asked for again, its result
-        comes back. Processes left in the background live on until the sandbox stops.
+        comes back, until it is acknowledged; where no room is left for another receipt it does not
+        run. Processes left in the background live on until the sandbox stops.
         Raises SandboxError for unusable arguments and SandboxLost after the sandbox ended.
         """
         request = form_request(command, timeout=timeout, cwd=cwd, env=env)
@@ -138,7 +140,10 @@ class Sandbox:
         finally:
             for stream in kept.values():
                 stream.close()
-        oom = ended.oom_killed or await self._host.oom_count(self.id) > ooms
+        # What is killed now says nothing of a command that ran before.
+        oom = ended.oom_killed or (
+            not ended.replayed and await self._host.oom_count(self.id) > ooms
+        )
         texts = [kept["stdout"].data.decode(errors="replace")]
         texts.append(kept["stderr"].data.decode(errors="replace"))
         return ExecResult(
@@ -148,8 +153,10 @@ class Sandbox:
             output="".join(texts),
             timed_out=ended.timed_out,
             oom_killed=oom,
-            truncated=max(ended.stdout_total, ended.stderr_total) > cap,
+            truncated=ended.stdout_total > len(kept["stdout"].data)
+            or ended.stderr_total > len(kept["stderr"].data),
             replayed=ended.replayed,
+            lost=ended.lost,
             duration=ended.duration,
             cpu=ended.cpu,
             spilled=tuple(
@@ -225,7 +232,7 @@ class Sandbox:
             cap=cap,
             flags=flags,
             op=op,
-            digest=request.digest(stdin) if op is not None else "",
+            digest=request.digest(stdin, merge=bool(flags & Flags.MERGE)) if op is not None else "",
             env=self.environment,
         )
 
@@ -384,12 +391,14 @@ class Sandbox:
         self._need("fork", bool(self.caps.fork) and self._adopt is not None)
         if count < 1:
             raise SandboxError(f"count is {count}: ask for one sandbox or more")
-        assert self._adopt is not None
-        made: list[Sandbox] = []
-        with anyio.CancelScope(shield=True):
+        adopt = self._adopt
+        assert adopt is not None
+
+        async def make() -> list[Sandbox]:
             answer = await self._call("fork", id=self.id, count=count, reseed=reseed)
-            made += [self._adopt(one) for one in answer["made"]]
-        return made
+            return [adopt(one) for one in answer["made"]]
+
+        return await whole(make, _stop_all)
 
     async def screenshot(self) -> bytes:
         """Return the graphical console as a picture, PNG. Raises Unsupported, SandboxLost."""
@@ -447,6 +456,11 @@ class Sandbox:
     def _need(self, what: str, has: bool) -> None:
         if not has:
             raise Unsupported(f"a sandbox by {self.caps.substrate} has no {what}: see its caps")
+
+
+async def _stop_all(made: list[Sandbox]) -> None:
+    for sandbox in made:
+        await sandbox.stop()
 
 
 _ENOUGH = Ended(

@@ -99,6 +99,19 @@ NOT_FOR_SERVERS: dict[str, tuple[int | None, int | None]] = {
     "tkill": (200, 130),
     "vfork": (58, None),
 }
+# What a function call may do to itself alone, since the interpreter that serves the next call has
+# the same user: name -> numbers, and the arguments that must have one value (0 is the caller).
+SELF_ALONE: dict[str, tuple[tuple[int, int], dict[int, int]]] = {
+    "ioprio_set": ((251, 30), {0: 1, 1: 0}),
+    "prlimit64": ((302, 261), {0: 0}),
+    "sched_setaffinity": ((203, 122), {0: 0}),
+    "sched_setattr": ((314, 274), {0: 0}),
+    "sched_setparam": ((142, 118), {0: 0}),
+    "sched_setscheduler": ((144, 119), {0: 0}),
+    "setpriority": ((141, 140), {0: 0, 1: 0}),
+}
+# What would outlast a function call, and cannot be found and removed after it: message queues.
+NOT_FOR_CALLS = {"mq_open": (240, 180), "mq_unlink": (241, 181)}
 # Judged by an argument.
 CLONE = (56, 220)
 IOCTL = (16, 29)
@@ -190,17 +203,8 @@ def compile_filter(machine: str | None = None, *, server: bool = False) -> bytes
 
     Raises Unsupported on an architecture other than x86_64 and aarch64.
     """
-    machine = machine or platform.machine()
-    if machine not in _AUDIT_ARCH:
-        raise Unsupported(
-            f"the sandbox has no system call table for {machine}: use an x86_64 or aarch64 machine"
-        )
-    column = 0 if machine == "x86_64" else 1
-    program = [
-        _op(_LD_WORD, _ARCH),
-        _op(_JEQ, _AUDIT_ARCH[machine], 1, 0),
-        _op(_RET, _KILL_PROCESS),
-        _op(_LD_WORD, _NUMBER),
+    column, program = _head(machine)
+    program += [
         # x32 numbers are larger still, so this line refuses them too.
         _op(_JGT, LAST_KNOWN, 0, 1),
         _return(errno.ENOSYS),
@@ -238,6 +242,40 @@ def compile_filter(machine: str | None = None, *, server: bool = False) -> bytes
     program += _when(SOCKET[column], _socket_families())
     program.append(_return(None))
     return b"".join(program)
+
+
+def compile_call_filter(machine: str | None = None) -> bytes:
+    """Compile what function calls may not do besides. It is put on top of `compile_filter`'s.
+
+    Raises Unsupported on an architecture other than x86_64 and aarch64.
+    """
+    column, program = _head(machine)
+    for numbers, arguments in SELF_ALONE.values():
+        body: list[bytes] = []
+        for argument, value in arguments.items():
+            body += [_op(_LD_WORD, _argument(argument)), _op(_JEQ, value, 1, 0)]
+            body.append(_return(errno.EPERM))
+        program += _when(numbers[column], [*body, _return(None)])
+    for numbers in NOT_FOR_CALLS.values():
+        program += _when(numbers[column], [_return(errno.EPERM)])
+    program.append(_return(None))
+    return b"".join(program)
+
+
+def _head(machine: str | None) -> tuple[int, list[bytes]]:
+    """Return the tables' column for a machine, and a program up to the loaded call's number."""
+    machine = machine or platform.machine()
+    if machine not in _AUDIT_ARCH:
+        raise Unsupported(
+            f"the sandbox has no system call table for {machine}: use an x86_64 or aarch64 machine"
+        )
+    program = [
+        _op(_LD_WORD, _ARCH),
+        _op(_JEQ, _AUDIT_ARCH[machine], 1, 0),
+        _op(_RET, _KILL_PROCESS),
+        _op(_LD_WORD, _NUMBER),
+    ]
+    return 0 if machine == "x86_64" else 1, program
 
 
 def oci_form() -> dict[str, object]:

@@ -75,6 +75,16 @@ def is_first(folder: Path, pid: int) -> bool:
     return False
 
 
+def lives(folder: Path) -> bool:
+    """Whether the first process of a sandbox still runs."""
+    pid = first_process(folder)
+    if pid is None or not is_first(folder, pid):
+        return False
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
 def _start_time(pid: int) -> str:
     # After the name, which may contain anything, the start time is the 20th field.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

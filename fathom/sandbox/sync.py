@@ -189,6 +189,21 @@ class SyncSandbox:
         """What this sandbox really does."""
         return self._sandbox.caps
 
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._sandbox.stopped
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that every command finds besides the fixed ones."""
+        return self._sandbox.environment
+
+    @property
+    def phases(self) -> list[str]:
+        """The stages that were begun here, in order."""
+        return self._sandbox.phases
+
     def __enter__(self) -> SyncSandbox:
         """Return the sandbox itself."""
         return self

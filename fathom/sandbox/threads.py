@@ -9,6 +9,7 @@ Paper: none (shared infrastructure).
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine
@@ -17,6 +18,7 @@ from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import anyio
+import anyio.lowlevel
 from anyio.from_thread import BlockingPortal
 
 from fathom.errors import SandboxError, SandboxLost
@@ -48,6 +50,47 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
     if errors:
         raise errors[0]
     return results[0]
+
+
+async def whole(
+    work: Callable[[], Coroutine[Any, Any, T]], undo: Callable[[T], Coroutine[Any, Any, None]]
+) -> T:
+    """Await `work` to its end; where this task was cancelled meanwhile, `undo` what came of it.
+
+    What a caller gave up must be nobody's: no one else could ever reach it.
+    """
+    with anyio.CancelScope(shield=True):
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            result = await work()
+        else:
+            result = await _kept_going(work, undo)
+    try:
+        await anyio.lowlevel.checkpoint_if_cancelled()
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            await undo(result)
+        raise
+    return result
+
+
+async def _kept_going(
+    work: Callable[[], Coroutine[Any, Any, T]], undo: Callable[[T], Coroutine[Any, Any, None]]
+) -> T:
+    # A scope's shield holds against scopes alone, not against asyncio's own way to cancel a task.
+    task = asyncio.ensure_future(work())
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return task.result()
+    if not task.cancelled() and task.exception() is None:
+        await undo(task.result())
+    raise cancelled
 
 
 class Portal:

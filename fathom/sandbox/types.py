@@ -255,10 +255,12 @@ class ExecResult:
     A command ended by signal n has `exit_code` 128 + n, as in a shell. `output` holds both streams
     in order of arrival when `merge=True` was asked (then `stderr` is empty and `stdout` is the same
     text), else stdout followed by stderr. Bytes that are not UTF-8 are replaced. `truncated` says
-    that more than the cap was written; `spilled` where all of it is, if that was asked.
+    that more was written than is here; `spilled` where what came is, if that was asked.
     `oom_killed`: a process of this sandbox was killed for memory while the command ran.
     `duration`: seconds inside the sandbox; `cpu`: processor seconds of the command and what it
-    waited for. `replayed`: the command had run before under the same operation key.
+    waited for. `replayed`: the command had run before under the same operation key; `lost`: bytes
+    of its output that were kept then and are not any more, for want of room or because its result
+    was acknowledged.
     """
 
     exit_code: int
@@ -269,6 +271,7 @@ class ExecResult:
     oom_killed: bool = False
     truncated: bool = False
     replayed: bool = False
+    lost: int = 0
     duration: float = 0.0
     cpu: float = 0.0
     spilled: tuple[Spilled, ...] = ()

@@ -6,6 +6,7 @@ Paper: none (operating system plumbing).
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 from fathom.errors import Unsupported
@@ -19,17 +20,18 @@ def make(uid_map: str, gid_map: str) -> int:
     """
     ready_read, ready_write = os.pipe()
     hold_read, hold_write = os.pipe()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
         try:
-            os.close(hold_write)
-            syscalls.unshare(syscalls.CLONE_NEWUSER)
-            os.write(ready_write, b"1")
-            os.read(hold_read, 1)
+            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() == parent:
+                syscalls.unshare(syscalls.CLONE_NEWUSER)
+                os.write(ready_write, b"1")
+                os.read(hold_read, 1)
         finally:
             os._exit(0)
     os.close(ready_write)
-    os.close(hold_read)
     try:
         if os.read(ready_read, 1) != b"1":
             raise Unsupported("no user namespace can be made: raise user.max_user_namespaces")
@@ -37,6 +39,8 @@ def make(uid_map: str, gid_map: str) -> int:
         Path(f"/proc/{child}/gid_map").write_text(gid_map)
         return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
-        os.close(ready_read)
-        os.close(hold_write)
+        # Told, not by the end of the pipe: the child of another thread may hold its ends as well.
+        os.write(hold_write, b"1")
+        for fd in (ready_read, hold_read, hold_write):
+            os.close(fd)
         os.waitpid(child, 0)

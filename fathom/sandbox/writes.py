@@ -65,10 +65,13 @@ class Writes:
             try:
                 self._link.request("save", id=id, target=str(work / "upper"))
                 owners = Owners(base=known.ids, count=container.ID_COUNT)
+                # What lies on the disk fits into it; a file that is mostly holes may not.
+                limit = known.spec.disk_bytes
+                upper = work / "upper"
                 if name is None:
-                    layer = pack_diff(store, work / "upper", owners=owners).digest
+                    layer = pack_diff(store, upper, owners=owners, limit=limit).digest
                 else:
-                    image = snapshot(store, base, work / "upper", name=name, owners=owners)
+                    image = snapshot(store, base, upper, name=name, owners=owners, limit=limit)
                     layer = image.layers[-1]
             finally:
                 shutil.rmtree(work, ignore_errors=True)

@@ -54,6 +54,11 @@ def options(runtime_dir: Path, cache_dir: Path) -> dict[str, Path]:
 def client(substrate: str, options: dict[str, Path]) -> Iterator[SyncClient]:
     with SyncClient("local", substrate=substrate, **options) as made:
         yield made
+        # Its node's; they would be gone with the node.
+        deadline = time.monotonic() + 5
+        while left := zombies():
+            assert time.monotonic() < deadline, left
+            time.sleep(0.02)
 
 
 @pytest.fixture
@@ -93,6 +98,34 @@ def traces(runtime_dir: Path, cache_dir: Path) -> Traces:
         return found
 
     return find
+
+
+def zombies() -> list[str]:
+    """The processes that have ended below this one's and that nobody waited for."""
+    table: dict[int, tuple[int, str, str]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            head, _, tail = path.read_text().rpartition(")")
+        except OSError:
+            continue
+        state, parent = tail.split()[:2]
+        table[int(path.parent.name)] = int(parent), state, head.partition("(")[2]
+    ours = {os.getpid()}
+    for _ in range(4):  # a node is a child, of a daemon that is one
+        ours |= {pid for pid, (parent, _, _) in table.items() if parent in ours}
+    return [
+        f"{pid} ({name}) of {parent}"
+        for pid, (parent, state, name) in table.items()
+        # What a tenant's own processes do not wait for is another matter.
+        if state == "Z" and parent in ours and _is_node(parent)
+    ]
+
+
+def _is_node(pid: int) -> bool:
+    try:
+        return b"fathom.sandbox.node" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _children(folder: Path) -> list[Path]:

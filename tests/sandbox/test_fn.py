@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ import anyio
 import pytest
 
 from fathom.errors import SandboxError, SandboxLost
-from fathom.sandbox import Client, Fn, SyncClient, SyncFunctions
+from fathom.sandbox import Client, Fn, SyncClient, SyncFunctions, seccomp
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +201,216 @@ def test_the_pool_grows_while_calls_wait(options: dict[str, Path]):
             await functions.call("def main(x): return x", timeout=5)
 
     anyio.run(run)
+
+
+def test_a_call_that_ends_without_an_answer(functions: SyncFunctions):
+    result = functions.call("import os\ndef main(x):\n    os._exit(0)", timeout=10)
+    assert "without an answer" in result.error
+    assert functions.call("def main(x): return x", 1, timeout=10).value == 1
+
+
+# Every file that a call can reach, open already or through /proc, gets what an interpreter would
+# say: in frames of a size and JSON alone, and in those of today, whose first nonce is known.
+FORGE = """
+import json, os, struct
+FRAMES = b""
+for m in ({"value": "mine", "output": ""}, {"ready": True}, {"value": "forged"}, {"ready": True}):
+    data = json.dumps(m).encode()
+    FRAMES += struct.pack("<I", len(data)) + data
+for kind, m in ((1, b'{"value": "forged"}'), (0, b""), (1, b'{"value": "forged"}'), (0, b"")):
+    FRAMES += struct.pack("<16sBI", bytes(16), kind, len(m)) + m
+def main(x):
+    tried = 0
+    for pid in [n for n in os.listdir("/proc") if n.isdigit()] if x else []:
+        try:
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                try:
+                    fd = os.open(f"/proc/{pid}/fd/{name}", os.O_WRONLY | os.O_NONBLOCK)
+                    tried += pid != str(os.getpid())
+                    os.write(fd, FRAMES)
+                except OSError:
+                    continue
+        except OSError:
+            continue
+    for fd in range(64):
+        try:
+            os.write(fd, FRAMES)
+        except OSError:
+            continue
+    if tried:
+        os.write(1, b"others")
+    os._exit(0)
+"""
+INIT_STARTED = (
+    "def main(x):\n    return open('/proc/1/stat').read().rpartition(')')[2].split()[19], x"
+)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_call_cannot_answer_for_another(own: SyncFunctions, everywhere: bool):
+    first = own.call(INIT_STARTED, timeout=10).value
+    with contextlib.suppress(SandboxLost):
+        own.call(FORGE, everywhere, timeout=10)
+    for number in range(3):
+        result = own.call(INIT_STARTED, number, timeout=10)
+        assert result.error == ""
+        assert result.value[1] == number
+        # What was left over has cost the container.
+        assert result.value[0] != first[0]
+
+
+TWO_ANSWERS = """
+import json, os, struct
+def main(x):
+    data = json.dumps({"value": x}).encode()
+    for fd in range(3, 64):
+        try:
+            if os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:"):
+                os.write(fd, struct.pack("<I", len(data)) + data + x.encode())
+        except OSError:
+            continue
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("more", ["x", "second answer"])
+def test_data_after_an_answer_costs_the_container(own: SyncFunctions, more: str):
+    first = own.call(INIT_STARTED, timeout=10).value
+    assert own.call(TWO_ANSWERS, more, timeout=10).value == more
+    again = own.call(INIT_STARTED, 7, timeout=10)
+    assert (again.error, again.value[1]) == ("", 7)
+    assert again.value[0] != first[0]
+
+
+@pytest.mark.parametrize("answer", ["[1]", "[" * 100_000, "{", '"x"', "1e999999"])
+def test_an_answer_that_is_none(own: SyncFunctions, answer: str):
+    code = TWO_ANSWERS.replace('json.dumps({"value": x}).encode()', "x.encode()")
+    with pytest.raises(SandboxLost):
+        own.call(code.replace(" + x.encode()", ""), answer, timeout=10)
+    assert own.call("def main(x): return x", 5, timeout=10).value == 5
+
+
+SEARCH = """
+import ctypes, os
+def main(x):
+    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+    needle, found = (x[0] + x[1]).encode(), 0
+    own = id(needle)
+    with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", 0) as memory:
+        for line in maps:
+            start, end = (int(part, 16) for part in line.split()[0].split("-"))
+            if line.split()[1][0] != "r" or "[v" in line:
+                continue
+            try:
+                memory.seek(start)
+                data = memory.read(end - start)
+            except (OSError, OverflowError):
+                continue
+            at = data.find(needle)
+            while at >= 0:
+                found += not own <= start + at < own + 256
+                at = data.find(needle, at + 1)
+            del data
+    return found
+"""
+
+
+def test_no_call_finds_the_words_of_the_one_before(functions: SyncFunctions):
+    words = ("the password of ", "the caller before")
+    told = functions.call("def main(x):\n    return x", "".join(words), timeout=10)
+    assert told.value == "".join(words)
+    assert functions.call(SEARCH, words, timeout=20).value == 0
+    # It does find what is there.
+    there = SEARCH.replace(
+        "needle, found", "kept = [bytes(bytearray(x[0] + x[1], 'utf8'))]\n    needle, found"
+    )
+    assert functions.call(there, words, timeout=20).value > 0
+
+
+CHANGE_PARENT = """
+import ctypes, os, resource
+def main(x):
+    parent, refused = os.getppid(), []
+    def attempt(name, work):
+        try:
+            work()
+        except PermissionError:
+            refused.append(name)
+    for name, value in (("FSIZE", 7), ("NOFILE", 6), ("NPROC", 5), ("CPU", 1)):
+        limit = getattr(resource, "RLIMIT_" + name)
+        attempt(name, lambda: resource.prlimit(parent, limit, (value, value)))
+    attempt("affinity", lambda: os.sched_setaffinity(parent, {min(os.sched_getaffinity(0))}))
+    attempt("nice", lambda: os.setpriority(os.PRIO_PROCESS, parent, 19))
+    attempt("nice of the user", lambda: os.setpriority(os.PRIO_USER, 0, 19))
+    attempt("nice of the group", lambda: os.setpriority(os.PRIO_PGRP, 0, 19))
+    attempt("scheduler", lambda: os.sched_setscheduler(parent, os.SCHED_IDLE, os.sched_param(0)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(x[0], 1, parent, 3 << 13) < 0 and ctypes.get_errno() == 1:
+        refused.append("ioprio")
+    if libc.syscall(x[1], b"left", 0o102, 0o600, None) < 0 and ctypes.get_errno() == 1:
+        refused.append("queue")
+    resource.setrlimit(resource.RLIMIT_CPU, (5, 5))  # one's own may be changed
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    return refused
+"""
+LIMITS_NOW = """
+import os, resource
+def main(x):
+    limits = [resource.getrlimit(number) for number in range(16)]
+    return limits, os.getpriority(0, 0), len(os.sched_getaffinity(0)), os.sched_getscheduler(0)
+"""
+
+
+def test_a_call_cannot_change_limits_of_the_next(functions: SyncFunctions):
+    numbers = [seccomp.SELF_ALONE["ioprio_set"][0], seccomp.NOT_FOR_CALLS["mq_open"]]
+    column = 0 if platform.machine() == "x86_64" else 1
+    before = functions.call(LIMITS_NOW, timeout=10).value
+    refused = functions.call(CHANGE_PARENT, [pair[column] for pair in numbers], timeout=10)
+    assert refused.error == ""
+    assert refused.value == [
+        *("FSIZE", "NOFILE", "NPROC", "CPU", "affinity", "nice", "nice of the user"),
+        *("nice of the group", "scheduler", "ioprio", "queue"),
+    ]
+    assert functions.call(LIMITS_NOW, timeout=10).value == before
+
+
+MARK_FOLDERS = """
+import os
+def main(x):
+    marks = []
+    for folder in ("/work", "/tmp", "/dev/shm"):
+        for mark in (
+            lambda: os.utime(folder, ns=(4242, 4242)),
+            lambda: os.setxattr(folder, "user.mark", b"left"),
+            lambda: os.chmod(folder, 0o1700),
+        ):
+            try:
+                mark() if x else None
+            except OSError:
+                pass
+        found = os.stat(folder)
+        marks.append([found.st_mode, found.st_mtime_ns == 4242, os.listxattr(folder)])
+    return marks
+"""
+
+
+def test_a_call_cannot_mark_the_folders(own: SyncFunctions):
+    before = own.call(MARK_FOLDERS, False, timeout=10).value
+    own.call(MARK_FOLDERS, True, timeout=10)
+    assert own.call(MARK_FOLDERS, False, timeout=10).value == before
+
+
+def test_what_cannot_be_removed_costs_nobody_else_a_call(own: SyncFunctions):
+    deep = (
+        "import os\ndef main(x):\n    os.chdir('/work')\n    for _ in range(1500):\n"
+        "        os.mkdir('d')\n        os.chdir('d')"
+    )
+    assert own.call(deep, timeout=10).error == ""
+    assert own.call("def main(x): return x", 3, timeout=10).value == 3
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_filter_of_calls_is_there_for_each_machine(machine: str):
+    program = seccomp.compile_call_filter(machine)
+    assert len(program) % 8 == 0
+    assert len(program) < 8 * 4096

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fathom.errors import SandboxError, Unsupported
 from fathom.sandbox import Container, SyncClient
-from fathom.sandbox.images import Image, Store, pack_folder
+from fathom.sandbox.images import Image, RunConfig, Store, pack_folder
 
 
 @pytest.fixture
@@ -34,6 +35,32 @@ def test_writes_become_a_layer_to_run_on(stored: SyncClient):
     # What came first is what it was.
     again = stored.create(Container(image="job/1"))
     assert again.exec("cat f d/g", timeout=20).stdout == "one\ntwo\n"
+
+
+def test_a_file_of_nothing_cannot_fill_the_disk_of_the_store(stored: SyncClient, tmp_path: Path):
+    sandbox = stored.create(Container(memory="64MiB", disk="8MiB"))
+    sandbox.exec("truncate -s 256M hole; truncate -s 4M small; echo x >> small", timeout=20)
+    for name in (None, "holes"):
+        with pytest.raises(SandboxError, match="/work/hole has 268435456 bytes") as caught:
+            sandbox.pack_diff(name=name)
+        assert caught.value.code == "image_too_large"
+    assert list((tmp_path / "store/tmp").iterdir()) == []
+    assert not list(tmp_path.glob(".pack-*"))
+    sandbox.exec("rm hole", timeout=20)
+    sandbox.pack_diff(name="holes")
+    later = stored.create(Container(image="holes"))
+    assert later.exec("stat -c %s small; tail -c 2 small", timeout=20).stdout == "4194306\nx\n"
+
+
+def test_variables_of_an_image_stay_through_policies(stored: SyncClient, tmp_path: Path):
+    stored.create(Container()).pack_diff(name="plain")
+    with Store(tmp_path / "store") as store:
+        run = RunConfig(env=(("PATH", "/usr/bin"), ("GREETING", "hi")))
+        store.put_image(replace(store.resolve("plain"), run=run), "greeting")
+    sandbox = stored.create(Container(image="greeting"))
+    for _ in range(2):
+        assert sandbox.exec("echo $GREETING", timeout=20).stdout == "hi\n"
+        sandbox.phase("next")
 
 
 def test_nothing_of_a_layered_sandbox_stays(stored: SyncClient, traces):

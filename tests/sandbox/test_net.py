@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -315,17 +316,42 @@ def is_ours(pid: int) -> bool:
     return pid == os.getpid()
 
 
-def test_a_policy_can_be_set_again_after_the_relay_was_killed(box: SyncSandbox, port: int):
-    box.phase("a", net=Net.deny().mirror("pypi"))
+def kill_relays() -> None:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if b"fathom.sandbox.relay" in path.read_bytes() and is_ours(int(path.parent.name)):
                 os.kill(int(path.parent.name), signal.SIGKILL)
-    with pytest.raises(SandboxError, match="relay"):
-        box.phase("b", net=Net.deny().mirror("pypi"))
-    box.phase("b", net=Net.deny().mirror("pypi"))
-    base = f"http://127.0.0.1:{PROXY_PORT}/mirror"
-    assert fetch(box, f"{base}/pypi/again") == "GET /index/again"
+
+
+def test_a_relay_that_dies_is_replaced_and_every_policy_holds_again(
+    runtime_dir: Path, cache_dir: Path, port: int
+):
+    mirrors = {"pypi": f"http://127.0.0.2:{port}/index"}
+    with SyncClient(runtime_dir=runtime_dir, cache_dir=cache_dir, mirrors=mirrors) as client:
+        one, other, none = (client.create(Container(image="python")) for _ in range(3))
+        one.phase("a", net=Net.deny().mirror("pypi"))
+        other.phase("a", net=Net.deny().address("127.0.0.2", port))
+        other.phase("b", net=Net.deny().address("127.0.0.2", port))
+        none.phase("a", net=Net.deny().mirror("pypi"))
+        none.phase("b")
+        time.sleep(2.1)  # one that has just begun is replaced after a pause
+        kill_relays()
+        deadline = time.monotonic() + 10
+        while not [e for e in one.network_log() if e["kind"] == "relay_restarted"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        base = f"http://127.0.0.1:{PROXY_PORT}/mirror"
+        assert fetch(one, f"{base}/pypi/again") == "GET /index/again"
+        assert fetch(other, f"http://127.0.0.2:{port}/x") == "GET /x"
+        assert fetch(other, f"{base}/pypi/x") == "HTTP 403"
+        assert fetch(none, f"{base}/pypi/x") == "HTTP 403"
+        said = [e for e in other.network_log() if e["kind"] == "relay_restarted"]
+        assert [(e["policy"], e["allowed"]) for e in said] == [(2, False)]
+        # Killed again, and asked for a policy before anybody could replace it.
+        kill_relays()
+        assert other.phase("c", net=Net.deny().mirror("pypi")) == 3
+        assert fetch(other, f"{base}/pypi/y") == "GET /index/y"
+        assert fetch(one, f"{base}/pypi/z") == "GET /index/z"
 
 
 def test_an_unknown_mirror(box: SyncSandbox):

@@ -21,7 +21,11 @@ EVIL = "<img src=x onerror=\"document.title='taken'\"><script>document.title='ta
 
 def entry(name: str, parent: str = "", **more: Any) -> dict[str, Any]:
     spec = {"image": "base", "memory": "64MiB", "cpu": None, "pids": 32, "disk": None}
-    net = {"addresses": [["10.0.0.1", 443]], "domains": [["a.example", [443]]], "mirrors": ["pypi"]}
+    net = {
+        "addresses": [["10.0.0.1", 443]],
+        "domains": [["a.example", [443], False]],
+        "mirrors": ["pypi"],
+    }
     base = {"id": name, "parent": parent, "spec": spec, "net": net, "created": 1.7e9, "phase": ""}
     return {**base, "caps": {"substrate": "crun"}, "group": "", "paused": False, **more}
 

@@ -26,6 +26,9 @@ SAME_TESTS = (
     "files",
     "exec",
 )
+# The daemon of a user other than root, with the API process that sees nothing.
+DAEMON_TESTS = ("daemon", "forged", "confine")
+DAEMON_PART = "killed_api or no_rights or forged_request or ends_with"
 # What does not depend on how a sandbox is built, entered and ended.
 LEFT_OUT = (
     "values_that or broken_promise or strange_names or useless_timeouts or unusable or exit_codes "
@@ -107,6 +110,15 @@ def test_the_same_tests_pass_as_nobody(home: Path):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = int(done.stdout.rsplit(" passed", 1)[0].split()[-1])
     assert passed > 90, done.stdout[-500:]
+
+
+@pytest.mark.timeout(200)
+def test_the_daemon_of_another_user(home: Path):
+    files = [str(HERE / "edge" / f"test_{name}.py") for name in DAEMON_TESTS]
+    options = ["-p", "no:cacheprovider", f"--basetemp={home}/tests", "-q", "--no-header"]
+    done = as_nobody(home, "-m", "pytest", *options, "-k", DAEMON_PART, *files, timeout=180)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert int(done.stdout.rsplit(" passed", 1)[0].split()[-1]) >= 4, done.stdout[-500:]
 
 
 def test_without_a_home_the_error_says_what_to_set(home: Path):

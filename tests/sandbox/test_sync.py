@@ -13,6 +13,7 @@ import pytest
 from fathom.sandbox import (
     Client,
     Container,
+    Fn,
     Functions,
     Group,
     Process,
@@ -80,12 +81,37 @@ def test_the_comparison_sees_differences():
     assert "more" not in surface(Client)
 
 
+def attributes(thing: object) -> set[str]:
+    """What can be read of an object besides its methods."""
+    kind = type(thing)
+    found = {name for name in vars(thing) if not name.startswith("_")}
+    found |= {name for name in dir(kind) if isinstance(getattr(kind, name), property)}
+    return {name for name in found if not name.startswith("_")}
+
+
 def test_same_attributes(client: SyncClient):
-    sandbox = client.create(Container())
-    for name in ("id", "caps", "files"):
-        assert hasattr(sandbox, name)
-    assert sandbox.id == sandbox._sandbox.id
-    assert sandbox.caps == sandbox._sandbox.caps
+    sandbox = client.create(Container(), group="g")
+    with (
+        sandbox.run("true", timeout=10) as process,
+        client.functions(Fn(workers=1)) as functions,
+    ):
+        group = client.group("g")
+        pairs = [
+            (sandbox, sandbox._sandbox),
+            (sandbox.files, sandbox.files._files),
+            (process, process._process),
+            (functions, functions._functions),
+            (group, group._group),
+            (client, client._client),
+        ]
+        for synchronous, asynchronous in pairs:
+            assert attributes(asynchronous) <= attributes(synchronous)
+        for name in attributes(sandbox._sandbox) - {"files"}:
+            assert getattr(sandbox, name) == getattr(sandbox._sandbox, name), name
+    assert "stopped" in attributes(sandbox)
+    assert not sandbox.stopped
+    sandbox.stop()
+    assert sandbox.stopped
 
 
 def test_one_thread_per_client_from_any_thread(client: SyncClient):

@@ -40,7 +40,7 @@ void unwatch(int fd) { epoll_ctl(poller, EPOLL_CTL_DEL, fd, NULL); }
 
 static Conn *add_conn(int fd, bool serial) {
   Conn *c = grow(NULL, sizeof *c);
-  *c = (Conn){.tag = {K_CONN, c}, .fd = fd, .serial = serial, .next = conns};
+  *c = (Conn){.tag = {K_CONN, c}, .fd = fd, .serial = serial, .given = -1, .next = conns};
   conns = c;
   watch(fd, &c->tag, EPOLLIN);
   return c;
@@ -49,6 +49,9 @@ static Conn *add_conn(int fd, bool serial) {
 /* A line that is gone; the port of a virtual machine stays and waits for the next host. */
 static void lose(Conn *c) {
   command_orphan(c);
+  journal_quit(c, NULL);
+  if (c->given >= 0) close(c->given);
+  c->given = -1;
   c->known = false;
   free(c->in.data);
   free(c->out.data);
@@ -110,7 +113,7 @@ static void hello(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
   }
   /* On a port that nobody closed: this machine is a copy, whose commands' owners are with its
    * origin. The commands go on. */
-  if (c->serial && c->known) command_disown(c);
+  if (c->serial && c->known) command_disown(c), journal_quit(c, NULL);
   c->known = true;
   Buffer b = {0};
   put_number(&b, T_VERSION, PROTOCOL);
@@ -202,6 +205,7 @@ static void request(Conn *c, uint32_t id, uint8_t type, const uint8_t *data, siz
       problem = configure(data, len, &number);
       if (problem) return send_error(c, id, "configure", number, problem);
       if (settings.guest) memory_watch();
+      if (c->given >= 0) memory_count_in(c->given), c->given = -1;
       return send_frame(c, id, M_OK, NULL, 0);
     case M_SHIFT:
       while (next_field(&fields, &f)) {
@@ -256,9 +260,30 @@ static bool parse(Conn *c) {
   return true;
 }
 
+/* Read from a line; of an open file that comes along the last one is kept. */
+static ssize_t read_line(Conn *c, void *piece, size_t size) {
+  if (c->serial) return read(c->fd, piece, size);
+  union {
+    char data[CMSG_SPACE(4 * sizeof(int))];
+    struct cmsghdr head;
+  } along;
+  struct iovec part = {piece, size};
+  struct msghdr m = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &along,
+                     .msg_controllen = sizeof along};
+  ssize_t len = recvmsg(c->fd, &m, MSG_CMSG_CLOEXEC);
+  for (struct cmsghdr *h = len < 0 ? NULL : CMSG_FIRSTHDR(&m); h; h = CMSG_NXTHDR(&m, h)) {
+    if (h->cmsg_level != SOL_SOCKET || h->cmsg_type != SCM_RIGHTS) continue;
+    for (size_t i = 0; i < (h->cmsg_len - CMSG_LEN(0)) / sizeof(int); i++) {
+      if (c->given >= 0) close(c->given);
+      memcpy(&c->given, CMSG_DATA(h) + i * sizeof(int), sizeof(int));
+    }
+  }
+  return len;
+}
+
 static void receive(Conn *c) {
   static uint8_t piece[65536];
-  ssize_t len = read(c->fd, piece, sizeof piece);
+  ssize_t len = read_line(c, piece, sizeof piece);
   if (len < 0 && (errno == EAGAIN || errno == EINTR)) return;
   if (len <= 0) return lose(c);
   add(&c->in, piece, len);
@@ -298,11 +323,12 @@ static bool has_port(void) {
 static void serve(void) {
   struct epoll_event events[EVENTS];
   for (;;) {
+    bool more = journal_pump();
     for (Conn *c = conns; c; c = c->next)
       if (c->out.len) flush(c);
     commands_bury();
     sweep();
-    int64_t wait = commands_wait(now_us());
+    int64_t wait = more ? 0 : commands_wait(now_us());
     if (has_port() && (wait < 0 || wait > SERIAL_RETRY_US)) wait = SERIAL_RETRY_US;
     int count = epoll_wait(poller, events, EVENTS, wait < 0 ? -1 : (int)((wait + 999) / 1000));
     for (int i = 0; i < count; i++) {

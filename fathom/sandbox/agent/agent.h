@@ -35,13 +35,14 @@ enum {
   T_VERSION = 1, T_SECRET = 2, T_EPOCH = 3, T_PID = 4, T_CODE = 5, T_MESSAGE = 6, T_ERRNO = 7,
   T_UID = 16, T_GID = 17, T_FILTER = 18, T_WRITABLE = 19, T_ADDRESS_SPACE = 20, T_PROCESSES = 21,
   T_FILES = 22, T_CPUS = 23, T_OOM_SCORE = 24, T_GUEST = 25, T_LANDLOCK = 26,
-  T_MORTAL = 27,
+  T_MORTAL = 27, T_JOURNAL = 28,
   T_ARG = 32, T_ENV = 33, T_CWD = 34, T_TIMEOUT_US = 35, T_CAP = 36, T_FLAGS = 37, T_ROWS = 38,
   T_COLS = 39, T_OP = 40, T_DIGEST = 41, T_BUILTIN = 42, T_GRACE_US = 43, T_SIGNAL = 44,
   T_MICROS = 45, T_WRITE_MODE = 46,
   T_EXIT = 64, T_TIMED_OUT = 65, T_PROBLEM = 66, T_DURATION_US = 67, T_STDOUT_TOTAL = 68,
   T_STDERR_TOTAL = 69, T_USER_US = 70, T_SYSTEM_US = 71, T_MAX_RSS_KB = 72, T_KILLED_ALL = 73,
   T_OOM_KILLED = 74, T_REPLAYED = 75, T_STATE = 76, T_CANCELLED = 77,
+  T_STDOUT_KEPT = 78, T_STDERR_KEPT = 79, T_LOST = 80,
   T_ENTROPY = 96, T_HOSTNAME = 97, T_CLOCK_US = 98
 };
 
@@ -88,6 +89,7 @@ struct Conn {
   Tag tag;
   int fd;
   bool known, serial, closing;
+  int given; /* an open file that came along, or -1 */
   Buffer in, out;
   Conn *next;
 };
@@ -101,16 +103,33 @@ struct Op {
   char *key, *digest;
   int state;
   Buffer exit; /* the fields of its EXIT frame */
-  off_t first; /* where its records begin */
+  off_t first, moved; /* where its records begin, and begin in a copy */
+  off_t bytes; /* of its records, those that still matter */
+  uint64_t kept[2]; /* bytes of its output in the journal: from the beginning on, without a gap */
+  bool cut[2];
   Op *next;
 };
+typedef struct Replay Replay;
+struct Replay {
+  Op *op;
+  Conn *conn;
+  uint32_t id;
+  off_t at;
+  uint64_t left;
+  Replay *next;
+};
 void journal_open(int fd);
+void journal_limit(uint64_t bytes);
 Op *journal_find(const char *key);
 Op *journal_start(const char *key, const char *digest);
+void journal_forget(Op *op);
 void journal_output(Op *op, uint8_t stream, const void *data, size_t len);
 void journal_finish(Op *op, const Buffer *exit);
 void journal_ack(Op *op);
 void journal_replay(Op *op, Conn *c, uint32_t id);
+bool journal_replaying(const Op *op);
+bool journal_pump(void);
+void journal_quit(const Conn *c, const Op *op);
 const char *journal_state(const Op *op);
 
 /* tenant.c */
@@ -136,12 +155,13 @@ void say(int fd, const char *step, int number);
 int run_builtin(const char *name, char **args, int error, uint64_t mode);
 
 /* memory.c */
+void memory_count_in(int fd);
 void memory_watch(void);
 void memory_event(void);
 uint64_t memory_kills(void);
 
 /* archive.c */
-int write_archive(const char *path);
+int write_archive(const char *path, uint64_t limit);
 
 /* guest.c */
 int guest_start(int *journal);

@@ -10,7 +10,7 @@
 #include <sys/sysmacros.h>
 #include <sys/xattr.h>
 
-enum { BLOCK = 512, DEPTH = 200 };
+enum { BLOCK = 512, DEPTH = 200 /* known to the host's message */ };
 
 static bool put_out(const void *data, size_t len) {
   const char *at = data;
@@ -65,12 +65,21 @@ static bool header(char kind, const char *name, const char *target, const struct
   return put_out(h, BLOCK);
 }
 
+/* Bytes of files that may still be sent. A file of nothing but a hole takes no room on the disk, and
+ * would be sent as zeros without end. */
+static uint64_t room;
+
 static bool file_content(int folder, const char *leaf, const char *name, const struct stat *s) {
   static char data[65536];
   int fd = openat(folder, leaf, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
   if (fd < 0) return errno == ENOENT;
-  bool sound = header('0', name, "", s, s->st_size);
   uint64_t left = s->st_size;
+  bool sound = left <= room;
+  if (!sound) errno = EFBIG;
+  if (sound) {
+    room -= left;
+    sound = header('0', name, "", s, s->st_size);
+  }
   while (sound && left) {
     ssize_t len = read(fd, data, left < sizeof data ? left : sizeof data);
     if (len < 0 && errno == EINTR) continue;
@@ -79,7 +88,9 @@ static bool file_content(int folder, const char *leaf, const char *name, const s
     sound = put_out(data, len);
     left -= len;
   }
+  int problem = errno;
   close(fd);
+  errno = problem;
   return sound && pad(s->st_size);
 }
 
@@ -87,6 +98,7 @@ static bool tree(int folder, const char *prefix, int depth) {
   DIR *dir = fdopendir(folder);
   struct dirent *entry;
   bool sound = dir && depth < DEPTH;
+  if (depth == DEPTH) errno = ELOOP;
   char value[4];
   if (sound && *prefix && fgetxattr(folder, "trusted.overlay.opaque", value, sizeof value) == 1 &&
       *value == 'y') {
@@ -123,16 +135,20 @@ static bool tree(int folder, const char *prefix, int depth) {
       sound = header('6', name, "", &s, 0);
     }
   }
+  int problem = errno;
   if (dir) closedir(dir);
+  errno = problem;
   return sound;
 }
 
-/* Write the tree below `path`. Returns an error number. */
-int write_archive(const char *path) {
+/* Write the tree below `path`, of files with at most `limit` bytes together. Returns an error
+ * number. */
+int write_archive(const char *path, uint64_t limit) {
   static const char end[2 * BLOCK];
   int folder = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
   if (folder < 0) return errno;
   errno = 0;
+  room = limit;
   if (tree(folder, "", 0) && put_out(end, sizeof end)) return 0;
   return errno ? errno : EIO;
 }

@@ -35,6 +35,7 @@ struct Cmd {
   pid_t monitor, child;
   int status, problem, in, out[2];
   bool pty, eof, detach, held, timed_out, cancelled, killed_all, ended, draining, dead;
+  bool gap[2]; /* the line that follows lacks what came before: it gets no more of this stream */
   uint64_t cap, kept[2], total[2], given, credited, mode;
   /* Of standard input: bytes that came so far, and how many of them come once more. */
   uint64_t came, again;
@@ -48,9 +49,10 @@ struct Cmd {
 
 static Cmd *commands, *graveyard;
 
-/* Whether nobody takes its output now: the line is full, or the host asked for a stop. */
+/* Whether nobody takes its output now: the line is full, the host asked for a stop, or what it
+ * wrote before is not yet sent again. */
 static bool blocked(const Cmd *m) {
-  return m->conn && (m->held || m->conn->out.len > OUT_HIGH);
+  return m->conn && (m->held || m->conn->out.len > OUT_HIGH || (m->op && journal_replaying(m->op)));
 }
 
 Cmd *command_find(Conn *c, uint32_t id) {
@@ -235,7 +237,7 @@ static void be_command(const Wanted *w, int in, int out, int err, int problem, u
   syscall(SYS_close_range, kept + 1, ~0u, 0);
   if (w->builtin && settings.guest && !strcmp(w->builtin, "archive")) {
     /* Not as the tenant: what was written also holds files that only root can read. */
-    int failed = write_archive(GUEST_FOLDER "/writes/upper");
+    int failed = write_archive(GUEST_FOLDER "/writes/upper", strtoull(*w->args, NULL, 10));
     if (failed) dprintf(kept, "E%d", failed);
     _exit(failed ? 125 : 0);
   }
@@ -267,17 +269,6 @@ static void be_monitor(const Wanted *w, int status, int in, int out, int err, in
   while (read(kept, &byte, 1) < 0 && errno == EINTR) {
   }
   _exit(0);
-}
-
-static uint64_t guest_ooms(void) {
-  char text[16384];
-  int fd = settings.guest ? open("/proc/vmstat", O_RDONLY | O_CLOEXEC) : -1;
-  if (fd < 0) return 0;
-  ssize_t len = read(fd, text, sizeof text - 1);
-  close(fd);
-  text[len > 0 ? len : 0] = 0;
-  char *found = strstr(text, "oom_kill ");
-  return memory_kills() + (found ? strtoull(found + 9, NULL, 10) : 0);
 }
 
 static void free_list(char **list, size_t count) {
@@ -368,11 +359,13 @@ static void grant(Cmd *m) {
 
 /* Let another line have the rest of a command. It sends the input from its beginning again. */
 static void follow(Cmd *m, Conn *c, uint32_t id) {
+  if (m->conn) journal_quit(m->conn, m->op);
   if (m->conn) send_error(m->conn, m->id, "op_moved", 0, "another line follows this operation now");
   m->conn = c;
   m->id = id;
   m->held = false;
   m->again = m->came;
+  for (int i = 0; i < 2; i++) m->gap[i] = m->op->kept[i] < m->kept[i];
   if (m->given) grant(m);
 }
 
@@ -420,7 +413,7 @@ void command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
     }
   }
   if (!w.env) w.env = grow(NULL, sizeof(char *)), w.env[0] = NULL;
-  const char *problem = NULL;
+  const char *problem = NULL, *full = NULL;
   int failed = 0;
   bool resumed = false;
   if (command_find(c, id))
@@ -436,21 +429,26 @@ void command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
     m->detach = key || w.flags & X_DETACH;
     m->began = now_us();
     m->deadline = m->began + timeout;
-    m->ooms = guest_ooms();
-    failed = launch(m, &w);
+    m->ooms = memory_kills();
+    /* First the word that it begins: what has no receipt must not have an effect. */
+    if (key && !(m->op = journal_start(key, digest ? digest : "")))
+      full = "no room is left for this operation's receipt: acknowledge those whose results are safe";
+    else
+      failed = launch(m, &w);
+    if (failed && m->op) journal_forget(m->op), m->op = NULL;
   }
+  if (full) send_error(c, id, "journal_full", ENOSPC, full);
   if (problem || failed) {
     char text[256];
     snprintf(text, sizeof text, "no process can be started (%s): raise pids or memory",
              strerror(failed));
     send_error(c, id, problem ? "bad_request" : "no_process", failed, problem ? problem : text);
   }
-  if (problem || failed || resumed) {
+  if (problem || failed || resumed || full) {
     m->next = commands;
     commands = m;
     bury(m);
   } else {
-    if (key) m->op = journal_start(key, digest ? digest : "");
     m->next = commands;
     commands = m;
     register_streams(m);
@@ -574,14 +572,18 @@ static void finish(Cmd *m) {
   put_number(&b, T_DURATION_US, now_us() - m->began);
   put_number(&b, T_STDOUT_TOTAL, m->total[0]);
   put_number(&b, T_STDERR_TOTAL, m->total[1]);
+  put_number(&b, T_STDOUT_KEPT, m->kept[0]);
+  put_number(&b, T_STDERR_KEPT, m->kept[1]);
   put_number(&b, T_USER_US,
              m->report.usage.ru_utime.tv_sec * 1000000ll + m->report.usage.ru_utime.tv_usec);
   put_number(&b, T_SYSTEM_US,
              m->report.usage.ru_stime.tv_sec * 1000000ll + m->report.usage.ru_stime.tv_usec);
   put_number(&b, T_MAX_RSS_KB, m->report.usage.ru_maxrss);
-  put_number(&b, T_OOM_KILLED, guest_ooms() > m->ooms);
+  put_number(&b, T_OOM_KILLED, memory_kills() > m->ooms);
+  /* A line that is still told what came before is told the end by the journal, after that. */
+  bool told = m->op && m->conn && journal_replaying(m->op);
   if (m->op) journal_finish(m->op, &b);
-  send_frame(m->conn, m->id, M_EXIT, b.data, b.len);
+  if (!told) send_frame(m->conn, m->id, M_EXIT, b.data, b.len);
   free(b.data);
   m->conn = NULL;
   m->op = NULL;
@@ -618,7 +620,7 @@ static bool take_output(Cmd *m, int i) {
     m->kept[i] += kept;
     uint8_t type = i ? M_STDERR : M_STDOUT;
     if (m->op) journal_output(m->op, type, piece, kept);
-    send_frame(m->conn, m->id, type, piece, kept);
+    if (!m->gap[i]) send_frame(m->conn, m->id, type, piece, kept);
   }
   if ((size_t)len > kept) m->wait[i] = now_us() + PAUSE_US;
   else if (blocked(m)) m->wait[i] = INT64_MAX;
@@ -663,6 +665,10 @@ void command_event(Tag *tag) {
   if (tag->kind == K_STDIN) return feed(m);
   int i = tag->kind - K_STDOUT;
   if (m->out[i] < 0 || m->wait[i]) return;
+  if (m->op && journal_replaying(m->op)) {
+    m->wait[i] = INT64_MAX;
+    return unwatch(m->out[i]);
+  }
   take_output(m, i);
   if (m->out[0] < 0 && m->out[1] < 0) {
     if (m->draining) bury(m);

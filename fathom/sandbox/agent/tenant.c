@@ -91,6 +91,7 @@ const char *configure(const uint8_t *data, size_t len, int *number) {
       case T_GUEST: settings.guest = number_of(&f); break;
       case T_LANDLOCK: settings.landlock = number_of(&f); break;
       case T_FILTER: filter = f; break;
+      case T_JOURNAL: journal_limit(number_of(&f)); break;
       case T_MORTAL:
         settings.mortal = number_of(&f);
         if (end_with_parent()) return *number = errno, "to end with the parent";

@@ -10,12 +10,28 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from fathom.errors import PolicyDenied
 from fathom.sandbox.types import Kept
 
+T = TypeVar("T")
 _FRESH = 0.05  # seconds for which what was read of the memory is believed
+
+
+@dataclass(slots=True)
+class Room:
+    """Room for sandboxes that are being made. `left`: how many of them are not there yet."""
+
+    admission: Admission
+    left: int
+
+    def settle(self) -> AbstractContextManager[None]:
+        """Have the next of them counted among what is there from inside on."""
+        return self.admission.settle(self)
 
 
 class Admission:
@@ -31,7 +47,7 @@ class Admission:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def admit(self, spec: Kept, count: int = 1) -> Generator[None]:
+    def admit(self, spec: Kept, count: int = 1) -> Generator[Room]:
         """Keep room for sandboxes while they are made. Raises PolicyDenied."""
         # What a sandbox is allowed is rarely what it uses; its first pages must be there.
         wanted = count * (spec.memory_bytes // 16)
@@ -48,12 +64,35 @@ class Admission:
                 raise PolicyDenied(f"this machine takes no further sandbox: {reason}")
             self._making += count
             self._wanted += wanted
+        room = Room(self, count)
         try:
-            yield
+            yield room
         finally:
             with self._lock:
-                self._making -= count
+                self._making -= room.left
                 self._wanted -= wanted
+
+    @contextlib.contextmanager
+    def settle(self, room: Room | None) -> Generator[None]:
+        """Have what was being made counted among what is there from inside on, never as both."""
+        with self._lock:
+            yield
+            if room is not None and room.left:
+                room.left -= 1
+                self._making -= 1
+
+    @contextlib.contextmanager
+    def taking(self, take: Callable[[], T | None]) -> Generator[tuple[T | None, Room]]:
+        """Take one that waits, and count it until its new owner has it."""
+        with self._lock:
+            found = take()
+            room = Room(self, 0 if found is None else 1)
+            self._making += room.left
+        try:
+            yield found, room
+        finally:
+            with self._lock:
+                self._making -= room.left
 
     def available(self) -> int:
         """Return how many bytes of memory programs can still get."""

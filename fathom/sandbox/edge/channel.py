@@ -30,7 +30,7 @@ from fathom.sandbox.edge.tokens import Tokens
 
 _INLINE = 60_000
 _PATIENCE = 10  # seconds for the API process to take an answer
-_AT_ONCE = 64
+AT_ONCE = 64  # requests that are worked on
 _log = logging.getLogger(__name__)
 
 
@@ -48,7 +48,7 @@ class Channel:
         self._tokens = tokens
         self._pool = pool
         self.ready = threading.Event()
-        self._slots = threading.BoundedSemaphore(_AT_ONCE)
+        self._slots = threading.BoundedSemaphore(AT_ONCE)
         patience = struct.pack("@ll", _PATIENCE, 0)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
@@ -84,12 +84,20 @@ class Channel:
         except FathomError as error:
             self._send({"n": number, "error": error.code, "message": str(error)})
             return
-        self._slots.acquire()
-        # What only connects, and may not wait, is done at once.
+        # What takes but a moment never waits for what takes long.
         if op == "open" and self._open(number, values["id"], patient=False):
-            self._slots.release()
             return
-        self._pool.submit(self._work, number, op, values)
+        if op in ("token", "ready"):
+            self._work(number, op, values)
+            return
+        self._slots.acquire()
+        self._pool.submit(self._work_on, number, op, values)
+
+    def _work_on(self, number: int, op: str, values: dict[str, Any]) -> None:
+        try:
+            self._work(number, op, values)
+        finally:
+            self._slots.release()
 
     def _work(self, number: int, op: str, values: dict[str, Any]) -> None:
         try:
@@ -104,8 +112,6 @@ class Channel:
             _log.exception("event=broken op=%s", op)
             text = f"the daemon could not {op}: {error}"
             self._send({"n": number, "error": SandboxError.code, "message": text[:4000]})
-        finally:
-            self._slots.release()
 
     def _answer(self, op: str, values: dict[str, Any]) -> dict[str, Any]:
         if op == "ready":
@@ -129,9 +135,11 @@ class Channel:
                 keeper.do("thaw", {"ids": [name]})
             path, greeting = keeper.door(name)
             try:
-                made = messages.connect(path.parent, path.name, blocking=patient)
+                made = messages.connect(path.parent, path.name, timeout=0)
             except BlockingIOError:
-                return False
+                # It stands still, and more wait already than may: nobody waits for it in here.
+                self._send({"n": number, "again": True})
+                return True
             except OSError as error:
                 text = f"sandbox {name} ended on its own ({error.strerror})"
                 raise SandboxLost(text) from error

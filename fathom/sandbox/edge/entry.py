@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fathom.sandbox import plain
+from fathom.errors import FathomError
+from fathom.sandbox import full, plain
+from fathom.sandbox.edge.age import Birth
 from fathom.sandbox.types import Caps, Kept
 
 NOTE = "edge.json"
@@ -19,7 +22,7 @@ NOTE = "edge.json"
 
 @dataclass(slots=True)
 class Entry:
-    """One sandbox. `made`: when, by the wall clock in seconds. `environment`: of its commands."""
+    """One sandbox. `environment`: of its commands; `first`: the policy that it was made with."""
 
     id: str
     spec: Kept
@@ -27,10 +30,11 @@ class Entry:
     group: str
     key: str
     parent: str
-    made: float
+    made: Birth
     paused: bool = False
     phase: str = ""
     net: dict[str, Any] | None = None
+    first: dict[str, Any] | None = None
     environment: dict[str, str] = field(default_factory=dict[str, str])
 
     def plain(self) -> dict[str, Any]:
@@ -42,7 +46,7 @@ class Entry:
             "group": self.group,
             "key": self.key,
             "parent": self.parent,
-            "created": self.made,
+            "created": self.made.wall,
             "paused": self.paused,
             "phase": self.phase,
             "net": self.net,
@@ -50,13 +54,43 @@ class Entry:
         }
 
     def write(self, runtime: Path) -> None:
-        """Write down what a later daemon must know; whole or not at all."""
+        """Write down what a later daemon must know; whole or not at all. Raises MachineFull."""
         path = runtime / self.id / NOTE
         fresh = path.with_suffix(".new")
-        with contextlib.suppress(FileNotFoundError):  # it ended meanwhile
+        values = {"uptime": self.made.uptime, "boot": self.made.boot, "first": self.first}
+        try:
             fresh.touch(mode=0o600)
-            fresh.write_text(json.dumps(self.plain()))
+            fresh.write_text(json.dumps(self.plain() | values))
             fresh.rename(path)
+        except FileNotFoundError:
+            pass  # it ended meanwhile
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                fresh.unlink()
+            raise full.explain(error, "note what is to become of a sandbox") from error
+
+    @contextlib.contextmanager
+    def changing(self, runtime: Path, **values: Any) -> Generator[None]:
+        """Note a change before it is made inside, and undo the note where it could not be made.
+
+        What was noted and not done is done by the next daemon; the other way it would be lost.
+        Raises MachineFull.
+        """
+        former = {name: getattr(self, name) for name in values}
+
+        def put(changed: dict[str, Any]) -> None:
+            for name, value in changed.items():
+                setattr(self, name, value)
+
+        put(values)
+        try:
+            self.write(runtime)
+            yield
+        except BaseException:
+            put(former)
+            with contextlib.suppress(FathomError):
+                self.write(runtime)
+            raise
 
 
 def read(folder: Path) -> Entry:
@@ -69,9 +103,10 @@ def read(folder: Path) -> Entry:
         str(note["group"]),
         str(note["key"]),
         str(note["parent"]),
-        float(note["created"]),
+        Birth(float(note["created"]), float(note.get("uptime", 0)), str(note.get("boot", ""))),
         paused=bool(note["paused"]),
         phase=str(note["phase"]),
         net=note["net"],
+        first=note.get("first"),
         environment=dict(note["environment"]),
     )

@@ -12,21 +12,29 @@ Paper: §5.2.5 (one node: admission, launch, expiry).
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fathom.errors import FathomError, PolicyDenied, SandboxError, SandboxLost, Unsupported
+from fathom.errors import (
+    FathomError,
+    KeyConflict,
+    PolicyDenied,
+    SandboxError,
+    SandboxLost,
+    Unsupported,
+)
 from fathom.sandbox import paths, plain
-from fathom.sandbox.edge.admission import Admission
-from fathom.sandbox.edge.adoption import adopt_all
+from fathom.sandbox.edge.admission import Admission, Room
+from fathom.sandbox.edge.age import Birth
 from fathom.sandbox.edge.entry import Entry
 from fathom.sandbox.edge.events import event
+from fathom.sandbox.edge.tending import Tending
 from fathom.sandbox.host import LocalHost
 from fathom.sandbox.net import Net
 from fathom.sandbox.state import SOCKET
@@ -57,14 +65,14 @@ class Keeper:
         self.host = host
         self.entries: dict[str, Entry] = {}
         self.counts = dict.fromkeys(("created", "adopted", "expired", "refused", "failed"), 0)
-        self.admission = Admission(most, spare, lambda: len(self.entries) + len(host.ready))
+        self.admission = Admission(most, spare, self._count)
         host.ready.admit = self.admission.admit
         self.gone: Callable[[str], None] = lambda _: None
         self.more: Callable[[], dict[str, int]] = dict
         self._work = tuple(folder.resolve(strict=True) for folder in work)
         self._doors = (*self._work, paths.trajectory_folder().resolve())
-        self._starts = 0
         self._lock = threading.Lock()
+        self.tending = Tending(self)
         self._making = threading.Semaphore(2 * (os.cpu_count() or 1))
         self._keys: dict[str, tuple[threading.Lock, list[int]]] = {}
         self._operations: dict[str, Callable[..., dict[str, Any]]] = {
@@ -119,16 +127,25 @@ class Keeper:
         with self._alone(key):
             for entry in list(self.entries.values()) if key else ():
                 if entry.key == key:
-                    if entry.spec != spec:
-                        raise SandboxError(f"the key {key!r} belongs to a sandbox of another kind")
+                    _same(entry, spec, group, net)
                     return entry.plain()
-            made = self.host.ready.take(spec)
-            if made is not None:
-                entry = self._enter(made, spec, group=group, key=key)
-            else:
-                with self.admission.admit(spec), self._making:
-                    made = self.host.do("create", spec=spec)
-                    entry = self._enter(made, spec, group=group, key=key)
+            values = {
+                "group": group,
+                "key": key,
+                "first": json.loads(json.dumps(plain.net_out(net))),
+            }
+            with self.admission.taking(lambda: self.host.ready.take(spec)) as (made, room):
+                if made is not None:
+                    return self._begin(made, spec, room, net, values)
+            with self.admission.admit(spec) as room, self._making:
+                made = self.host.do("create", spec=spec)
+                return self._begin(made, spec, room, net, values)
+
+    def _begin(
+        self, made: dict[str, Any], spec: Kept, room: Room, net: Net | None, values: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Give a sandbox out, once its policy is set."""
+        entry = self._enter(made, spec, room, **values)
         if net is not None:
             try:
                 self._phase(entry.id, "begin", net)
@@ -157,18 +174,24 @@ class Keeper:
 
     def _restore(self, snapshot: str, spec: Kept, group: str = "") -> dict[str, Any]:
         spec = self._allowed(spec)
-        with self.admission.admit(spec):
+        with self.admission.admit(spec) as room:
             made = self.host.do("restore", snapshot=snapshot, spec=spec)
-            return self._enter(made, spec, group=group).plain()
+            return self._enter(made, spec, room, group=group).plain()
 
     def _fork(self, id: str, count: int, reseed: bool = True) -> dict[str, Any]:
         parent = self.find(id)
-        with self.admission.admit(parent.spec, count):
+        with self.admission.admit(parent.spec, count) as room:
             answer = self.host.do("fork", id=id, count=count, reseed=reseed)
-            entries = [
-                self._enter(made, parent.spec, group=parent.group, parent=id)
-                for made in answer["made"]
-            ]
+            entries: list[Entry] = []
+            try:
+                for made in answer["made"]:
+                    entry = self._enter(made, parent.spec, room, group=parent.group, parent=id)
+                    entries.append(entry)
+            except BaseException:
+                for made in answer["made"]:
+                    self._destroy(made["id"])
+                    self.host.do("destroy", id=made["id"])
+                raise
         return {"made": [entry.plain() for entry in entries]}
 
     def _prewarm(self, spec: Kept, count: int) -> dict[str, Any]:
@@ -178,7 +201,15 @@ class Keeper:
         return self.host.do("prewarm", spec=spec, count=count)
 
     def _enter(
-        self, made: dict[str, Any], spec: Kept, *, group: str = "", key: str = "", parent: str = ""
+        self,
+        made: dict[str, Any],
+        spec: Kept,
+        room: Room,
+        *,
+        group: str = "",
+        key: str = "",
+        parent: str = "",
+        first: dict[str, Any] | None = None,
     ) -> Entry:
         entry = Entry(
             made["id"],
@@ -187,11 +218,19 @@ class Keeper:
             group,
             key,
             parent,
-            time.time(),
+            Birth.now(),
+            # Noted before it is set: a daemon that takes over sets it.
+            phase="begin" if first is not None else "",
+            net=first,
+            first=first,
             environment=made["environment"],
         )
-        entry.write(self.host.runtime)
-        with self._lock:
+        try:
+            entry.write(self.host.runtime)
+        except BaseException:
+            self.host.do("destroy", id=entry.id)
+            raise
+        with room.settle(), self._lock:
             self.entries[entry.id] = entry
             self.counts["created"] += 1
         substrate = entry.caps.substrate
@@ -203,6 +242,11 @@ class Keeper:
     def find(self, name: str) -> Entry:
         """Return a sandbox of this daemon. Raises SandboxLost."""
         entry = self.entries.get(name)
+        if entry is None and (why := self.tending.left.get(name)) is not None:
+            raise SandboxError(
+                f"sandbox {name} runs on, but this daemon could not take it over ({why}): it is "
+                "tried again every few seconds"
+            )
         if entry is None:
             raise SandboxLost(f"sandbox {name[:80]} ended: create another one")
         return entry
@@ -217,7 +261,13 @@ class Keeper:
         folder, greeting = self.host.link.door(name)
         return folder / SOCKET, greeting
 
-    def _destroy(self, id: str, why: str = "stopped") -> dict[str, Any]:
+    def _destroy(self, id: str) -> dict[str, Any]:
+        self.end(id, "stopped")
+        return {}
+
+    def end(self, id: str, why: str) -> None:
+        """End a sandbox, also one that could not be taken over. Does nothing for others."""
+        self.tending.drop(id)
         # Only what is in the table: no other folder is ever touched.
         with self._lock:
             entry = self.entries.pop(id, None)
@@ -225,7 +275,6 @@ class Keeper:
             self.host.do("destroy", id=id)
             event(_log, logging.INFO, why, id=id)
             self.gone(id)
-        return {}
 
     def _idle(self, id: str) -> dict[str, Any]:
         """End a sandbox of which nothing was asked for its time, unless it is paused."""
@@ -233,18 +282,18 @@ class Keeper:
         if entry.spec.idle_ttl is None or entry.paused:
             return {"ended": False}
         self.counts["expired"] += 1
-        self._destroy(id, "expired")
+        self.end(id, "expired")
         return {"ended": True}
 
     def _freeze(
         self, ids: list[str] | None = None, group: str = "", reclaim: bool = False
     ) -> dict[str, Any]:
         entries = self._several(ids, group)
-        if entries:
-            self.host.do("freeze", ids=[entry.id for entry in entries], reclaim=reclaim)
-        for entry in entries:
-            entry.paused = True
-            entry.write(self.host.runtime)
+        with contextlib.ExitStack() as notes:
+            for entry in entries:
+                notes.enter_context(entry.changing(self.host.runtime, paused=True))
+            if entries:
+                self.host.do("freeze", ids=[entry.id for entry in entries], reclaim=reclaim)
         return {"ids": [entry.id for entry in entries]}
 
     def _thaw(self, ids: list[str] | None = None, group: str = "") -> dict[str, Any]:
@@ -252,8 +301,15 @@ class Keeper:
         answer = self.host.do("thaw", ids=[entry.id for entry in entries])
         for entry in entries:
             entry.paused = False
-            entry.write(self.host.runtime)
+            self._note(entry)
         return answer
+
+    def _note(self, entry: Entry) -> None:
+        """Note what was done, where the former note does no harm."""
+        try:
+            entry.write(self.host.runtime)
+        except SandboxError as error:
+            event(_log, logging.WARNING, "not_noted", id=entry.id, error=error)
 
     def _several(self, ids: list[str] | None, group: str) -> list[Entry]:
         if ids is None:
@@ -262,10 +318,15 @@ class Keeper:
 
     def _phase(self, id: str, phase: str, net: Net | None = None) -> dict[str, Any]:
         entry = self.find(id)
+        with entry.changing(self.host.runtime, phase=phase, net=plain.net_out(net)):
+            return self.set_policy(entry, phase, net)
+
+    def set_policy(self, entry: Entry, phase: str, net: Net | None) -> dict[str, Any]:
+        """Set the policy that was noted. Raises SandboxError."""
+        id = entry.id
         answer = self.host.do("phase", id=id, phase=phase, net=net)
-        entry.phase, entry.net = phase, plain.net_out(net)
         entry.environment = answer["environment"]
-        entry.write(self.host.runtime)
+        self._note(entry)
         version = answer["version"]
         event(_log, logging.INFO, "phase", id=id, phase=phase, version=version)
         return answer
@@ -293,6 +354,7 @@ class Keeper:
             "fathom_sandboxes": len(entries),
             "fathom_sandboxes_paused": sum(entry.paused for entry in entries),
             "fathom_sandboxes_waiting": len(self.host.ready),
+            "fathom_sandboxes_left_alone": len(self.tending.left),
             "fathom_sandboxes_most": self.admission.most,
             "fathom_memory_available_bytes": self.admission.available(),
             "fathom_node_starts_total": self.host.link.starts,
@@ -303,44 +365,31 @@ class Keeper:
 
     # Time --------------------------------------------------------------------------------------
 
+    def _count(self) -> int:
+        return len(self.entries) + len(self.tending.left) + len(self.host.ready)
+
     def tend(self) -> None:
         """See that a node is there, and end what has had its time. Called again and again."""
-        self._tend_node()
-        now = time.time()
-        for entry in list(self.entries.values()):
-            gone = not (self.host.runtime / entry.id).exists()
-            late = entry.spec.ttl is not None and now - entry.made > entry.spec.ttl
-            if gone or late:
-                self.counts["expired"] += not gone
-                with contextlib.suppress(SandboxError):
-                    self._destroy(entry.id, "ended" if gone else "expired")
-
-    def _tend_node(self) -> None:
-        """See that a node is there which knows all sandboxes, and their policies."""
-        link = self.host.link
-        try:
-            link.revive()
-            if link.starts == self._starts:
-                return
-            policies = [entry for entry in list(self.entries.values()) if entry.net is not None]
-            for entry in policies if link.starts > 1 else []:
-                event(_log, logging.WARNING, "node_died", id=entry.id)
-                self._phase(entry.id, entry.phase, plain.net_in(entry.net))
-            self._starts = link.starts
-        except SandboxError as error:
-            event(_log, logging.WARNING, "node_lost", error=error)
+        self.tending.tend()
 
     def adopt(self) -> None:
-        """Take over what an earlier daemon left; what does not answer any more is removed."""
-        for entry in adopt_all(self.host):
-            self.entries[entry.id] = entry
-            self.counts["adopted"] += 1
-            try:
-                if entry.net is not None:
-                    self._phase(entry.id, entry.phase, plain.net_in(entry.net))
-            except FathomError as error:
-                event(_log, logging.WARNING, "not_adopted", id=entry.id, error=error)
-                self._destroy(entry.id)
+        """Take over what an earlier daemon left; what has died is removed."""
+        self.tending.adopt()
+
+
+def _same(entry: Entry, spec: Kept, group: str, net: Net | None) -> None:
+    """Refuse to give out a sandbox for values that it was not made from. Raises KeyConflict."""
+    pairs = (
+        ("other values", entry.spec, spec),
+        ("another group", entry.group, group),
+        ("another network policy", entry.first, json.loads(json.dumps(plain.net_out(net)))),
+    )
+    for what, then, now in pairs:
+        if then != now:
+            raise KeyConflict(
+                f"the key {entry.key!r} belongs to sandbox {entry.id}, which was made with {what}: "
+                "use another key, or stop that one first"
+            )
 
 
 def _below(allowed: tuple[Path, ...], what: str, path: str) -> str:

@@ -29,13 +29,12 @@ from pathlib import Path
 from fathom.errors import SandboxError
 from fathom.sandbox import messages, paths
 from fathom.sandbox.edge import SOCKET
-from fathom.sandbox.edge.channel import Channel
+from fathom.sandbox.edge.channel import AT_ONCE, Channel
 from fathom.sandbox.edge.events import event
 from fathom.sandbox.edge.keeper import Keeper
 from fathom.sandbox.edge.tokens import Tokens
 
 _TICK = 0.5
-_THREADS = 32
 _FAILURES = 5  # API processes in a row that may end before they answer
 _LOCK = "edge.lock"
 _EMPTY = "empty"
@@ -70,7 +69,7 @@ class Parent:
         self._runtime = keeper.host.runtime
         self._listen = listen
         self._tokens = Tokens(listen.tokens) if listen is not None else None
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fathom-edge")
+        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="fathom-edge")
         self._channel: Channel | None = None
         self._stopping = threading.Event()
         self._ready = _nothing

@@ -132,8 +132,8 @@ def spec(value: Any) -> Kept:
 
 
 def _domain(value: Any) -> list[Any]:
-    name, ports = value
-    return [text(name), _listed(integer(1, 65535), 64)(ports)]
+    name, ports, private = value
+    return [text(name), _listed(integer(1, 65535), 64)(ports), boolean(private)]
 
 
 def _address(value: Any) -> list[Any]:
@@ -145,7 +145,6 @@ _NET: dict[str, Reader] = {
     "addresses": _listed(_address, _MOST_RULES),
     "domains": _listed(_domain, _MOST_RULES),
     "mirrors": _listed(text, _MOST_RULES),
-    "private": boolean,
 }
 
 

@@ -14,11 +14,13 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from fathom.errors import SandboxError
+from fathom.errors import SandboxError, SandboxTimeout
 from fathom.sandbox.edge import MESSAGE_LIMIT
 
 _PACKET = 1 << 18
 _FILES = 4
+_PATIENCE = 600.0
+_RETRY = 0.02
 
 
 class Upcall:
@@ -45,8 +47,18 @@ class Upcall:
 
     async def open(self, name: str) -> tuple[dict[str, Any], socket.socket | None]:
         """Get a line to an agent, past its HELLO; without one the answer is an error."""
-        answer, fd = await self._ask("open", {"id": name})
-        return answer, socket.socket(fileno=fd) if fd >= 0 else None
+        deadline = self._loop.time() + _PATIENCE
+        while True:
+            answer, fd = await self._ask("open", {"id": name})
+            if fd >= 0:
+                return answer, socket.socket(fileno=fd)
+            if not answer.get("again"):
+                return answer, None
+            # A sandbox stands still while it is copied, and only so many may wait for it.
+            if self._loop.time() > deadline:
+                text = f"sandbox {name} did not answer within {_PATIENCE:g} s"
+                return {"error": SandboxTimeout.code, "message": text}, None
+            await asyncio.sleep(_RETRY)
 
     async def _ask(self, op: str, values: dict[str, Any]) -> tuple[dict[str, Any], int]:
         self._last += 1

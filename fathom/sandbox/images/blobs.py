@@ -21,6 +21,10 @@ BLOCK = 4096
 CHUNK = 256 << 10
 # Files up to this size are kept once when several are equal.
 _SHARED = 1 << 20
+# Zeros in runs of this size are holes of the file that is written.
+_RUN = 64 << 10
+_ZEROS = bytes(CHUNK)
+_ZERO_CHUNK = hashlib.sha256(_ZEROS).digest()
 _HASH = 32
 
 
@@ -35,9 +39,26 @@ def name_of(size: int, digests: bytes) -> str:
     return "sha256:" + hashlib.sha256(head + digests).hexdigest()
 
 
+def write_sparsely(file: BinaryIO, data: bytes) -> None:
+    """Write `data` to a new file, its long runs of zeros as holes; `end_sparsely` must follow."""
+    for at in range(0, len(data), _RUN):
+        part = data[at : at + _RUN]
+        if part == _ZEROS[: len(part)]:
+            file.seek(len(part), os.SEEK_CUR)
+        else:
+            file.write(part)
+
+
+def end_sparsely(file: BinaryIO) -> None:
+    """Give a file that was written so its length, which a hole at its end did not."""
+    file.flush()
+    file.truncate(file.tell())
+
+
 class BlobWriter:
     """Appends files to a data blob, each at a whole block, and hashes what is written.
 
+    Long runs of zeros, and holes that are given as such, take no room on the disk.
     `add` returns where a file begins. Equal small files get one place. `short` tells whether the
     last file brought fewer bytes than announced; `total` is the number of bytes so far.
     """
@@ -51,11 +72,14 @@ class BlobWriter:
         self.total = 0
         self.short = False
 
-    def add(self, pieces: Iterable[bytes], size: int) -> int:
-        """Append the file `pieces` of `size` bytes, or find an equal one. Returns its offset."""
+    def add(self, pieces: Iterable[bytes | int], size: int) -> int:
+        """Append the file `pieces` of `size` bytes, or find an equal one. Returns its offset.
+
+        A number among the pieces is a hole of so many bytes.
+        """
         self.short = False
         if size <= _SHARED:
-            content = b"".join(pieces)
+            content = b"".join(bytes(p) if isinstance(p, int) else p for p in pieces)
             self.short = len(content) != size
             key = hashlib.sha256(content).digest()
             if key in self._known:
@@ -67,15 +91,43 @@ class BlobWriter:
             offset = self.total
             got = 0
             for piece in pieces:
-                got += len(piece)
-                self._write(piece)
+                if isinstance(piece, int):
+                    got += piece
+                    self._skip(piece)
+                else:
+                    got += len(piece)
+                    self._write(piece)
             self.short = got != size
             self._write(bytes(-self.total % BLOCK))
         return offset
 
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self.total += len(data)
+        for at in range(0, len(data), _RUN):
+            part = data[at : at + _RUN]
+            if len(part) == _RUN and part == _ZEROS[:_RUN]:
+                self._skip(_RUN)
+            else:
+                self._file.write(part)
+                self.total += len(part)
+                self._hash(part)
+
+    def _skip(self, size: int) -> None:
+        """Leave a hole of `size` bytes, which reads as zeros."""
+        self.total += size
+        self._file.flush()
+        self._file.truncate(self.total)
+        self._file.seek(self.total)
+        while size:
+            if not self._filled and size >= CHUNK:
+                count = size // CHUNK
+                self._digests += _ZERO_CHUNK * count
+                size -= count * CHUNK
+            else:
+                part = min(size, CHUNK - self._filled)
+                self._hash(_ZEROS[:part])
+                size -= part
+
+    def _hash(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
             part = view[: CHUNK - self._filled]

@@ -16,11 +16,12 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 from fathom.errors import MissingDependency
 from fathom.sandbox.images import erofs, tree, unpack
 from fathom.sandbox.images import layers as layering
+from fathom.sandbox.images.blobs import end_sparsely, write_sparsely
 from fathom.sandbox.images.errors import ImageDamaged, ImageError, store_errors
 from fathom.sandbox.images.source import is_root
 from fathom.sandbox.images.store import Store
@@ -91,9 +92,10 @@ def _write_erofs(store: Store, image: Image, path: Path) -> None:
                 piece = file.read(min(left, _PIECE))
                 if not piece:
                     raise ImageDamaged(f"the blob {blob.digest} is shorter than its layer says")
-                out.write(piece)
+                write_sparsely(cast("BinaryIO", out), piece)
                 left -= len(piece)
-            out.write(bytes(-blob.size % erofs.BLOCK))
+            write_sparsely(cast("BinaryIO", out), bytes(-blob.size % erofs.BLOCK))
+        end_sparsely(cast("BinaryIO", out))
 
 
 def _write_ext4(store: Store, image: Image, path: Path, room: int) -> None:

@@ -45,15 +45,19 @@ def publish(store: Store, root: Node, path: Path, blob: BlobWriter) -> LayerRef:
     return store.put_tree(root, blobs)
 
 
-def pack_diff(store: Store, upper: Path, *, owners: Owners | None = None) -> LayerRef:
+def pack_diff(
+    store: Store, upper: Path, *, owners: Owners | None = None, limit: int = source.LIMIT
+) -> LayerRef:
     """Make a layer of an overlay's upper folder: new and changed files, and marks of deleted ones.
 
     `owners`: how owners on disk become those of the layer, for a sandbox whose users are a range of
     this machine's. The overlay must be one of `compose`, and its writers frozen. Put the result on
-    top of the layers that the sandbox ran on to restore it, or to fork it. Raises ImageError when a
-    file changed meanwhile, StoreFull.
+    top of the layers that the sandbox ran on to restore it, or to fork it. `limit`: the most bytes
+    of all files, holes included. Raises ImageError when a file changed meanwhile, ImageTooLarge,
+    StoreFull.
     """
-    return pack_folder(store, upper, Taking(owners=owners or own_files(), upper=True))
+    taking = Taking(owners=owners or own_files(), upper=True, limit=limit)
+    return pack_folder(store, upper, taking)
 
 
 def snapshot(
@@ -63,12 +67,13 @@ def snapshot(
     *,
     name: str | None = None,
     owners: Owners | None = None,
+    limit: int = source.LIMIT,
 ) -> Image:
     """Return `image` with what was written to `upper` on top; `name` keeps it from being collected.
 
-    Raises ImageError, StoreFull.
+    `limit` as for `pack_diff`. Raises ImageError, ImageTooLarge, StoreFull.
     """
-    diff = pack_diff(store, upper, owners=owners)
+    diff = pack_diff(store, upper, owners=owners, limit=limit)
     result = replace(image, layers=(*image.layers, diff.digest))
     store.put_image(result, name)
     return result

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 import tarfile
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from fathom.sandbox.images import tarball
 from fathom.sandbox.images.blobs import BlobWriter
 from fathom.sandbox.images.errors import ImageDamaged, ImageError, ImageMissing, store_errors
 from fathom.sandbox.images.store import Store
-from fathom.sandbox.images.tarball import Limits
+from fathom.sandbox.images.tarball import Allowance, Limits
 from fathom.sandbox.images.types import MAX_LAYERS, Image, RunConfig, check_digest, check_name
 
 _SMALL = 8 << 20
@@ -139,7 +140,11 @@ def assemble(
     *,
     limits: Limits | None = None,
 ) -> Image:
-    """Make an image of layers and a configuration, several layers at a time."""
+    """Make an image of layers and a configuration, several layers at a time.
+
+    The limits are for all layers together, and never more than nine tenths of what the disk has
+    free: an image that somebody made must not take the room of everybody else.
+    """
     if name is not None:
         check_name(name)
     rootfs = config.get("rootfs")
@@ -149,10 +154,13 @@ def assemble(
         raise ImageDamaged(
             f"the image has {len(found)} layers and {len(unpacked)} digests of unpacked layers"
         )
+    bounds = limits or Limits()
+    room = shutil.disk_usage(store.folder).free // 10 * 9
+    files, streams = Allowance(bounds.size, room), Allowance(bounds.size + (bounds.size >> 3))
     pool = ThreadPoolExecutor(_PARALLEL, thread_name_prefix="fathom-layer")
     try:
         work = [
-            pool.submit(_layer, store, content, one, diff, limits or Limits())
+            pool.submit(_layer, store, content, one, diff, bounds, files, streams)
             for one, diff in zip(found, unpacked, strict=True)
         ]
         digests = tuple(one.result() for one in work)
@@ -198,7 +206,15 @@ def choose(entries: list[object], architecture: str) -> Descriptor:
     )
 
 
-def _layer(store: Store, content: Content, wanted: Descriptor, diff: str, limits: Limits) -> str:
+def _layer(
+    store: Store,
+    content: Content,
+    wanted: Descriptor,
+    diff: str,
+    limits: Limits,
+    files: Allowance,
+    streams: Allowance,
+) -> str:
     note = store.folder / "imported" / wanted.digest[7:]
     try:
         known = note.read_text().split()
@@ -210,8 +226,8 @@ def _layer(store: Store, content: Content, wanted: Descriptor, diff: str, limits
         path = work / "data"
         with content.open(wanted) as file, path.open("wb") as out:
             blob = BlobWriter(out)
-            stream = tarball.Reader(tarball.decompress(file), limits.size + (limits.size >> 3))
-            root = tarball.from_tar(stream, blob, limits)
+            stream = tarball.Reader(tarball.decompress(file), streams)
+            root = tarball.from_tar(stream, blob, limits, files)
             if (got := stream.drain()) != diff:
                 raise ImageDamaged(f"the layer {wanted.digest} unpacks to {got}, not to {diff}")
         digest = layering.publish(store, root, path, blob).digest

@@ -137,7 +137,9 @@ class BlobCache:
         if not here:
             data = self._fetch(number, start, length)
             with store_errors("the cache of contents is full", self._store.folder):
-                os.pwrite(self._file, data, start)
+                # A chunk of zeros is a hole already.
+                if os.pread(self._file, length, start) != data:
+                    os.pwrite(self._file, data, start)
         os.pwrite(self._map_file, b"\1", 36 + number)
         self._known[number] = 1
 

@@ -9,19 +9,23 @@ Paper: §5.2.5 (layers from what a sandbox wrote).
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fathom.sandbox.images.blobs import BlobWriter
-from fathom.sandbox.images.errors import ImageError
+from fathom.sandbox.images.errors import ImageError, ImageTooLarge
 from fathom.sandbox.images.tree import MAX_DEPTH, OPAQUE, Node
 
 # What overlayfs notes for itself in its upper folder; only the first says something about files.
 _OVERLAY = ("trusted.overlay.", "user.overlay.")
 _KEPT = ("user.", "trusted.", "security.", "system.posix_acl_access", "system.posix_acl_default")
 _READ = 1 << 20
+# The most bytes of a folder, holes included, where nothing else is said.
+LIMIT = 64 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,8 @@ class Taking:
     is the upper one of an overlay, so its marks mean something; otherwise a device 0:0 is refused.
     `mtime`: one time for all files, their own when not given. `devices`: whether devices are taken
     at all (sockets never are). `exclude`: paths to leave out, each with a slash before it.
+    `limit`: the most bytes that all files may have together. Holes count: 1 TiB of nothing takes no
+    room where it lies, and whoever reads it later would read all of it.
     """
 
     owners: Owners = field(default_factory=own_files)
@@ -76,13 +82,14 @@ class Taking:
     mtime: int | None = None
     devices: bool = False
     exclude: frozenset[str] = frozenset()
+    limit: int = LIMIT
 
 
 def from_folder(path: Path, blob: BlobWriter, taking: Taking) -> Node:
     """Return the tree of the folder `path`; contents are appended to `blob`.
 
-    Raises ImageError for what no layer can hold, for a file that changed while it was read, and
-    OSError.
+    Raises ImageError for what no layer can hold, for a file that changed while it was read,
+    ImageTooLarge beyond the limit, and OSError.
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -118,6 +125,7 @@ class _Walker:
         self.blob = blob
         self.taking = taking
         self.linked: dict[tuple[int, int], Node] = {}
+        self.size = 0
 
     def node(self, found: os.stat_result, xattrs: dict[str, bytes]) -> Node:
         uid, gid = self.taking.owners.translate(found.st_uid, found.st_gid)
@@ -198,6 +206,12 @@ class _Walker:
             before = os.fstat(file)
             if not stat.S_ISREG(before.st_mode):
                 raise ImageError(f"{where} changed while it was packed: freeze its writers first")
+            self.size += before.st_size
+            if self.size > self.taking.limit:
+                raise ImageTooLarge(
+                    f"{where} has {before.st_size} bytes, and with it the files have more than "
+                    f"{self.taking.limit}, holes included: remove or shorten it"
+                )
             node = self.node(before, _names(file, None))
             node.size = before.st_size
             if before.st_size:
@@ -216,14 +230,35 @@ class _Walker:
             os.close(file)
 
 
-def _pieces(fd: int, size: int):
-    left = size
-    while left > 0:
-        piece = os.read(fd, min(left, _READ))
-        if not piece:
-            return
-        left -= len(piece)
-        yield piece
+def _pieces(fd: int, size: int) -> Generator[bytes | int]:
+    """Yield the contents of a file, and the size of each hole in it; less where it was cut."""
+    at = 0
+    while at < size:
+        start = _seek(fd, at, os.SEEK_DATA)
+        if start is None or start > at:
+            end = size if start is None else min(start, size)
+            yield end - at
+            at = end
+            continue
+        stop = min(_seek(fd, at, os.SEEK_HOLE) or size, size)
+        while at < stop:
+            piece = os.pread(fd, min(stop - at, _READ), at)
+            if not piece:
+                return
+            at += len(piece)
+            yield piece
+
+
+def _seek(fd: int, at: int, what: int) -> int | None:
+    """Return where the next data or hole begins, None when there is no more of it."""
+    try:
+        return os.lseek(fd, at, what)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        if what == os.SEEK_DATA and error.errno == errno.EINVAL:
+            return at  # a file system that knows of no holes
+        raise
 
 
 def _names(fd: int, name: str | None) -> dict[str, bytes]:

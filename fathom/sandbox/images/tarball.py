@@ -18,6 +18,7 @@ import io
 import lzma
 import stat
 import tarfile
+import threading
 import zlib
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from typing import Any, BinaryIO, cast
 import zstandard
 
 from fathom.sandbox.images.blobs import BlobWriter
-from fathom.sandbox.images.errors import ArchiveRefused, ImageDamaged, ImageTooLarge
+from fathom.sandbox.images.errors import ArchiveRefused, ImageDamaged, ImageTooLarge, StoreFull
 from fathom.sandbox.images.ondemand import BlobCache
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tree import (
@@ -63,12 +64,42 @@ class Limits:
     entries: int = 2_000_000
 
 
+class Allowance:
+    """How many bytes several archives may have together. Any thread may use it.
+
+    `room`: how many the disk has to spare; fewer than `limit` may then be the bound.
+    """
+
+    def __init__(self, limit: int, room: int | None = None) -> None:
+        self.limit = limit
+        self._room = room
+        self._left = limit
+        self._spare = limit if room is None else room
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> None:
+        """Take `size` bytes of it. Raises ImageTooLarge when they are not left, or StoreFull."""
+        with self._lock:
+            self._left -= size
+            self._spare -= size
+            if size >= 0 and self._left >= 0 and self._spare < 0:
+                raise StoreFull(
+                    f"the archive unpacks to more than the {self._room} bytes that the disk of "
+                    "the store can spare: free some space, or use another folder"
+                )
+            if size < 0 or self._left < 0:
+                raise ImageTooLarge(
+                    f"the archive unpacks to more than {self.limit} bytes: it may be a bomb; raise "
+                    "the limit if you trust it"
+                )
+
+
 class Reader(io.RawIOBase):
     """A stream of at most `limit` bytes, whose SHA-256 is known at its end."""
 
-    def __init__(self, source: BinaryIO, limit: int) -> None:
+    def __init__(self, source: BinaryIO, limit: int | Allowance) -> None:
         self._source = source
-        self._limit = limit
+        self._limit = Allowance(limit) if isinstance(limit, int) else limit
         self._hash = hashlib.sha256()
         self.count = 0
 
@@ -83,11 +114,7 @@ class Reader(io.RawIOBase):
         except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
             raise ImageDamaged(f"the archive cannot be decompressed: {error}") from error
         self.count += len(data)
-        if self.count > self._limit:
-            raise ImageTooLarge(
-                f"the archive unpacks to more than {self._limit} bytes: it may be a bomb; raise "
-                "the limit if you trust it"
-            )
+        self._limit.take(len(data))
         self._hash.update(data)
         return data
 
@@ -124,12 +151,19 @@ class _Member(tarfile.TarInfo):
         return super()._proc_member(archive)  # type: ignore[misc]
 
 
-def from_tar(stream: Reader, blob: BlobWriter, limits: Limits | None = None) -> Node:
+def from_tar(
+    stream: Reader,
+    blob: BlobWriter,
+    limits: Limits | None = None,
+    allowance: Allowance | None = None,
+) -> Node:
     """Return the tree of the archive `stream`; contents are appended to `blob`.
 
+    `allowance`: for the bytes of files of several archives, in the place of `limits.size`.
     Raises ArchiveRefused, ImageTooLarge, ImageDamaged.
     """
-    loader = _Loader(blob, limits or Limits())
+    bounds = limits or Limits()
+    loader = _Loader(blob, bounds.entries, allowance or Allowance(bounds.size))
     try:
         with tarfile.open(
             fileobj=cast("Any", stream),
@@ -150,19 +184,19 @@ def from_tar(stream: Reader, blob: BlobWriter, limits: Limits | None = None) -> 
 
 
 class _Loader:
-    def __init__(self, blob: BlobWriter, limits: Limits) -> None:
+    def __init__(self, blob: BlobWriter, most: int, allowance: Allowance) -> None:
         self.blob = blob
-        self.limits = limits
+        self.most = most
+        self.allowance = allowance
         self.root = folder()
         self.gone: list[tuple[Node, bytes]] = []
         self.entries = 0
-        self.size = 0
 
     def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         """Take one entry."""
         self.entries += 1
-        if self.entries > self.limits.entries:
-            raise ImageTooLarge(f"the archive has more than {self.limits.entries} entries")
+        if self.entries > self.most:
+            raise ImageTooLarge(f"the archive has more than {self.most} entries")
         parts = _parts(member.name)
         if not parts:
             if not member.isdir():
@@ -246,19 +280,16 @@ class _Loader:
         return node
 
     def _contents(self, archive: tarfile.TarFile, member: tarfile.TarInfo, node: Node) -> None:
-        self.size += member.size
-        if member.size < 0 or self.size > self.limits.size:
-            raise ImageTooLarge(
-                f"the archive unpacks to more than {self.limits.size} bytes: it may be a bomb; "
-                "raise the limit if you trust it"
-            )
+        self.allowance.take(member.size)
         node.size = member.size
         if not member.size:
             return
         file = archive.extractfile(member)
         if file is None:
             raise ImageDamaged(f"{member.name!r} has no contents")
-        node.data = (0, self.blob.add(iter(lambda: file.read(_PIECE), b""), member.size))
+        # Below its buffer it can go forward in the stream, over the holes of a sparse member.
+        raw = cast("BinaryIO", cast("io.BufferedReader", file).raw)
+        node.data = (0, self.blob.add(_contents(raw, member), member.size))
         if self.blob.short:
             raise ImageDamaged(f"the archive ends within {member.name!r}")
 
@@ -289,6 +320,30 @@ class _Loader:
             elif known.is_dir:
                 known.xattrs[OPAQUE] = b"y"
         return self.root
+
+
+def _contents(file: BinaryIO, member: tarfile.TarInfo) -> Generator[bytes | int]:
+    """Yield a member's contents, and the size of each hole of a sparse one."""
+    at = 0
+    # As (offset, size); the library's reader would make zeros of the holes.
+    runs: list[tuple[int, int]] = getattr(member, "sparse", None) or [(0, member.size)]
+    for start, size in runs:
+        if not size:
+            continue  # the old form fills its table with these
+        if not at <= start <= start + size <= member.size:
+            raise ImageDamaged(f"{member.name!r} has an impossible map of holes")
+        if start > at:
+            yield start - at
+        file.seek(start)
+        at = start  # nothing is read for holes
+        while at < start + size:
+            piece = file.read(min(start + size - at, _PIECE))
+            if not piece:
+                return
+            at += len(piece)
+            yield piece
+    if at < member.size:
+        yield member.size - at
 
 
 def _parts(path: str) -> list[bytes]:

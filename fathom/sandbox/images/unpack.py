@@ -17,9 +17,11 @@ import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from fathom.sandbox.images import layers as layering
 from fathom.sandbox.images import tree
+from fathom.sandbox.images.blobs import end_sparsely, write_sparsely
 from fathom.sandbox.images.errors import ImageDamaged, store_errors
 from fathom.sandbox.images.ondemand import BlobCache
 from fathom.sandbox.images.source import is_root
@@ -115,7 +117,9 @@ def _write_node(node: Node, place: Path, readers: Sequence[_BlobReader]) -> None
     if node.is_file:
         with place.open("xb") as file:
             if node.data is not None:
-                readers[node.data[0]].copy(node.data[1], node.size, file.write)
+                out = cast("BinaryIO", file)
+                readers[node.data[0]].copy(node.data[1], node.size, out)
+                end_sparsely(out)
     elif kind == stat.S_IFLNK:
         os.symlink(node.target, os.fsencode(place))
     elif node.is_whiteout or is_root():
@@ -156,7 +160,7 @@ class _BlobReader:
         if self._cache is None:
             self._fd = os.open(store.data_path(blob.digest), os.O_RDONLY | os.O_CLOEXEC)
 
-    def copy(self, offset: int, size: int, write: Callable[[bytes], int]) -> None:
+    def copy(self, offset: int, size: int, out: BinaryIO) -> None:
         while size:
             length = min(size, _PIECE)
             if self._cache is None:
@@ -165,7 +169,7 @@ class _BlobReader:
                 piece = self._cache.read(offset, length)
             if not piece:
                 raise ImageDamaged(f"the blob {self._name} is shorter than its layer says")
-            write(piece)
+            write_sparsely(out, piece)
             offset += len(piece)
             size -= len(piece)
 

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import os
+import select
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -301,25 +302,38 @@ def _run(launch: Launch, ends: Ends, group: cgroups.Group) -> int:
     # In memory: the agent inherits it as its standard error, and lets go of it.
     errors = os.memfd_create("errors", os.MFD_CLOEXEC)
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             executable=program,
             stdin=ends.listener,
             stdout=ends.journal,
             stderr=errors,
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
-            timeout=_START_TIMEOUT,
-            check=False,
         )
+        code = _await_end(process)
         said = os.pread(errors, 1 << 16, 0).decode(errors="replace")
     finally:
         os.close(errors)
-    if done.returncode:
+    if code:
         raise SandboxError(
-            f"{launch.substrate} could not start the sandbox (exit {done.returncode}): "
+            f"{launch.substrate} could not start the sandbox (exit {code}): "
             f"{said.strip()[-1500:]}; run `fathom doctor` to see what this machine can do"
         )
     return int((launch.folder / "pid").read_text())
+
+
+def _await_end(process: subprocess.Popen[bytes]) -> int:
+    """Return a runtime's exit code, that of a kill where it took too long."""
+    # Popen.wait with a timeout sleeps in growing steps; a pidfd answers at once.
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        if not poller.poll(_START_TIMEOUT * 1000):
+            process.kill()
+        return process.wait()
+    finally:
+        os.close(pidfd)
 
 
 def _bind(source: str, target: Path) -> None:

@@ -50,7 +50,8 @@ class Launch:
     `agent`: the compiled agent. `ids`: host's id of root inside. `netns`: path of its network
     namespace, None for a new one without any device. `outlive`: whether it lives on without us.
     `io_read`, `io_write`: bytes per second from and to each disk. `layers`: of the image store
-    `store`, the lowest first; then `rootfs` is of no meaning.
+    `store`, the lowest first; then `rootfs` is of no meaning, and `image` describes their image,
+    whatever its name means by now.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class Launch:
     outlive: bool = False
     store: str = ""
     layers: tuple[str, ...] = ()
+    image: str = ""
     door: str | None = None
     io_read: int | None = None
     io_write: int | None = None

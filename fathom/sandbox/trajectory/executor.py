@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,8 +45,13 @@ class Lost:
     reason: str
 
 
-OnStarted = Callable[[], None]
 Answer = Finished | Running | NeverSeen | Lost
+OnStarted = Callable[[], None]
+Commit = Callable[[], Awaitable[None]]
+
+
+async def at_once() -> None:
+    """Commit to an operation that nobody writes down."""
 
 
 class Executor(Protocol):
@@ -63,12 +68,18 @@ class Executor(Protocol):
         ...
 
     async def dispatch(
-        self, key: str, digest: bytes, request: Request, on_started: OnStarted
+        self,
+        key: str,
+        digest: bytes,
+        request: Request,
+        on_started: OnStarted,
+        commit: Commit = at_once,
     ) -> Outcome:
         """Carry out `request` unless `key` is known, and wait for the outcome of that key.
 
-        `on_started` is called once the operation has begun, so that no wish to stop can undo it.
-        Raises SandboxLost when the outcome did not arrive: ask with `query`.
+        `commit` is awaited before anything begins, while what can be prepared is; where it raises,
+        nothing has begun. `on_started` is called once the operation has begun, so that no wish to
+        stop can undo it. Raises SandboxLost when the outcome did not arrive: ask with `query`.
         """
         ...
 
@@ -81,7 +92,10 @@ class Executor(Protocol):
         ...
 
     async def acknowledge(self, key: str) -> None:
-        """The outcome is in the log: it need not be kept. Never raises."""
+        """The outcome is in the log: it need not be kept. Never raises.
+
+        It costs the caller no time: it is said with or beside the next operation.
+        """
         ...
 
 
@@ -113,9 +127,15 @@ class DirectExecutor:
         self._begun: dict[str, anyio.Event] = {}
 
     async def dispatch(
-        self, key: str, digest: bytes, request: Request, on_started: OnStarted
+        self,
+        key: str,
+        digest: bytes,
+        request: Request,
+        on_started: OnStarted,
+        commit: Commit = at_once,
     ) -> Outcome:
         """See `Executor.dispatch`."""
+        await commit()
         del digest  # the log has compared it; a journal of another process would as well
         if key in self._begun:
             return await self.wait(key, request)
@@ -170,6 +190,7 @@ class AgentExecutor:
         self.epoch = epoch
         self.generation = None  # the agent does not count
         self._watcher = watcher
+        self._safe: list[str] = []
 
     @classmethod
     async def open(cls, sandbox: Any, watcher: Watcher | None = None) -> AgentExecutor:
@@ -178,13 +199,40 @@ class AgentExecutor:
         return cls(sandbox, f"{sandbox.id}/{receipt.epoch}", watcher)
 
     async def dispatch(
-        self, key: str, digest: bytes, request: Request, on_started: OnStarted
+        self,
+        key: str,
+        digest: bytes,
+        request: Request,
+        on_started: OnStarted,
+        commit: Commit = at_once,
     ) -> Outcome:
         """See `Executor.dispatch`. The agent compares requests by a digest of its own."""
         del digest, on_started  # the sandbox says nothing before the end of a command
+        await commit()
         background = await self._changes(request)
-        outcome = await perform(self.sandbox, request, key)
+        outcome = await self._perform(request, key)
         return replace(outcome, changes=await self._changes(request), background=background)
+
+    async def _perform(self, request: Request, key: str) -> Outcome:
+        safe, self._safe = self._safe, []
+        if not safe:
+            return await perform(self.sandbox, request, key)
+        outcomes: list[Outcome] = []
+        problems: list[SandboxError] = []
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._give_up, safe)
+            try:
+                outcomes.append(await perform(self.sandbox, request, key))
+            except SandboxError as error:
+                problems.append(error)
+        if problems:
+            raise problems[0]
+        return outcomes[0]
+
+    async def _give_up(self, keys: list[str]) -> None:
+        for key in keys:
+            with contextlib.suppress(SandboxError):
+                await self.sandbox.acknowledge(key)
 
     async def _changes(self, request: Request) -> tuple[Change, ...] | None:
         if self._watcher is None:
@@ -244,5 +292,4 @@ class AgentExecutor:
 
     async def acknowledge(self, key: str) -> None:
         """See `Executor.acknowledge`."""
-        with contextlib.suppress(SandboxError):
-            await self.sandbox.acknowledge(key)
+        self._safe.append(key)

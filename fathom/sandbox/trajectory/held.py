@@ -20,11 +20,13 @@ from fathom.sandbox.trajectory import detached
 from fathom.sandbox.trajectory.errors import OperationConflict, TrajectoryError
 from fathom.sandbox.trajectory.executor import (
     Answer,
+    Commit,
     Finished,
     Lost,
     NeverSeen,
     OnStarted,
     Running,
+    at_once,
 )
 from fathom.sandbox.trajectory.frames import Frame, connect
 from fathom.sandbox.trajectory.holder import HELD, JOURNAL
@@ -49,16 +51,26 @@ class HeldExecutor:
         self.epoch: str = hello["epoch"]
         # How many operations had ended there when it was last heard of.
         self.generation: int = hello["generation"]
+        self._safe: list[str] = []
 
     async def dispatch(
-        self, key: str, digest: bytes, request: Request, on_started: OnStarted
+        self,
+        key: str,
+        digest: bytes,
+        request: Request,
+        on_started: OnStarted,
+        commit: Commit = at_once,
     ) -> Outcome:
         """See `Executor.dispatch`. A caller who gives up does not end the operation."""
         head: dict[str, Any] = {"ask": "run", "key": key, "digest": digest.hex()}
-        head |= {**request.to_json(), "has_data": request.data is not None}
+        head |= {**request.to_json(), "has_data": request.data is not None, "done": self._safe}
+        self._safe = []
         async with connect(self.folder) as line:
             with self._translated():
                 await line.send(head, request.data or b"")
+                # Meanwhile the holder reads it and looks around; it begins with the second word.
+                await commit()
+                await line.send({"ask": "go"})
                 answer = await line.receive()
                 if answer is not None and answer[0]["is"] == "conflict":
                     raise OperationConflict(f"the key {key} was used for another request")
@@ -98,11 +110,7 @@ class HeldExecutor:
 
     async def acknowledge(self, key: str) -> None:
         """See `Executor.acknowledge`."""
-        with contextlib.suppress(SandboxLost):
-            async with connect(self.folder) as line:
-                with self._translated():
-                    await line.send({"ask": "done", "key": key})
-                    await line.receive()
+        self._safe.append(key)
 
     async def stop(self) -> None:
         """End the sandbox and its holder, and wait until both are gone."""
@@ -156,7 +164,12 @@ class DeadJournal:
             self._ends[record.key] = read_outcome(log, record)
 
     async def dispatch(
-        self, key: str, digest: bytes, request: Request, on_started: OnStarted
+        self,
+        key: str,
+        digest: bytes,
+        request: Request,
+        on_started: OnStarted,
+        commit: Commit = at_once,
     ) -> Outcome:
         """Always raises SandboxLost."""
         raise SandboxLost("the sandbox is gone: its holder died")

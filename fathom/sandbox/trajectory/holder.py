@@ -67,6 +67,9 @@ class Holder:
         self.idle = idle
         self.watcher = watcher
         self.generation = 0
+        # What changed in the background and was told with no outcome yet; None where that is not
+        # known.
+        self.background: tuple[Change, ...] | None = ()
         self.ops: dict[str, _Op] = {}
         self.guests = 0
         self.last_seen = time.monotonic()
@@ -103,9 +106,16 @@ class Holder:
                     }
                 )
             case "run":
+                for key in head["done"]:
+                    self._give_up(key)
+                request = Request.from_json(head, data if head["has_data"] else None)
+                self._look(request)
+                word = await line.receive()
+                if word is None or word[0]["ask"] != "go":
+                    return  # its caller is gone and has promised nothing
                 op = self.ops.get(head["key"])
                 if op is None:
-                    op = self._begin(head, data)
+                    op = self._begin(head["key"], bytes.fromhex(head["digest"]), request)
                 elif op.digest != head["digest"]:
                     await line.send({"is": "conflict"})
                     return
@@ -115,21 +125,19 @@ class Holder:
                 await self._send_end(line, self.ops[head["key"]])
             case "query":
                 await self._send_state(line, self.ops.get(head["key"]))
-            case "done":
-                if (op := self.ops.get(head["key"])) is not None:
-                    op.outcome = None if op.outcome is None else Outcome()
-                await line.send({"is": "done"})
             case _:
                 self.stopping.set()
                 await line.send({"is": "stopping"})
 
-    def _begin(self, head: dict[str, Any], data: bytes) -> _Op:
-        key, op = head["key"], _Op(head["digest"])
-        request = Request.from_json(head, data if head["has_data"] else None)
+    def _give_up(self, key: str) -> None:
+        """Keep no more of an outcome than that there was one."""
+        if (op := self.ops.get(key)) is not None:
+            op.outcome = None if op.outcome is None else Outcome()
+
+    def _begin(self, key: str, digest: bytes, request: Request) -> _Op:
+        op = _Op(digest.hex())
         # Written before anything happens, so that a holder that dies leaves no doubt about it.
-        record = self.journal.append(
-            Kind.INTENT, HELD, key=key, digest=bytes.fromhex(op.digest), reserve=True
-        )
+        record = self.journal.append(Kind.INTENT, HELD, key=key, digest=digest, reserve=True)
         self.ops[key] = op
         assert self.group is not None
         self.group.start_soon(self._run, key, op, request, record.node_sequence)
@@ -137,7 +145,7 @@ class Holder:
 
     async def _run(self, key: str, op: _Op, request: Request, intent: int) -> None:
         try:
-            background = self._changes(request)
+            background, self.background = self.background, ()
             outcome = await perform(self.sandbox, request)
             self.generation += 1
             outcome = replace(
@@ -162,6 +170,12 @@ class Holder:
         finally:
             op.ended.set()
             self.last_seen = time.monotonic()
+
+    def _look(self, request: Request) -> None:
+        """Take note of what changed since the last operation, before the next one begins."""
+        found = self._changes(request)
+        known = self.background
+        self.background = None if found is None or known is None else (*known, *found)
 
     def _changes(self, request: Request) -> tuple[Change, ...] | None:
         if self.watcher is None:

@@ -1,7 +1,8 @@
 """Where each record lies: a SQLite file that may be deleted at any time.
 
-It is filled from the log alone and holds nothing else. It saves a scan of the segments that were
-scanned before and have not been touched since; whoever doubts it deletes it.
+It is filled from the log alone. It saves a scan of the segments that were scanned before and have
+not been touched since, and it remembers up to which record the log was on disk: a log that is
+shorter has lost something, which its own segments could not tell. Whoever doubts it deletes it.
 
 Paper: none (storage).
 """
@@ -13,13 +14,14 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from fathom.sandbox.trajectory.errors import LogCorrupt
 from fathom.sandbox.trajectory.record import Kind, chain_hash
 from fathom.sandbox.trajectory.segment import Found, Segment
 
 NAME = "index.sqlite"
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE segments (first INTEGER PRIMARY KEY, mtime INTEGER, inode INTEGER, size INTEGER);
 CREATE TABLE records (
@@ -28,6 +30,18 @@ CREATE TABLE records (
 );
 CREATE INDEX by_sandbox ON records (sandbox, sequence);
 """
+# `boot`: in which life of the machine that holds, empty for all.
+_LOG = "CREATE TABLE log (identity BLOB, durable INTEGER, boot TEXT)"
+# A file that cannot be read or written now may be whole: it is left as it is.
+_NOT_NOW = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+}
 _ROW = "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _BATCH = 512
 
@@ -66,10 +80,42 @@ class Summary:
     ended: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """That the log with this identity was on disk up to the record `durable`."""
+
+    identity: bytes = b""
+    durable: int = 0
+
+
+def witness(folder: Path) -> Witness:
+    """What an index in `folder` says of its log; nothing where there is none that can be read."""
+    try:
+        db = sqlite3.connect(f"file:{quote(str(folder / NAME))}?mode=ro", uri=True)
+        try:
+            identity, durable, boot = db.execute("SELECT * FROM log").fetchone()
+        finally:
+            db.close()
+        return Witness(bytes(identity), int(durable) if boot in ("", _boot()) else 0)
+    except (sqlite3.Error, TypeError, ValueError):
+        return Witness()
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 class Index:
-    """The index of one log, in its folder or, for a reader, in memory."""
+    """The index of one log, in its folder or, for a reader, in memory.
+
+    `durable`: up to which record the log is on disk, as its writer knows; it is written out with
+    the rows. Where the log leaves that to the kernel, it is no longer true once the machine stops.
+    """
 
     def __init__(self, folder: Path | None, identity: bytes, *, durable: bool = True) -> None:
+        self.durable = 0
+        self._noted = 0
+        self._boot = "" if durable else _boot()
         # What need not survive a power cut need not wait for the disk either.
         self._synchronous = "NORMAL" if durable else "OFF"
         self._path = None if folder is None else folder / NAME
@@ -85,8 +131,10 @@ class Index:
             if self._is_ours(db):
                 return db
             db.close()
-        except sqlite3.Error:
-            pass  # damaged: what it said is in the log
+        except sqlite3.Error as error:
+            if error.sqlite_errorcode & 0xFF in _NOT_NOW:
+                return self._connect(":memory:")
+            # damaged: what it said is in the log
         return self._start_again()
 
     def _start_again(self) -> sqlite3.Connection:
@@ -108,8 +156,8 @@ class Index:
                 for statement in _SCHEMA.split(";"):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version={_VERSION}")
-                db.execute("CREATE TABLE log (identity BLOB)")
-                db.execute("INSERT INTO log VALUES (?)", (self._identity,))
+                db.execute(_LOG)
+                db.execute("INSERT INTO log VALUES (?, 0, '')", (self._identity,))
                 db.execute("COMMIT")
         except sqlite3.Error:
             db.close()
@@ -131,23 +179,29 @@ class Index:
         Raises LogCorrupt when a finished segment is gone.
         """
         there = {segment.first for segment in segments}
-        for (first,) in self._db.execute("SELECT first FROM segments").fetchall():
-            if first not in there:
-                raise LogCorrupt(f"the segment that begins with record {first} is missing")
-        known = 0
-        for segment in segments[:-1]:
-            row = self._db.execute(
-                "SELECT mtime, inode, size FROM segments WHERE first=?", (segment.first,)
-            ).fetchone()
-            if row != _signature(segment):
-                break
-            known += 1
-        boundary = segments[known].first if segments else 1
-        self._db.execute("BEGIN")
-        self._db.execute("DELETE FROM records WHERE node>=?", (boundary,))
-        self._db.execute("DELETE FROM segments WHERE first>=?", (boundary,))
-        self._db.execute("COMMIT")
-        return known
+        try:
+            for (first,) in self._db.execute("SELECT first FROM segments").fetchall():
+                if first not in there:
+                    raise LogCorrupt(f"the segment that begins with record {first} is missing")
+            known = 0
+            for segment in segments[:-1]:
+                row = self._db.execute(
+                    "SELECT mtime, inode, size FROM segments WHERE first=?", (segment.first,)
+                ).fetchone()
+                if row != _signature(segment):
+                    break
+                known += 1
+            boundary = segments[known].first if segments else 1
+            self._db.execute("BEGIN")
+            self._db.execute("DELETE FROM records WHERE node>=?", (boundary,))
+            self._db.execute("DELETE FROM segments WHERE first>=?", (boundary,))
+            self._db.execute("COMMIT")
+            return known
+        except sqlite3.Error:
+            # A full disk, most likely: then all of the log is read, and this run does without.
+            self._db.close()
+            self._db = self._connect(":memory:")
+            return 0
 
     def add(self, segment: Segment, found: Found) -> None:
         """Note a record; it is written out with others later."""
@@ -181,7 +235,7 @@ class Index:
 
     def flush(self) -> None:
         """Write out what waits. A disk without room only makes the next start scan more."""
-        if not self._waiting:
+        if not self._waiting and self.durable == self._noted:
             return
         rows, self._waiting = self._waiting, []
         try:
@@ -199,7 +253,11 @@ class Index:
     def _write(self, rows: list[tuple[object, ...]]) -> None:
         self._db.execute("BEGIN")
         self._db.executemany(_ROW, rows)
+        if self.durable != self._noted:
+            values = self.durable, self._boot
+            self._db.execute("UPDATE log SET durable=?, boot=?", values)
         self._db.execute("COMMIT")
+        self._noted = self.durable
 
     def head(self, sandbox: str) -> Head | None:
         """The last record of a sandbox."""

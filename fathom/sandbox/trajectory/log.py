@@ -31,7 +31,7 @@ from fathom.sandbox.trajectory import body as bodies
 from fathom.sandbox.trajectory import segment as segments
 from fathom.sandbox.trajectory.body import Blob, Blobs, Body
 from fathom.sandbox.trajectory.errors import LogCorrupt, LogFull, LogLocked, TrajectoryError
-from fathom.sandbox.trajectory.index import Head, Index, Place, Summary
+from fathom.sandbox.trajectory.index import Head, Index, Place, Summary, Witness, witness
 from fathom.sandbox.trajectory.record import (
     NOTHING,
     Kind,
@@ -66,8 +66,11 @@ class Reader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        # Asked first: whatever it knows of is in the segments that are there now.
+        known = witness(self.folder)
         self._segments = segments.open_segments(self.folder) if self.folder.is_dir() else []
         if not self._segments:
+            self._check_end(known)
             raise TrajectoryError(f"there is no log in {self.folder}")
         self._blobs = Blobs(self.folder / _BLOBS)
         self._files: dict[int, int] = {}
@@ -76,6 +79,7 @@ class Reader:
             self._index = Index(None, self._segments[0].identity)
             try:
                 self._next, self._offset = self._scan(0)
+                self._check_end(known)
                 return
             except LogCorrupt:
                 self._index.close()
@@ -117,6 +121,17 @@ class Reader:
             if not last:
                 self._index.seal(segment)
         return following, offset
+
+    def _check_end(self, known: Witness) -> None:
+        """Refuse a log without its last records, or without any, where the index knew of more."""
+        ours = not self._segments or self._segments[0].identity == known.identity
+        last = self.last if self._segments else 0
+        if ours and last < known.durable:
+            raise LogCorrupt(
+                f"records {last + 1} to {known.durable} of {self.folder} were on disk and are "
+                "gone: restore its last segments from a copy; or, where this is a copy that was "
+                "made while the log was written, delete its index.sqlite to go on without them"
+            )
 
     def _check_chain(self, found: Found, heads: dict[str, Head | None]) -> None:
         record = found.record
@@ -220,8 +235,10 @@ class Log(Reader):
 
     def _open(self) -> None:
         _remove_unfinished(self.folder)
+        witnessed = witness(self.folder)
         self._segments = segments.open_segments(self.folder)
         if not self._segments:
+            self._check_end(witnessed)
             identity = secrets.token_bytes(16)
             self._segments = [self._new_segment(identity, 1)]
         self._blobs = Blobs(self.folder / _BLOBS, durable=self.durability == "power")
@@ -232,9 +249,10 @@ class Log(Reader):
         self._salt = self._segments[0].salt
         known = self._index.known_segments(self._segments)
         self._next, self._offset = self._scan(known)
+        self._check_end(witnessed)
         active = self._segments[-1]
         segments.cut(active, self._offset, durable=self.durability == "power")
-        self._durable = self._next - 1
+        self._durable = self._index.durable = self._next - 1
         self._fd = os.open(active.path, os.O_RDWR | os.O_CLOEXEC)
 
     def head(self, sandbox: str) -> Head | None:
@@ -334,7 +352,7 @@ class Log(Reader):
         fd = os.open(fresh.path, os.O_RDWR | os.O_CLOEXEC)
         os.close(self._fd)
         self._fd, self._offset = fd, SEGMENT_HEADER
-        self._durable = self._next - 1
+        self._durable = self._index.durable = self._next - 1
         self._index.seal(self._segments[-1])
         self._segments.append(fresh)
         self._state.notify_all()
@@ -368,7 +386,7 @@ class Log(Reader):
                     # succeeds would prove nothing.
                     self._broken = f"the disk failed: {failure}"
                     self._check_open()
-                self._durable = max(self._durable, written)
+                self._durable = self._index.durable = max(self._durable, written)
 
     def _flush_disk(self, fd: int) -> None:
         if self.durability == "power":

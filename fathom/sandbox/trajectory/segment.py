@@ -35,6 +35,7 @@ VERSION = 1
 SEGMENT_HEADER = 64
 SMALLEST_SEGMENT = 1 << 16
 SUFFIX = ".log"
+_ZEROS = 1 << 20
 _PROMISE = struct.Struct("<8sI")
 _REST = struct.Struct("<16sQQQ")
 _CRC = struct.Struct("<I")
@@ -208,11 +209,23 @@ def _written(file: int) -> Iterator[tuple[int, int]]:
 
 
 def cut(segment: Segment, at: int, *, durable: bool = True) -> None:
-    """Remove everything from byte `at` on and give the segment its full size again."""
+    """Remove everything from byte `at` on and give the segment its full size again.
+
+    What is there is overwritten: room that was given back might be somebody else's by the time it
+    is asked for again, and a log on a full disk must still take the receipts it kept room for.
+    """
     fd = os.open(segment.path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        os.ftruncate(fd, at)
-        os.posix_fallocate(fd, 0, segment.size)
+        for begin, end in list(_written(fd)):
+            for position in range(max(begin, at), end, _ZEROS):
+                os.pwrite(fd, bytes(min(_ZEROS, end - position)), position)
+        try:
+            os.posix_fallocate(fd, 0, segment.size)
+        except OSError as error:
+            # Somebody else took its room from it; a write that finds none says so.
+            if error.errno not in NO_ROOM:
+                raise
+        os.ftruncate(fd, segment.size)
         if durable:
             os.fsync(fd)
     finally:

@@ -38,11 +38,13 @@ from fathom.sandbox.trajectory.errors import (
     TrajectoryError,
 )
 from fathom.sandbox.trajectory.executor import (
+    Commit,
     Executor,
     Finished,
     Lost,
     Restorable,
     Running,
+    at_once,
 )
 from fathom.sandbox.trajectory.log import Log
 from fathom.sandbox.trajectory.operation import Operation, Outcome, Request, encode_outcome
@@ -216,7 +218,7 @@ class Session:
                 return await self._resolve(operation, digest, entry, on_unknown)
             if self._tape.lives[entry.life] != self.executor.epoch:
                 return await self._begin(operation, digest)
-            return await self._dispatch(operation, digest, entry)
+            return await self._dispatch(operation, digest, entry.ticket, [entry])
         finally:
             self._running.discard(operation.key)
 
@@ -310,20 +312,34 @@ class Session:
         blobs = {"arguments": canonical(arguments["arguments"])}
         if operation.request.data is not None:
             blobs["data"] = operation.request.data
-        record = await self._append(
-            Kind.INTENT,
-            key=operation.key,
-            digest=digest,
-            fields={"verb": arguments["verb"], "effect": operation.effect},
-            blobs=blobs,
-            reserve=True,
-        )
-        entry = self._tape.begin(record)
-        entry.presented = True
-        return await self._dispatch(operation, digest, entry)
+        begun: list[Entry] = []
 
-    async def _dispatch(self, operation: Operation, digest: bytes, entry: Entry) -> Outcome:
+        async def commit() -> None:
+            record = await self._append(
+                Kind.INTENT,
+                key=operation.key,
+                digest=digest,
+                fields={"verb": arguments["verb"], "effect": operation.effect},
+                blobs=blobs,
+                reserve=True,
+            )
+            entry = self._tape.begin(record)
+            entry.presented = True
+            begun.append(entry)
+
+        ticket = self._tape.next_ticket(operation.key)
+        return await self._dispatch(operation, digest, ticket, begun, commit)
+
+    async def _dispatch(
+        self,
+        operation: Operation,
+        digest: bytes,
+        ticket: str,
+        begun: list[Entry],
+        commit: Commit = at_once,
+    ) -> Outcome:
         def on_started() -> None:
+            (entry,) = begun
             entry.started = True
             self._log.append(
                 Kind.STARTED,
@@ -336,16 +352,19 @@ class Session:
 
         try:
             outcome = await self.executor.dispatch(
-                entry.ticket, digest, operation.request, on_started
+                ticket, digest, operation.request, on_started, commit
             )
         except SandboxLost as error:
+            if not begun:
+                raise  # nothing was written down, so nothing began
+            (entry,) = begun
             await self._decide(entry, operation.request)
             if entry.end is not None:
                 return read_outcome(self._log, entry.end)
             if entry.unknown is None:
                 raise  # it never began; the intent stays and the operation may be asked for again
             raise self._unknown(entry) from error
-        await self._write_receipt(entry, outcome)
+        await self._write_receipt(begun[0], outcome)
         return outcome
 
     async def _decide(self, entry: Entry, request: Request) -> None:

@@ -40,7 +40,11 @@ class Entry:
     @property
     def ticket(self) -> str:
         """The key under which the executor knows this attempt: it runs none of them twice."""
-        return self.key if self.attempts == 1 else f"{self.key}#{self.attempts}"
+        return _ticket(self.key, self.attempts)
+
+
+def _ticket(key: str, attempt: int) -> str:
+    return key if attempt == 1 else f"{key}#{attempt}"
 
 
 @dataclass(slots=True)
@@ -82,6 +86,10 @@ class Tape:
         self.entries.append(entry)
         self.by_key[record.key] = entry
         return entry
+
+    def next_ticket(self, key: str) -> str:
+        """The ticket of the attempt that would be begun next."""
+        return _ticket(key, self.attempts.get(key, 0) + 1)
 
     def present(self, presented: bool) -> None:
         """Take every entry for asked for in this life, or none."""

@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ MONITOR, PORT = "monitor.sock", "port.sock"
 PROCESSES = {"microvm": DEFAULT_PIDS, "fullvm": 1024}
 WRITABLE = ("/work", "/tmp", "/dev", "/proc", "/run", "/var/tmp")
 _EMULATOR_PIDS = 64
+_JOURNAL = 16 << 20  # bytes of receipts, in the guest's memory
 _BOOT_TIMEOUT = {"microvm": 60.0, "fullvm": 300.0}
 _RESTORE_TIMEOUT = 30.0
 _GONE_TIMEOUT = 10.0
@@ -205,7 +207,7 @@ def _introduce(machine: Machine, source: Saved | None, state_file: int) -> None:
     machine.monitor = Monitor(_connect(machine, MONITOR, timeout))
     port = _connect(machine, PORT, timeout)
     listener = messages.listen(machine.folder, state.SOCKET)
-    machine.mux = Mux(listener, port, machine.secret)
+    machine.mux = Mux(listener, port, machine.secret, partial(_kill, machine))
     if source is not None:
         _restore(machine, state_file)
         if source.video:
@@ -227,6 +229,7 @@ def settings(launch: MachineLaunch) -> bytes:
     found: list[tuple[int, bytes | str | int]] = [
         (Tag.GUEST, 1),
         (Tag.OOM_SCORE, OOM_SCORE),
+        (Tag.JOURNAL, _JOURNAL),
     ]
     if launch.user != "root":
         found += [
@@ -293,8 +296,11 @@ def _note(machine: Machine) -> None:
 # Living ----------------------------------------------------------------------------------------
 
 
-def freeze(machine: Machine) -> None:
-    """Stop the machine's processors, and with them its clock. Raises SandboxError."""
+def freeze(machine: Machine, _: str = "") -> None:
+    """Stop the machine's processors, and with them its clock. Raises SandboxError.
+
+    Whoever copies it keeps it `busy` meanwhile, so a pause needs no other holder than its user.
+    """
     with machine.busy:
         if machine.frozen is None and machine.mux is not None:
             # At the end of a frame: whoever copies a paused machine finds no half of one in it.
@@ -303,7 +309,7 @@ def freeze(machine: Machine) -> None:
             machine.frozen = time.monotonic()
 
 
-def thaw(machine: Machine) -> float:
+def thaw(machine: Machine, _: str = "") -> float:
     """Let the machine go on; return for how many seconds it was paused. Raises SandboxError."""
     with machine.busy:
         if machine.frozen is None or machine.mux is None:
@@ -358,7 +364,7 @@ def adopt(folder: Path) -> Machine:
             machine.ask("cont")
         port = _connect(machine, PORT, _RESTORE_TIMEOUT)
         listener = messages.listen(folder, state.SOCKET)
-        machine.mux = Mux(listener, port, machine.secret)
+        machine.mux = Mux(listener, port, machine.secret, partial(_kill, machine))
         machine.mux.greet(machine.secret, _RESTORE_TIMEOUT)
         machine.mux.start()
         if machine.frozen is not None:
@@ -370,12 +376,18 @@ def adopt(folder: Path) -> Machine:
         raise
 
 
-def destroy(machine: Machine) -> None:
-    """End the machine and remove every trace. Never raises."""
-    machine.ended = True
+def _kill(machine: Machine) -> None:
+    """End the emulator; its node takes note of that as of any end."""
     if machine.pidfd >= 0:
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(machine.pidfd, signal.SIGKILL)
+
+
+def destroy(machine: Machine) -> None:
+    """End the machine and remove every trace. Never raises."""
+    machine.ended = True
+    _kill(machine)
+    if machine.pidfd >= 0:
         poller = select.poll()
         poller.register(machine.pidfd, select.POLLIN)
         poller.poll(_GONE_TIMEOUT * 1000)

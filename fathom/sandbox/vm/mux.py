@@ -65,10 +65,20 @@ class _Route:
 
 
 class Mux:
-    """The lines of one machine, carried by a thread of its own from `start` on."""
+    """The lines of one machine, carried by a thread of its own from `start` on.
 
-    def __init__(self, listener: socket.socket, port: socket.socket, secret: bytes) -> None:
+    `on_lost`: called once when they end for any reason but `close`: nobody reaches it then.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        port: socket.socket,
+        secret: bytes,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
         self.secret = secret
+        self._on_lost = on_lost
         self._listener = listener
         self._port = port
         self._greeting = b""
@@ -218,13 +228,18 @@ class Mux:
                         self._serve(key.data, events)
                 with self._lock:
                     self._flush_port()
-        except (OSError, SandboxError) as error:
-            self._lost = str(error) or "the virtual machine ended"
+        except Exception as error:
+            # Whatever it was: a machine that nobody reaches any more shall not seem to be there.
+            known = isinstance(error, OSError | SandboxError)
+            said = str(error) if known else f"its lines failed ({type(error).__name__}: {error})"
+            self._lost = said or "the virtual machine ended"
         finally:
             self._end()
 
     def _end(self) -> None:
         with self._lock:
+            if not self._closed:
+                self._on_lost()
             self._lost = self._lost or "the virtual machine ended"
             for line in list(self._lines):
                 line.sock.close()
@@ -271,10 +286,14 @@ class Mux:
             if events & selectors.EVENT_READ:
                 self._receive()
         elif isinstance(what, _Line) and what in self._lines:
-            if events & selectors.EVENT_WRITE:
-                self._flush(what)
-            if events & selectors.EVENT_READ and what in self._lines:
-                self._listen(what)
+            try:
+                if events & selectors.EVENT_WRITE:
+                    self._flush(what)
+                if events & selectors.EVENT_READ and what in self._lines:
+                    self._listen(what)
+            except Exception:
+                # One client's mistake, or ours about it, is not the others' end.
+                self._drop(what)
 
     def _welcome(self) -> None:
         with contextlib.suppress(OSError):
@@ -344,13 +363,16 @@ class Mux:
         return None
 
     def _drop(self, line: _Line) -> None:
-        with contextlib.suppress(KeyError):
+        """Let go of a line and end its commands. Does nothing the second time."""
+        if line not in self._lines:
+            return
+        self._lines.discard(line)
+        with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(line.sock)
         with contextlib.suppress(OSError):
             if line.out:
                 line.sock.send(line.out)
         line.sock.close()
-        self._lines.discard(line)
         for number in line.numbers.values():
             route = self._routes.get(number)
             if route is None:
@@ -398,6 +420,8 @@ class Mux:
     def _say(self, line: _Line, number: int, kind: int, payload: bytes) -> None:
         line.out += frames.pack(number, kind, payload)
         self._flush(line)
+        if line not in self._lines:
+            return
         if len(line.out) > _TOO_MUCH:
             self._drop(line)
         elif len(line.out) > _HIGH and not line.held:

@@ -5,6 +5,7 @@ Paper: §5.2.5 (`pack_diff`).
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -31,7 +32,7 @@ def pack(cache: Path, spec: MicroVM, folder: Path, secret: bytes, name: str | No
     # Heads of entries come on top of what the guest may have written.
     limit = 2 * spec.disk_bytes + (64 << 20)
     with Store(cache / "store") as store, tempfile.TemporaryFile(dir=cache) as archive:
-        _fetch(folder, secret, cast("BinaryIO", archive), limit)
+        _fetch(folder, secret, cast("BinaryIO", archive), limit, 2 * spec.disk_bytes)
         archive.seek(0)
         with store.making("the machine's writes cannot be packed") as work:
             with (work / "data").open("wb") as out:
@@ -48,7 +49,8 @@ def pack(cache: Path, spec: MicroVM, folder: Path, secret: bytes, name: str | No
         return layer.digest
 
 
-def _fetch(folder: Path, secret: bytes, archive: BinaryIO, limit: int) -> None:
+def _fetch(folder: Path, secret: bytes, archive: BinaryIO, limit: int, most: int) -> None:
+    # The agent refuses files with more bytes: only holes, or many names of one file, make so many.
     end = talk.execute(
         folder,
         secret,
@@ -57,10 +59,18 @@ def _fetch(folder: Path, secret: bytes, archive: BinaryIO, limit: int) -> None:
         timeout=_TIMEOUT,
         cap=limit,
         output=archive.write,
+        argument=str(most),
     )
     problem = frames.text_of(end.get(Tag.PROBLEM))
     if problem or frames.number_of(end.get(Tag.EXIT)):
         number = int(problem[1:]) if problem[1:].isdigit() else 0
+        if number == errno.EFBIG:
+            raise SandboxError(
+                f"the machine's files have more than {most} bytes, twice its disk, holes included "
+                "and every name of a file counted: remove or shorten some"
+            )
+        if number == errno.ELOOP:
+            raise SandboxError("the machine's folders are nested more than 200 deep")
         raise SandboxError(f"the machine's writes cannot be read: {os.strerror(number)}")
     if frames.number_of(end.get(Tag.STDOUT_TOTAL)) > limit:
         raise SandboxError(f"the machine's writes are more than {limit >> 20} MiB as an archive")

@@ -23,14 +23,16 @@ def execute(
     timeout: float,
     cap: int = 0,
     output: Callable[[bytes], object] | None = None,
+    argument: str = "-",
 ) -> dict[int, bytes]:
     """Run a shell line, or with `builtin` an operation of the agent; return the fields of its EXIT.
 
-    `cap`: bytes of standard output that `output` is given, piece by piece.
+    `cap`: bytes of standard output that `output` is given, piece by piece; a guest that sends more
+    ends the command. `argument`: of an operation of the agent.
     Raises SandboxError where it cannot be run, SandboxTimeout.
     """
     request: list[tuple[int, bytes | str | int]] = [
-        (Tag.ARG, "-" if builtin else what),
+        (Tag.ARG, argument if builtin else what),
         (Tag.TIMEOUT_US, int(timeout * 1e6)),
         (Tag.CAP, cap),
         (Tag.FLAGS, int(Flags(0) if builtin else Flags.SHELL)),
@@ -40,6 +42,7 @@ def execute(
     if builtin:
         request.append((Tag.BUILTIN, what))
     splitter = frames.Splitter()
+    got = 0
     with messages.connect(folder, state.SOCKET) as line:
         line.settimeout(timeout + 30)
         try:
@@ -49,6 +52,9 @@ def execute(
             while data := line.recv(1 << 18):
                 for frame in splitter.feed(data):
                     if frame.kind == Frame.STDOUT and output is not None:
+                        got += len(frame.payload)
+                        if got > cap:
+                            raise SandboxError(f"the machine sent more than {cap} bytes")
                         output(frame.payload)
                     elif frame.kind == Frame.EXIT:
                         return frame.fields()

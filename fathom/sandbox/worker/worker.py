@@ -39,10 +39,10 @@ from fathom.sandbox.trajectory.segment import SUFFIX
 from fathom.sandbox.trajectory.store import LOG, Store, new_name
 from fathom.sandbox.types import Kept
 from fathom.sandbox.worker import toolkit
-from fathom.sandbox.worker.keeper import TROUBLE, LoopFailed
+from fathom.sandbox.worker.attendant import TROUBLE, LoopFailed
 
 PLAN = "worker.json"
-_KEEPER = "fathom.sandbox.worker.keeper"
+_ATTENDANT = "fathom.sandbox.worker.attendant"
 _POLL = 0.1
 State = Literal["running", "ended", "stopped early"]
 OnLost = Literal["fail", "continue"]
@@ -99,7 +99,7 @@ class Worker:
         """Start a target and a worker beside it with the daemon, and the loop in it.
 
         `fields` say what is done, as the first record. `idle`: seconds after which the daemon ends
-        both when the keeper is gone and nobody comes back. Raises DaemonLost without a daemon,
+        both when the attendant is gone and nobody comes back. Raises DaemonLost without a daemon,
         Unsupported where its sandboxes can have no door, SandboxError.
         """
         store = store or Store()
@@ -150,7 +150,7 @@ class Worker:
     ) -> Worker:
         """Come back to a run: its loop went on, or goes on now.
 
-        A keeper that died is replaced, and then may need `secret` again. `fields`: what the run
+        An attendant that died is replaced, and then may need `secret` again. `fields`: what the run
         must have begun with. `on_lost`: what to do when the target is gone. Raises TrajectoryError
         when there is no such run, SandboxLost, DaemonLost, SandboxError.
         """
@@ -202,7 +202,7 @@ class Worker:
         try:
             trouble = json.loads((self._folder / TROUBLE).read_text())["message"]
         except (OSError, ValueError, KeyError):
-            trouble = "its keeper was ended"
+            trouble = "its attendant was ended"
         raise LoopFailed(f"{self.id} stopped before its work was done: {trouble}")
 
     async def stop(self) -> None:
@@ -235,8 +235,8 @@ class Worker:
 
     async def _start(self, plan: Mapping[str, Any], secret: Mapping[str, Any]) -> None:
         given = {"plan": dict(plan), "secret": dict(secret), "folder": str(self._folder)}
-        start = partial(detached.start, _KEEPER, self._folder, given)
-        # Not abandoned when the caller is cancelled: a keeper that nobody heard of would be left.
+        start = partial(detached.start, _ATTENDANT, self._folder, given)
+        # Not abandoned when the caller is cancelled: nobody would know of the attendant.
         answers: list[dict[str, Any] | None] = []
         with anyio.CancelScope(shield=True):
             answers.append(await anyio.to_thread.run_sync(start))

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from fathom.errors import DaemonLost, PolicyDenied, SandboxError, SandboxLost, Unsupported
+from fathom.errors import DaemonLost, KeyConflict, PolicyDenied, SandboxLost, Unsupported
 from fathom.sandbox import Container, Net, SyncClient, messages, state
 from fathom.sandbox.edge import SOCKET
 from tests.sandbox.edge.daemon import REPOSITORY, Daemon, environment
@@ -37,8 +37,8 @@ def test_sandboxes_outlive_clients_and_the_daemon(daemon: Daemon):
     with daemon.client() as client:
         sandbox = client.create(Container(), key="job/1", group="job")
         sandbox.exec("echo kept > f; (sleep 4321 > /dev/null 2>&1 &)", timeout=20)
-        assert client.create(Container(), key="job/1").id == sandbox.id
-        with pytest.raises(SandboxError, match="another kind"):
+        assert client.create(Container(), key="job/1", group="job").id == sandbox.id
+        with pytest.raises(KeyConflict, match="other values"):
             client.create(Container(pids=9), key="job/1")
         name = sandbox.id
     daemon.end(signal.SIGKILL)
@@ -51,7 +51,7 @@ def test_sandboxes_outlive_clients_and_the_daemon(daemon: Daemon):
         sandbox = client.attach(name)
         shown = sandbox.exec("cat f; pgrep -fc 'sleep 432[1]'", timeout=20).stdout
         assert shown == "kept\n1\n"
-        assert client.create(Container(), key="job/1").id == name
+        assert client.create(Container(), key="job/1", group="job").id == name
         if sandbox.caps.fork:
             (copy,) = sandbox.fork()
             assert copy.exec("cat f", timeout=20).stdout == "kept\n"
@@ -187,6 +187,24 @@ def test_admission(daemon: Daemon):
             client.create(Container())
         made[0].stop()
         client.create(Container())
+
+
+def test_those_that_wait_count(daemon: Daemon):
+    """What was made in advance is handed out, never more than admitted, and gone afterwards."""
+    with daemon.client() as client:
+        spec = Container(hostname="waits")
+        with pytest.raises(PolicyDenied):
+            client.prewarm(spec, 7)
+        client.prewarm(spec, 5)
+        assert client.list() == []
+        client.create(Container())
+        with pytest.raises(PolicyDenied, match="6 sandboxes of 6"):
+            client.create(Container())
+        for _ in range(5):
+            client.create(spec)
+        with pytest.raises(PolicyDenied):
+            client.create(spec)
+        assert len(client.list()) == 6
 
 
 def test_a_sandbox_that_died_while_nobody_looked(daemon: Daemon):

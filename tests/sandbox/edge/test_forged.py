@@ -26,7 +26,8 @@ from fathom.sandbox.host import LocalHost
 from fathom.sandbox.substrates.choice import program_of, suited
 
 DECOY = "sb-1-0123456789"
-SMALL = {"type": "container", "memory": "32MiB", "pids": 16}
+# Limits that bubblewrap holds none of are not asked for without root.
+SMALL = {"type": "container", **({"memory": "32MiB", "pids": 16} if os.geteuid() == 0 else {})}
 
 
 class Forger:
@@ -288,11 +289,13 @@ POLICIES: list[Any] = [
     {"addresses": [[5, 80]]},
     {"addresses": [["::1", 80]]},
     {"addresses": [["10.0.0.1", 80]] * 300},
-    {"domains": [["a.example\nb", [443]]]},
-    {"domains": [["*", [443]]]},
-    {"domains": [["a.example", "443"]]},
-    {"domains": [["a.example", [443] * 100]]},
-    {"domains": [[["a.example"], [443]]]},
+    {"domains": [["a.example\nb", [443], False]]},
+    {"domains": [["*", [443], False]]},
+    {"domains": [["a.example", "443", False]]},
+    {"domains": [["a.example", [443] * 100, False]]},
+    {"domains": [[["a.example"], [443], False]]},
+    {"domains": [["a.example", [443], 1]]},
+    {"domains": [["a.example", [443]]]},
     {"mirrors": ["../x"]},
     {"mirrors": ["nobody-knows-it"]},
     {"mirrors": {"pypi": "http://evil.example"}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from fathom.sandbox.images import (
     Image,
     ImageError,
     ImageMissing,
+    ImageTooLarge,
     Owners,
     RunConfig,
     Store,
@@ -31,6 +33,7 @@ from fathom.sandbox.images import (
     snapshot,
     tree,
 )
+from fathom.sandbox.images.care import check
 from tests.sandbox.images.listing import listing
 
 Fill = Callable[[Path], Path]
@@ -41,6 +44,56 @@ def place(tmp_path: Path, name: str) -> Path:
     folder = tmp_path / name
     folder.mkdir()
     return folder
+
+
+def test_holes_are_neither_read_nor_written(store: Store, tmp_path: Path):
+    folder = place(tmp_path, "a")
+    size, marks = 256 << 20, (0, 100 << 20, (200 << 20) + 12_345)
+    with (folder / "sparse").open("wb") as file:
+        file.truncate(size)
+        for at in marks:
+            os.pwrite(file.fileno(), b"here", at)
+    (folder / "small").write_bytes(bytes(700_000))
+    for name in ("sparse", "small"):
+        os.utime(folder / name, (1_600_000_000, 1_600_000_000))
+    os.utime(folder, (1_600_000_000, 1_600_000_000))
+    layer = pack_folder(store, folder)
+    (blob,) = store.layer(layer.digest).data
+    held = store.data_path(blob.digest).stat()
+    assert held.st_size == blob.size >= size
+    assert held.st_blocks * 512 < 4 << 20
+    assert check(store) == []
+    # Zeros that were written give the same layer, and lie in holes as well.
+    dense = bytearray(size)
+    for at in marks:
+        dense[at : at + 4] = b"here"
+    (folder / "sparse").write_bytes(dense)
+    os.utime(folder / "sparse", (1_600_000_000, 1_600_000_000))
+    with Store(tmp_path / "other", durable=False) as other:
+        assert pack_folder(other, folder).digest == layer.digest
+        assert other.data_path(blob.digest).stat().st_blocks * 512 < 4 << 20
+    # And they come back.
+    image = Image(layers=(layer.digest,), architecture="amd64")
+    if os.geteuid() == 0:
+        with (
+            compose(store, image, place(tmp_path, "m")) as stack,
+            (stack.root / "sparse").open("rb") as shown,
+        ):
+            assert hashlib.sha256(shown.read()).digest() == hashlib.sha256(dense).digest()
+
+
+def test_a_file_of_nothing_is_refused(store: Store, tmp_path: Path):
+    folder = place(tmp_path, "a")
+    with (folder / "x").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ImageTooLarge, match="/x has 1099511627776 bytes"):
+        pack_folder(store, folder)
+    os.truncate(folder / "x", 10 << 20)
+    with pytest.raises(ImageTooLarge, match="holes included"):
+        pack_diff(store, folder, limit=(10 << 20) - 1)
+    (folder / "y").hardlink_to(folder / "x")  # counts once
+    assert pack_diff(store, folder, limit=10 << 20)
+    assert list((store.folder / "tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize("mode", MODES)

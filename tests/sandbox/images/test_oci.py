@@ -12,6 +12,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import zstandard
@@ -389,6 +390,56 @@ def test_an_index_in_itself_ends(store: Store, layout: Layout):
         )
     with pytest.raises(ImageDamaged, match="nested too deep"):
         import_archive(store, layout.index(inner), "x")
+
+
+def test_the_limit_is_for_all_layers_of_an_image(store: Store, layout: Layout):
+    layers = [tar(entry(name, os.urandom(3 << 20))) for name in ("a", "b", "c")]
+    place = layout.index(layout.image(*layers))
+    with pytest.raises(ImageTooLarge, match="more than 8388608 bytes"):
+        import_archive(store, place, "x", limits=Limits(size=8 << 20))
+    import_archive(store, place, "x", limits=Limits(size=9 << 20))
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax"])
+def test_holes_of_an_archive_take_no_room(
+    need_root, store: Store, layout: Layout, tmp_path: Path, form: str
+):
+    size, marks = 40 << 30, ((1 << 30) + 5, 39 << 30)
+    with (tmp_path / "x").open("wb") as file:
+        file.truncate(size)
+        for at in marks:
+            os.pwrite(file.fileno(), b"here", at)
+    subprocess.run(
+        ["tar", f"--format={form}", "--sparse", "-cf", "x.tar", "x"], cwd=tmp_path, check=True
+    )
+    place = layout.index(layout.image((tmp_path / "x.tar").read_bytes()))
+    roomy = usage(free=1 << 50)
+    with pytest.MonkeyPatch.context() as patch:
+        # Whether this machine could hold it all is not the question here.
+        patch.setattr("shutil.disk_usage", lambda _: roomy)
+        image = import_archive(store, place, "x")
+    (blob,) = store.layer(image.layers[0]).data
+    assert store.data_path(blob.digest).stat().st_blocks * 512 < 4 << 20
+    (tmp_path / "m").mkdir()
+    with (
+        compose(store, image, tmp_path / "m") as stack,
+        (stack.root / "x").open("rb") as shown,
+    ):
+        assert os.fstat(shown.fileno()).st_size == size
+        for at in marks:
+            assert os.pread(shown.fileno(), 8, at - 2) == b"\0\0here\0\0"
+
+
+def test_an_image_leaves_room_on_the_disk(store: Store, layout: Layout):
+    place = layout.index(layout.image(tar(entry("a", os.urandom(1 << 20)))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: usage(free=1 << 20))
+        with pytest.raises(StoreFull, match="can spare"):
+            import_archive(store, place, "x")
+
+
+def usage(*, free: int) -> SimpleNamespace:
+    return SimpleNamespace(total=1 << 50, used=0, free=free)
 
 
 def test_a_full_disk_while_unpacking(need_root, layout: Layout, tmp_path: Path):

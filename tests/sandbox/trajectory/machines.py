@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from fathom.errors import SandboxLost
-from fathom.sandbox.trajectory.executor import Answer, Finished, Lost, NeverSeen, Running
+from fathom.sandbox.trajectory.executor import (
+    Answer,
+    Commit,
+    Finished,
+    Lost,
+    NeverSeen,
+    Running,
+    at_once,
+)
 from fathom.sandbox.trajectory.log import Log
 from fathom.sandbox.trajectory.operation import Operation, Outcome, Request, exec_request
 from fathom.sandbox.trajectory.record import Kind, Record
@@ -56,8 +64,14 @@ class Machine:
         )
 
     async def dispatch(
-        self, key: str, digest: bytes, request: Request, on_started: Callable[[], None]
+        self,
+        key: str,
+        digest: bytes,
+        request: Request,
+        on_started: Callable[[], None],
+        commit: Commit = at_once,
     ) -> Outcome:
+        await commit()
         if key in self.journal:
             return await self.wait(key, request)
         self._maybe(f"unsent {key}")

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fathom.sandbox.trajectory import index
 from fathom.sandbox.trajectory.errors import (
     LogCorrupt,
     LogFull,
@@ -46,6 +47,11 @@ def numbers(log: Reader, sandbox: str = "sb") -> list[int]:
 
 def segment_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.log"))
+
+
+def forget_index(folder: Path) -> None:
+    for path in folder.glob("index.sqlite*"):
+        path.unlink()
 
 
 def ends_of_records(data: bytes) -> list[int]:
@@ -106,8 +112,7 @@ def test_segments_follow_each_other(tmp_path):
 def test_the_index_may_be_deleted_or_damaged(tmp_path):
     fill(tmp_path, 1000)
     for damage in (None, b"", b"garbage" * 1000):
-        for path in tmp_path.glob("index.sqlite*"):
-            path.unlink()
+        forget_index(tmp_path)
         if damage is not None:
             (tmp_path / "index.sqlite").write_bytes(damage)
         with Log(tmp_path, segment_size=SMALL) as log:
@@ -139,6 +144,7 @@ def test_cut_at_every_byte(small_log, tmp_path):
     folder.mkdir()
     for size in range(ends[-1] + 9):
         (folder / file.name).write_bytes(data[:size])
+        forget_index(folder)
         if size <= SEGMENT_HEADER:
             with pytest.raises(LogCorrupt):
                 Log(folder, segment_size=SMALL)
@@ -166,6 +172,7 @@ def test_a_changed_byte_anywhere(small_log, tmp_path):
         data[at] ^= 0x41
         (folder / file.name).write_bytes(data)
         data[at] ^= 0x41
+        forget_index(folder)
         before = (folder / file.name).read_bytes()
         if at < ends[-2]:
             with pytest.raises(LogCorrupt):
@@ -199,8 +206,7 @@ def test_junk_written_over_a_log_of_several_segments(tmp_path_factory, at, junk,
     new = (old[:offset] + junk + old[offset + len(junk) :])[:SMALL]
     file.write_bytes(new)
     if not indexed:
-        for path in copy.glob("index.sqlite*"):
-            path.unlink()
+        forget_index(copy)
     try:
         with Log(copy, segment_size=SMALL, durability="process") as log:
             found = numbers(log)
@@ -209,6 +215,7 @@ def test_junk_written_over_a_log_of_several_segments(tmp_path_factory, at, junk,
     else:
         assert found == list(range(500))[: len(found)]
         if len(found) < 500:
+            assert not indexed, "the index is a witness of the last record as well"
             assert file == files[-1]
             assert len(found) == 499, "only the last record may be taken for a torn write"
     shutil.rmtree(copy)
@@ -238,6 +245,91 @@ def test_a_missing_segment_is_noticed(tmp_path):
     Log(tmp_path, segment_size=SMALL).close()
 
 
+@pytest.mark.parametrize("durability", ["power", "process"])
+def test_the_index_is_a_witness_of_what_was_last(tmp_path, durability):
+    folder = tmp_path / "log"
+    with Log(folder, segment_size=SMALL, durability=durability) as log:
+        for number in range(1200):
+            log.append(Kind.VALUE, "sb", fields={"n": number}, durable=number % 300 == 0)
+    last = segment_files(folder)[-1]
+    whole = last.read_bytes()
+    ends = ends_of_records(whole)
+    flipped = bytearray(whole)
+    flipped[ends[-1] - 9] ^= 1  # in the very last record, which looks like a torn one
+    losses = {
+        "removed": None,
+        "zeroed": whole[:SEGMENT_HEADER] + bytes(len(whole) - SEGMENT_HEADER),
+        "cut": whole[: SEGMENT_HEADER + 1],
+        "one record less": whole[: ends[-2]] + bytes(len(whole) - ends[-2]),
+        "flipped": bytes(flipped),
+    }
+    for what, data in losses.items():
+        last.unlink()
+        if data is not None:
+            last.write_bytes(data)
+        for _ in range(2):  # a look at it changes nothing
+            with pytest.raises(LogCorrupt, match="to 1200 of"):
+                Log(folder, segment_size=SMALL, durability=durability)
+            with pytest.raises(LogCorrupt, match="to 1200 of"):
+                Reader(folder)
+        assert last.exists() == (data is not None), what
+        if data is not None:
+            assert last.read_bytes() == data, what
+        last.write_bytes(whole)
+        with Log(folder, segment_size=SMALL, durability=durability) as log:
+            assert numbers(log) == list(range(1200))
+    # Nor is a log begun in the place of one that is gone.
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for path in segment_files(folder):
+        path.rename(kept / path.name)
+    with pytest.raises(LogCorrupt, match="records 1 to 1200 of"):
+        Log(folder, segment_size=SMALL, durability=durability)
+    with pytest.raises(LogCorrupt, match="records 1 to 1200 of"):
+        Reader(folder)
+    for path in kept.iterdir():
+        path.rename(folder / path.name)
+    # Whoever wants to go on without them says so.
+    last.unlink()
+    forget_index(folder)
+    with Log(folder, segment_size=SMALL, durability=durability) as log:
+        assert numbers(log) == list(range(len(numbers(log))))
+        log.append(Kind.VALUE, "sb", fields={"n": -1})
+    with Reader(folder) as log:
+        assert numbers(log)[-1] == -1
+
+
+def test_a_torn_write_beyond_what_was_durable_is_still_one(tmp_path):
+    """A witness that was written before the last records says nothing of them."""
+    log = Log(tmp_path / "log", segment_size=SMALL)
+    for number in range(10):
+        log.append(Kind.VALUE, "sb", fields={"n": number})
+    log.places("sb")  # writes the index out
+    log.append(Kind.VALUE, "sb", fields={"n": 10}, durable=False)
+    shutil.copytree(tmp_path / "log", tmp_path / "copy")
+    log.close()
+    file = segment_files(tmp_path / "copy")[0]
+    data = bytearray(file.read_bytes())
+    data[ends_of_records(bytes(data))[-1] - 9] ^= 1
+    file.write_bytes(data)
+    with Log(tmp_path / "copy", segment_size=SMALL) as log:
+        assert numbers(log) == list(range(10))
+    assert file.stat().st_size == SMALL
+    assert not any(file.read_bytes()[ends_of_records(file.read_bytes())[-1] :])
+
+
+def test_what_only_the_kernel_kept_is_not_expected_after_it_ended(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    fill(tmp_path, 600)
+    segment_files(tmp_path)[-1].unlink()
+    with pytest.raises(LogCorrupt):
+        Reader(tmp_path)
+    monkeypatch.setattr(index, "_boot", lambda: "another")
+    with Log(tmp_path, segment_size=SMALL, durability="process") as log:
+        assert 0 < len(numbers(log)) < 600
+
+
 def test_segments_of_two_logs_do_not_mix(tmp_path):
     fill(tmp_path / "a", 1000)
     fill(tmp_path / "b", 1000)
@@ -263,6 +355,7 @@ def test_a_forged_record_in_a_body_is_not_a_witness(tmp_path):
     data = bytearray(file.read_bytes())
     data[ends_of_records(bytes(data))[-2] + 20] ^= 1
     file.write_bytes(data)
+    forget_index(folder)  # a better witness than any record
     with Log(folder, segment_size=SMALL) as log:
         assert log.last == 8
 
@@ -406,6 +499,24 @@ def test_a_full_disk_refuses_what_begins_and_keeps_what_ends(tiny_disk):
         log.append(Kind.INTENT, "sb", key="now")
     with Reader(tiny_disk / "log") as log:
         assert log.last == before + 2
+
+
+def test_a_log_on_a_full_disk_opens_and_takes_the_receipts_it_kept_room_for(tiny_disk):
+    with Log(tiny_disk / "log", segment_size=SMALL) as log:
+        for number in range(40):
+            log.append(Kind.VALUE, "sb", fields={"n": number}, blobs={"out": b"x" * 3000})
+        intent = log.append(Kind.INTENT, "sb", key="kept", fields={"n": 40}, reserve=True)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            _use_up(tiny_disk / "filler")
+        with Log(tiny_disk / "log", segment_size=SMALL) as log:
+            assert numbers(log)[:41] == list(range(41))
+            log.keep(intent.node_sequence)
+            fields = {"n": 41}
+            log.append(Kind.RECEIPT, "sb", parent=intent.node_sequence, fields=fields)
+    (tiny_disk / "filler").unlink()
+    with Reader(tiny_disk / "log") as log:
+        assert numbers(log) == [*range(41), 41, 41]
 
 
 def test_a_full_disk_makes_no_half_log(tiny_disk):

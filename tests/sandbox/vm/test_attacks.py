@@ -243,6 +243,15 @@ def test_a_stranger_on_the_line_gets_nothing(
     assert shared_machine.exec("echo fine", timeout=TIMEOUT).stdout == "fine\n"
 
 
+def test_a_stranger_that_hangs_up_ends_nothing(shared_machine: SyncSandbox, folder: Path):
+    for _ in range(3):
+        with messages.connect(folder, state.SOCKET) as line:
+            line.sendall(box.greeting(b"x" * 32))
+    assert shared_machine.exec("echo fine", timeout=TIMEOUT).stdout == "fine\n"
+    shared_machine.pause()
+    shared_machine.resume()
+
+
 @pytest.mark.parametrize("kind", [Frame.CONFIGURE, Frame.REKEY, Frame.NETWORK, Frame.LEAVE, 200])
 def test_a_client_with_the_secret_cannot_do_what_is_the_node_s(
     shared_machine: SyncSandbox, folder: Path, kind: int

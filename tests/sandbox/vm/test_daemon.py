@@ -44,7 +44,10 @@ def test_a_machine_outlives_the_daemon(daemon: Daemon):  # noqa: F811
         entries = {entry["id"]: entry for entry in client.list()}
         assert entries[name]["spec"]["type"] == "microvm"
         assert entries[copied.id]["paused"]
-        assert client.create(SPEC, key="vm/1").id == name
+        assert (
+            client.create(SPEC, key="vm/1", group="vms", net=Net.deny().domain("x.example")).id
+            == name
+        )
         sandbox = client.attach(name)
         look = "cat f; pgrep -fc 'sleep 432[6]'; ls /sys/class/net | wc -l"
         assert sandbox.exec(look, timeout=TIMEOUT).stdout == "kept\n1\n2\n"

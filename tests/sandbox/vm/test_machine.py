@@ -151,6 +151,18 @@ def test_what_was_written_becomes_a_layer(machines: SyncClient, machine: SyncSan
         assert made.exec(check, timeout=TIMEOUT).stdout == wanted
 
 
+def test_what_no_layer_can_hold(machine: SyncSandbox):
+    machine.exec("truncate -s 1T hole", timeout=TIMEOUT)
+    began = time.monotonic()
+    with pytest.raises(SandboxError, match="holes included"):
+        machine.pack_diff()
+    assert time.monotonic() - began < 30
+    deep = "rm hole; i=0; while [ $i -lt 220 ]; do mkdir d; cd d; i=$((i+1)); done"
+    machine.exec(deep, timeout=TIMEOUT)
+    with pytest.raises(SandboxError, match="nested more than 200 deep"):
+        machine.pack_diff()
+
+
 def test_limits(machine: SyncSandbox):
     assert machine.exec("head -c 64M /dev/zero > full", timeout=TIMEOUT).exit_code != 0
     machine.files.remove("full")

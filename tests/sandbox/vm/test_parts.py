@@ -38,7 +38,9 @@ class Guest:
         self.folder = folder
         self.splitter = frames.Splitter()
         self.got: list[frames.Received] = []
-        self.mux = Mux(messages.listen(folder, "agent.sock"), ours, SECRET)
+        self.lost: list[str] = []
+        listener = messages.listen(folder, "agent.sock")
+        self.mux = Mux(listener, ours, SECRET, lambda: self.lost.append("lost"))
 
     def begin(self, before: bytes = b"") -> None:
         def answer() -> None:
@@ -183,6 +185,77 @@ def test_forged_answers_of_a_guest_reach_nobody(guest: Guest):
         asked = guest.receive()
         guest.port.sendall(frames.pack(asked.number, Frame.OK, b"true"))
         assert [frame.payload for frame in read_until(line, Frame.OK)] == [b"true"]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        box.greeting(b"w" * 32),
+        box.greeting(b""),
+        frames.pack(1, Frame.HELLO, b"\x01\xff"),
+        frames.pack(1, Frame.EXEC, b"x"),
+        b"GET / HTTP/1.1\r\n\r\n",
+    ],
+)
+def test_no_stranger_that_hangs_up_ends_the_lines(guest: Guest, first: bytes):
+    guest.begin()
+    for _ in range(20):
+        with messages.connect(guest.folder, "agent.sock") as stranger:
+            stranger.sendall(first)
+    with guest.client() as line:
+        line.sendall(frames.pack(1, Frame.PING, b"x"))
+        asked = guest.receive()
+        guest.port.sendall(frames.pack(asked.number, Frame.OK, b"here"))
+        own = b""
+        while own != b"here":
+            own = read_until(line, Frame.OK)[-1].payload
+    assert guest.lost == []
+
+
+def test_a_mistake_about_one_line_is_not_the_others_end(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+):
+    guest.begin()
+    plain, bad = guest.mux._take, []
+
+    def take(line: object, frame: frames.Received) -> None:
+        if frame.kind == Frame.QUERY:
+            bad.append(frame)
+            raise RuntimeError("a mistake")
+        plain(line, frame)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(guest.mux, "_take", take)
+    with guest.client() as one, guest.client() as other:
+        one.sendall(frames.pack(1, Frame.QUERY, b""))
+        assert read_until(one, Frame.EXIT)[-1].kind == Frame.OK  # the greeting, then the end
+        other.sendall(frames.pack(1, Frame.PING, b"x"))
+        assert guest.receive().kind == Frame.PING
+    assert len(bad) == 1
+    assert guest.lost == []
+
+
+def test_a_thread_that_fails_ends_the_machine(guest: Guest, monkeypatch: pytest.MonkeyPatch):
+    guest.begin()
+
+    def fail() -> None:
+        raise RuntimeError("a mistake")
+
+    with guest.client() as line:
+        read_until(line, Frame.OK)
+        monkeypatch.setattr(guest.mux, "_receive", fail)
+        guest.port.sendall(frames.pack(99, Frame.OK))
+        assert read_until(line, Frame.EXIT) == []  # the end of the line
+    with pytest.raises(SandboxLost, match="RuntimeError"):
+        guest.mux.ask(Frame.PING)
+    assert guest.lost == ["lost"]
+    guest.mux.close()
+    assert guest.lost == ["lost"]
+
+
+def test_closing_is_no_loss(guest: Guest):
+    guest.begin()
+    guest.mux.close()
+    assert guest.lost == []
 
 
 def test_a_guest_that_ends_is_told_to_who_waits(guest: Guest):

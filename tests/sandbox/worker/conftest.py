@@ -40,7 +40,7 @@ def node(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    """The runs of a test; no keeper and no sandbox is left when it ends."""
+    """The runs of a test; no attendant and no sandbox is left when it ends."""
     made = Store(tmp_path / "runs", durability="process")
     yield made
     for path in made.folder.glob(f"*/{PLAN}"):

@@ -86,7 +86,7 @@ def attack(node: Daemon, module_store: Store) -> Iterator[Attack]:
         worker = begin(node, module_store, server)
         assert asked.wait(TIMEOUT)
         yield Attack(node, module_store, worker)
-        # After all of it the loop still works, and so does the keeper.
+        # After all of it the loop still works, and so does the attendant.
         go_on.set()
         assert wait(worker)["status"] == "answered"
         until(lambda: not list_of(node))

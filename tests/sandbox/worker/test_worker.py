@@ -1,4 +1,4 @@
-"""Loops in workers: killed clients, keepers, daemons and workers, and no command runs twice."""
+"""Loops in workers: killed clients, attendants, daemons and workers, and no command runs twice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fathom.sandbox.trajectory.errors import TrajectoryError
 from fathom.sandbox.trajectory.record import Kind
 from fathom.sandbox.trajectory.store import Store
 from fathom.sandbox.types import Kept
-from fathom.sandbox.worker.keeper import LoopFailed
+from fathom.sandbox.worker.attendant import LoopFailed
 from fathom.sandbox.worker.worker import PLAN, Loop, Worker
 from tests.agent.chat_server import Respond, Server, answer, serving, status, tool_call
 from tests.machines import skip_without_machines
@@ -100,7 +100,7 @@ def box(node: Daemon, what: str) -> str:
     return found
 
 
-def keeper(store: Store) -> int:
+def attendant(store: Store) -> int:
     return int((store.path("run") / "alive").read_text())
 
 
@@ -152,7 +152,7 @@ anyio.run(main)
 """
 
 
-@pytest.mark.parametrize("point", ["plan", "keeper", "target", "op/1", "op/2"])
+@pytest.mark.parametrize("point", ["plan", "attendant", "target", "op/1", "op/2"])
 def test_the_client_is_killed(node: Daemon, store: Store, point: str):
     with serving(*SCRIPT) as server:
         loop = loop_of(server)
@@ -165,7 +165,7 @@ def test_the_client_is_killed(node: Daemon, store: Store, point: str):
         worker = Worker("run", store)
         ready = {
             "plan": (store.folder / "run" / PLAN).exists,
-            "keeper": (store.folder / "run" / "alive").exists,
+            "attendant": (store.folder / "run" / "alive").exists,
             "target": lambda: bool(list_of(node)),
         }
         until(ready.get(point, began(worker, point)))
@@ -175,16 +175,16 @@ def test_the_client_is_killed(node: Daemon, store: Store, point: str):
             # Nothing has to be done for the loop to go on; whoever comes finds it live.
             assert attach(store).state in ("running", "ended")
         else:
-            # A keeper that has not heard all of its order ends again.
+            # An attendant that has not heard all of its order ends again.
             until(lambda: attach(store).state == "ended")
         check_once(worker, server)
 
 
-def test_the_keeper_is_killed_while_a_command_runs(node: Daemon, store: Store):
+def test_the_attendant_is_killed_while_a_command_runs(node: Daemon, store: Store):
     with serving(*SCRIPT) as server:
         worker = begin(node, store, server)
         until(began(worker, "op/2"))
-        os.kill(keeper(store), signal.SIGKILL)
+        os.kill(attendant(store), signal.SIGKILL)
         until(lambda: worker.state == "stopped early")
         before = box(node, "worker")
         time.sleep(1.5)  # the command ends with nobody there
@@ -207,7 +207,7 @@ def test_the_daemon_is_killed_while_a_command_runs(node: Daemon, store: Store):
     assert len(server.bodies) == 4
 
 
-def test_the_daemon_and_the_keeper_are_killed_while_the_model_thinks(node: Daemon, store: Store):
+def test_the_daemon_and_the_attendant_are_killed_while_the_model_thinks(node: Daemon, store: Store):
     asked, go_on = threading.Event(), threading.Event()
 
     def hang(handler: BaseHTTPRequestHandler) -> None:
@@ -217,7 +217,7 @@ def test_the_daemon_and_the_keeper_are_killed_while_the_model_thinks(node: Daemo
     with serving(FIRST, hang, SLOW, LOOK, answer("Fine.")) as server:
         worker = begin(node, store, server)
         assert asked.wait(PATIENCE)
-        os.kill(keeper(store), signal.SIGKILL)
+        os.kill(attendant(store), signal.SIGKILL)
         node.end(signal.SIGKILL)
         until(lambda: worker.state == "stopped early")
         go_on.set()

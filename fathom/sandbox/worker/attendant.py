@@ -1,4 +1,4 @@
-"""The keeper of a worker: it answers at its door, writes the log and awaits the end of the loop.
+"""The attendant of a worker: it answers at its door, writes the log and awaits the end of the loop.
 
 It is a client of the daemon and holds nothing that it could not find again: both sandboxes are the
 daemon's, under keys; the loop runs in the worker under a key; every operation is in the log. Killed
@@ -50,7 +50,7 @@ class LoopFailed(SandboxError):
 
 
 @dataclass(slots=True)
-class Keeper:
+class Attendant:
     """One run: its plan, as it was written down, and the daemon's client."""
 
     plan: dict[str, Any]
@@ -241,20 +241,20 @@ async def _keep(given: dict[str, Any]) -> None:
     order = {**plan["order"], **given["secret"]}
     with Log(folder / LOG, segment_size=SEGMENT_SIZE, durability=plan["durability"]) as log:
         async with Client("edge", runtime_dir=plan["edge"], cache_dir=plan["cache"]) as client:
-            keeper = Keeper(plan, order, client, log, folder)
+            attendant = Attendant(plan, order, client, log, folder)
             try:
-                await keeper.run()
+                await attendant.run()
             except BaseException:
-                if log.head(keeper.id) is None:
+                if log.head(attendant.id) is None:
                     # Nothing has happened yet, so nothing is left.
                     with anyio.CancelScope(shield=True):
-                        for box in keeper.boxes:
+                        for box in attendant.boxes:
                             await box.stop()
                 raise
 
 
 def main() -> None:
-    """Run a keeper; its order comes on standard input."""
+    """Run an attendant; its order comes on standard input."""
     given = json.loads(sys.stdin.read())
     folder = Path(given["folder"])
     error: FathomError

@@ -27,7 +27,8 @@ def plot_roofline(report: dict[str, Any], file: Path) -> None:
     copy, matmul = report["copy_bytes_per_s"], report["matmul_flops"]
     corner, first, last = matmul / copy, 0.7, 3e4
     axes.plot([first, corner, last], [first * copy, matmul, matmul], color=_INK, linewidth=1.6)
-    axes.annotate(f"copy {copy / 1e12:.2f} TB/s", (1.0, copy * 1.25), rotation=33, color=_INK)
+    place: dict[str, Any] = {"xytext": (9, -6), "textcoords": "offset points"}
+    axes.annotate(f"copy {copy / 1e12:.2f} TB/s", (40, 40 * copy), color=_INK, **place)
     axes.annotate(f"BF16 matmul {matmul / 1e12:.0f} TFLOP/s", (corner * 1.6, matmul * 1.15))
     for rows, color, name in (
         (report["steps"], DECODE, "decode"), (report["prompts"], PREFILL, "prefill"),
@@ -38,10 +39,12 @@ def plot_roofline(report: dict[str, Any], file: Path) -> None:
         for r, px, py in zip(rows, x, y, strict=True):
             said = _label(r)
             if said:
+                below: dict[str, Any] = {"xytext": (6, -11)}
+                if "chunk" in r:
+                    below = {"xytext": (0, -15), "ha": "center"}
                 axes.annotate(
-                    said, (px, py), xytext=(7, -9), textcoords="offset points", fontsize=8,
-                    color=color,
-                )  # fmt: skip
+                    said, (px, py), textcoords="offset points", fontsize=8, color=color, **below
+                )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(first, last)
@@ -59,10 +62,11 @@ def plot_roofline(report: dict[str, Any], file: Path) -> None:
 
 def _label(row: dict[str, Any]) -> str:
     """A few rows speak for the others."""
-    if "chunk" in row:
-        return f"{row['tokens']:,} tokens" if row["routing"] == "own router" else ""
-    if row["kind"] != "all" or row["routing"] != "own router":
+    if row["routing"] != "own router":
         return ""
+    if "chunk" in row:
+        return f"{row['tokens'] // 1024}K by {row['chunk'] // 1024}K"
     if row["tokens"] > 1:
         return f"{row['tokens']} sequences"
-    return {4096: "1 at 4K", 1_048_576: "1 at 1M"}.get(row["context"], "")
+    context = {4096: "4K", 1_048_576: "1M"}.get(row["context"])
+    return f"{row['kind']}, 1 at {context}" if context and "layers" in row["kind"] else ""

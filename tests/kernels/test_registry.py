@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,3 +131,14 @@ def test_every_operation_has_a_reference() -> None:
     for op, backends in table.items():
         assert "reference" in backends, op
         assert backends == sorted(set(backends))
+
+
+def test_every_cuda_operation_is_compared_with_its_reference() -> None:
+    """At least, a test of kernels names it."""
+    own = Path(__file__).resolve().parent
+    kernels = own.parents[1] / "fathom" / "kernels" / "triton"
+    sources = "".join(file.read_text() for file in kernels.glob("*.py"))
+    operations = re.findall(r'register\("(\w+)", "triton"', sources)
+    tests = "".join(file.read_text() for file in own.glob("test_*.py"))
+    assert len(operations) > 15
+    assert [op for op in operations if f'"{op}"' not in tests] == []

@@ -1,0 +1,63 @@
+"""Operations with gradients: the CUDA versions against their references, forward and backward.
+
+As in test_stored.py, Triton's interpreter runs the kernels where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import pytest
+import torch
+
+from fathom.kernels import operation, use_backend
+from tests.kernels.stored_cases import Draw
+from tests.kernels.test_stored import DEVICE, cases_of, distance
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+importlib.import_module("fathom.kernels.triton")
+
+
+@pytest.mark.parametrize("count", cases_of([1, 63, 64, 65, 1000], [1, 65]))
+@pytest.mark.parametrize("rounds", [1, 20])
+def test_sinkhorn(count: int, rounds: int) -> None:
+    d = Draw(count, torch.float32, DEVICE)
+    logits, weights = d.normal(count, 4, 4, scale=2.0), d.normal(count, 4, 4)
+    out = []
+    for backend in ("reference", "triton"):
+        own = logits.clone().requires_grad_()
+        with use_backend(backend):
+            made = operation("sinkhorn")(own, rounds, 1e-6)
+        (made * weights).sum().backward()
+        assert own.grad is not None
+        out.append((made.detach(), own.grad))
+    (expected, gradient), (found, own_gradient) = out
+    assert distance(found, expected) < 1e-5
+    assert distance(own_gradient, gradient) < 1e-4
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("way", ["random", "one choice"])
+def test_experts(tokens: int, way: str) -> None:
+    """Some experts have no tokens, and in one case two have all."""
+    d = Draw(tokens, torch.bfloat16, DEVICE)
+    experts, topk, hidden, cols = 8, 2, 64, 32
+    x = d.normal(tokens, hidden)
+    w1, w3 = (d.normal(experts, cols, hidden, scale=hidden**-0.5) for _ in range(2))
+    w2 = d.normal(experts, hidden, cols, scale=cols**-0.5)
+    if way == "one choice":
+        indices = torch.tensor([[5, 2]], device=DEVICE).expand(tokens, -1).contiguous()
+    else:
+        indices = torch.stack([d.permutation(experts)[:topk].long() for _ in range(tokens)])
+    weights = d.normal(tokens, topk, dtype=torch.float32).sigmoid()
+    out = []
+    for backend in ("reference", "triton"):
+        own = [t.clone().requires_grad_() for t in (x, w1, w2, w3, weights)]
+        with use_backend(backend):
+            made = operation("experts")(own[0], *own[1:4], indices, own[4], 10.0)
+        made.sum().backward()
+        out.append((made.detach(), *(t.grad for t in own)))
+    for expected, found in zip(*out, strict=True):
+        assert distance(found, expected) < 2e-2

@@ -49,7 +49,9 @@ def _same(found: object, wanted: object, what: str) -> None:
 
 async def check_call(functions: Functions) -> None:
     """A call gives back what its function returns, what it printed, or how it failed."""
-    result = await functions.call("def main(x): print('hi'); return [x, 1]", {"a": "\u00fc"}, timeout=5)
+    result = await functions.call(
+        "def main(x): print('hi'); return [x, 1]", {"a": "\u00fc"}, timeout=5
+    )
     _same((result.value, result.output, result.error), ([{"a": "\u00fc"}, 1], "hi\n", ""), "a call")
     failed = await functions.call("def main(x): return 1 / x", 0, timeout=5)
     if "ZeroDivisionError" not in failed.error:

@@ -115,9 +115,10 @@ class Sandbox:
         `cwd`: folder, /work when not given. `stdin`: what it reads, nothing when not given. `env`:
         variables besides the fixed ones. `merge`: one stream in order of arrival. `cap`: bytes kept
         of each stream; with `spill`, so many go to the content store where there are more than
-        that. `op`: a key under which the command runs at most once: asked for again, its result
-        comes back, until it is acknowledged; where no room is left for another receipt it does not
-        run. Processes left in the background live on until the sandbox stops.
+        that (the result says where it has no room). `op`: a key under which the command runs at
+        most once: asked for again, its result comes back, until it is acknowledged; where no room
+        is left for another receipt it does not run. Processes left in the background live on until
+        the sandbox stops.
         Raises SandboxError for unusable arguments and SandboxLost after the sandbox ended.
         """
         request = form_request(command, timeout=timeout, cwd=cwd, env=env)
@@ -164,6 +165,7 @@ class Sandbox:
                 for name, stored in spilled
                 if stored is not None
             ),
+            spill_problem=kept["stdout"].problem or kept["stderr"].problem,
         )
 
     async def run(

@@ -281,7 +281,8 @@ class ExecResult:
     A command ended by signal n has `exit_code` 128 + n, as in a shell. `output` holds both streams
     in order of arrival when `merge=True` was asked (then `stderr` is empty and `stdout` is the same
     text), else stdout followed by stderr. Bytes that are not UTF-8 are replaced. `truncated` says
-    that more was written than is here; `spilled` where what came is, if that was asked.
+    that more was written than is here; `spilled` where what came is, if that was asked, and
+    `spill_problem` why it is not, where the content store could not take it.
     `oom_killed`: a process of this sandbox was killed for memory while the command ran.
     `duration`: seconds inside the sandbox; `cpu`: processor seconds of the command and what it
     waited for. `replayed`: the command had run before under the same operation key; `lost`: bytes
@@ -301,6 +302,7 @@ class ExecResult:
     duration: float = 0.0
     cpu: float = 0.0
     spilled: tuple[Spilled, ...] = ()
+    spill_problem: str = ""
 
     def check(self) -> ExecResult:
         """Return this result where the command succeeded.

@@ -246,7 +246,10 @@ def push_archive(
 
 @app.command()
 def inspect(reference: Reference, folder: Folder = None, as_json: AsJson = False) -> None:
-    """Show what an image is made of, how much of it is here, and how it is run."""
+    """Show what an image is made of, how much of it is here, and how other tools run it.
+
+    Of the latter sandboxes use the variables only.
+    """
     with _open(folder) as store:
         about = _about(store, store.resolve(reference))
         if as_json:

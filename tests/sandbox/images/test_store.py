@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -168,6 +169,27 @@ def test_what_a_dead_process_held_is_collected(store: Store, folder: Path):
     assert contents(store) == set()
     store.close()
     assert list((store.folder / "holds").iterdir()) == []
+
+
+def test_no_collection_takes_a_hold_that_is_being_made(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    image = image_of_folder(store, folder, "one")
+    real = fcntl.flock
+    between: list[int] = []
+
+    def lock(fd: int, how: int) -> None:
+        if not between and "/holds/" in os.readlink(f"/proc/self/fd/{fd}"):
+            between.append(fd)
+            collect(store)
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with store.hold(image.digest):
+        assert between
+        store.untag("one")
+        assert collect(store).removed == 0
+    assert collect(store).removed == 5
 
 
 def test_a_mounted_layer_survives_its_removal(

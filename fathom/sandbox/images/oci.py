@@ -26,7 +26,7 @@ from fathom.sandbox.images.blobs import BlobWriter
 from fathom.sandbox.images.errors import ImageDamaged, ImageError, ImageMissing, store_errors
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tarball import Allowance, Limits
-from fathom.sandbox.images.types import MAX_LAYERS, Image, RunConfig, check_digest, check_name
+from fathom.sandbox.images.types import MAX_LAYERS, Image, RunConfig, check_digest, check_new_name
 
 _SMALL = 8 << 20
 _PIECE = 1 << 20
@@ -146,7 +146,7 @@ def assemble(
     free: an image that somebody made must not take the room of everybody else.
     """
     if name is not None:
-        check_name(name)
+        check_new_name(name)
     rootfs = config.get("rootfs")
     ids = cast("dict[str, Any]", rootfs).get("diff_ids") if isinstance(rootfs, dict) else None
     unpacked = [check_digest(one) for one in _sequence(ids, "list of unpacked layers")]

@@ -28,7 +28,7 @@ from fathom.sandbox.images.source import Owners, Taking
 from fathom.sandbox.images.stack import compose
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tree import Node
-from fathom.sandbox.images.types import Image, RunConfig, check_name
+from fathom.sandbox.images.types import Image, RunConfig, check_new_name
 
 _CACHE_VERSION = 1
 
@@ -65,7 +65,7 @@ def build(
     Raises BuildFailed with the line of what failed, ImageMissing for a base that is not here,
     Unsupported where this user cannot run commands, StoreFull.
     """
-    check_name(name)
+    check_new_name(name)
     builder = _Builder(store, context, options or Options())
     for one in parse(recipe):
         builder.do(one)

@@ -23,7 +23,7 @@ from fathom.sandbox.images import erofs_read
 from fathom.sandbox.images.blobs import digest_of
 from fathom.sandbox.images.errors import ImageDamaged, ImageError, ImageMissing
 from fathom.sandbox.images.store import Store
-from fathom.sandbox.images.types import DIGEST, MAX_JSON, Image, Layer, check_digest, check_name
+from fathom.sandbox.images.types import DIGEST, MAX_JSON, Image, Layer, check_digest, check_new_name
 
 MAX_META = 1 << 30
 _TIMEOUT = 30.0
@@ -157,7 +157,7 @@ def attach(store: Store, address: str, reference: str) -> Image:
     metadata image as a whole, before a kernel is asked to mount it. Raises ImageMissing,
     ImageDamaged, ImageError.
     """
-    name = None if DIGEST.fullmatch(reference) else check_name(reference)
+    name = None if DIGEST.fullmatch(reference) else check_new_name(reference)
     digest = reference
     if name is not None:
         text = _read_whole(
@@ -206,6 +206,8 @@ def push(store: Store, image: Image, address: str, name: str | None = None) -> N
 
     Contents first and the name last, so that a reader never finds a name without its image.
     """
+    if name is not None:
+        check_new_name(name)
     target, root = filesystem(address)
     files: list[tuple[Path, str]] = []
     for digest in image.layers:
@@ -225,9 +227,8 @@ def push(store: Store, image: Image, address: str, name: str | None = None) -> N
             target.makedirs(f"{root}/{folder}", exist_ok=True)
         _upload(target, root, files)
         if name is not None:
-            target.pipe_file(
-                f"{root}/names/{quote(check_name(name), safe='')}", f"{image.digest}\n".encode()
-            )
+            place = f"{root}/names/{quote(name, safe='')}"
+            target.pipe_file(place, f"{image.digest}\n".encode())
     except OSError as error:
         raise ImageError(f"the image cannot be published at {address}: {error}") from error
 

@@ -44,6 +44,7 @@ from fathom.sandbox.images.types import (
     LayerRef,
     check_digest,
     check_name,
+    check_new_name,
 )
 
 _FOLDERS = ("blobs", "data", "names", "holds", "tmp")
@@ -255,19 +256,25 @@ class Store:
         self.put(layer.encode())
         return LayerRef(digest=layer.digest, size=layer.size)
 
-    def put_image(self, image: Image, name: str | None = None) -> str:
-        """Publish an image whose layers are here, and give it a name. Returns its digest."""
+    def put_image(self, image: Image, name: str | None = None, *, own: bool = False) -> str:
+        """Publish an image whose layers are here, and give it a name. Returns its digest.
+
+        `own`: as for `tag`.
+        """
         for layer in image.layers:
             if not self.path(layer).exists():
                 raise ImageMissing(f"the layer {layer} is not in the store {self.folder}")
         digest = self.put(image.encode())
         if name is not None:
-            self.tag(name, digest)
+            self.tag(name, digest, own=own)
         return digest
 
-    def tag(self, name: str, digest: str) -> None:
-        """Let `name` mean the image `digest` from now on. Raises ImageMissing, ImageError."""
-        path = self._name_path(name)
+    def tag(self, name: str, digest: str, *, own: bool = False) -> None:
+        """Let `name` mean the image `digest` from now on. Raises ImageMissing, ImageError.
+
+        `own`: the program made the image itself, and may give it one of its own names.
+        """
+        path = self._name_path(name if own else check_new_name(name))
         self.image(digest)
         with self.making(f"the name {name} cannot be stored") as work, self._publishing(digest):
             (work / "name").write_text(f"{digest}\n")

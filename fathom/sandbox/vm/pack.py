@@ -18,6 +18,7 @@ from fathom.sandbox.images import Image, Store, tarball
 from fathom.sandbox.images import layers as layering
 from fathom.sandbox.images.blobs import BlobWriter
 from fathom.sandbox.images.tarball import Limits
+from fathom.sandbox.images.types import check_new_name
 from fathom.sandbox.types import MicroVM
 from fathom.sandbox.vm import disks, talk
 
@@ -31,6 +32,8 @@ def pack(
 
     `disk`: what the machine runs on. Raises SandboxError.
     """
+    if name is not None:
+        check_new_name(name)
     # Heads of entries come on top of what the guest may have written.
     limit = 2 * spec.disk_bytes + (64 << 20)
     with Store(cache / "store") as store, tempfile.TemporaryFile(dir=cache) as archive:
@@ -43,7 +46,7 @@ def pack(
                 root = tarball.from_tar(reader, blob, Limits(size=limit))
             layer = layering.publish(store, root, work / "data", blob)
         if name is not None:
-            base = disks.image_of(store, spec.image)
+            base = disks.image_of(cache, store, spec.image)
             if disks.small_disk_of(cache, base) != Path(disk):
                 raise SandboxError(
                     f"{spec.image!r} means another image now than this machine runs on: pack it "

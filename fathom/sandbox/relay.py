@@ -14,7 +14,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
-import ipaddress
 import json
 import os
 import resource
@@ -33,6 +32,7 @@ from fathom.sandbox.carry import Pump, join
 from fathom.sandbox.names import Names
 from fathom.sandbox.proxy_body import Body
 from fathom.sandbox.proxy_head import Framing, Head, Refused
+from fathom.sandbox.public import is_public
 
 _ORIGINAL_DST = 80
 _HEAD_LIMIT = 1 << 16
@@ -204,7 +204,7 @@ class Relay:
         except OSError as error:
             raise Refused("502 Bad Gateway") from error
         for where in found:
-            if not ipaddress.ip_address(where).is_global:
+            if not is_public(where):
                 judge = _allows_private(host, where, port)
                 if not judge(place.policy):
                     # A name that leads to this machine or its neighbours: an attack or a mistake.

@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -16,8 +18,10 @@ import pytest
 
 from fathom.sandbox import names
 from fathom.sandbox.net import Net
+from fathom.sandbox.public import is_public
 from fathom.sandbox.relay import Relay
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 Served = Callable[["Proxy"], Awaitable[None]]
 
 
@@ -145,6 +149,35 @@ def test_private_holds_for_one_domain_alone(tmp_path: Path):
             assert b" 403 " in await proxy.ask("a", head)
 
     run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("127.0.0.1", "10.1.2.3", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1"),
+        *("255.255.255.255", "::1", "fe80::1%lo", "fd00::1", "ff0e::1", "::ffff:127.0.0.1"),
+        *("64:ff9b::7f00:1", "64:ff9b:1::a01:203", "2002:7f00:1::1", "2002:a01:203::1"),
+        "2001:0:808:808:0:ffff:80ff:fffe",
+    ],
+)
+def test_addresses_that_no_name_may_lead_to(where: str):
+    assert not is_public(where)
+
+
+def test_this_machines_own_public_address_is_not_public(need_root: None):
+    code = (
+        "from fathom.sandbox.public import is_public as p; print(*(p(a) for a in "
+        "('93.184.216.34', '2606:4700::1', '64:ff9b::5db8:d822', '93.184.216.35', '2606:4700::2')))"
+    )
+    script = (
+        "ip link set lo up && ip addr add 93.184.216.34/32 dev lo && "
+        'ip addr add 2606:4700::1/128 dev lo nodad && exec "$0" -c "$1"'
+    )
+    command = ["unshare", "--net", "sh", "-c", script, sys.executable, code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=20, check=True, cwd=REPOSITORY
+    )
+    assert done.stdout.split() == ["False", "False", "False", "True", "True"]
 
 
 def test_an_open_private_connection_ends_when_its_domain_may_not_be_private(tmp_path: Path):

@@ -22,6 +22,7 @@ from fathom.sandbox.images import lookup, tarball, tree
 from fathom.sandbox.images.blobs import BlobWriter
 from fathom.sandbox.images.errors import BuildFailed, ImageMissing
 from fathom.sandbox.images.oci import own_architecture
+from fathom.sandbox.images.packed import Reader
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tarball import Limits
 from fathom.sandbox.images.types import Image, LayerRef, RunConfig, check_new_name
@@ -79,7 +80,7 @@ def system(
             ) as process:
                 assert process.stdout is not None
                 try:
-                    stream = tarball.Reader(cast("BinaryIO", process.stdout), _LIMITS.size)
+                    stream = Reader(cast("BinaryIO", process.stdout), _LIMITS.size)
                     root = tarball.from_tar(stream, blob, _LIMITS)
                     stream.drain()
                     process.wait(timeout)
@@ -137,7 +138,7 @@ def _files_of(program: str, file: Path, blob: BlobWriter) -> tree.Node:
         assert process.stdout is not None
         assert process.stderr is not None
         try:
-            stream = tarball.Reader(cast("BinaryIO", process.stdout), _LIMITS.size)
+            stream = Reader(cast("BinaryIO", process.stdout), _LIMITS.size)
             found = tarball.from_tar(stream, blob, _LIMITS)
             stream.drain()
         except BaseException:

@@ -17,6 +17,7 @@ from fathom.sandbox.frames import Tag
 from fathom.sandbox.images import Image, Store, tarball
 from fathom.sandbox.images import layers as layering
 from fathom.sandbox.images.blobs import BlobWriter
+from fathom.sandbox.images.packed import Reader
 from fathom.sandbox.images.tarball import Limits
 from fathom.sandbox.images.types import check_new_name
 from fathom.sandbox.types import MicroVM
@@ -42,7 +43,7 @@ def pack(
         with store.making("the machine's writes cannot be packed") as work:
             with (work / "data").open("wb") as out:
                 blob = BlobWriter(out)
-                reader = tarball.Reader(cast("BinaryIO", archive), limit)
+                reader = Reader(cast("BinaryIO", archive), limit)
                 root = tarball.from_tar(reader, blob, Limits(size=limit))
             layer = layering.publish(store, root, work / "data", blob)
         if name is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -26,7 +27,9 @@ from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.types import DIGEST, MAX_JSON, Image, Layer, check_digest, check_new_name
 
 MAX_META = 1 << 30
+# Seconds that a server may be silent, or slower than so many bytes per second.
 _TIMEOUT = 30.0
+_SLOWEST = 8192
 _PARALLEL = 6
 
 
@@ -72,8 +75,11 @@ class _WebSource:
                 # A server that ignores ranges sends everything from the beginning.
                 skip = start if answer.status_code == 200 else 0
                 found = bytearray()
+                begun = time.monotonic()
                 for piece in answer.iter_bytes():
                     found += piece
+                    if time.monotonic() - begun > _TIMEOUT + len(found) / _SLOWEST:
+                        raise OSError(errno.ETIMEDOUT, f"only {len(found)} bytes came in time")
                     if len(found) >= skip + end - start:
                         break
                 return bytes(found[skip : skip + end - start])
@@ -158,6 +164,8 @@ def attach(store: Store, address: str, reference: str) -> Image:
     ImageDamaged, ImageError.
     """
     name = None if DIGEST.fullmatch(reference) else check_new_name(reference)
+    if "://" not in address:
+        address = os.path.abspath(address)  # it is read from other folders later
     digest = reference
     if name is not None:
         text = _read_whole(

@@ -56,7 +56,7 @@ FIRST_BOUND = 4096  # positions that the smallest graphs reach; every next one f
 def _accepts(device: torch.Tensor, model: Any, memory: Memory, max_rows: int) -> bool:
     """Whether the stored formats and the operations' tiles fit this model."""
     layout = memory.slabs.layout
-    if (layout.kv_format, layout.key_format) != ("fp8", "fp4") or not fits(model.config):
+    if layout.kv_format != "fp8" or not fits(model.config):
         return False
     return isinstance(model, StoredModel) or unstorable(model) is None
 
@@ -117,8 +117,8 @@ class StoredRunner:
     ) -> None:
         if not _accepts(device, model, memory, max_rows):
             raise ConfigError(
-                "a stored model needs FP4 indexer keys and sizes in whole tiles of 128 columns: "
-                "load it as a Transformer"
+                "a stored model needs FP8 matrices, FP4 experts and sizes in whole tiles of 128 "
+                "columns: load it as a Transformer"
             )
         self.model, self.memory = model, memory
         self.export, self.batch_invariant = False, True

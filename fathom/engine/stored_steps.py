@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from fathom.engine.state_cache import DRAFT_ROOM
 from fathom.model.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from fathom.model.stored_cache import LayerState, StoredCache
 from fathom.model.stored_work import MOST_TOKENS
+from fathom.quant.kv_pack import IndexerFormat
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # rows of a step
 POSITION, SLOT, FIRST, KNOWN, TOKEN, PLACE = range(6)  # lines of a step's table
@@ -91,6 +93,9 @@ def views(memory: Memory, config: ModelConfig) -> tuple[StoredCache, StoredCache
         return data[:, at : at + count].view(torch.float32).unflatten(1, shape)
 
     layers = []
+    for p in slabs.layers:  # the operations find a page's scales right behind its data
+        assert p.kv_scales == p.kv_data + p.entries * slabs.kv_sizes[0]
+        assert p.ratio != CSA_RATIO or p.key_scales == p.key_data + p.entries * slabs.key_sizes[0]
     for p in slots.layers:
         assert p.window_scales == p.window_data + slots.ring * slabs.kv_sizes[0]
         state = LayerState(data[:, p.window_data : p.window_data + slots.ring * entry])
@@ -106,7 +111,8 @@ def views(memory: Memory, config: ModelConfig) -> tuple[StoredCache, StoredCache
     offsets = tuple((p.kv_data, p.key_data) for p in slabs.layers)
     pool, tables, count = memory.slabs.data, memory.tables, len(slabs.layers)
     own = ((0, 0),) * (len(layers) - count)
+    form = cast(IndexerFormat, slabs.key_format)
     return (
-        StoredCache(offsets, layers[:count], pool, tables),
-        StoredCache(own, layers[count:], pool, tables),
+        StoredCache(offsets, layers[:count], pool, tables, form),
+        StoredCache(own, layers[count:], pool, tables, form),
     )

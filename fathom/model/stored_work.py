@@ -136,6 +136,7 @@ class Step:
             entry_rotation=self.rotations[ENTRY_ROTATION[ratio]] if ratio else None,
             offsets=where.offsets,
             index_heads=c.index_n_heads if ratio == CSA_RATIO else 0,
+            key_format=where.key_format,
             **paged,
         )
         picks, most = None, max(1, self.most_positions // ratio) if ratio else 0
@@ -143,6 +144,7 @@ class Step:
             scores, maxima = _index_scores_paged(
                 index_query, projected, self.rows, where.pool, where.table, ratio=ratio,
                 index_offset=where.offsets[1], page_entries=SLAB_TOKENS // ratio, most_entries=most,
+                key_format=where.key_format,
             )  # fmt: skip
             picks = _topk_positions(scores, maxima, self.rows, k=c.index_topk, ratio=ratio)
         out = _entry_attention(
@@ -262,6 +264,7 @@ class Chunk:
             entry_rotation=self.rotations[ENTRY_ROTATION[ratio]] if ratio else None,
             offsets=where.offsets,
             index_heads=c.index_n_heads if ratio == CSA_RATIO else 0,
+            key_format=where.key_format,
             known=self.known,
             **paged,
         )
@@ -270,7 +273,7 @@ class Chunk:
             picks = _chunk_picks(
                 index_query, projected, self.start, where.pool, where.table[mine],
                 index_offset=where.offsets[1], page_entries=SLAB_TOKENS // ratio, ratio=ratio,
-                k=c.index_topk,
+                k=c.index_topk, key_format=where.key_format,
             )  # fmt: skip
         del low, projected, index_query  # the queries of a long chunk are large
         out = _chunk_attention(

@@ -69,11 +69,12 @@ def _to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     by_row("mhc_boundary", (0,), ("y", "pairs", "post", "comb"))
 
 
-def test_the_torch_model_says_the_same(net: Transformer) -> None:
+@pytest.mark.parametrize("keys", ["fp4", "fp8"])
+def test_the_torch_model_says_the_same(net: Transformer, keys: str) -> None:
     """Two sequences side by side, in pieces of one to eight rows, past a window of 128."""
-    stored = serve(net)
+    stored = serve(net, indexer=keys)
     with use_backend("reference"):
-        plain = engine(net)
+        plain = engine(net, indexer=keys)
     assert isinstance(plain.runner, TorchRunner)
     streams, logits = [], []
     for served in (stored, plain):
@@ -216,8 +217,29 @@ def test_a_stored_model_needs_no_transformer(net: Transformer) -> None:
         finish(served, request)
         found.append(bits(request))
     assert found[0] == found[1]
-    with pytest.raises(ConfigError, match="FP4 indexer keys"):
-        engine(StoredModel.of(net), indexer="fp8")
+    with pytest.raises(ConfigError, match="whole tiles"):
+        engine(StoredModel.of(stored_model(hidden_size=192)))
+
+
+def test_fp8_index_keys(net: Transformer) -> None:
+    """They take more room, give other bits, and prompts in chunks leave the same ones."""
+    found, stored = [], []
+    for keys, invariant in (("fp4", True), ("fp8", True), ("fp8", False)):
+        served = serve(net, indexer=keys, batch_invariant=invariant)
+        request = served.submit(prompt(140), greedy(4))
+        finish(served, request)
+        found.append(bits(request))
+        again = served.submit([*request.tokens, 5], greedy(2))
+        finish(served, again)
+        assert again.cached_tokens == 143
+        layout = served.memory.slabs.layout
+        assert sum(layout.key_sizes) == {"fp4": 34, "fp8": 68}[keys]
+        place = next(p for p in layout.layers if p.key_data >= 0)
+        whole = served.memory.slabs.data[int(served.memory.tables[0, 0])]
+        stored.append(whole[place.key_data : place.key_data + 35 * layout.key_sizes[0]])
+    assert found[0] != found[1]
+    # A value on the edge between two codes may fall to either side, and later tokens see it.
+    assert (stored[1] != stored[2]).float().mean() < 0.3
 
 
 def test_models_that_are_stored_otherwise() -> None:

@@ -82,7 +82,10 @@ class Pages:
     offsets: tuple[int, int]
 
 
-def pages(d: Draw, s: Sizes, ratio: int, tokens: int, entries: int) -> Pages:
+def pages(
+    d: Draw, s: Sizes, ratio: int, tokens: int, entries: int,
+    key_format: kv_pack.IndexerFormat = "fp4",
+) -> Pages:  # fmt: skip
     """Room for `entries` entries of every token."""
     each = 64 if ratio == 4 else 2
     count = -(-entries // each)
@@ -91,8 +94,8 @@ def pages(d: Draw, s: Sizes, ratio: int, tokens: int, entries: int) -> Pages:
     data, scales = kv_pack.pack_kv_entries(kv, s.rope_dim)
     parts = [data.flatten(1), scales.flatten(1)]
     size = sum(p.shape[1] for p in parts)
-    keys, key_scales = fp4.quantize(d.normal(total, each, s.index_dim))
-    parts += [keys.view(torch.uint8).flatten(1), key_scales.view(torch.uint8).flatten(1)]
+    keys, key_scales = kv_pack.pack_indexer_entries(d.normal(total, each, s.index_dim), key_format)
+    parts += [keys.flatten(1), key_scales.flatten(1)]
     pool = torch.cat(parts, dim=1).contiguous()
     return Pages(pool, d.permutation(total).view(tokens, count), each, (0, size))
 

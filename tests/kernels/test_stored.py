@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fathom.kernels import operation, use_backend
+from fathom.quant.kv_pack import IndexerFormat
 from tests.kernels import stored_cases as cases
 from tests.kernels.stored_cases import FLASH, ODD, SMALL, Draw, Sizes
 
@@ -189,12 +190,24 @@ PIECES = {
 @pytest.mark.parametrize("pieces", PIECES)
 @pytest.mark.parametrize("known", cases_of([0, 128], [0]))
 def test_store_entries(s: Sizes, dtype: torch.dtype, kind: int, pieces: str, known: int) -> None:
+    stored_alike(s, dtype, kind, pieces, known, "fp4")
+
+
+@pytest.mark.parametrize("pieces", cases_of(list(PIECES), ["across a window of 4"]))
+def test_store_fp8_keys(s: Sizes, dtype: torch.dtype, pieces: str) -> None:
+    stored_alike(s, dtype, 4, pieces, 0, "fp8")
+
+
+def stored_alike(
+    s: Sizes, dtype: torch.dtype, kind: int, pieces: str, known: int, keys: IndexerFormat
+) -> None:
+    """Both versions leave the same caches and queries."""
     results = []
     for backend in ("reference", "triton"):
         d = Draw(kind + len(pieces), dtype, DEVICE)
         rows = cases.rows(PIECES[pieces], DEVICE, known)
         tokens, slots = rows.shape[1], len(PIECES[pieces])
-        store = cases.pages(d, s, kind or 4, slots, 256)
+        store = cases.pages(d, s, kind or 4, slots, 256, keys)
         kept = cases.ring(d, s, slots)
         index_rows = s.index_heads * s.index_dim
         kwargs: dict[str, object] = {}
@@ -219,6 +232,7 @@ def test_store_entries(s: Sizes, dtype: torch.dtype, kind: int, pieces: str, kno
                 index_compressor=index,
                 index_heads=s.index_heads,
                 query=d.normal(tokens, 96 + index_rows),
+                key_format=keys,
             )
         before = store.pool.clone()
         with use_backend(backend):
@@ -285,10 +299,11 @@ def test_entry_attention(s: Sizes, dtype: torch.dtype, kind: int, position: int)
     assert distance(found, expected) < near(dtype)
 
 
+@pytest.mark.parametrize("keys", ["fp4", "fp8"])
 @pytest.mark.parametrize("position", cases_of([2, 3, 500, 4099], [3, 600]))
-def test_index_scores(s: Sizes, dtype: torch.dtype, position: int) -> None:
+def test_index_scores(s: Sizes, dtype: torch.dtype, position: int, keys: IndexerFormat) -> None:
     d = Draw(position, dtype, DEVICE)
-    store = cases.pages(d, s, 4, 2, 1200)
+    store = cases.pages(d, s, 4, 2, 1200, keys)
     (expected, _), (found, maxima) = both(
         "index_scores_paged",
         d.normal(2, s.index_heads, s.index_dim),
@@ -300,6 +315,7 @@ def test_index_scores(s: Sizes, dtype: torch.dtype, position: int) -> None:
         page_entries=store.page_entries,
         ratio=4,
         most_entries=1200,
+        key_format=keys,
     )
     count = (position + 1) // 4
     found = found[:, :1200]

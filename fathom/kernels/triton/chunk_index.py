@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from fathom.kernels.registry import register
-from fathom.kernels.triton import formats as f
+from fathom.kernels.triton import index_keys
 
 ENTRIES = 128  # keys of one program of _scores
 QUERIES = 32  # that pass a program of _scores
@@ -38,27 +38,17 @@ def _sortable(score):
 @triton.jit
 def _keys(
     pool, page_stride, index_offset, table, out, count,
-    DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Decoded keys: out [entries, DIM], zeros behind the last."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = entry < count
     page = tl.load(table + entry // PAGE, mask=live, other=0).to(tl.int64)
     keys = (pool + page * page_stride + index_offset)[:, None]
-    byte = tl.arange(0, DIM // 2)
-    packed = tl.load(
-        keys + (entry % PAGE * (DIM // 2))[:, None] + byte[None, :], mask=live[:, None], other=0
-    )
-    unit = tl.load(
-        keys + PAGE * (DIM // 2) + (entry % PAGE * (DIM // 32))[:, None] + byte[None, :] // 16,
-        mask=live[:, None], other=0,
-    )  # fmt: skip
-    unit = f.decode_e8m0(unit) * f.E2M1_UNIT
-    low = f.decode_e2m1(packed & 15).to(tl.float32) * unit
-    high = f.decode_e2m1(packed >> 4).to(tl.float32) * unit
-    values = tl.reshape(tl.join(low, high), [BLOCK, DIM])
+    dtype: tl.constexpr = out.dtype.element_ty
+    values = index_keys.load(keys, entry % PAGE, live, PAGE, DIM, FP8, dtype != tl.float32)
     at = out + entry.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    tl.store(at, values.to(out.dtype.element_ty))
+    tl.store(at, values.to(dtype))
 
 
 @triton.jit(do_not_specialize=["position", "first", "tokens"])
@@ -156,6 +146,7 @@ def chunk_picks(
     page_entries: int,
     ratio: int,
     k: int,
+    key_format: str = "fp4",
 ) -> torch.Tensor:
     """As the reference. query: [tokens, index_heads, index_dim]; weights: [tokens, cols] float32,
     the index_heads last; pool: [pages, bytes] uint8; table: [pages] int32. Returns [tokens, topk]
@@ -172,7 +163,7 @@ def chunk_picks(
     if few < tokens:
         _keys[(room // ENTRIES,)](
             pool, pool.stride(0), index_offset, table, keys, count, DIM=dim, PAGE=page_entries,
-            BLOCK=ENTRIES, num_warps=4,
+            BLOCK=ENTRIES, FP8=key_format == "fp8", num_warps=4,
         )  # fmt: skip
     if few:
         _select[(few,)](scores, 0, picks, start, RATIO=ratio, K=k, BLOCK=128, num_warps=4)

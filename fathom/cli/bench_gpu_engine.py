@@ -46,13 +46,11 @@ def _measure(torch: Any, repeat: int) -> dict[str, Any]:
     nano = load_model(checkpoint_path(Path(SHIPPED_MODEL)), torch.bfloat16, device="cuda")
     report["decode"], report["prompts"] = [], []
     for name, model in (("three V4-Flash layers", flash), (SHIPPED_MODEL, nano)):
-        cases = [(batch, True, 0) for batch in BATCHES] + [(max(BATCHES), False, 0)]
+        cases = [(batch, 0) for batch in BATCHES]
         if model.mtp:
-            cases.append((1, True, 1))
-        for batch, invariant, drafts in cases:
-            row = speed.decode_time(
-                model, batch, CONTEXT, steps=repeat, drafts=drafts, batch_invariant=invariant
-            )
+            cases.append((1, 1))
+        for batch, drafts in cases:
+            row = speed.decode_time(model, batch, CONTEXT, steps=repeat, drafts=drafts)
             report["decode"].append({"model": name, **asdict(row), "tokens_per_s": row.rate})
         for tokens in PROMPTS:
             for invariant in (True, False):
@@ -69,7 +67,7 @@ def _print(report: dict[str, Any]) -> None:
     rows = [
         [
             r["model"],
-            str(r["batch"]) + ("" if r["batch_invariant"] else " free"),
+            str(r["batch"]),
             str(r["drafts"]),
             f"{r['layers']:.3f}",
             f"{r['runner']:.3f}",

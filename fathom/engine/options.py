@@ -18,6 +18,7 @@ from fathom.engine.state_cache import DRAFT_ROOM, SlotLayout, SlotPool
 from fathom.errors import ConfigError, GenerationError
 from fathom.model.config import ModelConfig
 from fathom.model.stored import StoredModel
+from fathom.model.stored_work import MOST_TOKENS
 from fathom.model.transformer import Transformer
 
 MIB = 2**20
@@ -32,9 +33,10 @@ class EngineConfig:
     the sliding windows within long prompts; 256 is every slab ("full"), 0 none but at turn ends.
     drafts: tokens that the MTP block drafts per step, 0 for none; `drafts_adaptive` stops drafting
     while it does not pay. indexer: "fp4" or "fp8" keys. batch_invariant: False lets a GPU's prompts
-    and large batches go through matrix products whose bits depend on the cutting; the CPU has no
-    such way.
-    Raises ConfigError for values that cannot be.
+    go through matrix products whose bits depend on the cutting; the CPU has no such way.
+    prompt_rows: how many tokens of one sequence a step may compute at once where batch-invariant
+    prompts go through a GPU's steps: 8 to 64 (default: 64 there, 8 elsewhere), for which every
+    sequence's slot has room. Raises ConfigError for values that cannot be.
     """
 
     max_sequences: int = 16
@@ -50,6 +52,7 @@ class EngineConfig:
     drafts_adaptive: bool = True
     indexer: str = "fp4"
     batch_invariant: bool = True
+    prompt_rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_sequences < 1 or self.budget.tokens < 1 or self.budget.beside_streams < 1:
@@ -65,6 +68,16 @@ class EngineConfig:
             )
         if not 0 <= self.drafts < DRAFT_ROOM:
             raise ConfigError(f"drafts must lie in 0 .. {DRAFT_ROOM - 1}, not {self.drafts}")
+        if not DRAFT_ROOM <= (self.prompt_rows or DRAFT_ROOM) <= MOST_TOKENS:
+            raise ConfigError(
+                f"prompt_rows must lie in {DRAFT_ROOM} .. {MOST_TOKENS}, not {self.prompt_rows}"
+            )
+
+    def slot_room(self, device: torch.device) -> int:
+        """Tokens that a slot's rings hold beyond what the next one looks at."""
+        if self.prompt_rows is not None:
+            return self.prompt_rows
+        return MOST_TOKENS if device.type == "cuda" and self.batch_invariant else DRAFT_ROOM
 
 
 def check_request(
@@ -104,7 +117,11 @@ def allocate(config: EngineConfig, model: Transformer | StoredModel) -> Memory:
         count = min(wanted, free_bytes(device) // 4 // max(1, layout.slab_bytes))
     try:
         slabs = SlabPool(layout, max(1, count), device)
-        slots = SlotPool(SlotLayout(layout, config.drafts > 0), config.max_sequences, device)
+        slots = SlotPool(
+            SlotLayout(layout, config.drafts > 0, config.slot_room(device)),
+            config.max_sequences,
+            device,
+        )
         return Memory(slabs, slots, most)
     except (MemoryError, OSError, RuntimeError) as error:
         raise ConfigError(

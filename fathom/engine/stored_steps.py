@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from fathom.engine.batch import Memory, Piece
-from fathom.engine.state_cache import DRAFT_ROOM
 from fathom.model.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from fathom.model.stored_cache import LayerState, StoredCache
 from fathom.model.stored_work import MOST_TOKENS
@@ -33,21 +32,22 @@ class Span:
     row: int
 
 
-def cut(spans: Sequence[Span]) -> list[list[Span]]:
-    """Steps of at most 64 rows: of each piece some rows, then of each the next."""
+def cut(spans: Sequence[Span], room: int) -> list[list[Span]]:
+    """Steps of at most 64 rows: of each piece its next ones, at most `room`, while they fit."""
     steps: list[list[Span]] = []
-    longest = max((span.count for span in spans), default=0)
-    for begin in range(0, longest, DRAFT_ROOM):
-        rows = MOST_TOKENS
-        for span in spans:
-            count = min(DRAFT_ROOM, span.count - begin)
-            if count <= 0:
-                continue
-            if rows + count > MOST_TOKENS:
-                steps.append([])
-                rows = 0
-            steps[-1].append(Span(span.piece, begin, count, span.row + begin))
-            rows += count
+    left = list(spans)
+    while left:
+        step, later, space = [], [], MOST_TOKENS
+        for span in left:
+            count = min(room, span.count, space)
+            space -= count
+            if count:
+                step.append(Span(span.piece, span.at, count, span.row))
+            if span.count > count:
+                rest = span.count - count
+                later.append(Span(span.piece, span.at + count, rest, span.row + count))
+        steps.append(step)
+        left = later
     return steps
 
 

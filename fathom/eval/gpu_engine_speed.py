@@ -40,7 +40,6 @@ class DecodeTime:
 
     batch: int
     context: int
-    batch_invariant: bool
     drafts: int
     engine: float
     runner: float
@@ -118,17 +117,17 @@ def serve(
 
 def decode_time(
     model: StoredModel | Transformer, batch: int, context: int, *, steps: int = 50, drafts: int = 0,
-    batch_invariant: bool = True, layers_alone: bool = True,
+    layers_alone: bool = True,
 ) -> DecodeTime:  # fmt: skip
     """Greedy streams that have `context` tokens behind them."""
-    served = serve(model, batch, context, drafts=drafts, batch_invariant=batch_invariant)
+    served = serve(model, batch, context, drafts=drafts)
     tokens = random_tokens(model.config.vocab_size, context + batch)
     params = SamplingParams(temperature=0.0, max_tokens=1000)
     runs = [served.submit(tokens[i : i + context], params) for i in range(batch)]
     served.runner.batch_invariant = False  # only how long the prompts take changes
     while not all(run.output for run in runs):
         served.step()
-    served.runner.batch_invariant = batch_invariant
+    served.runner.batch_invariant = True
     engine, drawn = _steps(served, runs, steps)
     pieces = [
         Piece(slot=run.slot, start=run.computed, tokens=run.tokens[run.computed :][:1])
@@ -149,11 +148,10 @@ def decode_time(
         served.cancel(run)
     layers = float("nan")
     if layers_alone and isinstance(model, StoredModel):
-        layers = layers_time(model, batch, context, batch_invariant, steps)
+        layers = layers_time(model, batch, context, steps)
     return DecodeTime(
         batch=batch,
         context=context,
-        batch_invariant=batch_invariant,
         drafts=drafts,
         engine=engine,
         runner=runner,
@@ -187,15 +185,13 @@ def _median_ms(call: Callable[[], None], repeat: int) -> float:
     return statistics.median(times)
 
 
-def layers_time(
-    model: StoredModel, batch: int, context: int, batch_invariant: bool, repeat: int
-) -> float:
+def layers_time(model: StoredModel, batch: int, context: int, repeat: int) -> float:
     """Milliseconds of the layers' graph alone, as `fathom bench gpu` measures it."""
     config = model.config
     ratios = [layer.ratio for layer in model.layers]
     with torch.inference_mode():
         cache = gpu_speed.filled_cache(config, ratios, batch, context)
-        step = gpu_speed.decode_step(config, batch, context, batch_invariant)
+        step = gpu_speed.decode_step(config, batch, context)
         streams = torch.randn(batch, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
         graph, _ = gpu_speed.captured(
             lambda: run_layers(config, model.layers, cache, step, streams)

@@ -252,13 +252,11 @@ def step_time(
     )
 
 
-def decode_step(
-    config: ModelConfig, tokens: int, context: int, batch_invariant: bool = True
-) -> Step:
+def decode_step(config: ModelConfig, tokens: int, context: int) -> Step:
     """A step at the last position of `context`."""
     positions = torch.full((tokens,), context - 1, dtype=torch.int32, device="cuda")
     ids = torch.arange(tokens, device="cuda") * 997 % config.vocab_size
-    return Step.create(config, positions, ids, context, batch_invariant)
+    return Step.create(config, positions, ids, context)
 
 
 def stored_layers(config: ModelConfig, seed: int = 1) -> list[StoredLayer]:
@@ -277,11 +275,10 @@ def profile_kernels(
     layers: Sequence[StoredLayer],
     tokens: int,
     context: int,
-    batch_invariant: bool = True,
 ) -> list[tuple[str, int, float]]:
     """(kernel, calls, microseconds) of one step of all layers, longest first."""
     cache = filled_cache(config, [layer.ratio for layer in layers], tokens, context)
-    step = decode_step(config, tokens, context, batch_invariant)
+    step = decode_step(config, tokens, context)
     streams = torch.randn(tokens, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
     for _ in range(3):
         run_layers(config, layers, cache, step, streams)

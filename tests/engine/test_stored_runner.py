@@ -5,6 +5,7 @@ On a GPU the engine's own tests run with it; see the `device` of conftest.py.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,11 @@ import torch
 
 from fathom.engine.batch import Batch, Piece
 from fathom.engine.engine import Engine
+from fathom.engine.kv_cache import SlabLayout
 from fathom.engine.scheduler import Budget
+from fathom.engine.state_cache import SlotLayout
 from fathom.engine.stored_runner import StoredRunner
+from fathom.engine.stored_steps import Span, cut
 from fathom.engine.torch_runner import TorchRunner
 from fathom.errors import ConfigError
 from fathom.kernels import registry, use_backend
@@ -102,8 +106,8 @@ def test_the_torch_model_says_the_same(net: Transformer, keys: str) -> None:
 
 def test_the_same_bits_in_every_batch_and_cut(net: Transformer) -> None:
     expected = None
-    for cut, beside in ((512, 0), (7, 2), (33, 3)):
-        served = serve(net, budget=Budget(tokens=cut, beside_streams=cut))
+    for most, beside, rows in ((512, 0, 8), (7, 2, 8), (33, 3, 8), (33, 3, 64), (512, 1, 20)):
+        served = serve(net, budget=Budget(tokens=most, beside_streams=most), prompt_rows=rows)
         request = served.submit(prompt(40), sampled(5))
         others = [served.submit(prompt(3 + 4 * i, i), sampled(3)) for i in range(beside)]
         finish(served, request, *others)
@@ -144,6 +148,69 @@ def test_the_mtp_block_sees_what_training_saw(net: Transformer) -> None:
             best = LLM(net, None).mtp_logits(request.tokens)[-1].argmax()
             agreed += int(best) == request.draft[0]
     assert agreed >= 6  # of 7 or 8: values on the edge between two codes may fall to either side
+
+
+def test_prompts_in_steps_of_64_rows(net: Transformer, tmp_path: Path) -> None:
+    """The same bits as eight at a time, past windows and slabs; and either takes up the other's
+    sessions, whose records do not know how large a slot is.
+    """
+    found, saved = [], []
+    for rows in (8, 64):
+        served = serve(net, prompt_rows=rows, disk=tmp_path, checkpoint_spacing=256)
+        known = served.submit(prompt(262, rows), greedy(2))
+        finish(served, known)
+        saved.append((served.save_session(known), known))
+        request = served.submit(prompt(150), greedy(3))
+        finish(served, request)
+        found.append(bits(request))
+        served.close()
+    assert found[0] == found[1]
+    for rows, (name, known) in zip((64, 8), saved, strict=True):
+        served = serve(net, prompt_rows=rows, disk=tmp_path)
+        tokens = served.load_session(name)
+        assert tokens == known.tokens
+        later = served.submit([*tokens, 5], greedy(2))
+        finish(served, later)
+        assert later.cached_tokens >= 262
+        assert len(bits(later)) == 2
+
+
+def test_no_row_of_a_step_overwrites_what_another_reads() -> None:
+    """Rows run side by side, so that none may write where any of them reads the rows before."""
+    slabs = SlabLayout.of(stored_model().config, True, torch.float32)
+    window = slabs.config.sliding_window
+    for room in (8, 9, 64):
+        layout = SlotLayout(slabs, room=room)
+        for start in range(200, 600):
+            written = range(start, start + room)
+            for ring, read in (
+                (layout.ring, range(start - window + 1, start)),  # by attention, afterwards
+                (layout.tail, range(start - 7, start)),
+                (layout.online, range(start - 1, start)),
+            ):
+                places = {p % ring for p in written}
+                assert len(places) == room
+                assert not places & {p % ring for p in read}
+
+
+def test_steps_are_as_full_as_can_be() -> None:
+    pieces = [Piece(slot=i, start=7, tokens=list(range(n))) for i, n in enumerate((1, 1, 100, 30))]
+    spans, row = [], 0
+    for piece in pieces:
+        spans.append(Span(piece, 0, len(piece.tokens), row))
+        row += len(piece.tokens)
+    for room, steps in ((8, 13), (64, 3)):
+        made = cut(spans, room)
+        assert len(made) == steps
+        for step in made:
+            assert 0 < sum(span.count for span in step) <= 64
+            assert len({id(span.piece) for span in step}) == len(step)
+            assert all(span.count <= room for span in step)
+        for piece, whole in zip(pieces, spans, strict=True):
+            own = [span for step in made for span in step if span.piece is piece]
+            at = [place for span in own for place in range(span.at, span.at + span.count)]
+            assert at == list(range(len(piece.tokens)))
+            assert all(span.row == whole.row + span.at for span in own)
 
 
 def test_entries_that_are_known_stay(net: Transformer) -> None:

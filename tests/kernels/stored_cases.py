@@ -100,9 +100,9 @@ def pages(
     return Pages(pool, d.permutation(total).view(tokens, count), each, (0, size))
 
 
-def ring(d: Draw, s: Sizes, slots: int) -> torch.Tensor:
+def ring(d: Draw, s: Sizes, slots: int, spare: int = SPARE) -> torch.Tensor:
     """A full ring of every slot: [slots, bytes] uint8, rows further apart than they are long."""
-    entries = d.normal(slots, s.window + SPARE, s.head_dim)
+    entries = d.normal(slots, s.window + spare, s.head_dim)
     data, scales = kv_pack.pack_kv_entries(entries, s.rope_dim)
     whole = torch.cat((data.flatten(1), scales.flatten(1)), dim=1)
     return torch.nn.functional.pad(whole, (0, 24))[:, : whole.shape[1]]
@@ -120,13 +120,15 @@ def rows(pieces: list[tuple[int, ...]], device: str, known: int = 0) -> torch.Te
     return torch.tensor(table, dtype=torch.int32, device=device).T.contiguous()
 
 
-def compressor(d: Draw, kind: int, cols: int, slots: int) -> tuple[torch.Tensor, ...]:
+def compressor(
+    d: Draw, kind: int, cols: int, slots: int, spare: int = SPARE
+) -> tuple[torch.Tensor, ...]:
     """(ape, norm, state) as after some tokens."""
     width = 2 * cols if kind == 4 else cols
     ape = d.normal(kind, width, dtype=torch.float32)
     norm = 1 + d.normal(cols, scale=0.2)
     if kind == 4:
-        return ape, norm, d.normal(slots, 2, 8 + SPARE, width, dtype=torch.float32)
-    state = d.normal(slots, 1 + SPARE, 3, cols, dtype=torch.float32)
+        return ape, norm, d.normal(slots, 2, 8 + spare, width, dtype=torch.float32)
+    state = d.normal(slots, 1 + spare, 3, cols, dtype=torch.float32)
     state[:, :, 1] = state[:, :, 1].abs() + 1
     return ape, norm, state

@@ -178,6 +178,7 @@ def test_where_a_step_begins_and_ends(s: Sizes, dtype: torch.dtype, tokens: int)
         assert not result[1:].isnan().any()
 
 
+WHOLE_STEP = 64 if GPU else 20  # rows
 PIECES = {
     "one token each": [(0,), (3,), (127,)],
     "across a window of 4": [(6, 7, 8), (128,)],
@@ -198,23 +199,31 @@ def test_store_fp8_keys(s: Sizes, dtype: torch.dtype, pieces: str) -> None:
     stored_alike(s, dtype, 4, pieces, 0, "fp8")
 
 
+@pytest.mark.parametrize("kind", [0, 4, 128])
+def test_a_whole_step_of_one_sequence(s: Sizes, dtype: torch.dtype, kind: int) -> None:
+    """As a prompt's 64 rows, in rings that have room for just so many."""
+    stored_alike(s, dtype, kind, "a whole step", 0, "fp4", spare=WHOLE_STEP)
+
+
 def stored_alike(
-    s: Sizes, dtype: torch.dtype, kind: int, pieces: str, known: int, keys: IndexerFormat
-) -> None:
+    s: Sizes, dtype: torch.dtype, kind: int, pieces: str, known: int, keys: IndexerFormat,
+    spare: int = cases.SPARE,
+) -> None:  # fmt: skip
     """Both versions leave the same caches and queries."""
     results = []
     for backend in ("reference", "triton"):
         d = Draw(kind + len(pieces), dtype, DEVICE)
-        rows = cases.rows(PIECES[pieces], DEVICE, known)
-        tokens, slots = rows.shape[1], len(PIECES[pieces])
+        positions = {**PIECES, "a whole step": [tuple(range(119, 119 + WHOLE_STEP))]}[pieces]
+        rows = cases.rows(positions, DEVICE, known)
+        tokens, slots = rows.shape[1], len(positions)
         store = cases.pages(d, s, kind or 4, slots, 256, keys)
-        kept = cases.ring(d, s, slots)
+        kept = cases.ring(d, s, slots, spare)
         index_rows = s.index_heads * s.index_dim
         kwargs: dict[str, object] = {}
         states: list[torch.Tensor] = []
         if kind:
             width = 4 * s.head_dim + 4 * s.index_dim + 16 if kind == 4 else 2 * s.head_dim
-            main = cases.compressor(d, kind, s.head_dim, slots)
+            main = cases.compressor(d, kind, s.head_dim, slots, spare)
             states.append(main[2])
             kwargs = dict(
                 projected=d.normal(tokens, width, dtype=torch.float32),
@@ -226,7 +235,7 @@ def stored_alike(
                 page_entries=store.page_entries,
             )
         if kind == 4:
-            index = cases.compressor(d, 4, s.index_dim, slots)
+            index = cases.compressor(d, 4, s.index_dim, slots, spare)
             states.append(index[2])
             kwargs |= dict(
                 index_compressor=index,

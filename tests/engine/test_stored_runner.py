@@ -25,7 +25,7 @@ from fathom.kernels import registry, use_backend
 from fathom.model import Transformer
 from fathom.model.stored import StoredModel, unstorable
 from tests.engine.helpers import bits, engine, finish, greedy, model, prompt, sampled, stored_model
-from tests.engine.test_speculative import Oracle
+from tests.engine.test_speculative import Oracle, draft_errors, drafts_are_right
 from tests.model.tiny import as_stored
 
 
@@ -135,19 +135,29 @@ def test_rejected_drafts_leave_nothing_behind(net: Transformer, start: int, righ
     assert drafts.accepted_tokens / drafts.drafted_tokens == pytest.approx(right / 3, abs=0.2)
 
 
-def test_the_mtp_block_sees_what_training_saw(net: Transformer) -> None:
-    """The drafts are those of `mtp_logits` over the whole sequence."""
-    from fathom.engine import LLM
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mtp_block_sees_what_training_saw(dtype: torch.dtype) -> None:
+    net = stored_model(1, dtype, num_nextn_predict_layers=1)
+    errors = draft_errors(serve(net, drafts=1, drafts_adaptive=False), net, length=40)
+    assert drafts_are_right(errors, dtype), errors
 
-    quick = serve(net, drafts=1, drafts_adaptive=False)
-    request = quick.submit(prompt(20), greedy(9))
-    agreed = 0
-    while not request.finished:
-        quick.step()
-        if request.draft:
-            best = LLM(net, None).mtp_logits(request.tokens)[-1].argmax()
-            agreed += int(best) == request.draft[0]
-    assert agreed >= 6  # of 7 or 8: values on the edge between two codes may fall to either side
+
+@pytest.mark.parametrize("norm", ["enorm", "hnorm"])
+def test_a_block_that_does_not_norm_is_found(
+    net: Transformer, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve(net, drafts=1, drafts_adaptive=False)
+    whole = registry._kernels["stored_linear", "reference"]
+    weight = getattr(served.runner._stored.mtp[0], norm)  # type: ignore[attr-defined]
+
+    def without(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("norm") is weight:
+            kwargs["norm"] = None
+        return whole(*args, **kwargs)
+
+    monkeypatch.setitem(registry._kernels, ("stored_linear", "reference"), without)
+    errors = draft_errors(served, net, length=20)
+    assert not drafts_are_right(errors, net.dtype), errors
 
 
 def test_prompts_in_steps_of_64_rows(net: Transformer, tmp_path: Path) -> None:

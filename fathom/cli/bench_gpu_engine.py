@@ -74,13 +74,15 @@ def _print(report: dict[str, Any]) -> None:
             f"{r['engine']:.3f}",
             f"{r['tokens_per_s']:,.0f}",
             f"{r['launches']} + {r['copies']}",
+            f"{r['memory']:,}",
         ]
         for r in report["decode"]
     ]
     print_table(
-        ["model", "streams", "drafts", "layers", "runner", "engine", "tok/s", "kernels + copies"],
+        ["model", "streams", "drafts", "layers", "runner", "engine", "tok/s", "kernels + copies",
+         "bytes of sequences"],
         rows,
-    )
+    )  # fmt: skip
     print("\nprompts until the first token\n")
     rows = [
         [

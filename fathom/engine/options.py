@@ -5,6 +5,7 @@ Paper: none (engine).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from fathom.model.stored_work import MOST_TOKENS
 from fathom.model.transformer import Transformer
 
 MIB = 2**20
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,22 +109,85 @@ def check_tokens(tokens: Sequence[int], config: ModelConfig) -> None:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What an engine allocates for its sequences, known before: `slabs` slabs of compressed
+    entries, `slots` slots of windows and tails, and the tables [slots, columns] that say which slab
+    is whose.
+    """
+
+    slab: SlabLayout
+    slabs: int
+    slot: SlotLayout
+    slots: int
+    columns: int
+
+    @classmethod
+    def of(cls, config: EngineConfig, model: Transformer | StoredModel) -> MemoryPlan:
+        """For a model where it lies."""
+        device, most = model.embed.weight.device, model.config.max_position_embeddings
+        slab = SlabLayout.of(model.config, model.quantized, model.dtype, config.indexer)
+        slot = SlotLayout(slab, config.drafts > 0, config.slot_room(device))
+        count = slabs_for(config.cache_tokens or 0)
+        if config.cache_tokens is None:
+            wanted = slabs_for(most) + 4 * config.max_sequences
+            left = free_bytes(device) - config.max_sequences * slot.slot_bytes
+            count = min(wanted, left // 4 // max(1, slab.slab_bytes))
+        return cls(
+            slab=slab,
+            slabs=max(1, count),
+            slot=slot,
+            slots=config.max_sequences,
+            columns=Memory.columns(most),
+        )
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """(what for, bytes) of everything."""
+        return [
+            (
+                f"compressed entries of {self.slabs * SLAB_TOKENS:,} tokens",
+                self.slabs * self.slab.slab_bytes,
+            ),
+            (
+                f"windows and tails of {self.slots} sequences with room for {self.slot.room} "
+                "tokens of a step",
+                self.slots * self.slot.slot_bytes,
+            ),
+            ("tables", self.slots * self.columns * 4),
+        ]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(size for _, size in self.parts)
+
+    def lines(self) -> list[str]:
+        """The plan for a reader, to the byte."""
+        return [f"{size:>18,}  {label}" for label, size in [*self.parts, ("total", self.total)]]
+
+    def check(self, free: int) -> None:
+        """Raise ConfigError, naming what to change, where `free` bytes do not hold it."""
+        if self.total <= free:
+            return
+        needed = ", ".join(f"{size:,} for {label}" for label, size in self.parts)
+        rows = " or prompt_rows" if self.slot.room > DRAFT_ROOM else ""
+        raise ConfigError(
+            f"the engine needs {self.total:,} bytes ({needed}), and {free:,} are free: lower "
+            f"cache_tokens or max_sequences{rows}"
+        )
+
+
 def allocate(config: EngineConfig, model: Transformer | StoredModel) -> Memory:
     """An engine's memory where the model lies. Raises ConfigError when there is not enough."""
-    device, most = model.embed.weight.device, model.config.max_position_embeddings
-    layout = SlabLayout.of(model.config, model.quantized, model.dtype, config.indexer)
-    count = slabs_for(config.cache_tokens or 0)
-    if config.cache_tokens is None:
-        wanted = slabs_for(most) + 4 * config.max_sequences
-        count = min(wanted, free_bytes(device) // 4 // max(1, layout.slab_bytes))
+    device, plan = model.embed.weight.device, MemoryPlan.of(config, model)
+    _log.info("event=engine_memory plan=%r", "; ".join(line.strip() for line in plan.lines()))
+    if device.type == "cuda":  # elsewhere memory that is never written to costs nothing
+        plan.check(free_bytes(device))
     try:
-        slabs = SlabPool(layout, max(1, count), device)
-        slots = SlotPool(
-            SlotLayout(layout, config.drafts > 0, config.slot_room(device)),
-            config.max_sequences,
-            device,
-        )
-        return Memory(slabs, slots, most)
+        slabs = SlabPool(plan.slab, plan.slabs, device)
+        slots = SlotPool(plan.slot, plan.slots, device)
+        return Memory(slabs, slots, model.config.max_position_embeddings)
     except (MemoryError, OSError, RuntimeError) as error:
         raise ConfigError(
             f"no memory for {config.max_sequences} sequences and the cache ({error}): lower "
@@ -133,7 +198,8 @@ def allocate(config: EngineConfig, model: Transformer | StoredModel) -> Memory:
 def free_bytes(device: torch.device) -> int:
     """Memory of a device that nothing uses."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -18,6 +18,7 @@ import torch
 
 from fathom.engine.batch import Batch, Piece
 from fathom.engine.engine import Engine, EngineConfig
+from fathom.engine.options import MemoryPlan
 from fathom.engine.request import Request
 from fathom.engine.sampler import SamplingParams
 from fathom.engine.scheduler import Budget
@@ -36,6 +37,7 @@ WARM = 4  # steps before the clock starts
 class DecodeTime:
     """A decode step of `batch` streams, milliseconds: through the engine; through its runner alone
     (layers, head, logits on the host), with its kernels and copies; and the layers' own graph.
+    memory: bytes planned for its sequences.
     """
 
     batch: int
@@ -47,6 +49,7 @@ class DecodeTime:
     tokens_per_step: float
     launches: int
     copies: int
+    memory: int
 
     @property
     def rate(self) -> float:
@@ -121,6 +124,7 @@ def decode_time(
 ) -> DecodeTime:  # fmt: skip
     """Greedy streams that have `context` tokens behind them."""
     served = serve(model, batch, context, drafts=drafts)
+    memory = MemoryPlan.of(served.config, model).total
     tokens = random_tokens(model.config.vocab_size, context + batch)
     params = SamplingParams(temperature=0.0, max_tokens=1000)
     runs = [served.submit(tokens[i : i + context], params) for i in range(batch)]
@@ -159,6 +163,7 @@ def decode_time(
         tokens_per_step=drawn,
         launches=sum(e.count for e in events if not e.key.startswith("Mem")),
         copies=sum(e.count for e in events if e.key.startswith("Mem")),
+        memory=memory,
     )
 
 

@@ -66,7 +66,7 @@ def goals(report: dict[str, Any]) -> list[Goal]:
 
     def milliseconds(context: int) -> float | None:
         row = _one(report["steps"], kind=WHOLE, tokens=1, context=context)
-        return row and row["median"] / LAYERS
+        return row["median"] / LAYERS if row else None
 
     short, long = milliseconds(SHORT), milliseconds(LONG)
     for name, value, limit in (
@@ -86,7 +86,7 @@ def goals(report: dict[str, Any]) -> list[Goal]:
     if other and eight and other["tokens"] == eight["tokens"]:
         ratio = other["seconds"] * 1e3 / eight["median"]
     rates = longer["tokens_per_s"] / eight["tokens_per_s"] if longer and eight else None
-    memory = eight and eight["peak"] / GIB
+    memory = eight["peak"] / GIB if eight else None
     found += [
         Goal(name="prefill of 8K beside transformers", found=ratio, limit=8, unit="times",
              at_most=False),

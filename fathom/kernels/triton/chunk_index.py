@@ -21,18 +21,12 @@ import triton.language as tl
 
 from fathom.kernels.registry import register
 from fathom.kernels.triton import index_keys
+from fathom.kernels.triton.index import sortable
 
 ENTRIES = 128  # keys of one program of _scores
 QUERIES = 32  # that pass a program of _scores
 SCORE_BYTES = 256 * 2**20  # of one block of queries' scores
 SELECT_BLOCK = 8192  # scores that _select looks at at once
-
-
-@triton.jit
-def _sortable(score):
-    """float32 as an int32 of the same order; adding zero makes the two zeros equal."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -98,21 +92,21 @@ def _select(
             reached = tl.zeros([BLOCK], tl.int32)
             for first in range(0, visible, BLOCK):
                 live = first + i < visible
-                key = _sortable(tl.load(row + first + i, mask=live, other=0.0))
+                key = sortable(tl.load(row + first + i, mask=live, other=0.0))
                 reached += (live & (key >= bound)).to(tl.int32)
             low = tl.where(tl.sum(reached, axis=0) >= K, middle, low)
         kth = low.to(tl.int32)
         above = tl.zeros([BLOCK], tl.int32)
         for first in range(0, visible, BLOCK):
             live = first + i < visible
-            key = _sortable(tl.load(row + first + i, mask=live, other=0.0))
+            key = sortable(tl.load(row + first + i, mask=live, other=0.0))
             above += (live & (key > kth)).to(tl.int32)
         room = K - tl.sum(above, axis=0)  # for scores equal to the k-th: the first of them
         done = tl.full([], 0, tl.int32)
         ties = tl.full([], 0, tl.int32)
         for first in range(0, visible, BLOCK):
             live = first + i < visible
-            key = _sortable(tl.load(row + first + i, mask=live, other=0.0))
+            key = sortable(tl.load(row + first + i, mask=live, other=0.0))
             tied = (live & (key == kth)).to(tl.int32)
             order = ties + tl.cumsum(tied, axis=0)
             chosen = (live & (key > kth)) | ((tied > 0) & (order <= room))

@@ -34,7 +34,7 @@ MOST_GROUPS = 2048  # maxima that _threshold holds
 
 
 @triton.jit
-def _sortable(score):
+def sortable(score):
     """float32 as an int32 of the same order; adding zero makes the two zeros equal."""
     bits = (score + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -90,7 +90,7 @@ def _threshold(maxima, bound, found, groups, k, GROUPS: tl.constexpr):
     token = tl.program_id(0)
     i = tl.arange(0, GROUPS)
     value = tl.load(maxima + token.to(tl.int64) * groups + i, mask=i < groups, other=-float("inf"))
-    key = _sortable(value)
+    key = sortable(value)
     # Bit by bit from the top; the first step, the sign's, wraps from the smallest number to zero.
     low = tl.full([], -0x7FFFFFFF - 1, tl.int32)
     for step in range(32):
@@ -110,7 +110,7 @@ def _collect(
     visible = (tl.load(rows + token) + 1) // RATIO
     entry = block * BLOCK + tl.arange(0, BLOCK)
     score = tl.load(scores + token * most + entry, mask=entry < visible, other=-float("inf"))
-    key = _sortable(score)
+    key = sortable(score)
     passed = (key >= tl.load(bound + token)) & (entry < visible)
     count = passed.to(tl.int32)
     place = tl.cumsum(count, axis=0) - count

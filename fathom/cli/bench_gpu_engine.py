@@ -17,6 +17,7 @@ from fathom.errors import MissingDependency
 CONTEXT = 4096
 BATCHES = (1, 8, 64)
 PROMPTS = (2048, 8192)
+ROWS = (8, 64, 0)  # of a prompt in a step, batch-invariant, or 0: as chunks
 
 
 def measure_engine(repeat: int, out: Path | None, as_json: bool) -> None:
@@ -53,8 +54,8 @@ def _measure(torch: Any, repeat: int) -> dict[str, Any]:
             row = speed.decode_time(model, batch, CONTEXT, steps=repeat, drafts=drafts)
             report["decode"].append({"model": name, **asdict(row), "tokens_per_s": row.rate})
         for tokens in PROMPTS:
-            for invariant in (True, False):
-                prompt = speed.prompt_time(model, tokens, batch_invariant=invariant, repeat=3)
+            for count in ROWS:
+                prompt = speed.prompt_time(model, tokens, rows=count, repeat=3)
                 report["prompts"].append(
                     {"model": name, **asdict(prompt), "tokens_per_s": prompt.rate}
                 )
@@ -88,10 +89,10 @@ def _print(report: dict[str, Any]) -> None:
         [
             r["model"],
             f"{r['tokens']:,}",
-            "yes" if r["batch_invariant"] else "no",
+            f"{r['rows']} a step" if r["rows"] else "one chunk",
             f"{r['seconds'] * 1e3:.1f}",
             f"{r['tokens_per_s']:,.0f}",
         ]
         for r in report["prompts"]
     ]
-    print_table(["model", "tokens", "invariant", "ms", "tok/s"], rows)
+    print_table(["model", "tokens", "rows", "ms", "tok/s"], rows)

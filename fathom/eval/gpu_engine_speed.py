@@ -59,10 +59,10 @@ class DecodeTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTime:
-    """A prompt through the engine until its first token: seconds, tokens per second."""
+    """A prompt through the engine until its first token. rows: of it in a step, 0 as a chunk."""
 
     tokens: int
-    batch_invariant: bool
+    rows: int
     seconds: float
 
     @property
@@ -101,9 +101,11 @@ def three_layers() -> ModelConfig:
 
 def serve(
     model: StoredModel | Transformer, batch: int, context: int, *, drafts: int = 0,
-    batch_invariant: bool = True,
+    rows: int | None = None,
 ) -> Engine:  # fmt: skip
-    """An engine with room for `batch` sequences of `context` tokens."""
+    """An engine with room for `batch` sequences of `context` tokens; rows: of a prompt in a step, 0
+    as a chunk, None as by default.
+    """
     return Engine(
         model,
         EngineConfig(
@@ -113,7 +115,8 @@ def serve(
             drafts=drafts,
             drafts_adaptive=False,
             checkpoint_spacing=0,
-            batch_invariant=batch_invariant,
+            batch_invariant=rows != 0,
+            prompt_rows=rows or None,
         ),
     )
 
@@ -205,10 +208,10 @@ def layers_time(model: StoredModel, batch: int, context: int, repeat: int) -> fl
 
 
 def prompt_time(
-    model: StoredModel | Transformer, tokens: int, *, batch_invariant: bool, repeat: int = 5
+    model: StoredModel | Transformer, tokens: int, *, rows: int, repeat: int = 5
 ) -> PromptTime:
     """A cold prompt until its first token, the second of two engines' runs compiled already."""
-    served = serve(model, 1, tokens, batch_invariant=batch_invariant)
+    served = serve(model, 1, tokens, rows=rows)
     times = []
     for number in range(1 + repeat):
         ids = random_tokens(model.config.vocab_size, tokens + number)[number:]
@@ -218,6 +221,4 @@ def prompt_time(
             served.step()
         times.append(time.perf_counter() - started)
         served.cache.clear()
-    return PromptTime(
-        tokens=tokens, batch_invariant=batch_invariant, seconds=statistics.median(times[1:])
-    )
+    return PromptTime(tokens=tokens, rows=rows, seconds=statistics.median(times[1:]))

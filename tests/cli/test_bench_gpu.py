@@ -98,4 +98,4 @@ def test_the_whole_way_of_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert result.exit_code == 0, result.output
     report = json.loads(out.read_text())
     assert [(row["batch"], row["drafts"]) for row in report["decode"]] == [(2, 0), (2, 0), (1, 1)]
-    assert {row["batch_invariant"] for row in report["prompts"]} == {True, False}
+    assert [row["rows"] for row in report["prompts"]] == [8, 64, 0] * 2

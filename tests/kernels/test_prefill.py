@@ -202,3 +202,9 @@ def test_select(s: Sizes, dtype: torch.dtype, shape: str, monkeypatch: pytest.Mo
     none = 2**30
     ascending = expected.masked_fill(expected < 0, none).sort(dim=1).values
     assert torch.equal(picks, ascending.masked_fill(ascending == none, -1))
+
+
+def test_the_memory_plan_knows_the_scores_block(s: Sizes, dtype: torch.dtype) -> None:
+    from fathom.model import prefill_memory
+
+    assert prefill_memory.SCORE_BYTES == chunk_index.SCORE_BYTES

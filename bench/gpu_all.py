@@ -13,6 +13,7 @@ failed or was left out.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -187,6 +188,8 @@ def write_report(folder: Path, parts: Sequence[Part], outcomes: Sequence[Outcome
         for part in parts
         if (file := folder / f"{part.name}.json").is_file()
     }
+    if "layers" in figures and not (folder / "roofline.png").is_file():
+        draw(figures["layers"], folder / "roofline.png")
     states = [asdict(outcome) for outcome in outcomes]
     whole = {"versions": versions(), "parts": states, "figures": figures}
     (folder / "report.json").write_text(json.dumps(whole, indent=1))
@@ -201,6 +204,15 @@ def write_report(folder: Path, parts: Sequence[Part], outcomes: Sequence[Outcome
     if (folder / "roofline.png").is_file():
         text += ["", "![Decode and prefill under the limits of the device](roofline.png)"]
     (folder / "report.md").write_text("\n".join(text) + "\n")
+
+
+def draw(report: dict[str, Any], file: Path) -> None:
+    """The picture of a part that ended before it had drawn it, where that can be done."""
+    from fathom.errors import FathomError
+    from fathom.eval.gpu_plot import plot_roofline
+
+    with contextlib.suppress(FathomError, KeyError):
+        plot_roofline(report, file)
 
 
 def goal_table(report: dict[str, Any]) -> list[str]:

@@ -72,11 +72,14 @@ def gpu(
     if not torch.cuda.is_available():
         raise MissingDependency("bench gpu needs a CUDA device, and torch sees none here")
     check_other(against)
-    report = _measure(torch, repeat, kernels)
+    report = _measure(torch, repeat, kernels, out)
     torch.cuda.empty_cache()
-    _judge(report, out)  # whatever becomes of the rest
+    failed: MissingDependency | None = None
     if against is not None:
-        report[OTHER] = measure_other(OTHER_TOKENS, OTHER_CONTEXT)
+        try:
+            report[OTHER] = measure_other(OTHER_TOKENS, OTHER_CONTEXT)
+        except MissingDependency as error:  # what was measured is shown first
+            failed = error
         _judge(report, out)
     if plot is not None:
         from fathom.eval.gpu_plot import plot_roofline
@@ -86,6 +89,8 @@ def gpu(
         print_json(report)
     else:
         _print(report)
+    if failed is not None:
+        raise failed
 
 
 def _judge(report: dict[str, Any], out: Path | None) -> None:
@@ -95,7 +100,8 @@ def _judge(report: dict[str, Any], out: Path | None) -> None:
         out.write_text(json.dumps(report, indent=1))
 
 
-def _measure(torch: Any, repeat: int, kernels: bool) -> dict[str, Any]:
+def _measure(torch: Any, repeat: int, kernels: bool, out: Path | None) -> dict[str, Any]:
+    """The report; what there is of it is written to `out` after every part."""
     from fathom.checkpoint.synthetic import PROFILES
     from fathom.eval import gpu_speed
     from fathom.eval.gpu_goals import MILLION, SHORT, TOPK_SCORES
@@ -113,6 +119,12 @@ def _measure(torch: Any, repeat: int, kernels: bool) -> dict[str, Any]:
         "matmul_flops": matmul,
     }
     steps, prompts = [], []
+
+    def keep() -> None:
+        report["steps"] = [asdict(row) | {"fraction_of_floor": row.fraction} for row in steps]
+        report["prompts"] = [asdict(row) | {"tokens_per_s": row.rate} for row in prompts]
+        _judge(report, out)
+
     layers = gpu_speed.stored_layers(config)
     groups = {gpu_speed.NAMES[layer.ratio]: [layer] for layer in layers}
     groups |= {"all": layers, WHOLE: gpu_speed.whole_model(flash, layers)}
@@ -122,6 +134,7 @@ def _measure(torch: Any, repeat: int, kernels: bool) -> dict[str, Any]:
             steps.append(
                 gpu_speed.step_time(own, groups[kind], kind, tokens, context, copy, repeat)
             )
+        keep()
         for kind, tokens, context in FP8_KEYS:
             steps.append(
                 gpu_speed.step_time(
@@ -131,12 +144,14 @@ def _measure(torch: Any, repeat: int, kernels: bool) -> dict[str, Any]:
         for tokens, chunk in PROMPTS:
             few = max(3, repeat // 10)
             prompts.append(prefill_time(config, layers, tokens, chunk, (matmul, copy), few))
+        keep()
         for profile in PROFILES:
             routed = gpu_speed.routed_by(layers, config, profile)
             steps.append(gpu_speed.step_time(config, routed, "all", *BATCH, copy, repeat, profile))
             prompts.append(
                 prefill_time(config, routed, *PROMPT, (matmul, copy), 3, routing=profile)
             )
+        keep()
         report["topk_us"] = gpu_speed.topk_time(TOPK_SCORES, config.index_topk)
         _, report["expert_flops"] = expert_time(config, layers[0], PROMPT[0], uniform=True)
         if kernels:
@@ -149,8 +164,7 @@ def _measure(torch: Any, repeat: int, kernels: bool) -> dict[str, Any]:
                 str(context): gpu_speed.family_bytes(config, layers, context)
                 for context in contexts
             }
-    report["steps"] = [asdict(row) | {"fraction_of_floor": row.fraction} for row in steps]
-    report["prompts"] = [asdict(row) | {"tokens_per_s": row.rate} for row in prompts]
+    keep()
     return report
 
 

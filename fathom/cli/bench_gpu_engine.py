@@ -29,20 +29,24 @@ def measure_engine(repeat: int, out: Path | None, as_json: bool) -> None:
 
     if not torch.cuda.is_available():
         raise MissingDependency("bench gpu needs a CUDA device, and torch sees none here")
-    report = _measure(torch, repeat)
-    if out is not None:
-        out.write_text(json.dumps(report, indent=1))
+    report = _measure(torch, repeat, out)
     if as_json:
         print_json(report)
     else:
         _print(report)
 
 
-def _measure(torch: Any, repeat: int) -> dict[str, Any]:
+def _measure(torch: Any, repeat: int, out: Path | None) -> dict[str, Any]:
+    """The report; what there is of it is written to `out` after every row."""
     from fathom.checkpoint import load_model
     from fathom.eval import gpu_engine_speed as speed
 
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+
+    def keep() -> None:
+        if out is not None:
+            out.write_text(json.dumps(report, indent=1))
+
     flash = speed.three_layer_model(speed.three_layers())
     nano = load_model(checkpoint_path(Path(SHIPPED_MODEL)), torch.bfloat16, device="cuda")
     report["decode"], report["prompts"] = [], []
@@ -53,12 +57,14 @@ def _measure(torch: Any, repeat: int) -> dict[str, Any]:
         for batch, drafts in cases:
             row = speed.decode_time(model, batch, CONTEXT, steps=repeat, drafts=drafts)
             report["decode"].append({"model": name, **asdict(row), "tokens_per_s": row.rate})
+            keep()
         for tokens in PROMPTS:
             for count in ROWS:
                 prompt = speed.prompt_time(model, tokens, rows=count, repeat=3)
                 report["prompts"].append(
                     {"model": name, **asdict(prompt), "tokens_per_s": prompt.rate}
                 )
+                keep()
         torch.cuda.empty_cache()
     return report
 

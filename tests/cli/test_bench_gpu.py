@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fathom.cli import bench_gpu, bench_gpu_engine, bench_gpu_prefill
 from fathom.cli.main import app
-from fathom.errors import ConfigError
+from fathom.errors import ConfigError, MissingDependency
 from fathom.eval import gpu_goals
 from tests.cli import pretended_gpu
 from tests.engine.helpers import stored_model
@@ -71,9 +71,17 @@ def test_the_whole_way_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path:
     for name, value in {"TOPK_SCORES": 64, "SHORT": 20, "MILLION": 24}.items():
         monkeypatch.setattr(gpu_goals, name, value)
     out = tmp_path / "gpu.json"
+
+    def other(*_: int) -> None:
+        raise MissingDependency("transformers is not here")
+
+    monkeypatch.setattr(bench_gpu, "measure_other", other)
     with pretended_gpu.pretended(monkeypatch):
-        result = CliRunner().invoke(app, ["bench", "gpu", "--kernels", "--out", str(out)])
-    assert result.exit_code == 0, result.output
+        arguments = ["bench", "gpu", "--kernels", "--against", "transformers", "--out", str(out)]
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code != 0  # but not before the figures were shown
+    assert "not here" in result.output + str(result.exception)
+    assert "prefill experts" in result.output
     report = json.loads(out.read_text())
     assert [row["keys"] for row in report["steps"]] == ["fp4", "fp4", "fp8", "fp4", "fp4", "fp4"]
     assert len(report["prompts"]) == 4

@@ -85,7 +85,7 @@ def test_the_torch_model_says_the_same(net: Transformer, keys: str) -> None:
         for slot in range(2):
             served.memory.tables[slot, 0] = slot
         starts, own = [0, 0], []
-        for sizes in [(1, 3), (1, 8), (6, 1), (8, 2)] * 9:
+        for sizes in [(1, 3), (1, 8), (6, 1), (8, 2)] * (9 if keys == "fp4" else 2):
             pieces = []
             for slot, size in enumerate(sizes):
                 tokens = prompt(200, slot)[starts[slot] : starts[slot] + size]
@@ -167,10 +167,10 @@ def test_prompts_in_steps_of_64_rows(net: Transformer, tmp_path: Path) -> None:
     found, saved = [], []
     for rows in (8, 64):
         served = serve(net, prompt_rows=rows, disk=tmp_path, checkpoint_spacing=256)
-        known = served.submit(prompt(262, rows), greedy(2))
+        known = served.submit(prompt(70, rows), greedy(2))
         finish(served, known)
         saved.append((served.save_session(known), known))
-        request = served.submit(prompt(150), greedy(3))
+        request = served.submit(prompt(134), greedy(2))
         finish(served, request)
         found.append(bits(request))
         served.close()
@@ -181,7 +181,7 @@ def test_prompts_in_steps_of_64_rows(net: Transformer, tmp_path: Path) -> None:
         assert tokens == known.tokens
         later = served.submit([*tokens, 5], greedy(2))
         finish(served, later)
-        assert later.cached_tokens >= 262
+        assert later.cached_tokens >= 70
         assert len(bits(later)) == 2
 
 
@@ -303,17 +303,17 @@ def test_fp8_index_keys(net: Transformer) -> None:
     found, stored = [], []
     for keys, invariant in (("fp4", True), ("fp8", True), ("fp8", False)):
         served = serve(net, indexer=keys, batch_invariant=invariant)
-        request = served.submit(prompt(140), greedy(4))
+        request = served.submit(prompt(50), greedy(3))
         finish(served, request)
         found.append(bits(request))
-        again = served.submit([*request.tokens, 5], greedy(2))
+        again = served.submit([*request.tokens, 5], greedy(1))
         finish(served, again)
-        assert again.cached_tokens == 143
+        assert again.cached_tokens == 52
         layout = served.memory.slabs.layout
         assert sum(layout.key_sizes) == {"fp4": 34, "fp8": 68}[keys]
         place = next(p for p in layout.layers if p.key_data >= 0)
         whole = served.memory.slabs.data[int(served.memory.tables[0, 0])]
-        stored.append(whole[place.key_data : place.key_data + 35 * layout.key_sizes[0]])
+        stored.append(whole[place.key_data : place.key_data + 12 * layout.key_sizes[0]])
     assert found[0] != found[1]
     # A value on the edge between two codes may fall to either side, and later tokens see it.
     assert (stored[1] != stored[2]).float().mean() < 0.3

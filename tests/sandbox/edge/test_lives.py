@@ -21,7 +21,7 @@ from fathom.sandbox.edge import age
 from fathom.sandbox.edge.admission import Admission
 from fathom.sandbox.edge.age import Birth
 from fathom.sandbox.edge.entry import NOTE
-from fathom.sandbox.images import Store, collect, rootfs
+from fathom.sandbox.images import ImageMissing, Store, collect, rootfs
 from fathom.sandbox.types import Kept
 from tests.sandbox.edge.daemon import Daemon
 
@@ -72,6 +72,8 @@ def test_an_adopted_sandbox_keeps_its_own_image(daemon: Daemon, store: Store):
         image_with(client, "first")
         name = client.create(layered()).id
         image_with(client, "second")
+        with pytest.raises(ImageMissing):
+            client.create(layered("no/such"))
     restart(daemon)
     with daemon.client() as client:
         (copy,) = client.attach(name).fork()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -10,15 +11,25 @@ from typing import Any
 
 import pytest
 
-from fathom.sandbox import Container, ExecResult, SyncClient, SyncSandbox, cgroups, state
+from fathom.sandbox import (
+    Container,
+    ExecResult,
+    SyncClient,
+    SyncSandbox,
+    box,
+    cgroups,
+    messages,
+    state,
+)
 from fathom.sandbox.cgroups import Group
 
-COMMANDS = 300  # more than wait at an agent's door
+# More than wait at an agent's door, and more than there are processes for.
+COMMANDS, PIDS = 300, 128
 
 
 @pytest.fixture
 def still(client: SyncClient) -> SyncSandbox:
-    made = client.create(Container(pids=512))
+    made = client.create(Container(pids=PIDS))
     if not made.caps.pause:
         pytest.skip("this substrate has no pause")
     return made
@@ -98,10 +109,13 @@ def test_a_crowd_at_the_door_of_one_that_stands_still(
     slow.start()
     time.sleep(0.5)
     ask_node(client, "freeze", ids=[still.id], **holder)
-    said: list[str] = []
+    said: dict[int, str] = {}
 
     def ask(number: int) -> None:
-        said.append(still.exec(f"echo {number}", timeout=60).stdout)
+        try:
+            said[number] = still.exec(f"echo {number}", timeout=60).stdout
+        except Exception as error:
+            said[number] = repr(error)
 
     workers = [threading.Thread(target=ask, args=(n,), daemon=True) for n in range(COMMANDS)]
     for worker in workers:
@@ -122,9 +136,35 @@ def test_a_crowd_at_the_door_of_one_that_stands_still(
     assert answer[0]["paused"][still.id] > 3
     for worker in workers:
         worker.join(60)
-    assert sorted(said) == sorted(f"{n}\n" for n in range(COMMANDS))
+    assert {n: text for n, text in said.items() if text != f"{n}\n"} == {}
+    assert len(said) == COMMANDS
     slow.join()
     assert [result.timed_out for result in ended] == [False], "the pause counted"
+
+
+def test_whoever_comes_as_a_crowd_leaves_is_let_in(
+    client: SyncClient, still: SyncSandbox, options: dict[str, Path]
+):
+    """Lines that have ended are no strangers at the door."""
+    folder = options["runtime_dir"] / still.id
+    secret = json.loads((folder / state.SESSION).read_text())["secret"]
+    crowd: list[socket.socket] = []
+    for _ in range(60):
+        crowd.append(messages.connect(folder, state.SOCKET))
+        crowd[-1].sendall(box.greeting(bytes.fromhex(secret)))
+        assert crowd[-1].recv(1000)
+    ask_node(client, "freeze", ids=[still.id], holder="a copy")
+    for line in crowd:
+        line.close()
+    said: list[str] = []
+    worker = threading.Thread(
+        target=lambda: said.append(still.exec("echo on", timeout=10).stdout), daemon=True
+    )
+    worker.start()
+    time.sleep(0.5)
+    ask_node(client, "thaw", ids=[still.id], holder="a copy")
+    worker.join(20)
+    assert said == ["on\n"]
 
 
 def full(folder: Path) -> bool:

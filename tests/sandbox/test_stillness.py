@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from fathom.errors import SandboxLost
 from fathom.sandbox import (
     Container,
     ExecResult,
@@ -165,6 +168,47 @@ def test_whoever_comes_as_a_crowd_leaves_is_let_in(
     ask_node(client, "thaw", ids=[still.id], holder="a copy")
     worker.join(20)
     assert said == ["on\n"]
+
+
+def test_standing_still_for_longer_than_a_caller_is_patient(
+    client: SyncClient, still: SyncSandbox, monkeypatch: pytest.MonkeyPatch
+):
+    """For a copy, say: it is not taken for lost, by none of those who wait."""
+    monkeypatch.setattr("fathom.sandbox.sandbox._PATIENCE", 0.5)
+    said: list[str] = []
+    workers = [
+        threading.Thread(
+            target=lambda: said.append(still.exec("echo on", timeout=1).stdout), daemon=True
+        )
+        for _ in range(3)
+    ]
+    ask_node(client, "freeze", ids=[still.id], holder="a copy")
+    for worker in workers:
+        worker.start()
+    time.sleep(2.5)
+    ask_node(client, "thaw", ids=[still.id], holder="a copy")
+    for worker in workers:
+        worker.join(20)
+    assert said == ["on\n"] * 3
+
+
+def test_one_that_never_answers_is_lost_though_it_stood_still_before(
+    client: SyncClient,
+    still: SyncSandbox,
+    options: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("fathom.sandbox.sandbox._PATIENCE", 0.5)
+    still.pause()
+    time.sleep(0.2)
+    still.resume()
+    agent = state.first_process(options["runtime_dir"] / still.id)
+    assert agent is not None
+    os.kill(agent, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(SandboxLost, match="was lost while a command ran"):
+        still.exec("echo on", timeout=1)
+    assert time.monotonic() - began < 15
 
 
 def full(folder: Path) -> bool:

@@ -65,7 +65,7 @@ _GONE_TIMEOUT = 10.0
 class Box:
     """A sandbox that runs.
 
-    `frozen`: when it was stopped, by the monotonic clock. `stood`: for how many seconds it has stood
+    `frozen`: when it was stopped, by the monotonic clock. `stood`: for how many seconds it stood
     still before. `holders`: who wants it to, the user's pause and each copy that is being made.
     `line`: to the agent, so that nothing needs to connect to one that stands still; None for one
     that was adopted so.

@@ -108,7 +108,7 @@ def test_a_crowd_at_the_door_of_one_that_stands_still(
     """It goes on, and each of those that waited is served."""
     holder = {"holder": "a copy"} if how == "fork" else {}
     ended: list[ExecResult] = []
-    slow = threading.Thread(target=lambda: ended.append(still.exec("sleep 2", timeout=4)))
+    slow = threading.Thread(target=lambda: ended.append(still.exec("sleep 1", timeout=2.5)))
     slow.start()
     time.sleep(0.5)
     ask_node(client, "freeze", ids=[still.id], **holder)
@@ -127,7 +127,7 @@ def test_a_crowd_at_the_door_of_one_that_stands_still(
     while not full(options["runtime_dir"] / still.id):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(3)
+    time.sleep(2)
     answer: list[Any] = []
     resume = threading.Thread(
         target=lambda: answer.append(ask_node(client, "thaw", ids=[still.id], **holder)),
@@ -136,7 +136,7 @@ def test_a_crowd_at_the_door_of_one_that_stands_still(
     resume.start()
     resume.join(20)
     assert answer, "it stands still for ever"
-    assert answer[0]["paused"][still.id] > 3
+    assert answer[0]["paused"][still.id] > 2
     for worker in workers:
         worker.join(60)
     assert {n: text for n, text in said.items() if text != f"{n}\n"} == {}

@@ -106,14 +106,19 @@ def test_what_is_said_to_one_that_waits_reaches_it(small: SyncSandbox, line: soc
     assert small.exec("echo on", timeout=10).stdout == "on\n"
 
 
-def test_one_whose_line_ends_never_begins(small: SyncSandbox, line: socket.socket):
-    line.sendall(exec_frame(1, "sleep", "1", op="one") + exec_frame(2, "touch", "f", op="two"))
+def test_one_whose_line_ends_before_its_turn_never_begins(small: SyncSandbox, line: socket.socket):
+    """One that has a monitor already goes on under its key; the receipt tells which it was."""
+    asked = [exec_frame(1, "sleep", "4", op="1")]
+    asked += [exec_frame(number, "touch", f"f{number}", op=str(number)) for number in (2, 3, 4)]
+    line.sendall(b"".join(asked))
     deadline = time.monotonic() + 10
-    while small.receipt("one").state != "running":
+    while small.receipt("1").state != "running":
         assert time.monotonic() < deadline
     line.close()
-    assert small.exec("ls", timeout=10).stdout == ""
-    assert small.receipt("two").state == "never"
+    made = small.exec("ls", timeout=30).stdout.split()
+    states = {number: small.receipt(str(number)).state for number in (2, 3, 4)}
+    assert made == [f"f{number}" for number, told in states.items() if told == "finished"]
+    assert states[3] == states[4] == "never"
 
 
 def test_one_that_is_cancelled_as_it_begins_does_not_go_on(

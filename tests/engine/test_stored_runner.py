@@ -22,6 +22,7 @@ from fathom.engine.stored_steps import Span, cut
 from fathom.engine.torch_runner import TorchRunner
 from fathom.errors import ConfigError
 from fathom.kernels import registry, use_backend
+from fathom.kernels.reference import stored as references
 from fathom.model import Transformer
 from fathom.model.stored import StoredModel, unstorable
 from tests.engine.helpers import bits, engine, finish, greedy, model, prompt, sampled, stored_model
@@ -42,8 +43,30 @@ def serve(net: Any, **settings: Any) -> Engine:
 
 
 @pytest.fixture(autouse=True)
-def _to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's matrix products add up in another order for other numbers of rows."""
+def _as_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The references decode a weight at each use: here once, as long as nobody writes to it."""
+
+    def once(name: str) -> None:
+        whole = getattr(references, name)
+        kept: dict[object, tuple[torch.Tensor, ...]] = {}
+
+        def call(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            key = (codes.data_ptr(), codes.shape, codes._version, scale._version)
+            if key not in kept:
+                kept[key] = (codes, scale, whole(codes, scale))
+            return kept[key][2]
+
+        monkeypatch.setattr(references, name, call)
+
+    as_stored(monkeypatch)
+    once("fp8_matrix")
+    once("fp4_matrix")
+
+
+@pytest.fixture
+def to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that compare bits: row by row, as the CPU's matrix products add up in another order
+    for other numbers of rows. It takes several times as long."""
 
     def by_row(op: str, rows: tuple[int, ...], names: tuple[str, ...] = ()) -> None:
         whole = registry._kernels[op, "reference"]
@@ -66,7 +89,6 @@ def _to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setitem(registry._kernels, (op, "reference"), call)
 
-    as_stored(monkeypatch)
     by_row("stored_linear", (0,))
     by_row("stored_moe", (0, 1))
     by_row("stream_head", (1,))
@@ -104,6 +126,7 @@ def test_the_torch_model_says_the_same(net: Transformer, keys: str) -> None:
     assert np.linalg.norm(logits[0] - logits[1]) < 0.3 * np.linalg.norm(logits[1])
 
 
+@pytest.mark.usefixtures("to_the_bit")
 def test_the_same_bits_in_every_batch_and_cut(net: Transformer) -> None:
     expected = None
     for most, beside, rows in ((512, 0, 8), (7, 2, 8), (33, 3, 8), (33, 3, 64), (512, 1, 20)):
@@ -115,6 +138,7 @@ def test_the_same_bits_in_every_batch_and_cut(net: Transformer) -> None:
         assert bits(request) == expected
 
 
+@pytest.mark.usefixtures("to_the_bit")
 @pytest.mark.parametrize(("start", "right"), [(29, 0), (124, 2)])
 def test_rejected_drafts_leave_nothing_behind(net: Transformer, start: int, right: int) -> None:
     """Rejections inside windows of 4 and across the end of one of 128."""
@@ -223,6 +247,7 @@ def test_steps_are_as_full_as_can_be() -> None:
             assert all(span.row == whole.row + span.at for span in own)
 
 
+@pytest.mark.usefixtures("to_the_bit")
 def test_entries_that_are_known_stay(net: Transformer) -> None:
     """A replay begins with an empty window: what it computes first may not reach the slabs."""
     served = serve(net, checkpoint_spacing=0)
@@ -274,6 +299,7 @@ def test_exports_for_a_trainer(net: Transformer) -> None:
         assert np.all(selection[0] == -1)
 
 
+@pytest.mark.usefixtures("to_the_bit")
 def test_new_weights_in_place() -> None:
     net, other = stored_model(1), stored_model(2)
     served = serve(net)
@@ -287,6 +313,7 @@ def test_new_weights_in_place() -> None:
     assert bits(after) == bits(same)
 
 
+@pytest.mark.usefixtures("to_the_bit")
 def test_a_stored_model_needs_no_transformer(net: Transformer) -> None:
     found = []
     for served in (serve(net), engine(StoredModel.of(net))):

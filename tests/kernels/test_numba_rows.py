@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,7 @@ def test_indexer_keys_have_the_packers_bytes(form: str, dim: int) -> None:
         assert np.array_equal(x, expected)
 
 
+@functools.cache
 def _scorer(integers: str) -> Any:
     """A function that scores 64 keys with the fast path, in one of its two forms, or without it."""
     if integers:

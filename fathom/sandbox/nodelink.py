@@ -29,6 +29,7 @@ from fathom.errors import (
     Unsupported,
 )
 from fathom.sandbox import box, cgroups, line, messages, paths, state
+from fathom.sandbox.images.errors import ImageDamaged, ImageError, ImageMissing, StoreFull
 
 # A full machine that boots under emulation takes the longest.
 _CALL_TIMEOUT = 400.0
@@ -42,6 +43,9 @@ _ERRORS: dict[str, type[SandboxError]] = {
     kind.code: kind
     for kind in (
         DaemonLost,
+        ImageDamaged,
+        ImageError,
+        ImageMissing,
         KeyConflict,
         MachineFull,
         PolicyDenied,
@@ -49,6 +53,7 @@ _ERRORS: dict[str, type[SandboxError]] = {
         SandboxTimeout,
         SnapshotDamaged,
         SnapshotMissing,
+        StoreFull,
         Unsupported,
     )
 }

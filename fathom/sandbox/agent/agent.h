@@ -16,7 +16,8 @@
 enum { PROTOCOL = 1, MAGIC = 0xF47A, HEADER = 12 };
 enum { FRAME_LIMIT = 1 << 20, STRANGER_LIMIT = 4096, OUT_HIGH = 1 << 19, STDIN_LIMIT = 1 << 20 };
 enum { SECRET_LIMIT = 64, EPOCH_SIZE = 16 };
-enum { KEPT_FILE = 100 }; /* where the folder of the writes is kept: _UPPER_FD of box.py */
+/* Where what came along is kept: from here on, the folder of the writes first (_UPPER_FD of box.py). */
+enum { KEPT_FILE = 100, MOST_GIVEN = 2 };
 /* In a virtual machine: where what is the agent's own lies, a folder of root alone. */
 #define GUEST_FOLDER "/run/fathom"
 
@@ -90,7 +91,7 @@ struct Conn {
   Tag tag;
   int fd;
   bool known, serial, closing;
-  int given; /* an open file that came along, or -1 */
+  int given[MOST_GIVEN]; /* open files that came along, or -1 */
   Buffer in, out;
   Conn *next;
 };
@@ -180,8 +181,13 @@ int enter_main(int argc, char **argv);
 int copy_main(int argc, char **argv);
 
 /* command.c */
+enum { START_PATIENCE_US = 5000000 }; /* so long is there no room before a start is given up */
 typedef struct Cmd Cmd;
-void command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len);
+int command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len, int64_t deadline, bool turn);
+void command_refuse(Conn *c, uint32_t id, int failed);
+int64_t timeout_of(const uint8_t *data, size_t len);
+bool command_beginning(void);
+int command_lacking(void);
 Cmd *command_find(Conn *c, uint32_t id);
 void command_stdin(Cmd *cmd, const uint8_t *data, size_t len);
 void command_eof(Cmd *cmd);
@@ -198,7 +204,17 @@ void commands_tick(int64_t now);
 void command_event(Tag *tag);
 void commands_bury(void);
 
+/* queue.c */
+void queue_exec(Conn *c, uint32_t id, const uint8_t *data, size_t len);
+void queue_frame(Conn *c, uint32_t id, uint8_t type, const uint8_t *data, size_t len);
+void queue_quit(const Conn *c);
+void queue_shift(int64_t micros);
+void queue_progress(void);
+int64_t queue_wait(void);
+void queue_tick(int64_t now);
+
 /* agent.c */
+void request(Conn *c, uint32_t id, uint8_t type, const uint8_t *data, size_t len);
 void watch(int fd, Tag *tag, uint32_t events);
 void unwatch(int fd);
 

@@ -24,6 +24,7 @@ from fathom.sandbox.paths import cache_folder, runtime_folder
 from fathom.sandbox.trajectory.held import HeldExecutor, hold, reconnect
 from fathom.sandbox.trajectory.store import Store
 from fathom.sandbox.trajectory.tape import Entry, read_tape
+from fathom.sandbox.worker.worker import PLAN, Worker
 from tests.agent.chat_server import Respond, Server, answer, serving, tool_call
 from tests.machines import skip_without_machines
 
@@ -225,6 +226,14 @@ def test_killed_before_it_had_begun_or_when_it_was_over(
             assert (code, out) == (0, "Fine too.\n"), err
         assert len(server.bodies) == 1
     assert (work / "log").read_text() == "one\n"
+
+
+def test_a_worker_is_found_by_its_plan_before_it_has_a_record(state: Store) -> None:
+    for name, plan in (("w", '{"fields": {"task": "t"}}'), ("broken", "{")):
+        state.path(name).mkdir(parents=True)
+        (state.path(name) / PLAN).write_text(plan)
+    assert Worker.last({"task": "t"}, state) == "w"
+    assert Worker.last({"task": "u"}, state) is None
 
 
 def test_what_a_killed_end_leaves_is_ended_and_what_is_not_there_is_not_forgotten(

@@ -306,6 +306,11 @@ class Sandbox:
                             raise _explain(refusal(frame))
                     if enough is not None and len(kept["stdout"].data) >= enough:
                         return _ENOUGH
+            if scope.cancelled_caught:
+                raise SandboxLost(
+                    f"the agent of sandbox {self.id} did not answer in time: it may answer again, "
+                    "or its guest has stopped it"
+                )
             raise SandboxLost(f"sandbox {self.id} was lost while a command ran: create another one")
         finally:
             self._running.discard(scope)

@@ -18,6 +18,9 @@ from fathom.sandbox.vm import chain, jail, memory, saved, screen
 from fathom.sandbox.vm.machine import Machine, freeze, thaw
 from fathom.sandbox.vm.saved import Saved
 
+# For an agent to take what came before: a busy guest shall be copied, too.
+_PATIENCE = 10.0
+
 
 def capture(machine: Machine) -> Saved:
     """Save the machine as of now; it goes on unless it was paused. Raises SandboxError, OSError."""
@@ -26,7 +29,7 @@ def capture(machine: Machine) -> Saved:
         paused = machine.frozen is not None
         if paused:
             return _capture(machine)
-        freeze(machine)
+        freeze(machine, patience=_PATIENCE)
         try:
             return _capture(machine)
         finally:
@@ -34,6 +37,11 @@ def capture(machine: Machine) -> Saved:
 
 
 def _capture(machine: Machine) -> Saved:
+    if not machine.between_frames:
+        raise SandboxError(
+            f"the agent in {machine.id} did not answer before the machine was stopped, so that "
+            "nobody could speak to a copy: see what its guest is busy with"
+        )
     name = f"state-{secrets.token_hex(4)}"
     machine.ask("xen-save-devices-state", filename=f"/{jail.OWN}/{name}", live=False)
     data = _take_own(machine, name)

@@ -41,6 +41,7 @@ _JOURNAL = 16 << 20  # bytes of receipts, in the guest's memory
 _BOOT_TIMEOUT = {"microvm": 60.0, "fullvm": 300.0}
 _RESTORE_TIMEOUT = 30.0
 _GONE_TIMEOUT = 10.0
+_HUSH_PATIENCE = 1.0
 _STARTER = jail.Starter()
 
 
@@ -50,8 +51,8 @@ class Machine:
 
     `memory`: the file that it maps. `disk`: what it writes to, on top of the disks `below`, which
     never change. `origin`: what of it lies in a folder. `frozen`: when it was paused, by the
-    monotonic clock. `online`: whether the guest's network device is on, None where that is not
-    known.
+    monotonic clock; `between_frames`: whether its port then held no half of a frame. `online`:
+    whether the guest's network device is on, None where that is not known.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class Machine:
     monitor: Monitor | None = None
     mux: Mux | None = None
     frozen: float | None = None
+    between_frames: bool = True
     online: bool | None = False
     ended: bool = False
     busy: threading.RLock = field(default_factory=threading.RLock)
@@ -296,17 +298,24 @@ def _note(machine: Machine) -> None:
 # Living ----------------------------------------------------------------------------------------
 
 
-def freeze(machine: Machine, _: str = "") -> None:
+def freeze(machine: Machine, _: str = "", patience: float = _HUSH_PATIENCE) -> None:
     """Stop the machine's processors, and with them its clock. Raises SandboxError.
 
-    Whoever copies it keeps it `busy` meanwhile, so a pause needs no other holder than its user.
+    Its guest need not agree: an agent that does not answer within `patience` seconds is stopped
+    where it is. Whoever copies it keeps it `busy` meanwhile, so a pause needs no other holder than
+    its user.
     """
     with machine.busy:
-        if machine.frozen is None and machine.mux is not None:
+        if machine.frozen is not None or machine.mux is None:
+            return
+        try:
             # At the end of a frame: whoever copies a paused machine finds no half of one in it.
-            machine.mux.hush()
+            machine.between_frames = machine.mux.hush(patience)
             machine.ask("stop")
-            machine.frozen = time.monotonic()
+        except BaseException:
+            machine.mux.go_on()
+            raise
+        machine.frozen = time.monotonic()
 
 
 def thaw(machine: Machine, _: str = "") -> float:
@@ -318,9 +327,11 @@ def thaw(machine: Machine, _: str = "") -> float:
         machine.ask("cont")
         machine.frozen = None
         machine.mux.go_on()
-        # What counts down in the guest stood still as well; only its date is late.
+        # What counts down in the guest stood still as well; only its date is late. An agent that
+        # does not answer sets it when it goes on.
         clock = frames.join_fields([(Tag.CLOCK_US, time.time_ns() // 1000)])
-        machine.mux.ask(Frame.SHIFT, clock)
+        with contextlib.suppress(SandboxError):
+            machine.mux.ask(Frame.SHIFT, clock, timeout=_HUSH_PATIENCE)
         return paused
 
 

@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from fathom.sandbox.edge import MESSAGE_LIMIT, channel
 from fathom.sandbox.edge.channel import Channel
 from fathom.sandbox.edge.keeper import Keeper
 from fathom.sandbox.edge.tokens import Tokens
+from fathom.sandbox.edge.work import Work
 from fathom.sandbox.host import LocalHost
 from fathom.sandbox.substrates.choice import program_of, suited
 
@@ -35,7 +35,7 @@ class Forger:
 
     def __init__(self, keeper: Keeper, tokens: Tokens | None = None) -> None:
         self.keeper = keeper
-        self.pool = ThreadPoolExecutor(8)
+        self.work = Work(8)
         self.tokens = tokens
         self.number = 0
         self.connect()
@@ -43,7 +43,7 @@ class Forger:
     def connect(self) -> None:
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.settimeout(60)
-        self.parent = Channel(theirs, self.keeper, self.tokens, self.pool)
+        self.parent = Channel(theirs, self.keeper, self.tokens, self.work)
         self.thread = threading.Thread(target=self.parent.serve)
         self.thread.start()
 
@@ -87,7 +87,7 @@ def forger(runtime_dir: Path, cache_dir: Path, work: Path) -> Iterator[Forger]:
     made = Forger(keeper)
     yield made
     made.hang_up()
-    made.pool.shutdown()
+    made.work.shutdown()
     for name in list(keeper.entries):
         keeper.do("destroy", {"id": name})
     keeper.host.link.close()

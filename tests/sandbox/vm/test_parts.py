@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import socket
 import struct
@@ -278,6 +279,52 @@ def test_a_refused_beginning(guest: Guest):
     thread.join()
     with pytest.raises(SandboxError, match="did not answer within"):
         guest.mux.greet(SECRET, 0.2)
+
+
+def test_a_guest_that_does_not_answer_can_be_stopped_all_the_same(guest: Guest):
+    guest.begin()
+    began = time.monotonic()
+    assert not guest.mux.hush(0.2)
+    assert time.monotonic() - began < 2
+    with guest.client() as line:
+        line.sendall(frames.pack(1, Frame.PING, b"held back"))
+        guest.mux.go_on()
+        # What the node asked comes first, then what a client said meanwhile.
+        assert [guest.receive().payload for _ in range(2)] == [b"", b"held back"]
+    threading.Thread(
+        target=lambda: guest.port.sendall(frames.pack(guest.receive().number, Frame.OK))
+    ).start()
+    assert guest.mux.hush(10)
+
+
+def test_a_guest_gives_the_node_one_answer_and_no_more(guest: Guest):
+    guest.begin()
+    flood = 200
+
+    def answer() -> None:
+        number = guest.receive().number
+        for _ in range(flood):
+            guest.port.sendall(frames.pack(number, Frame.STDOUT, bytes(1 << 20)))
+
+    thread = threading.Thread(target=answer)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    thread.start()
+    guest.mux.ask(Frame.PING, timeout=10)
+    thread.join(30)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < flood << 8
+    assert not guest.lost
+
+
+def test_a_guest_that_floods_its_port_is_ended(guest: Guest):
+    guest.begin()
+    stray = frames.pack(0x7FFFFFFF, Frame.STDOUT) * 1000
+    with contextlib.suppress(OSError):
+        for _ in range(1000):
+            guest.port.sendall(stray)
+    deadline = time.monotonic() + 10
+    while not guest.lost and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert guest.lost
 
 
 # Saved memory --------------------------------------------------------------------------------

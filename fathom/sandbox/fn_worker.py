@@ -52,6 +52,11 @@ _HOST_IN, _HOST_OUT = 0, 1
 _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _BY_FILTER, _PR_SET_CHILD_SUBREAPER = 4, 22, 2, 36
 _LIMITS = 16  # kinds of resource limits that Linux has
 _PEEK = _socket.MSG_PEEK | _socket.MSG_DONTWAIT
+# What a call's process does before its call: it touches the memory that a call will touch.
+_REHEARSAL = json.dumps(
+    {"code": "def main(x):\n    return [x]", "argument": 1, "function": "main", "cap": 1 << 20}
+).encode()
+_LEARNED = 50  # times after which Python's interpreter changes its code no more
 _DEEPEST = 500  # folders in one another that are removed; deeper ones cost the container
 
 
@@ -97,13 +102,6 @@ class _Call:
         self.host = self.own = self.end = -1
 
 
-def _warm_up() -> None:
-    """Touch the memory that a call will touch: a fork copies it page by page, on first use."""
-    names: dict[str, object] = {"__name__": "__call__"}
-    exec(compile("def main(x):\n    return [x]", "<call>", "exec"), names)
-    json.loads(json.dumps({"value": names["main"](1)}))  # type: ignore[operator]
-
-
 def _keep_only(line: int) -> tuple[int, int]:
     """Close all but a new file for output and `line`; return both, as their new numbers."""
     said = fcntl.fcntl(os.memfd_create("output", 0), fcntl.F_DUPFD, 16)
@@ -122,10 +120,18 @@ def _serve_one(line: int) -> None:
     null = os.open("/dev/null", os.O_RDONLY)
     os.dup2(null, 0)
     said, line = _keep_only(line)
-    _warm_up()
+    _answer(_REHEARSAL, said)
     _write(line, WARM)
-    request = json.loads(_read(line, SIZE.unpack(_read(line, SIZE.size))[0]))
+    request = _read(line, SIZE.unpack(_read(line, SIZE.size))[0])
     gc.enable()
+    data = _answer(request, said)
+    _write(line, SIZE.pack(len(data)) + data)
+    os._exit(0)
+
+
+def _answer(asked: bytes, said: int) -> bytes:
+    """Carry out a call and return what it answers, as JSON. `said`: the file that it prints to."""
+    request = json.loads(asked)
     answer: dict[str, object] = {}
     try:
         names: dict[str, object] = {"__name__": "__call__"}
@@ -140,9 +146,19 @@ def _serve_one(line: int) -> None:
     size = os.fstat(said).st_size
     answer["output"] = os.pread(said, request["cap"], 0).decode(errors="replace")
     answer["truncated"] = size > request["cap"]
-    data = json.dumps(answer).encode()
-    _write(line, SIZE.pack(len(data)) + data)
-    os._exit(0)
+    return json.dumps(answer).encode()
+
+
+def _rehearse() -> None:
+    """Carry out a call here, so that nothing is done for the first time in a call's process.
+
+    There each page costs a copy on its first change, also those that an interpreter changes while
+    it learns what its code is used for.
+    """
+    said = os.memfd_create("output", 0)
+    for _ in range(_LEARNED):
+        _answer(_REHEARSAL, said)
+    os.close(said)
 
 
 def _told(error: BaseException) -> str:
@@ -385,6 +401,7 @@ def main() -> None:
     ours = _monitor_is_ours()
     _prepare(bytes.fromhex(sys.argv[2]))
     way, before = _Direct() if sys.argv[1] == "direct" else _Relay(), _Before()
+    _rehearse()
     # What the interpreter's collector never looks at again is never copied again.
     gc.collect()
     gc.freeze()

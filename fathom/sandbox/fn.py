@@ -30,7 +30,7 @@ from typing import Any, cast
 
 import anyio
 
-from fathom.errors import SandboxError, SandboxLost
+from fathom.errors import SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import fn_link, fn_worker, seccomp
 from fathom.sandbox.fn_link import Link
 from fathom.sandbox.request import PATH, check_seconds, form_request, to_bytes
@@ -316,11 +316,16 @@ class Functions(Stateless):
         env: Mapping[str, str] | None = None,
         merge: bool = False,
         cap: int = OUTPUT_CAP,
+        spill: int = 0,
+        op: str | None = None,
     ) -> ExecResult:
         """Run a command in an interpreter's sandbox, from its start to its end; see `Sandbox.exec`.
 
-        What it wrote and left running is gone with its end. Raises SandboxError, SandboxLost.
+        What it wrote and left running is gone with its end. Raises SandboxError, SandboxLost, and
+        Unsupported for `spill` and `op`.
         """
+        if spill or op is not None:
+            raise Unsupported("a pool of interpreters keeps neither output nor receipts")
         request = form_request(command, timeout=timeout, cwd=cwd, env=env)
         data = to_bytes(stdin)
         if cap < 0:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import signal as signals
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 from fathom.sandbox.client import Client, Group
 from fathom.sandbox.files import DEFAULT_LIMIT, DEFAULT_TIMEOUT, FileInfo, Files
@@ -390,6 +391,8 @@ class SyncFunctions(SyncStateless):
         env: Mapping[str, str] | None = None,
         merge: bool = False,
         cap: int = OUTPUT_CAP,
+        spill: int = 0,
+        op: str | None = None,
     ) -> ExecResult:
         """Run a command from its start to its end; see `Functions.exec`."""
         return self._portal.call(
@@ -401,6 +404,8 @@ class SyncFunctions(SyncStateless):
             env=env,
             merge=merge,
             cap=cap,
+            spill=spill,
+            op=op,
         )
 
     @property
@@ -478,6 +483,26 @@ class SyncClient:
         """Stop every sandbox of this client."""
         self.close()
 
+    @overload
+    def create(
+        self,
+        spec: Kept | None = None,
+        *,
+        net: Net | None = None,
+        key: str | None = None,
+        group: str | None = None,
+    ) -> SyncSandbox: ...
+
+    @overload
+    def create(
+        self,
+        spec: Fn,
+        *,
+        net: Net | None = None,
+        key: str | None = None,
+        group: str | None = None,
+    ) -> SyncFunctions: ...
+
     def create(
         self,
         spec: Spec | None = None,
@@ -485,9 +510,11 @@ class SyncClient:
         net: Net | None = None,
         key: str | None = None,
         group: str | None = None,
-    ) -> SyncSandbox:
-        """Start a sandbox and return once it answers; see `Client.create`."""
-        made = self._portal.call(self._client.create, spec, net=net, key=key, group=group)
+    ) -> SyncSandbox | SyncFunctions:
+        """Start a sandbox, or a pool of interpreters; see `Client.create`."""
+        made = self._portal.call(partial(self._client.create, spec, net=net, key=key, group=group))
+        if isinstance(made, Functions):
+            return SyncFunctions(made, self._portal)
         return SyncSandbox(made, self._portal)
 
     def prewarm(self, spec: Kept, count: int) -> None:
@@ -508,6 +535,14 @@ class SyncClient:
     def list(self) -> list[dict[str, Any]]:
         """Return what a daemon knows of its sandboxes; see `Client.list`."""
         return self._portal.call(self._client.list)
+
+    def end(self, name: str) -> None:
+        """End a sandbox of the daemon by its name; see `Client.end`."""
+        self._portal.call(self._client.end, name)
+
+    def left_alone(self) -> dict[str, str]:
+        """Return what the daemon could not take over; see `Client.left_alone`."""
+        return self._portal.call(self._client.left_alone)
 
     def functions(self, spec: Fn | None = None) -> SyncFunctions:
         """Start a pool of interpreters; see `Client.functions`."""

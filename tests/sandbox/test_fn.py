@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import platform
 import struct
@@ -13,8 +14,18 @@ from pathlib import Path
 import anyio
 import pytest
 
-from fathom.errors import SandboxError, SandboxLost
-from fathom.sandbox import Client, Fn, SyncClient, SyncFunctions, seccomp
+from fathom.errors import SandboxError, SandboxLost, Unsupported
+from fathom.sandbox import (
+    Client,
+    Fn,
+    Functions,
+    Net,
+    Sandbox,
+    SyncClient,
+    SyncFunctions,
+    SyncSandbox,
+    seccomp,
+)
 from fathom.sandbox.line import Line
 
 # How calls are reached: each by a socket of its own, or through the interpreter.
@@ -499,3 +510,25 @@ def test_the_filter_of_calls_is_there_for_each_machine(machine: str):
     program = seccomp.compile_call_filter(machine)
     assert len(program) % 8 == 0
     assert len(program) < 8 * 4096
+
+
+def test_one_parameter_switches_to_functions(client: SyncClient):
+    with client.create(Fn(workers=1, maximum=1)) as made:
+        assert made.exec("echo $0 there", timeout=10).stdout == "/bin/sh there\n"
+        assert made.caps.snapshot == made.caps.fork == ""
+        with pytest.raises(Unsupported, match="layers"):
+            made.pack_diff(name="x/y")
+        with pytest.raises(Unsupported, match="receipts"):
+            made.exec("true", timeout=10, op="once")
+    for wrong in ({"net": Net.deny()}, {"key": "k"}, {"group": "g"}):
+        with pytest.raises(Unsupported, match=next(iter(wrong))):
+            client.create(Fn(), **wrong)
+
+
+def test_a_pool_has_every_method_of_a_sandbox():
+    for sandbox, pool in ((Sandbox, Functions), (SyncSandbox, SyncFunctions)):
+        methods = {name for name in vars(sandbox) if inspect.isfunction(vars(sandbox)[name])}
+        wanted = {name for name in methods if not name.startswith("_")}
+        assert wanted - set(dir(pool)) <= {"resumed", "paused", "hand_line"}
+        known = inspect.signature(sandbox.exec).parameters
+        assert list(inspect.signature(pool.exec).parameters) == list(known)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fathom.sandbox.edge.keeper import Keeper
 
 _AGAIN = 5.0  # seconds
+_PATIENCE = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -122,11 +123,23 @@ class Tending:
             if isinstance(found, Entry):
                 self._take(found)
 
-    def drop(self, name: str) -> None:
-        """End one that could not be taken over."""
-        if self.left.pop(name, None) is not None:
-            state.reap_one(self._host.runtime / name)
-            event(_log, logging.INFO, "dropped", id=name)
+    def drop(self, name: str) -> bool:
+        """End one that could not be taken over; False where there is none of that name.
+
+        Raises SandboxError where it could not be ended; it is left alone then as before.
+        """
+        if name not in self.left:
+            return False
+        folder = self._host.runtime / name
+        deadline = time.monotonic() + _PATIENCE
+        while folder.exists() and not state.reap_one(folder):
+            # A node may be trying to take it over right now.
+            if time.monotonic() > deadline:
+                raise SandboxError(f"sandbox {name} could not be ended: {folder} is still in use")
+            time.sleep(0.05)
+        self.left.pop(name, None)
+        event(_log, logging.INFO, "dropped", id=name)
+        return True
 
     def _sweep(self) -> None:
         """Remove what an earlier daemon was just making, and its node gave up only since."""

@@ -122,6 +122,8 @@ class NodeLink:
     def destroy(self, name: str) -> None:
         """End a sandbox and wait until nothing of it is left. Never raises for one that ended."""
         reach = self._reach.pop(name, None)
+        with self._lock:
+            pass  # a node that is just beginning may be taking it over: it has it, or will not
         with contextlib.suppress(SandboxError):
             if self._alive():
                 self.request("destroy", id=name)
@@ -168,6 +170,8 @@ class NodeLink:
             try:
                 self.request("adopt", folder=str(reach.folder))
                 self._left.discard(name)
+                if name not in self._reach:
+                    self.request("destroy", id=name)  # it was stopped meanwhile
             except SandboxError:
                 self._leave(name, reach.folder)
 

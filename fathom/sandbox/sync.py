@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import signal as signals
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
@@ -512,7 +511,11 @@ class SyncClient:
         group: str | None = None,
     ) -> SyncSandbox | SyncFunctions:
         """Start a sandbox, or a pool of interpreters; see `Client.create`."""
-        made = self._portal.call(partial(self._client.create, spec, net=net, key=key, group=group))
+
+        async def create() -> Sandbox | Functions:
+            return await self._client.create(spec, net=net, key=key, group=group)
+
+        made = self._portal.call(create)
         if isinstance(made, Functions):
             return SyncFunctions(made, self._portal)
         return SyncSandbox(made, self._portal)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from fathom.sandbox.edge.keeper import Keeper
 
 _AGAIN = 5.0  # seconds
-_PATIENCE = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -38,6 +38,8 @@ class Tending:
         self._keeper = keeper
         self._host = keeper.host
         self.left: dict[str, str] = {}
+        # Held while one is taken over, and while one that was not is ended: never both at once.
+        self._settling = threading.Lock()
         self._unset: set[str] = set()
         self._starts = 0
         self._again = 0.0
@@ -110,34 +112,39 @@ class Tending:
 
     def _try_again(self) -> None:
         for name in list(self.left):
-            folder = self._host.runtime / name
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, FathomError):
-                if _is_late(entries.read(folder)):
+                if _is_late(entries.read(self._host.runtime / name)):
                     self.drop(name)
                     continue
-            found = adopt_one(self._host, folder)
-            if isinstance(found, str) and found:
-                self.left[name] = found
-                continue
-            self.left.pop(name, None)
-            if isinstance(found, Entry):
-                self._take(found)
+            with self._settling:
+                if name in self.left:
+                    self._try(name)
+
+    def _try(self, name: str) -> None:
+        found = adopt_one(self._host, self._host.runtime / name)
+        if isinstance(found, str) and found:
+            self.left[name] = found
+            return
+        if isinstance(found, Entry):
+            self._take(found)
+        # Only now: one that is stopped meanwhile is in one of the two.
+        del self.left[name]
 
     def drop(self, name: str) -> bool:
         """End one that could not be taken over; False where there is none of that name.
 
-        Raises SandboxError where it could not be ended; it is left alone then as before.
+        One that is being taken over right now is, and then it is no longer among these. Raises
+        SandboxError where it could not be ended; it is left alone then as before.
         """
         if name not in self.left:
             return False
-        folder = self._host.runtime / name
-        deadline = time.monotonic() + _PATIENCE
-        while folder.exists() and not state.reap_one(folder):
-            # A node may be trying to take it over right now.
-            if time.monotonic() > deadline:
+        with self._settling:
+            if name not in self.left:
+                return False
+            folder = self._host.runtime / name
+            if folder.exists() and not state.reap_one(folder):
                 raise SandboxError(f"sandbox {name} could not be ended: {folder} is still in use")
-            time.sleep(0.05)
-        self.left.pop(name, None)
+            del self.left[name]
         event(_log, logging.INFO, "dropped", id=name)
         return True
 

@@ -25,7 +25,7 @@ from fathom.sandbox import cgroups, frames, messages, netns, seccomp, state, sys
 from fathom.sandbox.frames import Frame, Tag
 from fathom.sandbox.substrates.launch import OOM_SCORE, TENANT
 from fathom.sandbox.types import DEFAULT_PIDS
-from fathom.sandbox.vm import jail, memory, qcow2, screen
+from fathom.sandbox.vm import jail, memory, note, qcow2, screen
 from fathom.sandbox.vm.chain import Origin, origin_in
 from fathom.sandbox.vm.launch import Files, MachineLaunch, command_line, launch_in
 from fathom.sandbox.vm.mux import Mux
@@ -146,7 +146,15 @@ def _start(machine: Machine, source: Saved | None) -> None:
     finally:
         for fd in opened:
             os.close(fd)
-    _note(machine)
+    note.write(
+        launch,
+        machine.secret,
+        machine.pid,
+        memory=machine.memory,
+        disk=machine.disk,
+        below=machine.below,
+        origin=machine.origin,
+    )
 
 
 def _open_files(
@@ -280,21 +288,6 @@ def _restore(machine: Machine, file: int) -> None:
         raise SandboxError(f"the saved machine could not be taken up: it is {status}")
 
 
-def _note(machine: Machine) -> None:
-    note = {
-        "secret": machine.secret.hex(),
-        "pid": machine.pid,
-        "launch": machine.launch.as_json(),
-        "memory": machine.memory,
-        "disk": machine.disk,
-        "below": machine.below,
-        "origin": None if machine.origin is None else machine.origin.as_json(),
-    }
-    session = machine.folder / state.SESSION
-    session.touch(mode=0o600)
-    session.write_text(json.dumps(note))
-
-
 # Living ----------------------------------------------------------------------------------------
 
 
@@ -360,13 +353,11 @@ def adopt(folder: Path) -> Machine:
         if layout is not None:
             machine.group = cgroups.Group(layout, folder.name)
         machine.net = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        kept = f"/proc/{pid}/fd"
-        machine.memory = os.open(f"{kept}/{session['memory']}", os.O_RDONLY | os.O_CLOEXEC)
-        if int(session["disk"]) >= 0:
-            machine.disk = os.open(f"{kept}/{session['disk']}", os.O_RDONLY | os.O_CLOEXEC)
-        machine.below = tuple(
-            os.open(f"{kept}/{int(fd)}", os.O_RDONLY | os.O_CLOEXEC) for fd in session["below"]
-        )
+        machine.memory = note.open_kept(pid, session["memory"])
+        if session["disk"] is not None:
+            machine.disk = note.open_kept(pid, session["disk"])
+        for wanted in session["below"]:
+            machine.below = (*machine.below, note.open_kept(pid, wanted))
         machine.origin = origin_in(session["origin"])
         machine.monitor = Monitor(_connect(machine, MONITOR, _RESTORE_TIMEOUT))
         if machine.ask("query-status")["status"] == "paused":

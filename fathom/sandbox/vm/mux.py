@@ -16,17 +16,16 @@ from __future__ import annotations
 import contextlib
 import hmac
 import os
-import secrets
 import selectors
 import socket
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fathom.errors import SandboxError, SandboxLost
 from fathom.sandbox import frames
 from fathom.sandbox.frames import Frame, Received, Tag
+from fathom.sandbox.vm.greeting import greet
 
 _CHUNK = 1 << 18
 _STRANGER_LIMIT = 4096
@@ -103,37 +102,8 @@ class Mux:
 
     def greet(self, secret: bytes, timeout: float) -> None:
         """Begin the port's line, past whatever a former host left on it. Raises SandboxError."""
-        number = secrets.randbits(31) | 1 << 30
-        hello = frames.join_fields([(Tag.VERSION, frames.PROTOCOL), (Tag.SECRET, secret)])
-        self._port.settimeout(timeout)
-        deadline = time.monotonic() + timeout
-        # The header of the one answer that is awaited, without its length.
-        marks = [frames.pack(number, kind)[4:] for kind in (Frame.OK, Frame.ERROR)]
-        held = b""
-        try:
-            self._port.sendall(frames.pack(number, Frame.HELLO, hello))
-            while True:
-                places = [at - 4 for mark in marks if (at := held.find(mark)) >= 4]
-                if places:
-                    splitter = frames.Splitter()
-                    found = splitter.feed(held[min(places) :])
-                    if found:
-                        break
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                data = self._port.recv(_CHUNK)
-                if not data:
-                    raise SandboxLost("the virtual machine ended before its agent answered")
-                held += data
-        except TimeoutError as error:
-            raise SandboxError(f"the agent did not answer within {timeout:g} s") from error
-        except OSError as error:
-            raise SandboxLost(f"the virtual machine ended ({error.strerror})") from error
-        if found[0].kind == Frame.ERROR:
-            said = frames.text_of(found[0].fields().get(Tag.MESSAGE))
-            raise SandboxError(f"the machine's agent refused: {said}")
-        self._greeting = found[0].payload
-        self._splitter = splitter
+        answer, self._splitter = greet(self._port, secret, timeout)
+        self._greeting = answer.payload
         self._port.setblocking(False)
 
     def start(self) -> None:

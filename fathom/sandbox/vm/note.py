@@ -29,7 +29,7 @@ def write(
     below: tuple[int, ...],
     origin: Origin | None,
 ) -> None:
-    """Write the note of a machine that runs. `disk` is below 0 where it has none. Raises OSError."""
+    """Write the note of a machine that runs. `disk`: below 0 where it has none. Raises OSError."""
     note = {
         "secret": secret.hex(),
         "pid": pid,

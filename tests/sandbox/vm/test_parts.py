@@ -20,7 +20,7 @@ import pytest
 from fathom.errors import SandboxError, SandboxLost
 from fathom.sandbox import box, frames, messages
 from fathom.sandbox.frames import Frame, Tag
-from fathom.sandbox.vm import accel, kernel, lz4, memory, saved, screen
+from fathom.sandbox.vm import accel, greeting, kernel, lz4, memory, saved, screen
 from fathom.sandbox.vm.launch import MachineLaunch, kernel_line
 from fathom.sandbox.vm.mux import Mux
 
@@ -115,6 +115,27 @@ def test_what_a_former_host_left_is_skipped(guest: Guest):
     with guest.client() as line:
         found = read_until(line, Frame.OK)
         assert found[0].fields()[Tag.EPOCH] == b"e" * 16
+
+
+def test_a_guest_that_sends_everything_but_an_answer_is_refused(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+):
+    """What it sent is not kept meanwhile: a guest can send without end."""
+    monkeypatch.setattr(greeting, "_MOST_SKIPPED", 64 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def flood() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                guest.port.sendall(os.urandom(1 << 20))
+
+    thread = threading.Thread(target=flood, daemon=True)
+    thread.start()
+    with pytest.raises(SandboxError, match="everything but an answer"):
+        guest.mux.greet(SECRET, 60)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10
+    guest.mux.close()
+    thread.join(10)
 
 
 def test_a_line_that_closes_ends_its_commands(guest: Guest):

@@ -16,7 +16,6 @@ Paper: §5.2.5 (function calls in pre-created containers).
 
 from __future__ import annotations
 
-import base64
 import functools
 import json
 import math
@@ -31,9 +30,9 @@ from typing import Any, cast
 import anyio
 
 from fathom.errors import SandboxError, SandboxLost, Unsupported
-from fathom.sandbox import fn_link, fn_worker, seccomp
+from fathom.sandbox import fn_command, fn_link, fn_worker, seccomp
 from fathom.sandbox.fn_link import Link
-from fathom.sandbox.request import PATH, check_seconds, form_request, to_bytes
+from fathom.sandbox.request import check_seconds, form_request, to_bytes
 from fathom.sandbox.sandbox import Sandbox
 from fathom.sandbox.stateless import Stateless
 from fathom.sandbox.types import Caps, Container, ExecResult, Fn
@@ -43,49 +42,6 @@ _READY_TIMEOUT = 30.0
 # For removing what a call left; one that takes longer is not waited for by the next caller.
 _CLEAN_TIMEOUT = 5.0
 OUTPUT_CAP = 1 << 20
-# Runs a command in the process of a call. Output beyond the cap is read and dropped.
-_COMMAND = """
-import base64, os, subprocess, threading
-
-def main(order):
-    os.chdir(order["cwd"])
-    given = order["stdin"]
-    try:
-        process = subprocess.Popen(order["argv"], env=order["env"],
-            stdin=subprocess.DEVNULL if given is None else subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if order["merge"] else subprocess.PIPE)
-    except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
-        code = 127 if isinstance(error, FileNotFoundError) else 126
-        said = base64.b64encode(str(error).encode()).decode()
-        return {"code": code, "out": "", "err": said, "truncated": False}
-    cap, kept, threads = order["cap"], {}, []
-
-    def drain(name, pipe):
-        data, cut = b"", False
-        while piece := pipe.read1(65536):
-            cut = cut or len(data) + len(piece) > cap
-            data += piece[:cap - len(data)]
-        kept[name] = data, cut
-
-    for name, pipe in (("out", process.stdout), ("err", process.stderr)):
-        if pipe is not None:
-            threads.append(threading.Thread(target=drain, args=(name, pipe), daemon=True))
-            threads[-1].start()
-    if given is not None:
-        try:
-            with process.stdin:
-                process.stdin.write(base64.b64decode(given))
-        except BrokenPipeError:
-            pass
-    code = process.wait()
-    for thread in threads:
-        thread.join(1)
-    shown = {name: base64.b64encode(kept.get(name, (b"", False))[0]).decode()
-        for name in ("out", "err")}
-    return {"code": 128 - code if code < 0 else code, "truncated": any(c for _, c in kept.values()),
-        **shown}
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,15 +286,8 @@ class Functions(Stateless):
         data = to_bytes(stdin)
         if cap < 0:
             raise SandboxError(f"cap is {cap}: give the number of bytes to keep")
-        argument = {
-            "argv": ["/bin/sh", "-c", *request.argv] if request.shell else list(request.argv),
-            "cwd": request.cwd,
-            "env": {"PATH": PATH, **request.env},
-            "stdin": None if data is None else base64.b64encode(data).decode(),
-            "merge": merge,
-            "cap": cap,
-        }
-        result = await self.call(_COMMAND, argument, timeout=timeout, cap=1000)
+        argument = fn_command.argument(request, data, merge=merge, cap=cap)
+        result = await self.call(fn_command.CODE, argument, timeout=timeout, cap=1000)
         if result.timed_out:
             return ExecResult(
                 exit_code=137,
@@ -350,7 +299,7 @@ class Functions(Stateless):
             )
         if result.error:
             raise SandboxError(f"the command did not run: {result.error.strip()[-500:]}")
-        return _ended(result)
+        return fn_command.ended(result.value, result.duration)
 
     @property
     def caps(self) -> Caps:
@@ -384,23 +333,6 @@ class Functions(Stateless):
         async with anyio.create_task_group() as group:
             for worker in idle:
                 group.start_soon(worker.close)
-
-
-def _ended(result: FnResult) -> ExecResult:
-    """Read what `_COMMAND` returned. Raises SandboxError for what is not that."""
-    value = result.value
-    try:
-        texts = [base64.b64decode(value[name]).decode(errors="replace") for name in ("out", "err")]
-        return ExecResult(
-            exit_code=int(value["code"]),
-            stdout=texts[0],
-            stderr=texts[1],
-            output="".join(texts),
-            truncated=bool(value["truncated"]),
-            duration=result.duration,
-        )
-    except (TypeError, ValueError, KeyError) as error:
-        raise SandboxError("a function sandbox sent something that is no result") from error
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from fathom.sandbox.frames import Frame, Received, Tag
 
 _CHUNK = 1 << 18
 # What a former host had not read is less by far; a guest could go on for ever.
-_MOST_SKIPPED = 256 << 20
+_MOST_SKIPPED = 32 << 20
 
 
 def greet(port: socket.socket, secret: bytes, timeout: float) -> tuple[Received, frames.Splitter]:

@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ import pytest
 from fathom.errors import SandboxError, SandboxLost
 from fathom.sandbox import box, frames, messages
 from fathom.sandbox.frames import Frame, Tag
-from fathom.sandbox.vm import accel, greeting, kernel, lz4, memory, saved, screen
+from fathom.sandbox.vm import accel, capture, greeting, kernel, lz4, memory, saved, screen
 from fathom.sandbox.vm.launch import MachineLaunch, kernel_line
 from fathom.sandbox.vm.mux import Mux
 
@@ -121,7 +121,7 @@ def test_a_guest_that_sends_everything_but_an_answer_is_refused(
     guest: Guest, monkeypatch: pytest.MonkeyPatch
 ):
     """What it sent is not kept meanwhile: a guest can send without end."""
-    monkeypatch.setattr(greeting, "_MOST_SKIPPED", 64 << 20)
+    monkeypatch.setattr(greeting, "_MOST_SKIPPED", 24 << 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def flood() -> None:
@@ -133,9 +133,26 @@ def test_a_guest_that_sends_everything_but_an_answer_is_refused(
     thread.start()
     with pytest.raises(SandboxError, match="everything but an answer"):
         guest.mux.greet(SECRET, 60)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 12 << 10
     guest.mux.close()
     thread.join(10)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: os.mkfifo(path),
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to("/etc/passwd"),
+        lambda path: path.touch(),
+    ],
+    ids=["pipe", "folder", "link", "nothing"],
+)
+def test_a_saved_state_that_is_no_plain_file(tmp_path: Path, make: Callable[[Path], object]):
+    make(tmp_path / "state")
+    with pytest.raises((SandboxError, OSError)):
+        capture.take_file(tmp_path, "state")
 
 
 def test_a_line_that_closes_ends_its_commands(guest: Guest):

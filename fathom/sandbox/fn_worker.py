@@ -50,6 +50,7 @@ _FROM_HOST = struct.Struct(f"<{NONCE}sI")
 _TO_HOST = struct.Struct(f"<{NONCE}sBI")
 _HOST_IN, _HOST_OUT = 0, 1
 _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _BY_FILTER, _PR_SET_CHILD_SUBREAPER = 4, 22, 2, 36
+_WALL = 0x40000000  # children that tell of their end by another signal, or by none, too
 _LIMITS = 16  # kinds of resource limits that Linux has
 _PEEK = _socket.MSG_PEEK | _socket.MSG_DONTWAIT
 # What a call's process does before its call: it touches the memory that a call will touch.
@@ -193,7 +194,7 @@ def _end_all(ours: bool) -> None:
         time.sleep(0.0002)
     with contextlib.suppress(ChildProcessError):
         while True:
-            os.waitpid(-1, 0)
+            os.waitpid(-1, _WALL)
 
 
 def _kill_each() -> bool:

@@ -106,6 +106,13 @@ def main(x):
         if os.fork() == 0:
             import time; time.sleep(4445)
         os._exit(0)
+    # A brother of this process, and a child that tells nobody of its end.
+    import ctypes, platform, time
+    clone = 56 if platform.machine() == "x86_64" else 220
+    for flags in (0x8000 | 17, 0):
+        if ctypes.CDLL(None).syscall(clone, flags, 0, 0, 0, 0) == 0:
+            time.sleep(4446)
+            os._exit(0)
 """
 LOOK = """
 import os, builtins, json

@@ -113,6 +113,7 @@ class Client:
         self._sandboxes: dict[str, Sandbox] = {}
         self._groups: dict[str, str] = {}
         self._keys: dict[str, tuple[tuple[Spec, Net | None, str | None], str]] = {}
+        self._pools: list[Functions] = []
         self._making = anyio.Lock()
         self._closed = False
 
@@ -128,6 +129,9 @@ class Client:
             return
         self._closed = True
         with anyio.CancelScope(shield=True):
+            # Nobody else could find the interpreters of a pool, with a daemon either.
+            for pool in self._pools:
+                await pool.close()
             if not self._remote:
                 async with anyio.create_task_group() as group:
                     for sandbox in list(self._sandboxes.values()):
@@ -325,6 +329,8 @@ class Client:
         fn.check(wanted)
         pool = Functions(wanted, self._container)
         await pool.open()
+        self._pools = [one for one in self._pools if not one.closed]
+        self._pools.append(pool)
         return pool
 
     def output(self, digest: str) -> bytes:

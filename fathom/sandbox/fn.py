@@ -115,6 +115,11 @@ class Functions(Stateless):
         return len(self._idle)
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
     def size(self) -> int:
         """How many interpreters there are."""
         return self._count

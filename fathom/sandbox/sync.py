@@ -358,6 +358,11 @@ class SyncFunctions(SyncStateless):
         return self._functions.idle
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._functions.closed
+
+    @property
     def size(self) -> int:
         """How many interpreters there are."""
         return self._functions.size

@@ -539,3 +539,10 @@ def test_a_pool_has_every_method_of_a_sandbox():
         assert wanted - set(dir(pool)) <= {"resumed", "paused", "hand_line"}
         known = inspect.signature(sandbox.exec).parameters
         assert list(inspect.signature(pool.exec).parameters) == list(known)
+
+
+def test_pools_end_with_their_client(options: dict[str, Path]):
+    with SyncClient(**options) as client:
+        made = client.create(Fn(workers=1, maximum=1))
+        assert made.call("def main(x): return x", 1, timeout=10).value == 1
+    assert made.closed

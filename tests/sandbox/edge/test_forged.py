@@ -123,7 +123,7 @@ def test_what_is_no_request_ends_the_process(forger: Forger):
         assert forger.sock.recv(1000) == b"", data[:50]
         forger.hang_up()
         forger.connect()
-        assert forger.ask("list") == {"n": forger.number, "sandboxes": []}
+        assert forger.ask("list") == {"n": forger.number, "sandboxes": [], "left": {}}
 
 
 # Operations of the node, of the host, and others that there are none of.
@@ -266,7 +266,7 @@ def test_no_forged_request_is_carried_out(forger: Forger, runtime_dir: Path):
         assert "error" in answer, (op, values, answer)
         assert "Traceback" not in answer["message"]
         assert "could not" not in answer["message"], answer  # no defect was met
-    assert forger.ask("destroy", id=DECOY) == {"n": forger.number}
+    assert forger.ask("destroy", id=DECOY) == {"n": forger.number, "ended": False}
     assert (decoy / "journal").read_text() == "kept"
     assert sorted(path.name for path in runtime_dir.iterdir() if path.is_dir()) == [DECOY]
     assert Path("/proc/self/mountinfo").read_text() == mounts
@@ -412,5 +412,5 @@ def test_long_answers_come_as_a_file(forger: Forger, monkeypatch: pytest.MonkeyP
     assert json.loads(data) == {"n": 1, "long": True}
     files = array.array("i")
     files.frombytes(ancillary[0][2])
-    assert json.loads(os.pread(files[0], 1 << 16, 0)) == {"n": 1, "sandboxes": []}
+    assert json.loads(os.pread(files[0], 1 << 16, 0)) == {"n": 1, "sandboxes": [], "left": {}}
     os.close(files[0])

@@ -136,6 +136,7 @@ class TorchRunner:
         cache.entries = self._entries(piece, layer, start // ratio, False)
         if ratio == CSA_RATIO:
             p = self._slots.layers[layer]
+            cache.key_format = self._layout.key_format
             cache.index_keys = self._entries(piece, layer, start // ratio, True)
             cache.compressor = self._read_tail(piece.slot, p.tail_kv, p.tail_gate, start, False)
             cache.index_compressor = self._read_tail(

@@ -72,6 +72,7 @@ class Machine:
     mux: Mux | None = None
     frozen: float | None = None
     between_frames: bool = True
+    stood: float = 0.0
     online: bool | None = False
     ended: bool = False
     busy: threading.RLock = field(default_factory=threading.RLock)
@@ -319,6 +320,7 @@ def thaw(machine: Machine, _: str = "") -> float:
         paused = time.monotonic() - machine.frozen
         machine.ask("cont")
         machine.frozen = None
+        machine.stood += paused
         machine.mux.go_on()
         # What counts down in the guest stood still as well; only its date is late. An agent that
         # does not answer sets it when it goes on.

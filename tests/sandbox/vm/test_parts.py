@@ -282,7 +282,7 @@ def test_whoever_comes_while_nothing_is_taken_waits(guest: Guest):
     threading.Thread(
         target=lambda: guest.port.sendall(answer_to(guest.receive())), daemon=True
     ).start()
-    guest.mux.hush()
+    assert guest.mux.hush(10)
     with contextlib.ExitStack() as stack:
         crowd = [stack.enter_context(guest.client()) for _ in range(100)]
         time.sleep(0.1)

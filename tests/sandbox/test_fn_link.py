@@ -6,14 +6,18 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import anyio
 import anyio.lowlevel
 import pytest
 
 from fathom.errors import SandboxLost
-from fathom.sandbox import fn_link, fn_worker
-from fathom.sandbox.line import Line
+from fathom.sandbox import Client, fn_link, fn_worker
+from fathom.sandbox.frames import Flags
+from fathom.sandbox.line import Line, Refused
+from fathom.sandbox.process import NUMBER, Order
+from fathom.sandbox.request import form_request
 
 Send = Callable[[bytes, list[int]], None]
 
@@ -119,3 +123,33 @@ def test_what_follows_an_answer_is_not_taken_for_the_next(ends: tuple[Line, sock
 
     anyio.run(run)
     assert answers == [b"0", b"1", b"2"]
+
+
+@pytest.mark.parametrize("what", ["a key", "a terminal"])
+def test_a_line_is_handed_over_whole_or_not_at_all(options: dict[str, Path], what: str):
+    flags = Flags.LINE | (Flags.PTY if what == "a terminal" else Flags(0))
+    order = Order(
+        request=form_request(["cat"], timeout=10),
+        cap=0,
+        flags=flags,
+        op="k" if what == "a key" else None,
+    )
+
+    async def run() -> bytes:
+        async with Client(**options) as client, await client.create() as sandbox:
+            line = await sandbox._line()  # pyright: ignore[reportPrivateUsage]
+            await line.send(order.frame())
+            with pytest.raises(Refused, match="cannot become"):
+                await line.receive_started(NUMBER)
+            line.close()
+            # What is handed over carries plain bytes, and its end is the command's.
+            plain = await sandbox.hand_line(["head", "-c", "5"], timeout=10)
+            assert plain is not None
+            await plain.send(b"hello, and more")
+            found = b""
+            while piece := await plain.receive_some(100):
+                found += piece
+            plain.close()
+            return found
+
+    assert anyio.run(run) == b"hello"

@@ -11,6 +11,7 @@ Paper: §5.2.5 (function calls in pre-created containers).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -91,10 +92,13 @@ class Direct(Link):
         call, self._call = self._call, None
         assert call is not None
         try:
-            return await _ask(call, request)
+            answer = await _ask(call, request)
         finally:
-            # The interpreter sees it, and ends the call where it has not ended.
             call.close()
+        with contextlib.suppress(SandboxLost):
+            # The interpreter ends the call where it has not ended by itself.
+            await self._line.send(fn_worker.DONE)
+        return answer
 
     async def close(self) -> None:
         """Let go of the interpreter."""

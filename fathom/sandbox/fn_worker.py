@@ -12,6 +12,7 @@ out. What is written there can be taken for the answer of this call alone:
               carried to it and one answer back, in frames that name the request by its nonce
 
     to the host, direct   one byte, and the socket of the next call
+    from the host, direct one byte when it is done with a call
     from the host, relay  nonce (16 bytes), size (4), the request as JSON
     to the host, relay    nonce of the request, kind (1), size, the answer as JSON
     to a call             size, the request
@@ -42,7 +43,7 @@ import time
 FOLDERS = ("/work", "/tmp", "/dev/shm")
 SHARED = ("/proc/sysvipc/shm", "/proc/sysvipc/sem", "/proc/sysvipc/msg")
 READY, ANSWERED, ENDED = 0, 1, 2
-NEXT, WARM = b"n", b"r"
+NEXT, WARM, DONE = b"n", b"r", b"d"
 NONCE = 16
 REQUEST_LIMIT = ANSWER_LIMIT = 64 << 20
 SIZE = struct.Struct("<I")
@@ -311,20 +312,31 @@ class _Direct:
 
     def __init__(self) -> None:
         self._line = _socket.socket(fileno=_HOST_OUT)
+        self._owed = False
 
     def serve(self, call: _Call) -> None:
         """Return once a call is over. Raises EOFError when the host has gone, OSError."""
+        # Nobody but the call has its end: the host sees when it is closed.
+        os.close(call.own)
+        call.own = -1
+        if self._owed:
+            self._hear()  # of the call before
         rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("@i", call.host))]
         self._line.sendmsg([NEXT], rights)
         os.close(call.host)
         call.host = -1
         poller = select.poll()
         poller.register(call.end, select.POLLIN)
-        # Seen at this end too: the host has its answer, or has given the call up.
-        poller.register(call.own, select.POLLRDHUP)
         poller.register(_HOST_IN, select.POLLIN)
-        if _HOST_IN in dict(poller.poll()):
-            raise EOFError  # it says nothing here: the line has ended
+        self._owed = _HOST_IN not in dict(poller.poll())
+        if not self._owed:
+            self._hear()
+
+    @staticmethod
+    def _hear() -> None:
+        """Hear that the host is done with a call. Raises EOFError."""
+        if os.read(_HOST_IN, 1) != DONE:
+            raise EOFError
 
 
 class _Relay:

@@ -143,9 +143,6 @@ def run(
     """Run a command in a new sandbox, which ends with it unless --keep is given."""
     from fathom.sandbox import SyncClient
 
-    for name, value in (("--group", group), ("--idle-ttl", idle_ttl)):
-        if value is not None and not keep:
-            raise typer.BadParameter(f"{name} is for a sandbox that is kept: say --keep")
     given = {
         "image": image,
         "workdir": workdir,

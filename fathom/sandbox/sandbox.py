@@ -121,7 +121,7 @@ class Sandbox:
         Raises SandboxError for unusable arguments and SandboxLost after the sandbox ended.
         """
         request = form_request(command, timeout=timeout, cwd=cwd, env=env)
-        if any(isinstance(bound, bool) or bound < 0 for bound in (cap, spill)):
+        if cap < 0 or spill < 0:
             raise SandboxError(f"cap is {cap}, spill is {spill}: give the number of bytes to keep")
         data = to_bytes(stdin)
         flags = (Flags.MERGE if merge else Flags(0)) | (

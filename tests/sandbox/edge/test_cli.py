@@ -92,10 +92,3 @@ def test_what_is_said_about_useless_options(tmp_path: Path):
         done = fathom(*edge, *words)
         assert done.returncode != 0, words
         assert said in done.stderr, (words, done.stderr)
-
-
-def test_options_of_kept_sandboxes_are_not_dropped_in_silence():
-    for words in (("--group", "g"), ("--idle-ttl", "3")):
-        done = fathom("sandbox", "run", *words, "--", "true")
-        assert done.returncode != 0
-        assert "--keep" in done.stderr

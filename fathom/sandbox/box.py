@@ -27,8 +27,8 @@ from fathom.sandbox.substrates import bubblewrap, container
 from fathom.sandbox.substrates.launch import OOM_SCORE, TENANT, Ends, Launch, Started
 
 if TYPE_CHECKING:
+    from fathom.sandbox.images.holds import Hold
     from fathom.sandbox.images.stack import Composed
-    from fathom.sandbox.images.store import Hold
 
 WRITABLE = (
     "/work",
@@ -55,7 +55,8 @@ WRITABLE = (
 )
 # The holder of the user's own pause.
 PAUSE = "pause"
-# Where the agent keeps the folder of the writes: KEPT_FILE of agent.h.
+# Where the agent keeps the folder of the writes, the first thing that it is given: KEPT_FILE of
+# agent.h.
 _UPPER_FD = 100
 _HELLO_TIMEOUT = 30.0
 _GONE_TIMEOUT = 10.0
@@ -223,8 +224,10 @@ def introduce(box: Box) -> None:
         # Its receipts say which commands ran out of memory, whoever is there to count.
         counter = box.group and stack.enter_context(box.group.oom_file.open("rb"))
         files = () if counter is None else (counter.fileno(),)
-        # The agent keeps the folder of its writes open for the next node.
-        box.line = _reach(box, (box.upper,) if box.upper >= 0 else ())
+        # The agent keeps the folder of its writes open for the next node, and holds its image.
+        hold = box.composed.hold if box.composed is not None else None
+        held = hold.fileno() if hold is not None else box.image_lock
+        box.line = _reach(box, tuple(fd for fd in (box.upper, held) if fd >= 0))
         _inquire(box.line, Frame.CONFIGURE, frames.join_fields(settings), files)
 
 
@@ -407,7 +410,7 @@ def adopt(folder: Path) -> Box:
         if box.line is not None:
             box.line.close()
         if box.held is not None:
-            box.held.close()
+            box.held.leave()
         for fd in (box.pidfd, box.net, box.upper, box.image_lock, box.lock):
             if fd >= 0:
                 os.close(fd)
@@ -415,12 +418,13 @@ def adopt(folder: Path) -> Box:
 
 
 def _hold_image(box: Box) -> None:
-    """Keep what an adopted sandbox runs on. It lives on without, but no copy can be made of it."""
+    """Keep what an adopted sandbox runs on, as its agent does. It lives on without, uncopied."""
     from fathom.sandbox.images.store import Store
 
     with contextlib.suppress(SandboxError):
         if box.launch.layers:
-            box.held = Store(box.launch.store, durable=False).hold(*box.launch.layers)
+            store = Store(box.launch.store, durable=False)
+            box.held = store.hold(*box.launch.layers, name=box.id)
         else:
             box.image_lock = rootfs.hold(Path(box.launch.rootfs))
 

@@ -7,11 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import Protocol
 
 _IDLE = 600.0
 # After one side has ended: whoever is gone altogether looks just like that.
 _HALF_IDLE = 60.0
 _CHUNK = 1 << 16
+
+
+class Source(Protocol):
+    """What bytes are read from: a connection, or a part of one."""
+
+    async def read(self, size: int, /) -> bytes:
+        """Return up to `size` bytes, b"" at the end."""
+        ...
 
 
 class Pump:
@@ -21,7 +30,7 @@ class Pump:
         self._patience = _IDLE
         self._timeout: asyncio.Timeout | None = None
 
-    async def run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def run(self, reader: Source, writer: asyncio.StreamWriter) -> None:
         """Carry until the end. Raises OSError, TimeoutError."""
         while True:
             async with asyncio.timeout(self._patience) as self._timeout:
@@ -43,7 +52,7 @@ class Pump:
 
 
 async def join(
-    reader: asyncio.StreamReader,
+    reader: Source,
     writer: asyncio.StreamWriter,
     far_reader: asyncio.StreamReader,
     far_writer: asyncio.StreamWriter,

@@ -30,6 +30,7 @@ from fathom.errors import (
     Unsupported,
 )
 from fathom.sandbox import box, cgroups, line, messages, paths, state
+from fathom.sandbox.images.errors import ImageDamaged, ImageError, ImageMissing, StoreFull
 
 _log = logging.getLogger(__name__)
 # A full machine that boots under emulation takes the longest.
@@ -44,6 +45,9 @@ _ERRORS: dict[str, type[SandboxError]] = {
     kind.code: kind
     for kind in (
         DaemonLost,
+        ImageDamaged,
+        ImageError,
+        ImageMissing,
         KeyConflict,
         MachineFull,
         PolicyDenied,
@@ -51,6 +55,7 @@ _ERRORS: dict[str, type[SandboxError]] = {
         SandboxTimeout,
         SnapshotDamaged,
         SnapshotMissing,
+        StoreFull,
         Unsupported,
     )
 }

@@ -19,6 +19,8 @@ _ABSOLUTE = re.compile(
     re.IGNORECASE,
 )
 _METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
+# A line that begins with a blank would continue the one before it, which may be ours.
+_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*")
 _WORDS = {
     "400 Bad Request": "the request cannot be understood",
     "403 Forbidden": "not allowed by this sandbox's network policy",
@@ -27,8 +29,11 @@ _WORDS = {
     "502 Bad Gateway": "the name was not found, may not be reached, or does not answer",
     "504 Gateway Timeout": "the name was not found in time: look up fewer at once",
 }
-# Of this connection alone, or said anew.
-_DROPPED = ("host", "connection", "proxy-connection", "proxy-authorization", "keep-alive")
+# Of this connection alone, or said anew; with them goes what a Connection line names.
+_DROPPED = frozenset(
+    "host connection proxy-connection proxy-authorization keep-alive te trailer upgrade "
+    "content-length transfer-encoding".split()
+)
 
 
 class Refused(Exception):
@@ -49,11 +54,25 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The first line and the other lines of a request."""
+    """The first line and the other lines of a request, each `name: value`."""
 
     method: str
     target: str
+    version: str
     headers: list[str]
+
+    def values(self, name: str) -> list[str]:
+        """Return the values of every line of this name, written in small letters."""
+        split = (line.partition(":") for line in self.headers)
+        return [value.strip(" \t") for key, _, value in split if key.lower() == name]
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """How the end of a body is found: after `length` bytes or by its chunks; else there is none."""
+
+    length: int | None = None
+    chunked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +91,28 @@ def read_head(data: bytes) -> Head:
     method, _, rest = first.partition(" ")
     target, _, version = rest.rpartition(" ")
     # A line that hides a second one would be a second request to whoever reads it next.
-    if any(c in line for line in headers for c in "\r\n\0"):
+    if not all(_FIELD.fullmatch(line) for line in headers):
         raise Refused("400 Bad Request")
     if any(c <= " " or c == "\x7f" for c in target) or not _METHOD.fullmatch(method):
         raise Refused("400 Bad Request")
     if version not in ("HTTP/1.0", "HTTP/1.1"):
         raise Refused("400 Bad Request")
-    return Head(method, target, headers)
+    return Head(method, target, version, headers)
+
+
+def framing(head: Head) -> Framing:
+    """Return how the body of a request ends. Raises Refused where two answers are possible."""
+    lengths, codings = head.values("content-length"), head.values("transfer-encoding")
+    if codings:
+        known = [coding.lower() for coding in codings] == ["chunked"]
+        if lengths or not known or head.version != "HTTP/1.1":
+            raise Refused("400 Bad Request")
+        return Framing(chunked=True)
+    if not lengths:
+        return Framing()
+    if len(lengths) > 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
+        raise Refused("400 Bad Request")
+    return Framing(length=int(lengths[0]))
 
 
 def _number(text: str) -> int:
@@ -107,8 +141,19 @@ def forward(target: str) -> Target:
     return Target(found["host"].strip("[]"), port, named, path)
 
 
-def ask(head: Head, path: str, named: str) -> bytes:
+def ask(head: Head, path: str, named: str, body: Framing) -> bytes:
     """Return the head for the other side: one request per connection."""
-    kept = [line for line in head.headers if line.partition(":")[0].strip().lower() not in _DROPPED]
-    lines = [f"{head.method} {path} HTTP/1.1", f"Host: {named}", "Connection: close", *kept]
+    of_connection = {
+        word.strip(" \t").lower()
+        for value in head.values("connection")
+        for word in value.split(",")
+    }
+    dropped = _DROPPED | of_connection
+    kept = [line for line in head.headers if line.partition(":")[0].lower() not in dropped]
+    lines = [f"{head.method} {path} HTTP/1.1", f"Host: {named}", *kept]
+    if body.chunked:
+        lines.append("Transfer-Encoding: chunked")
+    elif body.length is not None:
+        lines.append(f"Content-Length: {body.length}")
+    lines.append("Connection: close")
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")

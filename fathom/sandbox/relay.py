@@ -14,7 +14,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
-import ipaddress
 import json
 import os
 import resource
@@ -31,7 +30,9 @@ from urllib.parse import unquote, urlsplit
 from fathom.sandbox import messages, proxy_head
 from fathom.sandbox.carry import Pump, join
 from fathom.sandbox.names import Names
-from fathom.sandbox.proxy_head import Head, Refused
+from fathom.sandbox.proxy_body import Body
+from fathom.sandbox.proxy_head import Framing, Head, Refused
+from fathom.sandbox.public import is_public
 
 _ORIGINAL_DST = 80
 _HEAD_LIMIT = 1 << 16
@@ -203,7 +204,7 @@ class Relay:
         except OSError as error:
             raise Refused("502 Bad Gateway") from error
         for where in found:
-            if not ipaddress.ip_address(where).is_global:
+            if not is_public(where):
                 judge = _allows_private(host, where, port)
                 if not judge(place.policy):
                     # A name that leads to this machine or its neighbours: an attack or a mistake.
@@ -280,12 +281,12 @@ class Relay:
     async def _forward(
         self, place: Place, head: Head, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        to = proxy_head.forward(head.target)
+        to, body = proxy_head.forward(head.target), proxy_head.framing(head)
         judge = allows_domain(to.host, to.port)
         self._admit(place, judge, kind="http", method=head.method, url=head.target[:2000])
         far_reader, far_writer = await self._dial(place, to.host, to.port)
-        far_writer.write(proxy_head.ask(head, to.path, to.named))
-        await join(reader, writer, far_reader, far_writer)
+        far_writer.write(proxy_head.ask(head, to.path, to.named, body))
+        await join(Body(reader, body), writer, far_reader, far_writer)
 
     async def _mirror(self, place: Place, head: Head, writer: asyncio.StreamWriter) -> None:
         name, _, path = head.target.removeprefix("/mirror/").partition("/")
@@ -296,6 +297,8 @@ class Relay:
             return name in policy["mirrors"] and head.method in _READING and inside
 
         self._admit(place, judge, kind="mirror", method=head.method, url=head.target[:2000])
+        if proxy_head.framing(head) not in (Framing(), Framing(length=0)):
+            raise Refused("400 Bad Request")
         parts = urlsplit(str(place.policy["mirrors"][name]))
         tls = parts.scheme == "https"
         port = parts.port or (443 if tls else 80)
@@ -309,7 +312,8 @@ class Relay:
         except (OSError, TimeoutError) as error:
             raise Refused("502 Bad Gateway") from error
         try:
-            far_writer.write(proxy_head.ask(head, f"{parts.path}/{path}", parts.netloc))
+            path = f"{parts.path}/{path}"
+            far_writer.write(proxy_head.ask(head, path, parts.netloc, Framing()))
             await Pump().run(far_reader, writer)
         finally:
             far_writer.close()

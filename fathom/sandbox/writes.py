@@ -19,6 +19,7 @@ from typing import Any
 
 from fathom.errors import Unsupported
 from fathom.sandbox.images import Image, Owners, Store, builtin_image, pack_diff, snapshot
+from fathom.sandbox.images.types import check_new_name
 from fathom.sandbox.known import Known
 from fathom.sandbox.nodelink import NodeLink
 from fathom.sandbox.snapshots import Snapshots
@@ -62,12 +63,15 @@ class Writes:
 
         Raises SandboxError, Unsupported.
         """
+        if name is not None:
+            check_new_name(name)  # before anything is copied
         with Store(self._cache / "store") as store:
             base = known.image
             if not isinstance(base, Image):
                 if known.spec.image not in ("base", "python"):
                     raise Unsupported(f"the image of {id} is not in the store")
-                base = builtin_image(store, "python" if known.spec.image == "python" else "base")
+                called = "python" if known.spec.image == "python" else "base"
+                base = builtin_image(store, called, self._cache)
             with _workplace(self._cache, ".pack-") as work:
                 self._link.request("save", id=id, target=str(work / "upper"))
                 owners = Owners(base=known.ids, count=container.ID_COUNT)

@@ -25,6 +25,8 @@ def test_writes_become_a_layer_to_run_on(stored: SyncClient):
     first = stored.create(Container())
     first.exec("echo one > f; mkdir d; echo two > d/g; ln -s ../f d/l; chmod 700 d", timeout=20)
     assert first.pack_diff() == first.pack_diff(name="job/1")
+    with pytest.raises(SandboxError, match="names below builtin/ are this program's own"):
+        first.pack_diff(name="builtin/base-0123456789")
     later = stored.create(Container(image="job/1"))
     shown = later.exec("cat f d/g d/l; stat -c %U:%a d; id -u", timeout=20)
     assert shown.stdout == "one\ntwo\none\nuser:700\n1000\n"

@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -16,8 +18,10 @@ import pytest
 
 from fathom.sandbox import names
 from fathom.sandbox.net import Net
+from fathom.sandbox.public import is_public
 from fathom.sandbox.relay import Relay
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 Served = Callable[["Proxy"], Awaitable[None]]
 
 
@@ -147,6 +151,35 @@ def test_private_holds_for_one_domain_alone(tmp_path: Path):
     run(tmp_path, scenario)
 
 
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("127.0.0.1", "10.1.2.3", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1"),
+        *("255.255.255.255", "::1", "fe80::1%lo", "fd00::1", "ff0e::1", "::ffff:127.0.0.1"),
+        *("64:ff9b::7f00:1", "64:ff9b:1::a01:203", "2002:7f00:1::1", "2002:a01:203::1"),
+        "2001:0:808:808:0:ffff:80ff:fffe",
+    ],
+)
+def test_addresses_that_no_name_may_lead_to(where: str):
+    assert not is_public(where)
+
+
+def test_this_machines_own_public_address_is_not_public(need_root: None):
+    code = (
+        "from fathom.sandbox.public import is_public as p; print(*(p(a) for a in "
+        "('93.184.216.34', '2606:4700::1', '64:ff9b::5db8:d822', '93.184.216.35', '2606:4700::2')))"
+    )
+    script = (
+        "ip link set lo up && ip addr add 93.184.216.34/32 dev lo && "
+        'ip addr add 2606:4700::1/128 dev lo nodad && exec "$0" -c "$1"'
+    )
+    command = ["unshare", "--net", "sh", "-c", script, sys.executable, code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=20, check=True, cwd=REPOSITORY
+    )
+    assert done.stdout.split() == ["False", "False", "False", "True", "True"]
+
+
 def test_an_open_private_connection_ends_when_its_domain_may_not_be_private(tmp_path: Path):
     async def scenario(proxy: Proxy) -> None:
         async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -207,12 +240,69 @@ def test_requests_are_passed_on_in_one_meaning(tmp_path: Path, target: str, firs
         (b"GET http://localhost/ HTTP/2.0\r\n\r\n", b"400"),
         (b"CONNECT %s:443 HTTP/1.1\r\n\r\n" % (b"a" * 64 + b".attacker.test"), b"502"),
         (b"GET http://localhost/ HTTP/1.1\r\nX: %s\r\n\r\n" % (b"x" * 200_000), b"431"),
+        (b"GET http://localhost/ HTTP/1.1\r\n continued\r\nA: b\r\n\r\n", b"400"),
+        (b"GET http://localhost/ HTTP/1.1\r\nA: b\r\n\tc: d\r\n\r\n", b"400"),
+        (b"GET http://localhost/ HTTP/1.1\r\nHost : a\r\n\r\n", b"400"),
+        (b"GET http://localhost/ HTTP/1.1\r\nno colon\r\n\r\n", b"400"),
+        (b"GET http://localhost/ HTTP/1.1\r\n: b\r\n\r\n", b"400"),
+        (b"PUT http://localhost/ HTTP/1.1\r\nContent-Length: +1\r\n\r\n", b"400"),
+        (b"PUT http://localhost/ HTTP/1.1\r\n" + b"Content-Length: 1\r\n" * 2 + b"\r\n", b"400"),
+        (b"PUT http://localhost/ HTTP/1.1\r\nTransfer-Encoding: x\r\n\r\n", b"400"),
+        (b"PUT http://localhost/ HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", b"400"),
+        (
+            b"PUT http://localhost/ HTTP/1.1\r\nContent-Length: 1\r\n"
+            b"transfer-encoding: Chunked\r\n\r\n",
+            b"400",
+        ),
     ],
 )
 def test_requests_that_are_none_are_answered(tmp_path: Path, head: bytes, status: bytes):
     async def scenario(proxy: Proxy) -> None:
         await proxy.set("a", Net.deny().domain("localhost").domain("*.attacker.test"))
         assert (await proxy.ask("a", head)).startswith(b"HTTP/1.1 " + status + b" ")
+
+    run(tmp_path, scenario)
+
+
+CLOSE = b"Connection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [
+        (b"A: b\r\n\r\n", b"A: b\r\n" + CLOSE),
+        (b"Connection: x-a, Content-Length\r\nX-A: 1\r\nTE: trailers\r\n\r\n", CLOSE),
+        (b"Content-Length: 3\r\n\r\nabc", b"Content-Length: 3\r\n" + CLOSE + b"abc"),
+        (
+            b"Transfer-Encoding: Chunked\r\n\r\n0A;x=1\r\n0123456789\r\n0\r\nA: b\r\n\r\n",
+            b"Transfer-Encoding: chunked\r\n" + CLOSE + b"a\r\n0123456789\r\n0\r\n\r\n",
+        ),
+        (
+            b"Transfer-Encoding: chunked\r\n\r\n2\r\nabcGET",
+            b"Transfer-Encoding: chunked\r\n" + CLOSE,
+        ),
+    ],
+)
+def test_what_follows_a_request_goes_nowhere(tmp_path: Path, sent: bytes, received: bytes):
+    """A second request on the same connection would neither be judged nor logged."""
+    seen = bytearray()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(0.1):
+                while data := await reader.read(1 << 16):
+                    seen.extend(data)
+        writer.close()
+
+    async def scenario(proxy: Proxy) -> None:
+        far = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = far.sockets[0].getsockname()[1]
+        await proxy.set("a", Net.deny().domain("localhost", port, private=True))
+        second = b"GET http://other.test/ HTTP/1.1\r\nHost: other.test\r\n\r\n"
+        await proxy.ask("a", b"PUT http://localhost:%d/ HTTP/1.1\r\n%b%b" % (port, sent, second))
+        assert bytes(seen) == b"PUT / HTTP/1.1\r\nHost: localhost:%d\r\n%b" % (port, received)
+        assert len(proxy.log("a")) == 1
+        far.close()
 
     run(tmp_path, scenario)
 

@@ -41,10 +41,17 @@ void unwatch(int fd) { epoll_ctl(poller, EPOLL_CTL_DEL, fd, NULL); }
 
 static Conn *add_conn(int fd, bool serial) {
   Conn *c = grow(NULL, sizeof *c);
-  *c = (Conn){.tag = {K_CONN, c}, .fd = fd, .serial = serial, .given = -1, .next = conns};
+  *c = (Conn){.tag = {K_CONN, c}, .fd = fd, .serial = serial, .given = {-1, -1}, .next = conns};
   conns = c;
   watch(fd, &c->tag, EPOLLIN);
   return c;
+}
+
+static void drop_given(Conn *c) {
+  for (int i = 0; i < MOST_GIVEN; i++) {
+    if (c->given[i] >= 0) close(c->given[i]);
+    c->given[i] = -1;
+  }
 }
 
 /* A line that is gone; the port of a virtual machine stays and waits for the next host. */
@@ -52,8 +59,7 @@ static void lose(Conn *c) {
   command_orphan(c);
   queue_quit(c);
   journal_quit(c, NULL);
-  if (c->given >= 0) close(c->given);
-  c->given = -1;
+  drop_given(c);
   c->known = false;
   free(c->in.data);
   free(c->out.data);
@@ -107,14 +113,14 @@ static bool same(const uint8_t *a, const uint8_t *b, size_t len) {
   return !difference;
 }
 
-/* The folder of this sandbox's writes may come along: it is kept open for the next node, which finds
- * it in /proc, and never used here. Its mount has nothing above it, so that it leads nowhere else.
- * Commands do not inherit it. */
-static void keep_writes(Conn *c) {
-  if (c->given < 0) return;
-  dup3(c->given, KEPT_FILE, O_CLOEXEC);
-  close(c->given);
-  c->given = -1;
+/* What may come along is kept open and never used here. The folder of this sandbox's writes is for the
+ * next node, which finds it in /proc; its mount has nothing above it, so that it leads nowhere else.
+ * The locked file keeps the image for as long as this process lives, whatever nodes there are; it can
+ * only be read. Commands inherit neither. */
+static void keep_given(Conn *c) {
+  for (int i = 0; i < MOST_GIVEN; i++)
+    if (c->given[i] >= 0) dup3(c->given[i], KEPT_FILE + i, O_CLOEXEC);
+  drop_given(c);
 }
 
 static void hello(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
@@ -139,7 +145,7 @@ static void hello(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
    * origin. The commands go on. */
   if (c->serial && c->known) command_disown(c), queue_quit(c), journal_quit(c, NULL);
   c->known = true;
-  if (!settings.done) keep_writes(c);
+  if (!settings.done) keep_given(c);
   Buffer b = {0};
   put_number(&b, T_VERSION, PROTOCOL);
   put(&b, T_EPOCH, epoch, sizeof epoch);
@@ -230,7 +236,8 @@ void request(Conn *c, uint32_t id, uint8_t type, const uint8_t *data, size_t len
       problem = configure(data, len, &number);
       if (problem) return send_error(c, id, "configure", number, problem);
       if (settings.guest) memory_watch();
-      if (c->given >= 0) memory_count_in(c->given), c->given = -1;
+      if (c->given[0] >= 0) memory_count_in(c->given[0]), c->given[0] = -1;
+      drop_given(c);
       return send_frame(c, id, M_OK, NULL, 0);
     case M_SHIFT:
       while (next_field(&fields, &f)) {
@@ -285,7 +292,16 @@ static bool parse(Conn *c) {
   return true;
 }
 
-/* Read from a line; of an open file that comes along the last one is kept. */
+static void take_given(Conn *c, int fd) {
+  for (int i = 0; i < MOST_GIVEN; i++)
+    if (c->given[i] < 0) {
+      c->given[i] = fd;
+      return;
+    }
+  close(fd);
+}
+
+/* Read from a line; the first open files that come along are kept. */
 static ssize_t read_line(Conn *c, void *piece, size_t size) {
   if (c->serial) return read(c->fd, piece, size);
   union {
@@ -299,8 +315,9 @@ static ssize_t read_line(Conn *c, void *piece, size_t size) {
   for (struct cmsghdr *h = len < 0 ? NULL : CMSG_FIRSTHDR(&m); h; h = CMSG_NXTHDR(&m, h)) {
     if (h->cmsg_level != SOL_SOCKET || h->cmsg_type != SCM_RIGHTS) continue;
     for (size_t i = 0; i < (h->cmsg_len - CMSG_LEN(0)) / sizeof(int); i++) {
-      if (c->given >= 0) close(c->given);
-      memcpy(&c->given, CMSG_DATA(h) + i * sizeof(int), sizeof(int));
+      int fd;
+      memcpy(&fd, CMSG_DATA(h) + i * sizeof fd, sizeof fd);
+      take_given(c, fd);
     }
   }
   return len;

@@ -16,7 +16,8 @@
 enum { PROTOCOL = 1, MAGIC = 0xF47A, HEADER = 12 };
 enum { FRAME_LIMIT = 1 << 20, STRANGER_LIMIT = 4096, OUT_HIGH = 1 << 19, STDIN_LIMIT = 1 << 20 };
 enum { SECRET_LIMIT = 64, EPOCH_SIZE = 16 };
-enum { KEPT_FILE = 100 }; /* where the folder of the writes is kept: _UPPER_FD of box.py */
+/* Where what came along is kept: from here on, the folder of the writes first (_UPPER_FD of box.py). */
+enum { KEPT_FILE = 100, MOST_GIVEN = 2 };
 /* In a virtual machine: where what is the agent's own lies, a folder of root alone. */
 #define GUEST_FOLDER "/run/fathom"
 
@@ -90,7 +91,7 @@ struct Conn {
   Tag tag;
   int fd;
   bool known, serial, closing;
-  int given; /* an open file that came along, or -1 */
+  int given[MOST_GIVEN]; /* open files that came along, or -1 */
   Buffer in, out;
   Conn *next;
 };

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         StoreFull,
     )
     from fathom.sandbox.images.export import write_archive
+    from fathom.sandbox.images.holds import Hold
     from fathom.sandbox.images.layers import (
         flatten,
         flatten_small,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from fathom.sandbox.images.remote import attach, fetch, push
     from fathom.sandbox.images.source import Owners
     from fathom.sandbox.images.stack import Composed, StackCaps, compose
-    from fathom.sandbox.images.store import Hold, Store
+    from fathom.sandbox.images.store import Store
     from fathom.sandbox.images.types import Env, Image, Layer, LayerRef, RunConfig
 
 _HOMES = {
@@ -55,7 +56,7 @@ _HOMES = {
     "Composed": "stack",
     "Disk": "disk",
     "Env": "types",
-    "Hold": "store",
+    "Hold": "holds",
     "Image": "types",
     "ImageDamaged": "errors",
     "ImageError": "errors",

@@ -5,6 +5,7 @@ Paper: none (a base image where there is no registry).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from fathom.sandbox import paths
@@ -13,16 +14,19 @@ from fathom.sandbox.images import rootfs
 from fathom.sandbox.images.oci import own_architecture
 from fathom.sandbox.images.source import Owners, Taking
 from fathom.sandbox.images.store import Store
-from fathom.sandbox.images.types import Image, RunConfig
+from fathom.sandbox.images.types import OWN, Image, RunConfig
 
 
-def builtin_image(store: Store, name: Literal["base", "python"] = "base") -> Image:
+def builtin_image(
+    store: Store, name: Literal["base", "python"] = "base", cache: Path | None = None
+) -> Image:
     """Return the image "base" or "python" of this machine's own programs, packing it if needed.
 
-    It is called `builtin/NAME-DIGITS` in the store, after what went into it. Raises SandboxError.
+    It is called `builtin/NAME-DIGITS` in the store, after what went into it. `cache`: where its
+    files lie, the user's cache folder when not given. Raises SandboxError.
     """
-    folder = rootfs.build(name, paths.cache_folder())
-    called = f"builtin/{folder.name}"
+    folder = rootfs.build(name, cache or paths.cache_folder())
+    called = f"{OWN}{folder.name}"
     if called in store.names():
         return store.resolve(called)
     # Times say when the copy was made, and nothing about the programs.
@@ -30,5 +34,5 @@ def builtin_image(store: Store, name: Literal["base", "python"] = "base") -> Ima
     layer = layering.pack_folder(store, folder, taking)
     run = RunConfig(env=(("PATH", "/usr/bin"),), command=("/usr/bin/bash",))
     image = Image(layers=(layer.digest,), run=run, architecture=own_architecture())
-    store.put_image(image, called)
+    store.put_image(image, called, own=True)
     return image

@@ -21,6 +21,7 @@ from pathlib import Path
 from fathom.sandbox.images import erofs_read, unpack
 from fathom.sandbox.images.blobs import ChunkList
 from fathom.sandbox.images.errors import ImageDamaged, ImageMissing, store_errors
+from fathom.sandbox.images.holds import held
 from fathom.sandbox.images.store import Store, reachable
 from fathom.sandbox.images.types import DIGEST, Blob, Image, Layer
 
@@ -52,7 +53,7 @@ def collect(store: Store, *, dry_run: bool = False) -> Collected:
         store_errors("the store cannot be cleaned", store.folder),
         store.locked(fcntl.LOCK_EX),
     ):
-        needed = reachable(store, [*store.names().values(), *_held(store)])
+        needed = reachable(store, [*store.names().values(), *held(store.folder / "holds")])
         removed = freed = kept = 0
         for path, digests in _everything(store):
             if path.parent.name == "tmp" and _is_in_use(path):
@@ -65,22 +66,6 @@ def collect(store: Store, *, dry_run: bool = False) -> Collected:
             if not dry_run:
                 _remove(path)
         return Collected(removed=removed, freed=freed, kept=kept)
-
-
-def _held(store: Store) -> Iterator[str]:
-    """Yield what living processes hold, and remove the notes of those that ended."""
-    for path in (store.folder / "holds").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    yield from path.read_text().split()
-                else:
-                    path.unlink(missing_ok=True)
-            finally:
-                os.close(fd)
 
 
 def _everything(store: Store) -> Iterator[tuple[Path, list[str]]]:

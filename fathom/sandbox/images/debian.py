@@ -22,9 +22,10 @@ from fathom.sandbox.images import lookup, tarball, tree
 from fathom.sandbox.images.blobs import BlobWriter
 from fathom.sandbox.images.errors import BuildFailed, ImageMissing
 from fathom.sandbox.images.oci import own_architecture
+from fathom.sandbox.images.packed import Reader
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tarball import Limits
-from fathom.sandbox.images.types import Image, LayerRef, RunConfig, check_name
+from fathom.sandbox.images.types import Image, LayerRef, RunConfig, check_new_name
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LIMITS = Limits(size=32 << 30)
@@ -44,7 +45,7 @@ def _program(name: str, package: str) -> str:
 
 def system(
     store: Store,
-    name: str,
+    name: str | None,
     *,
     suite: str = "bookworm",
     packages: Sequence[str] = (),
@@ -53,13 +54,14 @@ def system(
     epoch: int = 0,
     timeout: float = 1800.0,
 ) -> Image:
-    """Make an image of a Debian system and call it `name`.
+    """Make an image of a Debian system and call it `name`; None leaves that to the caller.
 
     `suite`, `variant`, `mirrors` and `packages` are mmdebstrap's; without `mirrors` it takes its
     own. Every file has the time `epoch`, so the same packages give the same digest.
     Raises MissingDependency, BuildFailed with what mmdebstrap said last, StoreFull.
     """
-    check_name(name)
+    if name is not None:
+        check_new_name(name)
     argv = [_program("mmdebstrap", "mmdebstrap"), "--quiet", "--format=tar", f"--variant={variant}"]
     argv += [f"--include={','.join(packages)}"] if packages else []
     argv += [f"--customize-hook=rm -rf {' '.join(f'$1{path}' for path in _NOISE)}"]
@@ -78,7 +80,7 @@ def system(
             ) as process:
                 assert process.stdout is not None
                 try:
-                    stream = tarball.Reader(cast("BinaryIO", process.stdout), _LIMITS.size)
+                    stream = Reader(cast("BinaryIO", process.stdout), _LIMITS.size)
                     root = tarball.from_tar(stream, blob, _LIMITS)
                     stream.drain()
                     process.wait(timeout)
@@ -136,7 +138,7 @@ def _files_of(program: str, file: Path, blob: BlobWriter) -> tree.Node:
         assert process.stdout is not None
         assert process.stderr is not None
         try:
-            stream = tarball.Reader(cast("BinaryIO", process.stdout), _LIMITS.size)
+            stream = Reader(cast("BinaryIO", process.stdout), _LIMITS.size)
             found = tarball.from_tar(stream, blob, _LIMITS)
             stream.drain()
         except BaseException:
@@ -209,7 +211,7 @@ def toolkit(store: Store, name: str, packages: Sequence[str], *, base: str | Non
 
     What the image `base` has installed is left out. Raises as `download` and `unpack_packages`.
     """
-    check_name(name)
+    check_new_name(name)
     status = b""
     if base is not None:
         try:

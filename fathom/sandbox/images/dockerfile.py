@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,6 +19,10 @@ from fathom.sandbox.images.errors import BuildFailed
 KNOWN = ("FROM", "ARG", "ENV", "RUN", "COPY", "ADD", "WORKDIR", "USER", "ENTRYPOINT", "CMD")
 _FLAG = re.compile(r"--([a-z]+)(?:=(\S*))?\s*")
 _FLAGS = {"FROM": {"platform"}, "COPY": {"from", "chown", "chmod"}, "ADD": {"chown", "chmod"}}
+# What a blank may be in: quotes, or after a backslash.
+_WORD = re.compile(r"""(?:\\.|\\\Z|'[^']*'|"(?:\\.|[^"\\])*"|[^\s'"\\])+""")
+# A backslash before it would make it an ordinary one.
+_CONTINUED = re.compile(r"(?<!\\)\\[ \t]*\Z")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SIZE_LIMIT = 1 << 20
 
@@ -38,13 +41,16 @@ class Instruction:
         return BuildFailed(f"line {self.line}, {self.name}: {problem}")
 
     def words(self) -> tuple[str, ...]:
-        """Return the words of a JSON list, or those of plain text. Raises BuildFailed."""
+        """Return the words of a JSON list, or those of plain text with their quotes.
+
+        Raises BuildFailed.
+        """
         if self.text.startswith("["):
             return self._list()
-        try:
-            return tuple(shlex.split(self.text))
-        except ValueError as error:
-            raise self.fail(f"{error}") from error
+        found = tuple(_WORD.findall(self.text))
+        if _WORD.sub("", self.text).strip():
+            raise self.fail(f"a quotation is not closed: {self.text[:80]}")
+        return found
 
     def command(self) -> tuple[str, ...]:
         """Return a command: a JSON list as it is, other text for the shell. Raises BuildFailed."""
@@ -73,8 +79,8 @@ def parse(text: str) -> list[Instruction]:
         raise BuildFailed(f"the recipe is larger than {_SIZE_LIMIT} characters")
     found: list[Instruction] = []
     for line, content in _joined_lines(text):
-        name, _, rest = content.partition(" ") if " " in content else (content, "", "")
-        found.append(_instruction(line, name, rest.strip()))
+        name, *rest = content.split(None, 1)
+        found.append(_instruction(line, name, rest[0] if rest else ""))
     first = next((one for one in found if one.name != "ARG"), None)
     if first is None or first.name != "FROM":
         line = first.line if first else 1
@@ -83,21 +89,25 @@ def parse(text: str) -> list[Instruction]:
 
 
 def _joined_lines(text: str) -> list[tuple[int, str]]:
-    """Return every instruction as one line, with the number of the line where it begins."""
+    """Return every instruction as one line, with the number of the line where it begins.
+
+    Its text stays as it is: blanks and tabs may be within quotes.
+    """
     found: list[tuple[int, str]] = []
     parts: list[str] = []
     begun = 0
-    for number, raw in enumerate(text.splitlines(), 1):
-        line = raw.strip()
-        if re.match(r"#\s*escape\s*=", line) and not found and not parts:
+    for number, raw in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+        line = raw.removesuffix("\r")
+        bare = line.strip()
+        if re.match(r"#\s*escape\s*=", bare) and not found and not parts:
             raise BuildFailed(f"line {number}: the escape directive is not supported")
-        if not line or line.startswith("#"):
+        if not bare or bare.startswith("#"):
             continue
         begun = begun or number
-        if line.endswith("\\"):
-            parts.append(line[:-1])
+        if end := _CONTINUED.search(line):
+            parts.append(line[: end.start()])
             continue
-        found.append((begun, "".join((*parts, line)).replace("\t", " ").strip()))
+        found.append((begun, "".join((*parts, line)).strip()))
         parts, begun = [], 0
     if parts:
         raise BuildFailed(f"line {begun}: the last line ends with a backslash")
@@ -126,61 +136,69 @@ def _instruction(line: int, word: str, rest: str) -> Instruction:
     return one
 
 
-def pairs(one: Instruction) -> list[tuple[str, str]]:
-    """Return the names and values of ENV: `A=1 B="x y"`, or the old form `A text`."""
+def pairs(one: Instruction, values: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return the names and values of ENV: `A=1 B="x y"`, or the old form `A text`.
+
+    Variables are replaced word by word: what one holds is never split or unquoted again.
+    """
     first = one.text.split(None, 1)
     if "=" not in first[0]:
         if len(first) != 2:
             raise one.fail(f"{first[0]!r} has no value")
-        return [(_check_name(one, first[0]), first[1])]
+        return [(_name(one, first[0], values), expand(one, first[1], values))]
     found: list[tuple[str, str]] = []
     for word in one.words():
         name, equals, value = word.partition("=")
         if not equals:
             raise one.fail(f"{word!r} has no value")
-        found.append((_check_name(one, name), value))
+        found.append((_name(one, name, values), expand(one, value, values)))
     return found
 
 
-def argument(one: Instruction) -> tuple[str, str | None]:
+def argument(one: Instruction, values: Mapping[str, str]) -> tuple[str, str | None]:
     """Return the name and default of ARG."""
     words = one.words()
     if len(words) != 1:
         raise one.fail("one name is expected, or one name=value")
     name, equals, value = words[0].partition("=")
-    return _check_name(one, name), value if equals else None
+    return _name(one, name, values), expand(one, value, values) if equals else None
 
 
-def _check_name(one: Instruction, name: str) -> str:
+def _name(one: Instruction, text: str, values: Mapping[str, str]) -> str:
+    name = expand(one, text, values)
     if not _NAME.fullmatch(name):
         raise one.fail(f"{name!r} cannot name a variable")
     return name
 
 
 def expand(one: Instruction, text: str, values: Mapping[str, str]) -> str:
-    """Replace `$NAME`, `${NAME}`, `${NAME:-other}` and `${NAME:+other}`. Raises BuildFailed.
+    """Replace `$NAME`, `${NAME}`, `${NAME:-other}`, `${NAME:+other}` and remove quotes.
 
-    A backslash before a dollar sign keeps it, and nothing is replaced within single quotes.
+    Nothing is replaced within single quotes or after a backslash, and what comes from a variable
+    stays as it is. Raises BuildFailed.
     """
     out: list[str] = []
     position = 0
-    quoted = False
+    quote = ""
     while position < len(text):
         character = text[position]
-        if character == "\\" and not quoted and position + 1 < len(text):
-            escaped = text[position + 1]
-            out.append(escaped if escaped == "$" else character + escaped)
-            position += 2
-        elif character == "'":
-            quoted = not quoted
+        following = text[position + 1 : position + 2]
+        position += 1
+        if quote == "'" and character != "'":
             out.append(character)
+        elif character == "\\" and following:
+            # Within double quotes a backslash means nothing before most characters.
+            out.append(following if not quote or following in '"$\\' else character + following)
             position += 1
-        elif character != "$" or quoted:
-            out.append(character)
-            position += 1
-        else:
-            value, position = _variable(one, text, position + 1, values)
+        elif character in ("'", '"') and quote in ("", character):
+            quote = "" if quote else character
+        elif character == "$":
+            value, position = _variable(one, text, position, values)
             out.append(value)
+        else:
+            out.append(character)
+    if quote:
+        raise one.fail(f"a quotation is not closed: {text[:80]}")
     return "".join(out)
 
 

@@ -20,7 +20,7 @@ from fathom.sandbox.images.errors import ImageError
 from fathom.sandbox.images.source import Owners, Taking, own_files
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tree import Node
-from fathom.sandbox.images.types import Blob, Image, LayerRef, RunConfig, check_name
+from fathom.sandbox.images.types import Blob, Image, LayerRef, RunConfig, check_new_name
 
 # Layers above the lowest are joined at most up to this size, as the report's are.
 FLATTEN_LIMIT = 3 << 30
@@ -73,6 +73,8 @@ def snapshot(
 
     `limit` as for `pack_diff`. Raises ImageError, ImageTooLarge, StoreFull.
     """
+    if name is not None:
+        check_new_name(name)
     diff = pack_diff(store, upper, owners=owners, limit=limit)
     result = replace(image, layers=(*image.layers, diff.digest))
     store.put_image(result, name)
@@ -156,7 +158,7 @@ def image_of_folder(
     taking: Taking | None = None,
 ) -> Image:
     """Make an image of one layer of `folder` and call it `name`. Raises ImageError, StoreFull."""
-    check_name(name)
+    check_new_name(name)
     layer = pack_folder(store, folder, taking)
     image = Image(layers=(layer.digest,), run=run or RunConfig())
     store.put_image(image, name)

@@ -24,9 +24,10 @@ from fathom.sandbox.images import layers as layering
 from fathom.sandbox.images import tarball
 from fathom.sandbox.images.blobs import BlobWriter
 from fathom.sandbox.images.errors import ImageDamaged, ImageError, ImageMissing, store_errors
+from fathom.sandbox.images.packed import Allowance, Reader, decompress
 from fathom.sandbox.images.store import Store
-from fathom.sandbox.images.tarball import Allowance, Limits
-from fathom.sandbox.images.types import MAX_LAYERS, Image, RunConfig, check_digest, check_name
+from fathom.sandbox.images.tarball import Limits
+from fathom.sandbox.images.types import MAX_LAYERS, Image, RunConfig, check_digest, check_new_name
 
 _SMALL = 8 << 20
 _PIECE = 1 << 20
@@ -146,7 +147,7 @@ def assemble(
     free: an image that somebody made must not take the room of everybody else.
     """
     if name is not None:
-        check_name(name)
+        check_new_name(name)
     rootfs = config.get("rootfs")
     ids = cast("dict[str, Any]", rootfs).get("diff_ids") if isinstance(rootfs, dict) else None
     unpacked = [check_digest(one) for one in _sequence(ids, "list of unpacked layers")]
@@ -226,7 +227,7 @@ def _layer(
         path = work / "data"
         with content.open(wanted) as file, path.open("wb") as out:
             blob = BlobWriter(out)
-            stream = tarball.Reader(tarball.decompress(file), streams)
+            stream = Reader(decompress(file), streams)
             root = tarball.from_tar(stream, blob, limits, files)
             if (got := stream.drain()) != diff:
                 raise ImageDamaged(f"the layer {wanted.digest} unpacks to {got}, not to {diff}")
@@ -423,13 +424,13 @@ def import_archive(
         return import_image(store, content, root, name, architecture=architecture, limits=limits)
     with store.making(f"{path} cannot be read") as work:
         with path.open("rb") as packed:
-            plain = tarball.decompress(packed)
+            plain = decompress(packed)
             if plain is not packed:
                 with (
                     store_errors(f"{path} cannot be unpacked", work),
                     (work / "a").open("wb") as out,
                 ):
-                    stream = tarball.Reader(plain, bounds.size)
+                    stream = Reader(plain, bounds.size)
                     for piece in iter(lambda: stream.read(_PIECE), b""):
                         out.write(piece)
                 path = work / "a"

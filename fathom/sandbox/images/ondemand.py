@@ -4,7 +4,8 @@ The kernel mounts a layer's metadata image from the local disk; its data blobs a
 FUSE file system served by this module in a process of its own. A read that meets a chunk which is
 not here fetches it from where the blob is, proves it against the blob's list of digests and keeps
 it in a sparse file, from which every later sandbox reads. Bytes that cannot be fetched or proven
-are an input/output error in the sandbox, never zeros.
+are an input/output error in the sandbox, never zeros. What is here is answered at once, however
+many reads wait for a slow store, and no read waits for ever.
 
 The server lives exactly as long as something uses its files: its own mount is detached at once, and
 when the last layer that was mounted from it is gone the kernel ends it.
@@ -18,10 +19,12 @@ import contextlib
 import errno
 import logging
 import os
+import queue
 import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +39,10 @@ from fathom.sandbox.images.types import Blob
 log = logging.getLogger(__name__)
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-_WORKERS = 6
+_READERS = 2
+_FETCHERS = 8
+# Seconds after which a read that waits for its turn, or for what another one fetches, is given up.
+_PATIENCE = 60.0
 _MS_RDONLY = 1
 
 
@@ -91,6 +97,11 @@ class BlobCache:
                 self._ensure(number)
         return os.pread(self._file, end - offset, offset)
 
+    def has(self, offset: int, size: int) -> bool:
+        """Tell whether these bytes are here and proven."""
+        end = min(offset + size, self._blob.size)
+        return all(self._known[n] == 1 for n in range(offset // CHUNK, -(-end // CHUNK)))
+
     def complete(self) -> None:
         """Fetch everything that is missing and keep the blob as a whole. Raises ImageError."""
         try:
@@ -121,7 +132,8 @@ class BlobCache:
                 if waiting is None:
                     self._busy[number] = threading.Event()
                     break
-            waiting.wait()
+            if not waiting.wait(_PATIENCE):
+                raise OSError(errno.ETIMEDOUT, "the store is silent")
         try:
             self._fill(number)
         finally:
@@ -252,15 +264,27 @@ class Server:
     def __init__(self, fd: int, files: Sequence[tuple[bytes, int, BlobCache]]) -> None:
         self._fd = fd
         self._files = files
+        self._waiting: queue.SimpleQueue[tuple[int, int, bytes, float]] = queue.SimpleQueue()
         self._numbers = {name: place + 2 for place, (name, _, _) in enumerate(files)}
 
     def run(self) -> None:
         """Serve until the last user is gone."""
-        threads = [threading.Thread(target=self._loop, daemon=True) for _ in range(_WORKERS)]
-        for thread in threads:
+        readers = [threading.Thread(target=self._loop, daemon=True) for _ in range(_READERS)]
+        fetchers = [threading.Thread(target=self._fetch, daemon=True) for _ in range(_FETCHERS)]
+        for thread in (*readers, *fetchers):
             thread.start()
-        for thread in threads:
+        for thread in readers:
             thread.join()
+        # What is still being fetched is for nobody any more.
+
+    def _fetch(self) -> None:
+        """Answer reads that may take long, in the order in which they came."""
+        while True:
+            unique, node, body, asked = self._waiting.get()
+            answer = (errno.EIO, b"")
+            if time.monotonic() - asked < _PATIENCE:
+                answer = self._read(node, body)
+            self._reply(unique, *answer)
 
     def _loop(self) -> None:
         while True:
@@ -275,10 +299,16 @@ class Server:
             _, code, unique, node, *_ = _IN.unpack_from(request)
             if code in (_FORGET, _BATCH_FORGET, _INTERRUPT):
                 continue
-            status, body = self._answer(code, node, request[_IN.size :])
-            with contextlib.suppress(OSError):
-                # A request that was interrupted meanwhile has no one to answer to.
-                os.write(self._fd, _OUT.pack(_OUT.size + len(body), -status, unique) + body)
+            body = request[_IN.size :]
+            if code == _READ and not self._is_here(node, body):
+                self._waiting.put((unique, node, body, time.monotonic()))
+            else:
+                self._reply(unique, *self._answer(code, node, body))
+
+    def _reply(self, unique: int, status: int, body: bytes) -> None:
+        with contextlib.suppress(OSError):
+            # A request that was interrupted meanwhile has no one to answer to.
+            os.write(self._fd, _OUT.pack(_OUT.size + len(body), -status, unique) + body)
 
     def _answer(self, code: int, node: int, body: bytes) -> tuple[int, bytes]:
         if code == _INIT:
@@ -319,8 +349,12 @@ class Server:
         blocks = -(-size // 512)
         return _ATTR.pack(number, size, blocks, 0, 0, 0, 0, 0, 0, mode, links, 0, 0, 0, 4096, 0)
 
+    def _is_here(self, node: int, body: bytes) -> bool:
+        offset, size = struct.unpack_from("<8xQI", body)
+        return self._files[node - 2][2].has(offset, size)
+
     def _read(self, node: int, body: bytes) -> tuple[int, bytes]:
-        _, offset, size = struct.unpack_from("<QQI", body)
+        offset, size = struct.unpack_from("<8xQI", body)
         try:
             return 0, self._files[node - 2][2].read(offset, size)
         except (OSError, ImageError) as error:

@@ -23,11 +23,12 @@ from fathom.sandbox.images import lookup, source, step, tree
 from fathom.sandbox.images.blobs import BlobWriter
 from fathom.sandbox.images.dockerfile import Instruction, argument, expand, pairs, parse
 from fathom.sandbox.images.errors import BuildFailed, ImageError, ImageMissing
+from fathom.sandbox.images.ignore import ignored
 from fathom.sandbox.images.source import Owners, Taking
 from fathom.sandbox.images.stack import compose
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tree import Node
-from fathom.sandbox.images.types import Image, RunConfig, check_name
+from fathom.sandbox.images.types import Image, RunConfig, check_new_name
 
 _CACHE_VERSION = 1
 
@@ -53,6 +54,7 @@ class _Stage:
     line: int
     name: str = ""
     values: dict[str, str] = field(default_factory=dict[str, str])
+    has_command: bool = False  # of its own, not of the image below
 
 
 def build(
@@ -63,7 +65,7 @@ def build(
     Raises BuildFailed with the line of what failed, ImageMissing for a base that is not here,
     Unsupported where this user cannot run commands, StoreFull.
     """
-    check_name(name)
+    check_new_name(name)
     builder = _Builder(store, context, options or Options())
     for one in parse(recipe):
         builder.do(one)
@@ -81,7 +83,7 @@ class _Builder:
         self.stages: list[_Stage] = []
         self.first: dict[str, str] = {}
         self.declared: set[str] = set()
-        self.ignored = _ignored(context)
+        self.ignored = ignored(context)
 
     def do(self, one: Instruction) -> None:
         """Carry out one instruction."""
@@ -120,12 +122,16 @@ class _Builder:
     def _set_run(self, run: RunConfig) -> None:
         self.stage.image = replace(self.stage.image, run=run)
 
+    @property
+    def values(self) -> dict[str, str]:
+        """What variables hold at this place of the recipe."""
+        return self.stage.values | dict(self.run.env) if self.stages else self.first
+
     def _expand(self, one: Instruction, text: str) -> str:
-        values = self.first if not self.stages else self.stage.values | dict(self.run.env)
-        return expand(one, text, values)
+        return expand(one, text, self.values)
 
     def _from(self, one: Instruction) -> None:
-        words = expand(one, one.text, self.first).split()
+        words = [expand(one, word, self.first) for word in one.text.split()]
         if len(words) not in (1, 3) or (len(words) == 3 and words[1].upper() != "AS"):
             raise one.fail("write FROM image, or FROM image AS name")
         known = next((s for s in self.stages if s.name == words[0].lower()), None)
@@ -139,11 +145,9 @@ class _Builder:
         self.stages.append(_Stage(image, one.line, words[2].lower() if len(words) == 3 else ""))
 
     def _arg(self, one: Instruction) -> None:
-        name, default = argument(one)
+        name, default = argument(one, self.values)
         self.declared.add(name)
-        value = self.options.args.get(name)
-        if value is None and default is not None:
-            value = self._expand(one, default)
+        value = self.options.args.get(name, default)
         if not self.stages:
             self.first[name] = value or ""
         else:
@@ -151,8 +155,7 @@ class _Builder:
 
     def _env(self, one: Instruction) -> None:
         env = dict(self.run.env)
-        new = replace(one, text=self._expand(one, one.text))
-        env.update(pairs(new))
+        env.update(pairs(one, self.values))
         self._set_run(replace(self.run, env=tuple(env.items())))
 
     def _user(self, one: Instruction) -> None:
@@ -163,10 +166,12 @@ class _Builder:
     def _start(self, one: Instruction) -> None:
         command = one.command()
         if one.name == "CMD":
+            self.stage.has_command = True
             self._set_run(replace(self.run, command=command))
         else:
             # A new entry point does not go with the command of the image below.
-            self._set_run(replace(self.run, entrypoint=command, command=()))
+            kept = self.run.command if self.stage.has_command else ()
+            self._set_run(replace(self.run, entrypoint=command, command=kept))
 
     def _workdir(self, one: Instruction) -> None:
         path = str(PurePosixPath(self.run.workdir) / self._expand(one, one.text))
@@ -397,53 +402,3 @@ def _entries(folder: Path, pattern: str) -> list[str]:
 def _fresh_mount_points(root: Node) -> list[str]:
     """Return the folders that the runtime makes in the tree because nothing is there."""
     return [f"/{name}" for name in ("proc", "dev", "sys") if name.encode() not in root.children]
-
-
-def _ignored(context: Path) -> frozenset[str]:
-    """Return what `.dockerignore` keeps out, as paths that begin with a slash."""
-    file = context / ".dockerignore"
-    if not file.is_file():
-        return frozenset()
-    rules: list[tuple[bool, re.Pattern[str]]] = []
-    for line in file.read_text(errors="replace").splitlines():
-        text = line.strip()
-        if text and not text.startswith("#"):
-            kept = text.startswith("!")
-            rules.append((kept, _pattern(text.lstrip("!").strip("/"))))
-    found: set[str] = set()
-    for folder, folders, files in os.walk(context):
-        for name in (*folders, *files):
-            path = str(Path(folder, name).relative_to(context))
-            out = False
-            for kept, rule in rules:
-                if rule.match(path):
-                    out = not kept
-            if out:
-                found.add(f"/{path}")
-    # A folder of which something is kept cannot be left out as a whole.
-    return frozenset(p for p in found if not _has_kept(context, p, found))
-
-
-def _has_kept(context: Path, path: str, found: set[str]) -> bool:
-    folder = context / path[1:]
-    if not folder.is_dir() or folder.is_symlink():
-        return False
-    return any(
-        f"/{below.relative_to(context)}" not in found
-        for below in folder.rglob("*")
-        if not below.is_dir()
-    )
-
-
-def _pattern(text: str) -> re.Pattern[str]:
-    out = ""
-    for part in re.split(r"(\*\*/?|\*|\?)", text):
-        if part.startswith("**"):
-            out += "(?:.*/)?" if part.endswith("/") else ".*"
-        elif part == "*":
-            out += "[^/]*"
-        elif part == "?":
-            out += "[^/]"
-        else:
-            out += re.escape(part)
-    return re.compile(f"{out}(?:/.*)?$")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -23,10 +24,12 @@ from fathom.sandbox.images import erofs_read
 from fathom.sandbox.images.blobs import digest_of
 from fathom.sandbox.images.errors import ImageDamaged, ImageError, ImageMissing
 from fathom.sandbox.images.store import Store
-from fathom.sandbox.images.types import DIGEST, MAX_JSON, Image, Layer, check_digest, check_name
+from fathom.sandbox.images.types import DIGEST, MAX_JSON, Image, Layer, check_digest, check_new_name
 
 MAX_META = 1 << 30
+# Seconds that a server may be silent, or slower than so many bytes per second.
 _TIMEOUT = 30.0
+_SLOWEST = 8192
 _PARALLEL = 6
 
 
@@ -72,8 +75,11 @@ class _WebSource:
                 # A server that ignores ranges sends everything from the beginning.
                 skip = start if answer.status_code == 200 else 0
                 found = bytearray()
+                begun = time.monotonic()
                 for piece in answer.iter_bytes():
                     found += piece
+                    if time.monotonic() - begun > _TIMEOUT + len(found) / _SLOWEST:
+                        raise OSError(errno.ETIMEDOUT, f"only {len(found)} bytes came in time")
                     if len(found) >= skip + end - start:
                         break
                 return bytes(found[skip : skip + end - start])
@@ -157,7 +163,9 @@ def attach(store: Store, address: str, reference: str) -> Image:
     metadata image as a whole, before a kernel is asked to mount it. Raises ImageMissing,
     ImageDamaged, ImageError.
     """
-    name = None if DIGEST.fullmatch(reference) else check_name(reference)
+    name = None if DIGEST.fullmatch(reference) else check_new_name(reference)
+    if "://" not in address:
+        address = os.path.abspath(address)  # it is read from other folders later
     digest = reference
     if name is not None:
         text = _read_whole(
@@ -206,6 +214,8 @@ def push(store: Store, image: Image, address: str, name: str | None = None) -> N
 
     Contents first and the name last, so that a reader never finds a name without its image.
     """
+    if name is not None:
+        check_new_name(name)
     target, root = filesystem(address)
     files: list[tuple[Path, str]] = []
     for digest in image.layers:
@@ -225,9 +235,8 @@ def push(store: Store, image: Image, address: str, name: str | None = None) -> N
             target.makedirs(f"{root}/{folder}", exist_ok=True)
         _upload(target, root, files)
         if name is not None:
-            target.pipe_file(
-                f"{root}/names/{quote(check_name(name), safe='')}", f"{image.digest}\n".encode()
-            )
+            place = f"{root}/names/{quote(name, safe='')}"
+            target.pipe_file(place, f"{image.digest}\n".encode())
     except OSError as error:
         raise ImageError(f"the image cannot be published at {address}: {error}") from error
 

@@ -36,6 +36,8 @@ WANTED = (
     "uptime users vdir wc which who whoami xargs xxd xz yes zcat"
 ).split()
 _BUILDING = ".building-"
+# Whoever uses an image locks this file of it.
+_LOCKED = "etc/passwd"
 _ABANDONED = 3600.0
 _SEARCH = ("/usr/bin", "/bin", "/usr/sbin", "/sbin")
 _LINKS = {"bin": "usr/bin", "sbin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib64"}
@@ -288,15 +290,19 @@ def _build(image: str, cache: Path) -> Path:
 
 
 def hold(folder: Path) -> int:
-    """Keep an image from being removed for as long as the returned descriptor is open.
+    """Keep an image from being removed for as long as the returned descriptor is open anywhere.
 
-    Raises SandboxError when it was removed meanwhile.
+    It leads to one file alone, so that a process inside the sandbox may have a copy.
+    Raises SandboxError when the image was removed meanwhile.
     """
     try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(fd, fcntl.LOCK_SH)
+        fd = os.open(folder / _LOCKED, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise SandboxError(f"the image {folder} cannot be used ({error}): try again") from error
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    if not os.fstat(fd).st_nlink:
+        os.close(fd)
+        raise SandboxError(f"the image {folder} was removed just now: try again")
     return fd
 
 
@@ -310,13 +316,12 @@ def _remove_old(images: Path, image: str, current: str) -> None:
             replaced = entry.name.startswith(f"{image}-") and entry.name != current
             if not (abandoned or replaced):
                 continue
-            fd = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                # Refused while a sandbox runs on it.
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                hidden = images / f"{_BUILDING}{entry.name}"
+            with contextlib.ExitStack() as stack:
                 if replaced:
-                    entry.rename(hidden)
-                shutil.rmtree(hidden if replaced else entry, ignore_errors=True)
-            finally:
-                os.close(fd)
+                    # Refused while a sandbox runs on it; an older release locks the folder.
+                    for path in (entry, entry / _LOCKED):
+                        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                        stack.callback(os.close, fd)
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    entry = entry.rename(images / f"{_BUILDING}{entry.name}")
+                shutil.rmtree(entry, ignore_errors=True)

@@ -29,8 +29,9 @@ from fathom.errors import Unsupported
 from fathom.sandbox.images import layers as layering
 from fathom.sandbox.images import mounts, unpack
 from fathom.sandbox.images.errors import ImageError
+from fathom.sandbox.images.holds import Hold
 from fathom.sandbox.images.source import is_root
-from fathom.sandbox.images.store import Hold, Store
+from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.types import Image
 
 LayerMode = Literal["erofs", "loop", "folders"]
@@ -60,7 +61,8 @@ class Composed:
     """A mounted stack. `close` unmounts everything; it may be called twice.
 
     `root`: the file tree. `upper`: where writes go, None for a read-only tree. `layers`: the
-    mounted layers, the lowest first. `mode`, `join`: how layers and the stack are mounted.
+    mounted layers, the lowest first. `mode`, `join`: how layers and the stack are mounted. `hold`:
+    what keeps the layers in their store.
     """
 
     root: Path
@@ -70,7 +72,7 @@ class Composed:
     join: JoinMode
     caps: StackCaps
     _undo: list[mounts.Mounted] = field(default_factory=list[mounts.Mounted])
-    _hold: Hold | None = None
+    hold: Hold | None = None
 
     def __enter__(self) -> Composed:
         return self
@@ -90,9 +92,9 @@ class Composed:
         """Unmount the stack and its layers and let go of them."""
         while self._undo:
             self._undo.pop().close()
-        if self._hold is not None:
-            self._hold.close()
-            self._hold = None
+        if self.hold is not None:
+            self.hold.close()
+            self.hold = None
 
 
 def compose(
@@ -103,6 +105,7 @@ def compose(
     upper: Path | None = None,
     mode: LayerMode | Literal["auto"] = "auto",
     userns: int | None = None,
+    hold_name: str | None = None,
 ) -> Composed:
     """Mount `image` (or layers, the lowest first) below the folder `folder`, which must exist.
 
@@ -111,11 +114,12 @@ def compose(
     `mode`: "auto" takes the best that works; a mode that is named must work. `userns`: descriptor
     of a user namespace by which the layers' owners are translated: their number 0 is then root of
     that namespace. What the sandbox writes has that namespace's numbers on the disk, so give
-    `pack_diff` the `owners` that undo it, Owners(base=FIRST, count=65536).
+    `pack_diff` the `owners` that undo it, Owners(base=FIRST, count=65536). `hold_name`: what the
+    hold on its layers is called, see `Store.hold`.
     Mounts are made in the mount namespace of the caller. Raises Unsupported, ImageError.
     """
     digests = tuple(image.layers if isinstance(image, Image) else image)
-    hold = store.hold(*digests)
+    hold = store.hold(*digests, name=hold_name)
     undo: list[mounts.Mounted] = []
     try:
         if len(digests) > MAX_STACK:
@@ -142,7 +146,7 @@ def compose(
         join=join,
         caps=caps,
         _undo=undo,
-        _hold=hold,
+        hold=hold,
     )
 
 

@@ -5,7 +5,7 @@
     data/HEX.sums      the digests of a data blob's chunks
     data/HEX.from      where a data blob can be read, one address a line
     names/NAME         digest of an image
-    holds/ID           digests that a living process needs; locked by it
+    holds/ID           digests that living processes need; locked by each of them
     tmp/ID             what is being made; locked by its maker
     lock               shared while something is published, exclusive while rubbish is collected
 
@@ -32,7 +32,8 @@ from urllib.parse import quote, unquote
 from fathom.sandbox import paths
 from fathom.sandbox.images import erofs, erofs_read
 from fathom.sandbox.images.blobs import BlobWriter, ChunkList, digest_of
-from fathom.sandbox.images.errors import ImageDamaged, ImageError, ImageMissing, store_errors
+from fathom.sandbox.images.errors import ImageDamaged, ImageMissing, store_errors
+from fathom.sandbox.images.holds import Hold
 from fathom.sandbox.images.tree import Node
 from fathom.sandbox.images.types import (
     DIGEST,
@@ -43,55 +44,10 @@ from fathom.sandbox.images.types import (
     LayerRef,
     check_digest,
     check_name,
+    check_new_name,
 )
 
 _FOLDERS = ("blobs", "data", "names", "holds", "tmp")
-
-
-class Hold:
-    """Keeps digests from being collected while it is open, at most as long as this process lives.
-
-    A context manager; `close` may be called twice.
-    """
-
-    def __init__(self, path: Path) -> None:
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
-        self._path = path
-        self._fd = os.open(path, flags, 0o644)
-        self._digests: set[str] = set()
-        self._lock = threading.Lock()
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-
-    def __enter__(self) -> Hold:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def add(self, *digests: str) -> None:
-        """Hold more digests."""
-        with self._lock:
-            if self._fd < 0:
-                raise ImageError("this hold was closed: take another one")
-            new = set(digests) - self._digests
-            os.write(self._fd, "".join(f"{digest}\n" for digest in sorted(new)).encode())
-            self._digests |= new
-
-    def drop(self, digests: set[str]) -> None:
-        """Hold these no longer."""
-        with self._lock:
-            self._digests -= digests
-            if self._fd >= 0:
-                os.ftruncate(self._fd, 0)
-                os.write(self._fd, "".join(f"{d}\n" for d in sorted(self._digests)).encode())
-
-    def close(self) -> None:
-        """Let go of everything."""
-        with self._lock:
-            if self._fd >= 0:
-                self._path.unlink(missing_ok=True)
-                os.close(self._fd)
-                self._fd = -1
 
 
 class Store:
@@ -300,19 +256,25 @@ class Store:
         self.put(layer.encode())
         return LayerRef(digest=layer.digest, size=layer.size)
 
-    def put_image(self, image: Image, name: str | None = None) -> str:
-        """Publish an image whose layers are here, and give it a name. Returns its digest."""
+    def put_image(self, image: Image, name: str | None = None, *, own: bool = False) -> str:
+        """Publish an image whose layers are here, and give it a name. Returns its digest.
+
+        `own`: as for `tag`.
+        """
         for layer in image.layers:
             if not self.path(layer).exists():
                 raise ImageMissing(f"the layer {layer} is not in the store {self.folder}")
         digest = self.put(image.encode())
         if name is not None:
-            self.tag(name, digest)
+            self.tag(name, digest, own=own)
         return digest
 
-    def tag(self, name: str, digest: str) -> None:
-        """Let `name` mean the image `digest` from now on. Raises ImageMissing, ImageError."""
-        path = self._name_path(name)
+    def tag(self, name: str, digest: str, *, own: bool = False) -> None:
+        """Let `name` mean the image `digest` from now on. Raises ImageMissing, ImageError.
+
+        `own`: the program made the image itself, and may give it one of its own names.
+        """
+        path = self._name_path(name if own else check_new_name(name))
         self.image(digest)
         with self.making(f"the name {name} cannot be stored") as work, self._publishing(digest):
             (work / "name").write_text(f"{digest}\n")
@@ -338,12 +300,16 @@ class Store:
     def forget(self, digest: str) -> None:
         """Let go of something that this object published, with all that it needs."""
         if self._own is not None:
-            self._own.drop(reachable(self, [digest]))
+            with self.locked(fcntl.LOCK_SH):
+                self._own.drop(reachable(self, [digest]))
 
-    def hold(self, *digests: str) -> Hold:
-        """Keep images, layers or blobs from being collected until the result is closed."""
+    def hold(self, *digests: str, name: str | None = None) -> Hold:
+        """Keep images, layers or blobs from being collected until the result is closed.
+
+        `name`: by which another process can take up the same hold. Raises ImageMissing.
+        """
         with store_errors("nothing can be held", self.folder):
-            hold = self._new_hold()
+            hold = self._new_hold(name)
             try:
                 with self.locked(fcntl.LOCK_SH):
                     hold.add(*digests)
@@ -377,8 +343,9 @@ class Store:
                 self._own = self._new_hold()
             return self._own
 
-    def _new_hold(self) -> Hold:
-        return Hold(self.folder / "holds" / f"{os.getpid()}-{secrets.token_hex(6)}")
+    def _new_hold(self, name: str | None = None) -> Hold:
+        name = name or f"{os.getpid()}-{secrets.token_hex(6)}"
+        return Hold(self.folder / "holds" / quote(name, safe=""))
 
     def _move(self, digest: str, source: Path, target: Path) -> None:
         source.chmod(0o444)

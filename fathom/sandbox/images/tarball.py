@@ -11,25 +11,18 @@ Paper: §5.2.5 (container images become layers).
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import hashlib
 import io
-import lzma
 import stat
 import tarfile
-import threading
-import zlib
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-import zstandard
-
 from fathom.sandbox.images.blobs import BlobWriter
-from fathom.sandbox.images.errors import ArchiveRefused, ImageDamaged, ImageTooLarge, StoreFull
+from fathom.sandbox.images.errors import ArchiveRefused, ImageDamaged, ImageTooLarge
 from fathom.sandbox.images.ondemand import BlobCache
+from fathom.sandbox.images.packed import Allowance, Reader
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tree import (
     MAX_DEPTH,
@@ -48,7 +41,6 @@ _HIDES = b".wh..wh..opq"
 _OLD_MARKS = (b".wh..wh.aufs", b".wh..wh.orph", b".wh..wh.plnk")
 _HEADER_LIMIT = 1 << 20
 _PIECE = 1 << 20
-_ZSTD_WINDOW = 1 << 27
 _XATTR = "SCHILY.xattr."
 _TAKEN = ("user.", "security.capability", "system.posix_acl_access", "system.posix_acl_default")
 # The devices that every system has; layers are mounted so that none of them works.
@@ -62,83 +54,6 @@ class Limits:
 
     size: int = 64 << 30
     entries: int = 2_000_000
-
-
-class Allowance:
-    """How many bytes several archives may have together. Any thread may use it.
-
-    `room`: how many the disk has to spare; fewer than `limit` may then be the bound.
-    """
-
-    def __init__(self, limit: int, room: int | None = None) -> None:
-        self.limit = limit
-        self._room = room
-        self._left = limit
-        self._spare = limit if room is None else room
-        self._lock = threading.Lock()
-
-    def take(self, size: int) -> None:
-        """Take `size` bytes of it. Raises ImageTooLarge when they are not left, or StoreFull."""
-        with self._lock:
-            self._left -= size
-            self._spare -= size
-            if size >= 0 and self._left >= 0 and self._spare < 0:
-                raise StoreFull(
-                    f"the archive unpacks to more than the {self._room} bytes that the disk of "
-                    "the store can spare: free some space, or use another folder"
-                )
-            if size < 0 or self._left < 0:
-                raise ImageTooLarge(
-                    f"the archive unpacks to more than {self.limit} bytes: it may be a bomb; raise "
-                    "the limit if you trust it"
-                )
-
-
-class Reader(io.RawIOBase):
-    """A stream of at most `limit` bytes, whose SHA-256 is known at its end."""
-
-    def __init__(self, source: BinaryIO, limit: int | Allowance) -> None:
-        self._source = source
-        self._limit = Allowance(limit) if isinstance(limit, int) else limit
-        self._hash = hashlib.sha256()
-        self.count = 0
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        """Return up to `size` bytes. Raises ImageTooLarge, ImageDamaged."""
-        try:
-            data = self._source.read(_PIECE if size < 0 else min(size, _PIECE))
-        except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
-            raise ImageDamaged(f"the archive cannot be decompressed: {error}") from error
-        self.count += len(data)
-        self._limit.take(len(data))
-        self._hash.update(data)
-        return data
-
-    def drain(self) -> str:
-        """Read the rest and return the digest of everything."""
-        while self.read(_PIECE):
-            pass
-        return "sha256:" + self._hash.hexdigest()
-
-
-def decompress(file: BinaryIO) -> BinaryIO:
-    """Return a stream of what `file` holds, compressed by gzip, zstd, xz, bzip2 or not at all."""
-    head = file.read(6)
-    file.seek(0)
-    if head.startswith(b"\x1f\x8b"):
-        return cast("BinaryIO", gzip.GzipFile(fileobj=file, mode="rb"))
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
-        tool = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-        return cast("BinaryIO", tool.stream_reader(file, read_across_frames=True))
-    if head.startswith(b"\xfd7zXZ\0"):
-        return cast("BinaryIO", lzma.LZMAFile(file, "rb"))
-    if head.startswith(b"BZh"):
-        return cast("BinaryIO", bz2.BZ2File(file, "rb"))
-    return file
 
 
 class _Member(tarfile.TarInfo):

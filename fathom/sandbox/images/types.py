@@ -20,6 +20,8 @@ from fathom.sandbox.images.errors import ImageDamaged, ImageError
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:+-]{0,199}")
+# Where the names of images lie that this program makes for itself and trusts.
+OWN = "builtin/"
 MAX_LAYERS = 500
 MAX_BLOBS = 2000
 MAX_JSON = 4 << 20
@@ -39,6 +41,16 @@ def check_name(name: str) -> str:
             f"{name[:200]!r} cannot name an image: use letters, digits and . _ / : + - (at most "
             "200), beginning with a letter or digit"
         )
+    return name
+
+
+def check_new_name(name: str) -> str:
+    """Return `name` if anybody may give it to an image. Raises ImageError.
+
+    What others take for this program's own must not be what somebody packed.
+    """
+    if check_name(name).startswith(OWN):
+        raise ImageError(f"{name} cannot be given: names below {OWN} are this program's own")
     return name
 
 

@@ -212,8 +212,11 @@ def _compose(launch: Launch, upper: Path) -> Composed:
     folder = launch.folder / state.LAYERS
     folder.mkdir(mode=0o755)
     try:
-        store = Store(launch.store, durable=False)
-        return compose(store, launch.layers, folder, upper=upper, userns=namespace)
+        with Store(launch.store, durable=False) as store:
+            name = launch.folder.name
+            return compose(
+                store, launch.layers, folder, upper=upper, userns=namespace, hold_name=name
+            )
     finally:
         os.close(namespace)
 

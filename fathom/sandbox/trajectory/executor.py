@@ -116,12 +116,12 @@ class DirectExecutor:
     """Runs operations through a sandbox that this process owns.
 
     It remembers them for as long as it lives. Of what was begun before, it knows nothing, so every
-    such operation is `Lost`.
+    such operation is `Lost`: each object is a life of its own, whatever sandbox it is given.
     """
 
-    def __init__(self, sandbox: Any, *, epoch: str | None = None) -> None:
+    def __init__(self, sandbox: Any) -> None:
         self.sandbox = sandbox
-        self.epoch = epoch or secrets.token_hex(8)
+        self.epoch = secrets.token_hex(8)
         self.generation = 0
         self._ended: dict[str, Outcome] = {}
         self._begun: dict[str, anyio.Event] = {}

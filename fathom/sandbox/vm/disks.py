@@ -15,17 +15,17 @@ from fathom.sandbox.images import Image, Store, builtin_image, write_base
 from fathom.sandbox.vm import system
 
 
-def image_of(store: Store, name: str) -> Image:
+def image_of(cache: Path, store: Store, name: str) -> Image:
     """Return an image by its name; "base" and "python" are made of this machine's programs."""
     if name in ("base", "python"):
-        return builtin_image(store, "python" if name == "python" else "base")
+        return builtin_image(store, "python" if name == "python" else "base", cache)
     return store.resolve(name)
 
 
 def small_disk(cache: Path, name: str) -> Path:
     """Return the disk of a small machine. Raises SandboxError."""
     with Store(cache / "store") as store:
-        return _disk(cache, store, image_of(store, name), "erofs", 0)
+        return _disk(cache, store, image_of(cache, store, name), "erofs", 0)
 
 
 def small_disk_of(cache: Path, image: Image) -> Path:

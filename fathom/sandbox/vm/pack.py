@@ -17,7 +17,9 @@ from fathom.sandbox.frames import Tag
 from fathom.sandbox.images import Image, Store, tarball
 from fathom.sandbox.images import layers as layering
 from fathom.sandbox.images.blobs import BlobWriter
+from fathom.sandbox.images.packed import Reader
 from fathom.sandbox.images.tarball import Limits
+from fathom.sandbox.images.types import check_new_name
 from fathom.sandbox.types import MicroVM
 from fathom.sandbox.vm import disks, talk
 
@@ -31,6 +33,8 @@ def pack(
 
     `disk`: what the machine runs on. Raises SandboxError.
     """
+    if name is not None:
+        check_new_name(name)
     # Heads of entries come on top of what the guest may have written.
     limit = 2 * spec.disk_bytes + (64 << 20)
     with Store(cache / "store") as store, tempfile.TemporaryFile(dir=cache) as archive:
@@ -39,11 +43,11 @@ def pack(
         with store.making("the machine's writes cannot be packed") as work:
             with (work / "data").open("wb") as out:
                 blob = BlobWriter(out)
-                reader = tarball.Reader(cast("BinaryIO", archive), limit)
+                reader = Reader(cast("BinaryIO", archive), limit)
                 root = tarball.from_tar(reader, blob, Limits(size=limit))
             layer = layering.publish(store, root, work / "data", blob)
         if name is not None:
-            base = disks.image_of(store, spec.image)
+            base = disks.image_of(cache, store, spec.image)
             if disks.small_disk_of(cache, base) != Path(disk):
                 raise SandboxError(
                     f"{spec.image!r} means another image now than this machine runs on: pack it "

@@ -15,9 +15,10 @@ from fathom.errors import SandboxError
 from fathom.sandbox.images import Image, Owners, Store, debian, lookup
 from fathom.sandbox.images import layers as layering
 from fathom.sandbox.images.source import Taking
+from fathom.sandbox.images.types import OWN
 
 NAME = "debian"
-_STORED = "builtin/full-debian"
+_STORED = f"{OWN}full-debian"
 # To be raised with every change of what is added, and of the packages.
 _VERSION = 3
 _PACKAGES = 1
@@ -62,13 +63,14 @@ def image(store: Store) -> Image:
     if packages in store.names():
         base = store.resolve(packages)
     else:
-        base = debian.system(store, packages, packages=PACKAGES)
+        base = debian.system(store, None, packages=PACKAGES)
+        store.put_image(base, packages, own=True)
     with store.making("the full system cannot be made") as work:
         tree = work / "tree"
         _fill(tree, store, base)
         layer = layering.pack_folder(store, tree, Taking(owners=Owners(everybody=(0, 0)), mtime=0))
     made = Image(layers=(*base.layers, layer.digest), run=base.run, architecture=base.architecture)
-    store.put_image(made, name)
+    store.put_image(made, name, own=True)
     return made
 
 

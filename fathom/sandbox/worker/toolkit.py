@@ -20,8 +20,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fathom.errors import SandboxError
-from fathom.sandbox.images import Env, Owners, Store, builtin_image, image_of_folder, rootfs
+from fathom.sandbox.images import (
+    Env,
+    Image,
+    Owners,
+    Store,
+    builtin_image,
+    pack_folder,
+    rootfs,
+)
 from fathom.sandbox.images.source import Taking
+from fathom.sandbox.images.types import OWN
 
 LIBRARY = "/opt/fathom"
 CERTIFICATES = f"{LIBRARY}/certificates.pem"
@@ -42,17 +51,18 @@ def image(cache: Path) -> str:
         data = path.read_bytes()
         digest.update(f"{name}\0{len(data)}\0".encode() + data)
     with Store(cache / "store") as store:
-        base = builtin_image(store, "python")
+        base = builtin_image(store, "python", cache)
         digest.update("\n".join(base.layers).encode())
-        called = f"builtin/worker-{digest.hexdigest()}"
+        called = f"{OWN}worker-{digest.hexdigest()}"
         if called not in store.names():
-            toolkit = f"builtin/worker-toolkit-{digest.hexdigest()}"
+            toolkit = f"{OWN}worker-toolkit-{digest.hexdigest()}"
             with tempfile.TemporaryDirectory(prefix=".toolkit-", dir=cache) as work:
                 _lay_out(Path(work), files)
                 taking = Taking(owners=Owners(everybody=(0, 0)), mtime=0)
-                image_of_folder(store, Path(work), toolkit, taking=taking)
+                layer = pack_folder(store, Path(work), taking)
+            store.put_image(Image(layers=(layer.digest,)), toolkit, own=True)
             env = Env(base=store.put_image(base), toolkits=[toolkit])
-            store.put_image(store.environment(env), called)
+            store.put_image(store.environment(env), called, own=True)
     return called
 
 

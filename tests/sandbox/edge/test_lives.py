@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from fathom.sandbox.edge import age
 from fathom.sandbox.edge.admission import Admission
 from fathom.sandbox.edge.age import Birth
 from fathom.sandbox.edge.entry import NOTE
-from fathom.sandbox.images import Store, collect
+from fathom.sandbox.images import ImageMissing, Store, collect, rootfs
 from fathom.sandbox.types import Kept
 from tests.sandbox.edge.daemon import Daemon
 
@@ -73,6 +74,8 @@ def test_an_adopted_sandbox_keeps_its_own_image(daemon: Daemon, store: Store):
         image_with(client, "first")
         name = client.create(layered()).id
         image_with(client, "second")
+        with pytest.raises(ImageMissing):
+            client.create(layered("no/such"))
     restart(daemon)
     with daemon.client() as client:
         (copy,) = client.attach(name).fork()
@@ -83,17 +86,30 @@ def test_an_image_without_a_name_ends_no_sandbox(daemon: Daemon, store: Store):
     with daemon.client() as client:
         image_with(client, "first")
         name = client.create(layered()).id
+        plain = client.create(SMALL)
     store.untag(NAME)
-    restart(daemon)
+    nodes = [Path("/proc", str(pid)) for pid in daemon.processes("node")]
+    daemon.end(signal.SIGKILL)
+    until(lambda: not any(node.exists() for node in nodes))
+    # Each sandbox holds what it runs on, also while there is no daemon.
+    collect(store)
+    with (rootfs.build("base", daemon.cache) / rootfs._LOCKED).open() as image:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(image, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    daemon.start()
     # The new daemon holds the layers as the former one did.
     collect(store)
     with daemon.client() as client:
+        assert files(client.attach(plain.id).fork()[0]) == set()
         sandbox = client.attach(name)
         assert files(sandbox) == {"first"}
         assert files(sandbox.fork()[0]) == {"first"}
     restart(daemon)
     with daemon.client() as client:
         assert files(client.attach(name)) == {"first"}
+        for entry in client.list():
+            client.attach(entry["id"]).stop()
+    assert not {path.name for path in (store.folder / "holds").iterdir()} & {name, plain.id}
 
 
 def damage(path: Path, change: Callable[[dict[str, Any]], None]) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import lzma
 import os
 import shutil
 import socket
 import subprocess
 import tarfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +35,7 @@ from fathom.sandbox.images import (
 from fathom.sandbox.images.care import check, collect
 from fathom.sandbox.images.export import write_archive
 from fathom.sandbox.images.oci import import_archive
+from fathom.sandbox.images.packed import Reader, decompress
 from fathom.sandbox.images.registry import parse_reference, pull
 from fathom.sandbox.images.tarball import Limits
 from tests.sandbox.images.archives import Layout, digest, entry, tar
@@ -148,6 +152,22 @@ def test_compressions(store: Store, layout: Layout, pack: Callable[[bytes], byte
     packed = layout.write(json.dumps(manifest).encode(), manifest["mediaType"])
     image = import_archive(store, layout.index(packed), "x")
     assert tree.find(store.tree(image.layers[0]), b"opt/deep/er/file") is not None
+
+
+def test_xz_files_in_bounded_memory():
+    """One of a few bytes may ask for a dictionary of gigabytes."""
+    two = lzma.compress(b"one") + bytes(8) + lzma.compress(b"two") + bytes(4)
+    stream = decompress(io.BytesIO(two))
+    assert b"".join(iter(lambda: stream.read(2), b"")) == b"onetwo"
+    with pytest.raises(ImageDamaged, match="cannot be decompressed: it ends in the middle"):
+        Reader(decompress(io.BytesIO(lzma.compress(b"one")[:-9])), 9).drain()
+    made = bytearray(lzma.compress(b"one"))
+    # The head of the first block, its one filter, and that one's dictionary: 1 GiB.
+    size = 4 * (made[12] + 1)
+    made[made.index(b"\x21\x01", 12, 12 + size) + 2] = 36
+    made[8 + size : 12 + size] = zlib.crc32(made[12 : 8 + size]).to_bytes(4, "little")
+    with pytest.raises(ImageDamaged, match=r"cannot be decompressed: Memory usage limit"):
+        Reader(decompress(io.BytesIO(bytes(made))), 9).drain()
 
 
 def test_the_same_image_again_reads_nothing(store: Store, layout: Layout):

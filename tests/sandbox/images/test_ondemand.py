@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +26,8 @@ from fathom.sandbox.images import (
     Store,
     compose,
     image_of_folder,
+    ondemand,
+    remote,
     snapshot,
 )
 from fathom.sandbox.images.blobs import CHUNK
@@ -250,6 +256,57 @@ def test_a_server_without_ranges_will_do(store: Store, web: Served, folder: Path
     image = attach(store, web.address, "app:1")
     fetch(store, image)
     assert check(store) == []
+
+
+def test_a_store_that_drips_keeps_nobody_from_what_is_here(
+    store: Store, web: Served, monkeypatch: pytest.MonkeyPatch
+):
+    """Neither for ever nor from what is here, and all is well once the store is."""
+    monkeypatch.setattr(remote, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(ondemand, "_PATIENCE", 0.3)
+    image = attach(store, web.address, "app:1")
+    (blob,) = store.layer(image.layers[0]).data
+    cache = BlobCache(store, blob)
+    kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    kernel.settimeout(5)
+    server = ondemand.Server(device.fileno(), [(b"0", blob.size, cache)])
+    serving = threading.Thread(target=server.run)
+
+    def ask(chunk: int) -> None:
+        head = ondemand._IN.pack(0, ondemand._READ, chunk, 2, 0, 0, 0, 0, 0)
+        kernel.send(head + struct.pack("<QQI", 0, chunk * CHUNK, 4096))
+
+    def hear() -> tuple[int, int]:
+        _, status, chunk = ondemand._OUT.unpack_from(kernel.recv(1 << 16))
+        return chunk, status
+
+    serving.start()
+    try:
+        ask(0)
+        assert hear() == (0, 0)
+        web.drips = True
+        for chunk in range(1, 20):
+            ask(chunk)
+        ask(0)
+        assert hear() == (0, 0)
+        assert {hear() for _ in range(1, 20)} == {(n, -errno.EIO) for n in range(1, 20)}
+        web.drips = False
+        ask(1)
+        assert hear() == (1, 0)
+    finally:
+        kernel.close()
+        serving.join()
+        device.close()
+        cache.close()
+
+
+def test_a_folder_beside_is_found_from_elsewhere(
+    store: Store, origin: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(origin.parent)
+    image = attach(store, origin.name, "app:1")
+    monkeypatch.chdir("/")
+    assert fetch(store, image) > 0
 
 
 def test_chunks_of_an_earlier_boot_are_proven_again(store: Store, origin: Path):

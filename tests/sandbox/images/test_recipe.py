@@ -22,6 +22,7 @@ from fathom.sandbox.images import (
 from fathom.sandbox.images import layers as layering
 from fathom.sandbox.images.care import check, collect
 from fathom.sandbox.images.dockerfile import parse
+from fathom.sandbox.images.ignore import ignored
 from fathom.sandbox.images.recipe import Options, build
 from fathom.sandbox.paths import cache_folder
 from tests.sandbox.images.listing import listing
@@ -110,6 +111,8 @@ def test_copies_need_no_privileges(shared: Store, context: Path):
 
 
 def test_variables_and_what_is_run(shared: Store, context: Path):
+    # What a value holds sets nothing else.
+    who = """1 PATH=/evil "it's" $A \\n"""
     image = make(
         shared,
         """ARG BASE=small
@@ -118,25 +121,29 @@ def test_variables_and_what_is_run(shared: Store, context: Path):
         ARG WHO=nobody
         ENV A=1 B="two words" C='$A'
         ENV D ${A}-${MISSING:-none}-${A:+set}-\\$A
-        ENV WHO=$WHO FROM=${BASE}
-        USER worker
-        ENTRYPOINT ["/bin/run", "--all"]
+        ENV WHO=$WHO FROM=${BASE} IN="<$WHO>" OUT=a\\ b\\$A
+        USER "worker"
         CMD ["x y", "z"]
+        ENTRYPOINT ["/bin/run", "--all"]
         """,
         context,
-        args={"WHO": "me"},
+        args={"WHO": who},
     )
     assert dict(image.run.env) == {
         "A": "1",
         "B": "two words",
         "C": "$A",
         "D": "1-none-set-$A",
-        "WHO": "me",
+        "WHO": who,
         "FROM": "small",
+        "IN": f"<{who}>",
+        "OUT": "a b$A",
     }
     assert image.run.entrypoint == ("/bin/run", "--all")
     assert image.run.command == ("x y", "z")
     assert image.run.user == "worker"
+    above = make(shared, 'FROM made\nENTRYPOINT ["/bin/other"]', context)
+    assert above.run.command == ()
 
 
 def test_stages(shared: Store, context: Path):
@@ -166,6 +173,34 @@ def test_ignored_files(shared: Store, context: Path):
         make(shared, "FROM small\nCOPY two.txt /x", context)
 
 
+def test_patterns_mean_what_docker_takes_them_for(tmp_path: Path):
+    files = ("env1", "envx", "a.txt", "axtxt", "a/b/c.pem", "sub/x", "w-z", "#x")
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for line, out in {
+        "env[0-9]": {"env1"},
+        "env[^0-9]": {"envx"},
+        "./a.txt": {"a.txt"},
+        "sub/../a.txt": {"a.txt"},
+        "/a.txt/": {"a.txt"},
+        "a\\.txt": {"a.txt"},
+        "a?txt": {"a.txt", "axtxt"},
+        "w[a\\-]z": {"w-z"},
+        "**/c.pem": {"a/b/c.pem"},
+        "a/**": {"a/b", "a/b/c.pem"},
+        "a": {"a", "a/b", "a/b/c.pem"},
+        "*\n! a.txt\r": {*files, "a", "a/b", "sub", ".dockerignore"} - {"a.txt"},
+        "# comment\n #x": {"#x"},
+    }.items():
+        (tmp_path / ".dockerignore").write_bytes(b"\xef\xbb\xbf" + line.encode())
+        assert {path[1:] for path in ignored(tmp_path)} == out, line
+    for line in ("../x", "/", ".", "!", "a[", "a[]", "a[z-a]", "a[b-]", "a\\"):
+        (tmp_path / ".dockerignore").write_text(f"\n{line}\n")
+        with pytest.raises(BuildFailed, match=r"\.dockerignore, line 2: "):
+            ignored(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("recipe", "text"),
     [
@@ -192,7 +227,7 @@ def test_ignored_files(shared: Store, context: Path):
         ("FROM small\nWORKDIR /etc/passwd", "line 2, WORKDIR: /etc/passwd is a file"),
         ("FROM small\nENV A", "line 2, ENV: 'A' has no value"),
         ("FROM small\nENV 1=2", "line 2, ENV: '1' cannot name a variable"),
-        ("FROM small\nENV A='x", "line 2, ENV: No closing quotation"),
+        ("FROM small\nENV A='x", "line 2, ENV: a quotation is not closed: A='x"),
         ("FROM small\nENV A=${B/x/y}", "is not a variable that this builder knows"),
         ("FROM small\nCMD ['x']", "line 2, CMD: the list is not JSON"),
         ("FROM small\nCMD [1]", "line 2, CMD: the list may hold only strings"),
@@ -220,9 +255,14 @@ def test_lines_are_counted_from_where_an_instruction_begins():
     found = parse("# x\nFROM a\n\nRUN one \\\n  # inside\n  && two\nCMD x")
     assert [(one.line, one.name, one.text) for one in found] == [
         (2, "FROM", "a"),
-        (4, "RUN", "one && two"),
+        (4, "RUN", "one   && two"),
         (7, "CMD", "x"),
     ]
+
+
+def test_what_a_command_says_is_left_as_it_is():
+    found = parse('\ufeffFROM a\r\n\tRUN\techo "a\tb  \\ \n  # no\n   c\x0cd" \\\\ \nUSER x')
+    assert [one.text for one in found] == ["a", 'echo "a\tb     c\x0cd" \\\\', "x"]
 
 
 RUN = """FROM tools

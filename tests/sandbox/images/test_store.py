@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -23,8 +24,11 @@ from fathom.sandbox.images import (
     flatten,
     image_of_folder,
     pack_folder,
+    remote,
+    snapshot,
 )
 from fathom.sandbox.images.care import check, collect
+from fathom.sandbox.images.recipe import build
 from fathom.sandbox.images.types import check_name
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -92,6 +96,27 @@ def test_a_newer_format_is_named(store: Store):
 def test_names_that_are_refused(store: Store, name: str):
     with pytest.raises(ImageError, match="cannot name an image"):
         check_name(name)
+
+
+def test_nobody_gives_an_image_a_name_of_the_program_itself(store: Store, folder: Path):
+    """Later machines and workers run on what is called so."""
+    name = "builtin/base-0123456789"
+    image = image_of_folder(store, folder, "one")
+    with pytest.raises(ImageError, match="names below builtin/ are this program's own"):
+        store.tag(name, image.digest)
+    for give in (
+        lambda: image_of_folder(store, folder, name),
+        lambda: store.put_image(image, name),
+        lambda: snapshot(store, image, folder, name=name),
+        lambda: build(store, "FROM one", folder, name),
+        lambda: remote.attach(store, str(folder), name),
+        lambda: remote.push(store, image, str(folder), name),
+    ):
+        with pytest.raises(ImageError, match="are this program's own"):
+            give()
+    assert list(store.names()) == ["one"]
+    store.put_image(image, name, own=True)
+    assert store.resolve(name) == image
 
 
 def test_names_and_versions(store: Store, folder: Path):
@@ -168,6 +193,27 @@ def test_what_a_dead_process_held_is_collected(store: Store, folder: Path):
     assert contents(store) == set()
     store.close()
     assert list((store.folder / "holds").iterdir()) == []
+
+
+def test_no_collection_takes_a_hold_that_is_being_made(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    image = image_of_folder(store, folder, "one")
+    real = fcntl.flock
+    between: list[int] = []
+
+    def lock(fd: int, how: int) -> None:
+        if not between and "/holds/" in os.readlink(f"/proc/self/fd/{fd}"):
+            between.append(fd)
+            collect(store)
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with store.hold(image.digest):
+        assert between
+        store.untag("one")
+        assert collect(store).removed == 0
+    assert collect(store).removed == 5
 
 
 def test_a_mounted_layer_survives_its_removal(

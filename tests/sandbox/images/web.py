@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,7 @@ class Served:
         self.damage: Callable[[str, bytes], bytes] | None = None
         self.ranges = True
         self.down = False
+        self.drips = False
 
     def bytes_of(self, word: str) -> int:
         return sum(count for path, count in self.sent.items() if word in path)
@@ -50,6 +52,10 @@ def serve(folder: Path) -> Iterator[Served]:
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             try:
+                while served.drips and content:
+                    self.wfile.write(content[:1])
+                    content = content[1:]
+                    time.sleep(0.02)
                 self.wfile.write(content)
             except OSError:
                 return

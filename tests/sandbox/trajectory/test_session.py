@@ -473,6 +473,32 @@ def test_an_ended_trajectory_is_not_continued(folder, machine):
     anyio.run(main)
 
 
+def test_who_did_not_see_an_operation_begin_does_not_run_it_again(folder):
+    """A second object for the same sandbox knows nothing of what the first one began."""
+    ran: list[str] = []
+
+    class Sandbox:
+        async def exec(self, argv: object, **options: object) -> None:
+            ran.append(str(argv))
+            await anyio.sleep(60)
+
+    async def main() -> None:
+        sandbox = Sandbox()
+        with open_log(folder) as log:
+            session = await Session.begin(log, "sb", DirectExecutor(sandbox))
+            with anyio.move_on_after(0.02):
+                await session.run(command(1))
+        with open_log(folder) as log:
+            with pytest.raises(StateDiffers):
+                await Session.attach(log, "sb", DirectExecutor(sandbox))
+            session = await Session.attach(log, "sb", DirectExecutor(sandbox), replaced=True)
+            with pytest.raises(OutcomeUnknown):
+                await session.run(command(1), on_unknown="fail")
+
+    anyio.run(main)
+    assert len(ran) == 1
+
+
 def test_a_sandbox_that_ends_before_it_began_is_no_unknown(folder):
     class Gone:
         stopped = True

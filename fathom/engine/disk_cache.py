@@ -58,7 +58,7 @@ class DiskCache:
 
     def _open(self) -> None:
         marker = self.folder / MARKER
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not marker.exists():
             if any(self.folder.iterdir()):
                 raise CacheError(
@@ -142,7 +142,7 @@ class DiskCache:
         size = len(head) + len(record) + _SUM
         self._make_room(size)
         try:
-            with temporary.open("wb") as file:
+            with open(temporary, "wb", opener=_private) as file:
                 file.write(head)
                 file.write(record)
                 file.write(_digest(head, record))
@@ -242,6 +242,10 @@ class DiskCache:
     def _report(self, what: str) -> None:
         self.problems += 1
         _log.warning("event=cache_file_problem detail=%r", what)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)  # it tells what was said
 
 
 def _digest(head: bytes, record: bytes) -> bytes:

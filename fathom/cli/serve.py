@@ -5,6 +5,7 @@ Paper: none (command line).
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -138,6 +139,7 @@ def serve(
         ),
     )
     check_settings(settings)  # before a large model is loaded
+    logging.getLogger("fathom.engine").setLevel(logging.WARNING)  # damaged files, logs left behind
     if upstream is not None:
         for option, value in {"model": model, "device": device, **options}.items():
             if value is not None:

@@ -75,12 +75,10 @@ class LocalBackend:
         """
         engine, self._interrupted = self._llm.engine, []
         if engine.wal is not None:
-            engine.wal.drop_old(LOG_SECONDS)
-            self._interrupted = [
-                logged
-                for logged in engine.interrupted()
-                if logged.rules != "" and logged.finish_reason in (None, "stop", "length")
-            ]
+            for logged in engine.interrupted():
+                useful = logged.rules != "" and logged.finish_reason in (None, "stop", "length")
+                if not engine.wal.drop(logged, LOG_SECONDS) and useful:
+                    self._interrupted.append(logged)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Output, None]:
         """Generate on the engine's thread. Raises GenerationError, and BackendError for a bug."""

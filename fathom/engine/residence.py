@@ -36,8 +36,8 @@ class Residence:
         room = self._memory.slabs.count
         if slabs_for(len(request.tokens) + 1) > room:
             raise CacheFull(
-                f"{request.id} has {len(request.tokens)} tokens, which do not fit into a cache of "
-                f"{room * SLAB_TOKENS}: raise cache_tokens"
+                f"{len(request.tokens)} tokens and one more do not fit into a cache of "
+                f"{room * SLAB_TOKENS}: raise cache_tokens, or ask for less"
             )
 
     def admit(self, request: Request) -> bool:

@@ -78,6 +78,9 @@ class WriteAheadLog:
         self._open: dict[str, _File] = {}
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            probe = self.folder / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
         except OSError as error:
             raise CacheError(f"the log folder {self.folder} cannot be used: {error}") from error
 
@@ -153,14 +156,15 @@ class WriteAheadLog:
         with contextlib.suppress(OSError):
             self._path(request_id).unlink()
 
-    def drop_old(self, seconds: float) -> None:
-        """Delete logs that nothing was added to for so long and that no process has open."""
-        for path in self.folder.glob("*.wal"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > seconds:
-                    descriptor = _lock(path)
-                    path.unlink()
-                    os.close(descriptor)
+    def drop(self, logged: Logged, seconds: float) -> bool:
+        """Delete a log that nothing was added to for so long; False while a process has it open."""
+        with contextlib.suppress(OSError):
+            if time.time() - logged.path.stat().st_mtime > seconds:
+                descriptor = _lock(logged.path)
+                logged.path.unlink()
+                os.close(descriptor)
+                return True
+        return False
 
     def rename(self, root: bytes, requests: Iterable[Request]) -> None:
         """From now on the model has another name: the logs of requests go on under it.

@@ -107,6 +107,7 @@ def test_what_was_computed_and_what_was_said_outlives_the_server(tmp_path: Path)
     [
         (["--disk-cache", "/proc/nothing"], "cache folder /proc/nothing cannot be used"),
         (["--token-log", "/proc/nothing"], "log folder /proc/nothing cannot be used"),
+        (["--token-log", "/proc/sys"], "log folder /proc/sys cannot be used"),
         (["--disk-cache", "{}"], "holds other files"),
         (["--disk-cache-size", "1GiB"], "of no use without --disk-cache"),
         (["--disk-cache", "x", "--disk-cache-size", "much"], "--disk-cache-size is 'much'"),

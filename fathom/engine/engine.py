@@ -24,7 +24,7 @@ from dataclasses import replace
 from fathom.chat.generation import TokenMask
 from fathom.engine.disk_cache import DiskCache
 from fathom.engine.execution import draw, execute, export, out_of_memory
-from fathom.engine.metrics import Metrics, gauges
+from fathom.engine.metrics import Metrics
 from fathom.engine.options import EngineConfig, allocate, check_request
 from fathom.engine.prefix_cache import PrefixCache
 from fathom.engine.request import Request, Status, StopHook
@@ -306,11 +306,11 @@ class Engine:
         """Counters and the state of this moment, in Prometheus' text format."""
         with self.lock:
             counts = {
-                "waiting_requests": len(self.scheduler.waiting),
-                "running_requests": len(self.scheduler.running),
-                "paused_requests": len(self._paused),
+                "waiting": len(self.scheduler.waiting),
+                "running": len(self.scheduler.running),
+                "paused": len(self._paused),
             }
-            return self.metrics.text(counts | gauges(self.memory, self.cache), self.cache.stats)
+            return self.metrics.text(counts, self.memory, self.cache)
 
     def close(self) -> None:
         """Close logs; requests that had not finished can be recovered by another engine."""

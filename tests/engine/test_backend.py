@@ -72,7 +72,7 @@ def test_closing_a_generator_frees_its_memory(llm: LLM) -> None:
         await anext(run)
         await run.aclose()
         await collect(backend, ask(2, max_tokens=2))
-        assert "fathom_engine_running_requests 0" in await backend.metrics_text()
+        assert "fathom_engine_running_requests 0.0" in await backend.metrics_text()
         await backend.aclose()
 
     anyio.run(main)

@@ -334,17 +334,18 @@ def test_metrics(net: Transformer) -> None:
     for _ in range(2):
         finish(served, served.submit(prompt(300), greedy(4)))
     text = served.metrics_text()
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert values["fathom_engine_requests_total"] == "2"
-    assert values["fathom_engine_prompt_tokens_total"] == "600"
-    assert values["fathom_engine_cached_tokens_total"] == "300"
-    assert values["fathom_engine_hit_rate"] == "0.5"
-    assert values["fathom_engine_computed_tokens_total"] == str(300 + 3 + 3)
-    assert values['fathom_engine_finished_total{reason="length"}'] == "2"
-    assert values["fathom_engine_capacity_tokens"] == "8192"
-    assert values['fathom_engine_cached_tokens{tier="device"}'] == "256"
-    assert values["fathom_engine_time_to_first_token_seconds_count"] == "2"
-    assert values["fathom_engine_inter_token_seconds_count"] == "6"
+    lines = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    values = {name: float(value) for name, value in lines}
+    assert values["fathom_engine_requests_total"] == 2
+    assert values["fathom_engine_prompt_tokens_total"] == 600
+    assert values["fathom_engine_cached_tokens_total"] == 300
+    assert values["fathom_engine_hit_rate"] == 0.5
+    assert values["fathom_engine_computed_tokens_total"] == 300 + 3 + 3
+    assert values['fathom_engine_finished_total{reason="length"}'] == 2
+    assert values["fathom_engine_capacity_tokens"] == 8192
+    assert values['fathom_engine_stored_tokens{tier="device"}'] == 256
+    assert values["fathom_engine_time_to_first_token_seconds_count"] == 2
+    assert values["fathom_engine_inter_token_seconds_count"] == 6
 
 
 class TestLayouts:

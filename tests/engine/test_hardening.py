@@ -551,9 +551,9 @@ class TestWaiting:
         finish(served, request)
         served.step()
         text = served.metrics_text()
-        assert "fathom_engine_batch_tokens 0\n" in text
-        assert "fathom_engine_time_to_first_token_seconds_count 1\n" in text
-        assert "fathom_engine_inter_token_seconds_count 39\n" in text
+        assert "fathom_engine_batch_tokens 0.0\n" in text
+        assert "fathom_engine_time_to_first_token_seconds_count 1.0\n" in text
+        assert "fathom_engine_inter_token_seconds_count 39.0\n" in text
 
 
 SCARCE = """

@@ -178,7 +178,6 @@ def _decode(
     import fathom
     from fathom.errors import GenerationError
     from fathom.eval import speed
-    from fathom.kernels.numba.packing import token_bytes
 
     llm, plain = fathom.load(name), fathom.load(name, quantized=False)
     most = llm.config.max_position_embeddings
@@ -208,7 +207,7 @@ def _decode(
         if other is not None:
             other.close()
     rate = speed.copy_rate()
-    size = token_bytes(llm.model)
+    size = speed.token_bytes(llm.model)
     report["results"] = [r.to_json() for r in results]
     report["best"] = {s.name: _best(speed.best(results, s.name)) for s in sides}
     if other is not None:

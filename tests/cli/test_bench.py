@@ -17,7 +17,6 @@ from fathom.engine import load
 from fathom.errors import FathomError, MissingDependency
 from fathom.eval import speed
 from fathom.eval.speed import ProcessSide, Result, Timing
-from fathom.kernels.numba.packing import token_bytes
 from fathom.sandbox.substrates.choice import program_of, suited
 
 SMALL = ["bench", "decode", "--tokens", "2", "--context", "20", "--rounds", "2", "--threads", "1"]
@@ -162,7 +161,7 @@ def test_bytes_read_for_a_token():
         share = 1 if "shared" in name else share
         total += round(p.numel() * size * share)
     total += config.num_hash_layers * 8 * config.num_experts_per_tok  # a row of each table
-    assert token_bytes(model) == total
+    assert speed.token_bytes(model) == total
 
 
 def test_random_tokens_are_the_same_everywhere():

@@ -25,7 +25,7 @@ from fathom.chat.generation import TokenMask
 from fathom.engine.disk_cache import DiskCache
 from fathom.engine.execution import draw, execute, export, out_of_memory
 from fathom.engine.metrics import Metrics
-from fathom.engine.options import EngineConfig, allocate, check_request
+from fathom.engine.options import EngineConfig, allocate, cache_name, check_request
 from fathom.engine.prefix_cache import PrefixCache
 from fathom.engine.request import Request, Status, StopHook
 from fathom.engine.residence import Residence
@@ -37,11 +37,11 @@ from fathom.engine.turns import between_steps
 from fathom.engine.wal import WriteAheadLog
 from fathom.engine.wal_format import Logged
 from fathom.errors import CacheError, CacheFull, ConfigError, FathomError, GenerationError
-from fathom.model.fingerprint import fingerprint
 from fathom.model.stored import StoredModel
 from fathom.model.transformer import Transformer
 
 _log = logging.getLogger(__name__)
+PROBLEM = "event=log_problem detail=%r"
 
 # Mask and stop hook for a recovered request's id.
 Hooks = Callable[[str], tuple[TokenMask | None, StopHook | None]]
@@ -63,7 +63,7 @@ class Engine:
         rows = config.budget.tokens + config.max_sequences * (1 + config.drafts)
         self.runner = make_runner(model, self.memory, rows)
         self.runner.batch_invariant = config.batch_invariant
-        root = self._name()
+        root = cache_name(self.runner, self.memory, self.model, self.config)
         self.cache = PrefixCache(
             root,
             self.memory.slabs,
@@ -80,7 +80,6 @@ class Engine:
         self.drafter = Drafter(
             self.runner, self.memory, config.drafts, self.metrics, config.drafts_adaptive
         )
-        self._paused: list[Request] = []
         self.lock = threading.RLock()
         self.stepping = False
         self._dropped: deque[tuple[Request, bool]] = deque()  # to cancel, and whether to forget
@@ -89,7 +88,7 @@ class Engine:
     def requests(self) -> list[Request]:
         """All requests that have not finished."""
         with self.lock:
-            return [*self.scheduler.running, *self.scheduler.waiting, *self._paused]
+            return self.scheduler.requests
 
     def submit(
         self,
@@ -171,16 +170,17 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request; what it computed stays in the cache. Within a step: after it."""
-        self._dropped.append((request, False))
-        with self.lock:
-            self.settle()
+        self._drop(request, forget=False, wait=True)
 
     def forget(self, request: Request, *, wait: bool = True) -> None:
         """As `cancel`, and delete its log: nobody needs its tokens any more.
 
         Without `wait` it may happen a little later: for finalisers, which run at any moment.
         """
-        self._dropped.append((request, True))
+        self._drop(request, forget=True, wait=wait)
+
+    def _drop(self, request: Request, forget: bool, wait: bool) -> None:
+        self._dropped.append((request, forget))
         if self.lock.acquire(blocking=wait):
             try:
                 self.settle()
@@ -194,15 +194,13 @@ class Engine:
             return
         if request.status is Status.RUNNING:
             self.residence.set_back(request)
-        self.scheduler.remove(request)
-        request.status = Status.PAUSED
-        self._paused.append(request)
+        self.scheduler.pause(request)
 
     @between_steps
     def resume(self, request: Request) -> None:
         """Let a paused request go on."""
         if request.status is Status.PAUSED:
-            self._paused.remove(request)
+            self.scheduler.remove(request)
             self.scheduler.add(request)
 
     @between_steps
@@ -219,7 +217,7 @@ class Engine:
             try:
                 recovered.append(self._go_on(logged, mask, stop))
             except FathomError as error:
-                _report(str(error))
+                _log.warning(PROBLEM, str(error))
         return recovered
 
     @between_steps
@@ -231,7 +229,7 @@ class Engine:
             raise CacheError("this engine keeps no write-ahead log: set wal to a folder")
         found, problems = self.wal.read()
         for problem in problems:
-            _report(problem)
+            _log.warning(PROBLEM, problem)
         mine = {request.id for request in self.requests}
         return [logged for logged in found if logged.id not in mine]
 
@@ -293,7 +291,8 @@ class Engine:
         for request in list(self.scheduler.running):
             self._lose(request)
         self.runner.reload()
-        root, folder = self._name(), self.config.disk
+        root = cache_name(self.runner, self.memory, self.model, self.config)
+        folder = self.config.disk
         self.cache.clear(root)
         try:
             if folder:
@@ -305,12 +304,7 @@ class Engine:
     def metrics_text(self) -> str:
         """Counters and the state of this moment, in Prometheus' text format."""
         with self.lock:
-            counts = {
-                "waiting": len(self.scheduler.waiting),
-                "running": len(self.scheduler.running),
-                "paused": len(self._paused),
-            }
-            return self.metrics.text(counts, self.memory, self.cache)
+            return self.metrics.text(self.scheduler, self.memory, self.cache)
 
     def close(self) -> None:
         """Close logs; requests that had not finished can be recovered by another engine."""
@@ -375,13 +369,8 @@ class Engine:
         if not out_of_memory(error) or not undone:
             raise error
         victim = max(undone, key=lambda share: (share.count, share.request.number)).request
-        self._fail(
-            victim,
-            CacheFull(
-                f"memory ran out while {victim.id} was computed ({error}): lower the budget of a "
-                "step or cache_tokens"
-            ),
-        )
+        ran_out = f"memory ran out in a step ({error}): lower its budget or cache_tokens"
+        self._fail(victim, CacheFull(ran_out))
         return [(victim, [])]
 
     def _enter(self, request: Request) -> None:
@@ -400,8 +389,6 @@ class Engine:
             self.residence.leave(request)
         self.residence.release(request)
         self.scheduler.remove(request)
-        if request in self._paused:
-            self._paused.remove(request)
         request.status, request.finish_reason = Status.FINISHED, reason
         self.metrics.finished[reason] += 1
         if self.wal is not None:
@@ -415,16 +402,3 @@ class Engine:
                 self._finish(request, "cancelled")
             if forget and self.wal is not None:
                 self.wal.forget(request.id)
-
-    def _name(self) -> bytes:
-        """Names model, formats and weights; whatever is stored is stored under it."""
-        layout = self.memory.slabs.layout
-        kind = (
-            f"{layout.kv_format} {layout.key_format} {self.config.drafts > 0} "
-            f"{type(self.runner).__name__} {self.config.batch_invariant}"
-        )
-        return fingerprint(self.model, kind)
-
-
-def _report(problem: str) -> None:
-    _log.warning("event=log_problem detail=%r", problem)

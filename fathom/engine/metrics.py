@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fathom.engine.batch import Memory
     from fathom.engine.prefix_cache import PrefixCache
     from fathom.engine.request import Request
+    from fathom.engine.scheduler import Scheduler
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _COUNTERS = {
@@ -90,17 +91,15 @@ class Metrics:
         else:
             self.inter_token.add((request.last_token - previous) / count, count)
 
-    def text(self, requests: Mapping[str, int], memory: Memory, cache: PrefixCache) -> str:
-        """Everything in Prometheus' text format; `requests`: how many wait, run and are paused."""
+    def text(self, scheduler: Scheduler, memory: Memory, cache: PrefixCache) -> str:
+        """Everything in Prometheus' text format, with what is so at this moment."""
         from prometheus_client import generate_latest
 
-        families = list(self._families(requests, memory, cache))
+        families = list(self._families(scheduler, memory, cache))
         collector: Any = SimpleNamespace(collect=lambda: families)
         return generate_latest(collector).decode()
 
-    def _families(
-        self, requests: Mapping[str, int], memory: Memory, cache: PrefixCache
-    ) -> Iterator[Any]:
+    def _families(self, scheduler: Scheduler, memory: Memory, cache: PrefixCache) -> Iterator[Any]:
         from prometheus_client.core import (
             CounterMetricFamily,
             GaugeMetricFamily,
@@ -132,7 +131,7 @@ class Metrics:
             tokens.add_metric([tier], kept)
             size.add_metric([tier], taken)
         yield from (finished, found, tokens, size)
-        for name, text, value in self._gauges(requests, memory, cache):
+        for name, text, value in self._gauges(scheduler, memory, cache):
             yield GaugeMetricFamily(f"fathom_engine_{name}", text, value=value)
         for name, text, histogram in (
             ("time_to_first_token", "From a request to its first token.", self.time_to_first_token),
@@ -144,7 +143,7 @@ class Metrics:
             )
 
     def _gauges(
-        self, requests: Mapping[str, int], memory: Memory, cache: PrefixCache
+        self, scheduler: Scheduler, memory: Memory, cache: PrefixCache
     ) -> Iterator[tuple[str, str, float]]:
         slabs, slots = memory.slabs, memory.slots
         problems = cache.disk.problems if cache.disk is not None else 0
@@ -152,8 +151,8 @@ class Metrics:
             slabs.count - cache.available(),
             self.cached_tokens / max(1, self.prompt_tokens),
         )
-        for state, count in requests.items():
-            yield f"{state}_requests", f"Requests that are {state}.", count
+        for state in ("waiting", "running", "paused"):
+            yield f"{state}_requests", f"Requests that are {state}.", len(getattr(scheduler, state))
         yield "slots_used", "Sequence slots in use.", slots.count - slots.free
         yield "slots", "All sequence slots.", slots.count
         yield "capacity_tokens", "Tokens that the device has room for.", slabs.count * SLAB_TOKENS

@@ -294,15 +294,6 @@ class PrefixCache:
             self.root = root
             self.use_disk(None)
 
-    def drop_device(self) -> None:
-        """Move every slab that no request holds to host memory."""
-        self._demote(len(self._device))
-
-    def drop_host(self) -> None:
-        """Forget what host memory holds; disk stays."""
-        self._host.clear()
-        self.checkpoints.clear()
-
     def occupancy(self) -> dict[str, tuple[int, int]]:
         """Per tier (tokens, bytes) of entries; checkpoints count as bytes of the host."""
         size = self.slabs.layout.slab_bytes

@@ -19,7 +19,18 @@ from fathom.engine.state_cache import SlotLayout
 from fathom.errors import CacheFull, ConfigError, FathomError, GenerationError
 from fathom.kernels import use_backend
 from fathom.model import ModelConfig, Transformer
-from tests.engine.helpers import REPLAY, bits, engine, finish, greedy, model, prompt, sampled
+from tests.engine.helpers import (
+    REPLAY,
+    bits,
+    drop_device,
+    drop_host,
+    engine,
+    finish,
+    greedy,
+    model,
+    prompt,
+    sampled,
+)
 
 LENGTH = 700  # two full slabs and a bit
 
@@ -58,11 +69,11 @@ def test_the_same_bits_on_every_path(
         first = served.submit(prompt(LENGTH), greedy(1))
         finish(served, first)
     if path in ("host", "disk"):
-        served.cache.drop_device()
+        drop_device(served)
     if path == "disk":
-        served.cache.drop_host()
+        drop_host(served)
     if path == "replayed":
-        served.cache.drop_host()
+        drop_host(served)
     others = [
         served.submit(prompt(150 + 40 * i, seed=i + 1), sampled(30)) for i in range(batch - 1)
     ]

@@ -24,7 +24,17 @@ from fathom.errors import CacheError, CacheFull, ConfigError, FathomError, Gener
 from fathom.kernels import use_backend
 from fathom.model import Transformer
 from tests.engine import fuzz
-from tests.engine.helpers import REPLAY, bits, engine, finish, greedy, model, prompt, sampled
+from tests.engine.helpers import (
+    REPLAY,
+    bits,
+    drop_host,
+    engine,
+    finish,
+    greedy,
+    model,
+    prompt,
+    sampled,
+)
 from tests.engine.test_speculative import Oracle
 
 
@@ -54,7 +64,7 @@ class TestAnswers:
         while len(request.output) < 3:
             tight.step()
         tight.pause(request)
-        tight.cache.drop_host()
+        drop_host(tight)
         finish(tight, tight.submit(prompt(400, 9), greedy(1)))  # what was kept goes
         tight.resume(request)
         while request.status is not Status.RUNNING or request.pending > 1:

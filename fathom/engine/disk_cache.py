@@ -61,7 +61,7 @@ class DiskCache:
         marker = self.folder / MARKER
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not marker.exists():
-            if any(self.folder.iterdir()):
+            if any(not path.name.startswith(".tmp-") for path in self.folder.iterdir()):
                 raise CacheError(
                     f"{self.folder} holds other files and no {MARKER}: it is no cache of "
                     "fathom's; name an empty folder"

@@ -29,8 +29,6 @@ from fathom.engine import LLM
 from fathom.engine.batch import Batch, Piece
 from fathom.engine.engine import Engine, EngineConfig
 from fathom.errors import FathomError, MissingDependency
-from fathom.kernels.numba import layout
-from fathom.kernels.numba.packing import pack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,25 +235,6 @@ def random_tokens(vocab_size: int, count: int) -> list[int]:
     first = min(300, vocab_size // 2)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(first, vocab_size, (count,), generator=generator).tolist()
-
-
-def token_bytes(model: Any) -> int:
-    """Bytes of parameters that decoding one token reads: of routed experts, the chosen ones."""
-    packed, config = pack(model), model.config
-    chosen = config.num_experts_per_tok / config.n_routed_experts
-    total = 4 * config.hidden_size  # the embedding's row
-    for layer in range(config.num_hidden_layers):
-        meta = packed.meta[layer]
-        for which in range(layout.MATRICES):
-            column = layout.matrix_column(which)
-            _, half, rows, cols = meta[column : column + 4]
-            if which == layout.WO_A:
-                rows *= config.o_groups
-            elif which in (layout.W1, layout.W2, layout.W3):
-                rows *= config.n_routed_experts * chosen
-            total += int(rows * cols) * (2 if half else 4)
-        total += 4 * int(sum(meta[layout.vector_column(v) + 1] for v in range(layout.VECTORS)))
-    return total + config.num_hash_layers * 8 * config.num_experts_per_tok
 
 
 def copy_rate(megabytes: int = 256, repeats: int = 7) -> float:

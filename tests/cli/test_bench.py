@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fathom.cli import bench
+from fathom.cli.bench import token_bytes
 from fathom.cli.main import app
 from fathom.engine import load
 from fathom.errors import FathomError, MissingDependency
@@ -161,7 +162,7 @@ def test_bytes_read_for_a_token():
         share = 1 if "shared" in name else share
         total += round(p.numel() * size * share)
     total += config.num_hash_layers * 8 * config.num_experts_per_tok  # a row of each table
-    assert speed.token_bytes(model) == total
+    assert token_bytes(model) == total
 
 
 def test_random_tokens_are_the_same_everywhere():

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests import remains
+
 # A loaded machine must not fail a property, and what CI finds must be found again.
 settings.register_profile("fathom", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("fathom")
@@ -48,3 +50,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """After an interrupted run as well: its workers' fixtures did not come to their ends."""
+    if not hasattr(config, "workerinput"):
+        remains.sweep()

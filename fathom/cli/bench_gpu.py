@@ -15,8 +15,8 @@ import typer
 from fathom.cli.bench_gpu_engine import measure_engine
 from fathom.cli.bench_gpu_prefill import OTHER, check_other, measure_other, measure_prefill
 from fathom.cli.output import print_json, print_table
+from fathom.eval.gpu_goals import WHOLE, goals
 
-WHOLE = "43 layers"  # of V4-Flash, each kind with the same weights
 # What is decoded: layers, sequences, context.
 STEPS = (
     ("SWA", 1, 4096), ("CSA", 1, 4096), ("HCA", 1, 4096), ("all", 1, 4096), ("all", 1, 65_536),
@@ -24,6 +24,7 @@ STEPS = (
     (WHOLE, 1, 4096), (WHOLE, 1, 900_000), (WHOLE, 1, 1_048_576), ("all", 16, 4096),
     ("all", 64, 4096),
 )  # fmt: skip
+FP8_KEYS = (("CSA", 1, 4096), ("CSA", 1, 1_048_576))  # likewise, with index keys in FP8
 BATCH = (64, 4096)  # sequences and context that each routing profile is measured with
 PROMPT = (8192, 8192)  # tokens and tokens of a chunk, likewise
 PROMPTS = ((8192, 8192), (32_768, 16_384))
@@ -33,7 +34,9 @@ OTHER_TOKENS, OTHER_CONTEXT = 8192, 4096  # of the other implementation's prompt
 
 def gpu(
     repeat: Annotated[int, typer.Option(min=3, help="Replays of each step.")] = 50,
-    kernels: Annotated[bool, typer.Option(help="Also list the time of each kernel.")] = False,
+    kernels: Annotated[
+        bool, typer.Option(help="Also list each kernel's time, and judge the goals that need it.")
+    ] = False,
     prefill: Annotated[
         bool, typer.Option("--prefill", help="Measure prompts alone, with their memory.")
     ] = False,
@@ -53,7 +56,8 @@ def gpu(
 
     Weights are synthetic. A decode step is one CUDA graph; its floor is the bytes that it must read
     over the copy rate of the same run, a prompt's is its operations over the BF16 matmul rate.
-    Nothing about quality can be read off these weights.
+    Goals stand below, reached or by how much not. Nothing about quality can be read off these
+    weights.
     """
     if prefill:
         measure_prefill(max(3, repeat // 10), kernels, against, out, as_json)
@@ -68,14 +72,15 @@ def gpu(
     if not torch.cuda.is_available():
         raise MissingDependency("bench gpu needs a CUDA device, and torch sees none here")
     check_other(against)
-    report = _measure(torch, repeat, kernels)
+    report = _measure(torch, repeat, kernels, out)
     torch.cuda.empty_cache()
-    if out is not None:  # whatever becomes of the rest
-        out.write_text(json.dumps(report, indent=1))
+    failed: MissingDependency | None = None
     if against is not None:
-        report[OTHER] = measure_other(OTHER_TOKENS, OTHER_CONTEXT)
-        if out is not None:
-            out.write_text(json.dumps(report, indent=1))
+        try:
+            report[OTHER] = measure_other(OTHER_TOKENS, OTHER_CONTEXT)
+        except MissingDependency as error:  # what was measured is shown first
+            failed = error
+        _judge(report, out)
     if plot is not None:
         from fathom.eval.gpu_plot import plot_roofline
 
@@ -84,12 +89,23 @@ def gpu(
         print_json(report)
     else:
         _print(report)
+    if failed is not None:
+        raise failed
 
 
-def _measure(torch: Any, repeat: int, kernels: bool) -> dict[str, Any]:
+def _judge(report: dict[str, Any], out: Path | None) -> None:
+    """Add the goals to a report, and write it."""
+    report["goals"] = [asdict(goal) | {"verdict": goal.verdict} for goal in goals(report)]
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1))
+
+
+def _measure(torch: Any, repeat: int, kernels: bool, out: Path | None) -> dict[str, Any]:
+    """The report; what there is of it is written to `out` after every part."""
     from fathom.checkpoint.synthetic import PROFILES
     from fathom.eval import gpu_speed
-    from fathom.eval.gpu_prefill_speed import prefill_time
+    from fathom.eval.gpu_goals import MILLION, SHORT, TOPK_SCORES
+    from fathom.eval.gpu_prefill_speed import expert_time, prefill_time
     from fathom.model import ModelConfig
 
     flash = ModelConfig.preset("flash")
@@ -103,6 +119,12 @@ def _measure(torch: Any, repeat: int, kernels: bool) -> dict[str, Any]:
         "matmul_flops": matmul,
     }
     steps, prompts = [], []
+
+    def keep() -> None:
+        report["steps"] = [asdict(row) | {"fraction_of_floor": row.fraction} for row in steps]
+        report["prompts"] = [asdict(row) | {"tokens_per_s": row.rate} for row in prompts]
+        _judge(report, out)
+
     layers = gpu_speed.stored_layers(config)
     groups = {gpu_speed.NAMES[layer.ratio]: [layer] for layer in layers}
     groups |= {"all": layers, WHOLE: gpu_speed.whole_model(flash, layers)}
@@ -112,22 +134,37 @@ def _measure(torch: Any, repeat: int, kernels: bool) -> dict[str, Any]:
             steps.append(
                 gpu_speed.step_time(own, groups[kind], kind, tokens, context, copy, repeat)
             )
+        keep()
+        for kind, tokens, context in FP8_KEYS:
+            steps.append(
+                gpu_speed.step_time(
+                    config, groups[kind], kind, tokens, context, copy, repeat, keys="fp8"
+                )
+            )
         for tokens, chunk in PROMPTS:
             few = max(3, repeat // 10)
             prompts.append(prefill_time(config, layers, tokens, chunk, (matmul, copy), few))
+        keep()
         for profile in PROFILES:
             routed = gpu_speed.routed_by(layers, config, profile)
             steps.append(gpu_speed.step_time(config, routed, "all", *BATCH, copy, repeat, profile))
             prompts.append(
                 prefill_time(config, routed, *PROMPT, (matmul, copy), 3, routing=profile)
             )
+        keep()
+        report["topk_us"] = gpu_speed.topk_time(TOPK_SCORES, config.index_topk)
+        _, report["expert_flops"] = expert_time(config, layers[0], PROMPT[0], uniform=True)
         if kernels:
+            contexts = (SHORT, MILLION)
             report["kernels"] = {
-                str(context): gpu_speed.profile_kernels(config, layers, 1, context)[:KERNELS_SHOWN]
-                for context in (4096, 1_048_576)
+                str(context): gpu_speed.profile_kernels(config, layers, 1, context)
+                for context in contexts
             }
-    report["steps"] = [asdict(row) | {"fraction_of_floor": row.fraction} for row in steps]
-    report["prompts"] = [asdict(row) | {"tokens_per_s": row.rate} for row in prompts]
+            report["kernel_bytes"] = {
+                str(context): gpu_speed.family_bytes(config, layers, context)
+                for context in contexts
+            }
+    keep()
     return report
 
 
@@ -143,6 +180,8 @@ def _print(report: dict[str, Any]) -> None:
         if other and (r["kind"], r["tokens"], r["context"]) == ("all", 1, other["context"]):
             beside = other["seconds_a_token"] * 1e3
         sequences = f"{r['tokens']} at {r['context']:,}"
+        if r["keys"] != "fp4":
+            sequences += f", {r['keys'].upper()} keys"
         rows.append(["decode", r["kind"], sequences, *_cells(r, beside)])
     for r in report["prompts"]:
         beside = None
@@ -161,9 +200,10 @@ def _print(report: dict[str, Any]) -> None:
         print(f"\n{OTHER} {other['version']}: BF16 weights, eager attention, the same three layers")
     for context, kernels in report.get("kernels", {}).items():
         print(f"\none token at {int(context):,}: microseconds by kernel")
-        print_table(
-            ["us", "calls", "kernel"], [[f"{us:.1f}", str(n), name[:70]] for name, n, us in kernels]
-        )
+        rows = [[f"{us:.1f}", str(n), name[:70]] for name, n, us in kernels[:KERNELS_SHOWN]]
+        print_table(["us", "calls", "kernel"], rows)
+    print("\ngoals")
+    print_table(["goal", "aim", "found", ""], [goal.cells() for goal in goals(report)])
 
 
 def _cells(r: dict[str, Any], beside: float | None) -> list[str]:

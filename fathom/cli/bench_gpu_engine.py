@@ -17,6 +17,7 @@ from fathom.errors import MissingDependency
 CONTEXT = 4096
 BATCHES = (1, 8, 64)
 PROMPTS = (2048, 8192)
+ROWS = (8, 64, 0)  # of a prompt in a step, batch-invariant, or 0: as chunks
 
 
 def measure_engine(repeat: int, out: Path | None, as_json: bool) -> None:
@@ -28,38 +29,42 @@ def measure_engine(repeat: int, out: Path | None, as_json: bool) -> None:
 
     if not torch.cuda.is_available():
         raise MissingDependency("bench gpu needs a CUDA device, and torch sees none here")
-    report = _measure(torch, repeat)
-    if out is not None:
-        out.write_text(json.dumps(report, indent=1))
+    report = _measure(torch, repeat, out)
     if as_json:
         print_json(report)
     else:
         _print(report)
 
 
-def _measure(torch: Any, repeat: int) -> dict[str, Any]:
+def _measure(torch: Any, repeat: int, out: Path | None) -> dict[str, Any]:
+    """The report; what there is of it is written to `out` after every row."""
     from fathom.checkpoint import load_model
     from fathom.eval import gpu_engine_speed as speed
 
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+
+    def keep() -> None:
+        if out is not None:
+            out.write_text(json.dumps(report, indent=1))
+
     flash = speed.three_layer_model(speed.three_layers())
     nano = load_model(checkpoint_path(Path(SHIPPED_MODEL)), torch.bfloat16, device="cuda")
     report["decode"], report["prompts"] = [], []
     for name, model in (("three V4-Flash layers", flash), (SHIPPED_MODEL, nano)):
-        cases = [(batch, True, 0) for batch in BATCHES] + [(max(BATCHES), False, 0)]
+        cases = [(batch, 0) for batch in BATCHES]
         if model.mtp:
-            cases.append((1, True, 1))
-        for batch, invariant, drafts in cases:
-            row = speed.decode_time(
-                model, batch, CONTEXT, steps=repeat, drafts=drafts, batch_invariant=invariant
-            )
+            cases.append((1, 1))
+        for batch, drafts in cases:
+            row = speed.decode_time(model, batch, CONTEXT, steps=repeat, drafts=drafts)
             report["decode"].append({"model": name, **asdict(row), "tokens_per_s": row.rate})
+            keep()
         for tokens in PROMPTS:
-            for invariant in (True, False):
-                prompt = speed.prompt_time(model, tokens, batch_invariant=invariant, repeat=3)
+            for count in ROWS:
+                prompt = speed.prompt_time(model, tokens, rows=count, repeat=3)
                 report["prompts"].append(
                     {"model": name, **asdict(prompt), "tokens_per_s": prompt.rate}
                 )
+                keep()
         torch.cuda.empty_cache()
     return report
 
@@ -69,29 +74,31 @@ def _print(report: dict[str, Any]) -> None:
     rows = [
         [
             r["model"],
-            str(r["batch"]) + ("" if r["batch_invariant"] else " free"),
+            str(r["batch"]),
             str(r["drafts"]),
             f"{r['layers']:.3f}",
             f"{r['runner']:.3f}",
             f"{r['engine']:.3f}",
             f"{r['tokens_per_s']:,.0f}",
             f"{r['launches']} + {r['copies']}",
+            f"{r['memory']:,}",
         ]
         for r in report["decode"]
     ]
     print_table(
-        ["model", "streams", "drafts", "layers", "runner", "engine", "tok/s", "kernels + copies"],
+        ["model", "streams", "drafts", "layers", "runner", "engine", "tok/s", "kernels + copies",
+         "bytes of sequences"],
         rows,
-    )
+    )  # fmt: skip
     print("\nprompts until the first token\n")
     rows = [
         [
             r["model"],
             f"{r['tokens']:,}",
-            "yes" if r["batch_invariant"] else "no",
+            f"{r['rows']} a step" if r["rows"] else "one chunk",
             f"{r['seconds'] * 1e3:.1f}",
             f"{r['tokens_per_s']:,.0f}",
         ]
         for r in report["prompts"]
     ]
-    print_table(["model", "tokens", "invariant", "ms", "tok/s"], rows)
+    print_table(["model", "tokens", "rows", "ms", "tok/s"], rows)

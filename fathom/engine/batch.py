@@ -71,5 +71,10 @@ class Memory:
 
     def __init__(self, slabs: SlabPool, slots: SlotPool, max_tokens: int) -> None:
         self.slabs, self.slots = slabs, slots
-        columns = -(-max_tokens // SLAB_TOKENS) + 1
-        self.tables = torch.zeros(slots.count, columns, dtype=torch.int32, device=slabs.data.device)
+        shape = slots.count, self.columns(max_tokens)
+        self.tables = torch.zeros(*shape, dtype=torch.int32, device=slabs.data.device)
+
+    @staticmethod
+    def columns(max_tokens: int) -> int:
+        """Slabs that a sequence's line of the tables has room for."""
+        return -(-max_tokens // SLAB_TOKENS) + 1

@@ -5,6 +5,7 @@ Paper: none (engine).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +21,11 @@ from fathom.errors import ConfigError, GenerationError
 from fathom.model.config import ModelConfig
 from fathom.model.fingerprint import fingerprint
 from fathom.model.stored import StoredModel
+from fathom.model.stored_work import MOST_TOKENS
 from fathom.model.transformer import Transformer
 
 MIB = 2**20
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +37,10 @@ class EngineConfig:
     the sliding windows within long prompts; 256 is every slab ("full"), 0 none but at turn ends.
     drafts: tokens that the MTP block drafts per step, 0 for none; `drafts_adaptive` stops drafting
     while it does not pay. indexer: "fp4" or "fp8" keys. batch_invariant: False lets a GPU's prompts
-    and large batches go through matrix products whose bits depend on the cutting; the CPU has no
-    such way.
-    Raises ConfigError for values that cannot be.
+    go through matrix products whose bits depend on the cutting; the CPU has no such way.
+    prompt_rows: how many tokens of one sequence a step may compute at once where batch-invariant
+    prompts go through a GPU's steps: 8 to 64 (default: 64 there, 8 elsewhere), for which every
+    sequence's slot has room. Raises ConfigError for values that cannot be.
     """
 
     max_sequences: int = 16
@@ -52,6 +56,7 @@ class EngineConfig:
     drafts_adaptive: bool = True
     indexer: str = "fp4"
     batch_invariant: bool = True
+    prompt_rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_sequences < 1 or self.budget.tokens < 1 or self.budget.beside_streams < 1:
@@ -67,6 +72,16 @@ class EngineConfig:
             )
         if not 0 <= self.drafts < DRAFT_ROOM:
             raise ConfigError(f"drafts must lie in 0 .. {DRAFT_ROOM - 1}, not {self.drafts}")
+        if not DRAFT_ROOM <= (self.prompt_rows or DRAFT_ROOM) <= MOST_TOKENS:
+            raise ConfigError(
+                f"prompt_rows must lie in {DRAFT_ROOM} .. {MOST_TOKENS}, not {self.prompt_rows}"
+            )
+
+    def slot_room(self, device: torch.device) -> int:
+        """Tokens that a slot's rings hold beyond what the next one looks at."""
+        if self.prompt_rows is not None:
+            return self.prompt_rows
+        return MOST_TOKENS if device.type == "cuda" and self.batch_invariant else DRAFT_ROOM
 
 
 def check_request(
@@ -96,18 +111,85 @@ def check_tokens(tokens: Sequence[int], config: ModelConfig) -> None:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What an engine allocates for its sequences, known before: `slabs` slabs of compressed
+    entries, `slots` slots of windows and tails, and the tables [slots, columns] that say which slab
+    is whose.
+    """
+
+    slab: SlabLayout
+    slabs: int
+    slot: SlotLayout
+    slots: int
+    columns: int
+
+    @classmethod
+    def of(cls, config: EngineConfig, model: Transformer | StoredModel) -> MemoryPlan:
+        """For a model where it lies."""
+        device, most = model.embed.weight.device, model.config.max_position_embeddings
+        slab = SlabLayout.of(model.config, model.quantized, model.dtype, config.indexer)
+        slot = SlotLayout(slab, config.drafts > 0, config.slot_room(device))
+        count = slabs_for(config.cache_tokens or 0)
+        if config.cache_tokens is None:
+            wanted = slabs_for(most) + 4 * config.max_sequences
+            left = free_bytes(device) - config.max_sequences * slot.slot_bytes
+            count = min(wanted, left // 4 // max(1, slab.slab_bytes))
+        return cls(
+            slab=slab,
+            slabs=max(1, count),
+            slot=slot,
+            slots=config.max_sequences,
+            columns=Memory.columns(most),
+        )
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """(what for, bytes) of everything."""
+        return [
+            (
+                f"compressed entries of {self.slabs * SLAB_TOKENS:,} tokens",
+                self.slabs * self.slab.slab_bytes,
+            ),
+            (
+                f"windows and tails of {self.slots} sequences with room for {self.slot.room} "
+                "tokens of a step",
+                self.slots * self.slot.slot_bytes,
+            ),
+            ("tables", self.slots * self.columns * 4),
+        ]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(size for _, size in self.parts)
+
+    def lines(self) -> list[str]:
+        """The plan for a reader, to the byte."""
+        return [f"{size:>18,}  {label}" for label, size in [*self.parts, ("total", self.total)]]
+
+    def check(self, free: int) -> None:
+        """Raise ConfigError, naming what to change, where `free` bytes do not hold it."""
+        if self.total <= free:
+            return
+        needed = ", ".join(f"{size:,} for {label}" for label, size in self.parts)
+        rows = " or prompt_rows" if self.slot.room > DRAFT_ROOM else ""
+        raise ConfigError(
+            f"the engine needs {self.total:,} bytes ({needed}), and {free:,} are free: lower "
+            f"cache_tokens or max_sequences{rows}"
+        )
+
+
 def allocate(config: EngineConfig, model: Transformer | StoredModel) -> Memory:
     """An engine's memory where the model lies. Raises ConfigError when there is not enough."""
-    device, most = model.embed.weight.device, model.config.max_position_embeddings
-    layout = SlabLayout.of(model.config, model.quantized, model.dtype, config.indexer)
-    count = slabs_for(config.cache_tokens or 0)
-    if config.cache_tokens is None:
-        wanted = slabs_for(most) + 4 * config.max_sequences
-        count = min(wanted, free_bytes(device) // 4 // max(1, layout.slab_bytes))
+    device, plan = model.embed.weight.device, MemoryPlan.of(config, model)
+    _log.info("event=engine_memory plan=%r", "; ".join(line.strip() for line in plan.lines()))
+    if device.type == "cuda":  # elsewhere memory that is never written to costs nothing
+        plan.check(free_bytes(device))
     try:
-        slabs = SlabPool(layout, max(1, count), device)
-        slots = SlotPool(SlotLayout(layout, config.drafts > 0), config.max_sequences, device)
-        return Memory(slabs, slots, most)
+        slabs = SlabPool(plan.slab, plan.slabs, device)
+        slots = SlotPool(plan.slot, plan.slots, device)
+        return Memory(slabs, slots, model.config.max_position_embeddings)
     except (MemoryError, OSError, RuntimeError) as error:
         raise ConfigError(
             f"no memory for {config.max_sequences} sequences and the cache ({error}): lower "
@@ -130,7 +212,8 @@ def cache_name(
 def free_bytes(device: torch.device) -> int:
     """Memory of a device that nothing uses."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

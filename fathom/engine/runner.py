@@ -25,9 +25,9 @@ class Runner(Protocol):
     """Computes batches over an engine's memory.
 
     `batch_invariant`: a row's result depends on its sequence alone. Set to False, a runner that has
-    a faster way may take it. `export`: keep what `routing` and `selection` tell. `summaries`: of
-    the rows that `logits` or `head` returned last, `logit_summary` [rows, 3], where the device has
-    made it.
+    a faster way for prompts may take it. `export`: keep what `routing` and `selection` tell.
+    `summaries`: of the rows that `logits` or `head` returned last, `logit_summary` [rows, 3], where
+    the device has made it.
     """
 
     export: bool

@@ -1,8 +1,8 @@
 """Per-sequence state of fixed size: sliding windows and the tails that no entry holds yet.
 
-Everything lies in rings indexed by position, with room for drafts behind the newest token: taking
-rejected tokens back is nothing but a smaller length. HCA keeps its running softmax after each of
-the last tokens instead of up to 127 raw rows.
+Everything lies in rings indexed by position, with room for as many tokens as a step may compute of
+one sequence at once, drafts among them: taking rejected tokens back is nothing but a smaller
+length. HCA keeps its running softmax after each of the last tokens instead of up to 127 raw rows.
 
 A checkpoint is the part of a slot that the next token needs: 4.1 MB for V4-Flash.
 
@@ -39,25 +39,28 @@ class StatePlaces:
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """Where everything lies in a slot. `drafting` adds the MTP block's window."""
+    """Where everything lies in a slot. `drafting` adds the MTP block's window; `room` is how many
+    tokens rings hold beyond what the next one looks at.
+    """
 
     slabs: SlabLayout
     drafting: bool = False
+    room: int = DRAFT_ROOM
 
     @cached_property
     def ring(self) -> int:
         """Raw entries in a window's ring."""
-        return self.slabs.config.sliding_window + DRAFT_ROOM
+        return self.slabs.config.sliding_window + self.room
 
     @cached_property
     def tail(self) -> int:
-        """Rows in a CSA tail's ring: two windows of 4 and the drafts."""
-        return 2 * CSA_RATIO + DRAFT_ROOM
+        """Rows in a CSA tail's ring: two windows of 4 and the room."""
+        return 2 * CSA_RATIO + self.room
 
     @cached_property
     def online(self) -> int:
         """Running softmax states in an HCA ring."""
-        return 1 + DRAFT_ROOM
+        return 1 + self.room
 
     @cached_property
     def ratios(self) -> tuple[int, ...]:
@@ -80,25 +83,25 @@ class SlotLayout:
     def _plan(self) -> tuple[tuple[StatePlaces, ...], int]:
         config, end = self.slabs.config, 0
 
-        def room(size: int) -> int:
+        def place(size: int) -> int:
             nonlocal end
             start, end = end, end + -(-size // 8) * 8
             return start
 
         places = []
         for ratio in self.ratios:
-            data, scales = (room(self.ring * size) for size in self.slabs.kv_sizes)
+            data, scales = (place(self.ring * size) for size in self.slabs.kv_sizes)
             rows = 4 * self.tail * 2
             more: dict[str, int] = {}
             if ratio == CSA_RATIO:
                 more = {
-                    "tail_kv": room(rows * config.head_dim),
-                    "tail_gate": room(rows * config.head_dim),
-                    "key_tail_kv": room(rows * config.index_head_dim),
-                    "key_tail_gate": room(rows * config.index_head_dim),
+                    "tail_kv": place(rows * config.head_dim),
+                    "tail_gate": place(rows * config.head_dim),
+                    "key_tail_kv": place(rows * config.index_head_dim),
+                    "key_tail_gate": place(rows * config.index_head_dim),
                 }
             elif ratio == HCA_RATIO:
-                more = {"online": room(4 * self.online * 3 * config.head_dim)}
+                more = {"online": place(4 * self.online * 3 * config.head_dim)}
             places.append(StatePlaces(ratio=ratio, window_data=data, window_scales=scales, **more))
         return tuple(places), end
 

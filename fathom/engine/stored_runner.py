@@ -3,12 +3,12 @@
 A batch is cut into decode steps of up to 64 rows, of a sequence at most as many as its rings have
 spare room for; the host uploads one small table for all of them, and each step is a replay of one
 CUDA graph, captured once for a number of rows and a bound on positions. Rows that fill a step up
-repeat its first one: they write the same bytes to the same places.
+repeat its first one: they write the same bytes to the same places. A row's bits depend on its
+sequence alone.
 
-`batch_invariant` (the default): every row of every prompt goes through decode steps, so that its
-bits depend on its sequence alone. Otherwise prompts go through the layers as chunks, ten and more
-times as fast, and large steps through the matrix units: results then depend, within the formats'
-rounding, on how a prompt was cut and on the batch.
+`batch_invariant` (the default): every row of every prompt goes through decode steps too. Otherwise
+prompts go through the layers as chunks, many times as fast, and what they leave depends, within the
+formats' rounding, on how a prompt was cut.
 
 Where there is no CUDA device the same operations run as their references, without graphs.
 
@@ -56,7 +56,7 @@ FIRST_BOUND = 4096  # positions that the smallest graphs reach; every next one f
 def _accepts(device: torch.Tensor, model: Any, memory: Memory, max_rows: int) -> bool:
     """Whether the stored formats and the operations' tiles fit this model."""
     layout = memory.slabs.layout
-    if (layout.kv_format, layout.key_format) != ("fp8", "fp4") or not fits(model.config):
+    if layout.kv_format != "fp8" or not fits(model.config):
         return False
     return isinstance(model, StoredModel) or unstorable(model) is None
 
@@ -117,8 +117,8 @@ class StoredRunner:
     ) -> None:
         if not _accepts(device, model, memory, max_rows):
             raise ConfigError(
-                "a stored model needs FP4 indexer keys and sizes in whole tiles of 128 columns: "
-                "load it as a Transformer"
+                "a stored model needs FP8 matrices, FP4 experts and sizes in whole tiles of 128 "
+                "columns: load it as a Transformer"
             )
         self.model, self.memory = model, memory
         self.export, self.batch_invariant = False, True
@@ -207,7 +207,7 @@ class StoredRunner:
         self, spans: Sequence[Span], call: Callable[[torch.Tensor, int], Choices | None]
     ) -> None:
         """Run rows through `call`, a step's table [6, tokens] at a time."""
-        steps = cut(spans)
+        steps = cut(spans, self.memory.slots.layout.room)
         if not steps:
             return
         tables, bounds = [], []
@@ -225,7 +225,7 @@ class StoredRunner:
 
     def _run(self, call: Callable[..., Any], given: torch.Tensor, bound: int = 0) -> Any:
         """Replay a call's graph on a table [lines, tokens] int32, or on places [tokens]."""
-        key = (call.__name__, given.shape, bound, self.batch_invariant)
+        key = (call.__name__, given.shape, bound)
         if key not in self._graphs:
             fixed = torch.empty(given.shape, dtype=given.dtype, device=given.device)
             arguments = (fixed, bound) if bound else (fixed,)
@@ -247,7 +247,6 @@ class StoredRunner:
             token_ids=table[TOKEN],
             rotations=_step_rotations(rows, self._frequencies),
             most_positions=bound,
-            batch_invariant=self.batch_invariant,
         )
 
     def _step(self, table: torch.Tensor, bound: int) -> Choices:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 
 from fathom.engine.batch import Memory, Piece
-from fathom.engine.state_cache import DRAFT_ROOM
 from fathom.model.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from fathom.model.stored_cache import LayerState, StoredCache
 from fathom.model.stored_work import MOST_TOKENS
+from fathom.quant.kv_pack import IndexerFormat
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # rows of a step
 POSITION, SLOT, FIRST, KNOWN, TOKEN, PLACE = range(6)  # lines of a step's table
@@ -31,21 +32,22 @@ class Span:
     row: int
 
 
-def cut(spans: Sequence[Span]) -> list[list[Span]]:
-    """Steps of at most 64 rows: of each piece some rows, then of each the next."""
+def cut(spans: Sequence[Span], room: int) -> list[list[Span]]:
+    """Steps of at most 64 rows: of each piece its next ones, at most `room`, while they fit."""
     steps: list[list[Span]] = []
-    longest = max((span.count for span in spans), default=0)
-    for begin in range(0, longest, DRAFT_ROOM):
-        rows = MOST_TOKENS
-        for span in spans:
-            count = min(DRAFT_ROOM, span.count - begin)
-            if count <= 0:
-                continue
-            if rows + count > MOST_TOKENS:
-                steps.append([])
-                rows = 0
-            steps[-1].append(Span(span.piece, begin, count, span.row + begin))
-            rows += count
+    left = list(spans)
+    while left:
+        step, later, space = [], [], MOST_TOKENS
+        for span in left:
+            count = min(room, span.count, space)
+            space -= count
+            if count:
+                step.append(Span(span.piece, span.at, count, span.row))
+            if span.count > count:
+                rest = span.count - count
+                later.append(Span(span.piece, span.at + count, rest, span.row + count))
+        steps.append(step)
+        left = later
     return steps
 
 
@@ -91,6 +93,9 @@ def views(memory: Memory, config: ModelConfig) -> tuple[StoredCache, StoredCache
         return data[:, at : at + count].view(torch.float32).unflatten(1, shape)
 
     layers = []
+    for p in slabs.layers:  # the operations find a page's scales right behind its data
+        assert p.kv_scales == p.kv_data + p.entries * slabs.kv_sizes[0]
+        assert p.ratio != CSA_RATIO or p.key_scales == p.key_data + p.entries * slabs.key_sizes[0]
     for p in slots.layers:
         assert p.window_scales == p.window_data + slots.ring * slabs.kv_sizes[0]
         state = LayerState(data[:, p.window_data : p.window_data + slots.ring * entry])
@@ -106,7 +111,8 @@ def views(memory: Memory, config: ModelConfig) -> tuple[StoredCache, StoredCache
     offsets = tuple((p.kv_data, p.key_data) for p in slabs.layers)
     pool, tables, count = memory.slabs.data, memory.tables, len(slabs.layers)
     own = ((0, 0),) * (len(layers) - count)
+    form = cast(IndexerFormat, slabs.key_format)
     return (
-        StoredCache(offsets, layers[:count], pool, tables),
-        StoredCache(own, layers[count:], pool, tables),
+        StoredCache(offsets, layers[:count], pool, tables, form),
+        StoredCache(own, layers[count:], pool, tables, form),
     )

@@ -135,6 +135,7 @@ class TorchRunner:
         if ratio:
             cache.entries = self._entries(piece, layer, start // ratio, False)
         if ratio == CSA_RATIO:
+            cache.key_format = self._layout.key_format
             cache.index_keys = self._entries(piece, layer, start // ratio, True)
             cache.compressor = self._read_tail(piece.slot, layer, start, False)
             cache.index_compressor = self._read_tail(piece.slot, layer, start, True)

@@ -18,6 +18,7 @@ import torch
 
 from fathom.engine.batch import Batch, Piece
 from fathom.engine.engine import Engine, EngineConfig
+from fathom.engine.options import MemoryPlan
 from fathom.engine.request import Request
 from fathom.engine.sampler import SamplingParams
 from fathom.engine.scheduler import Budget
@@ -36,11 +37,11 @@ WARM = 4  # steps before the clock starts
 class DecodeTime:
     """A decode step of `batch` streams, milliseconds: through the engine; through its runner alone
     (layers, head, logits on the host), with its kernels and copies; and the layers' own graph.
+    memory: bytes planned for its sequences.
     """
 
     batch: int
     context: int
-    batch_invariant: bool
     drafts: int
     engine: float
     runner: float
@@ -48,6 +49,7 @@ class DecodeTime:
     tokens_per_step: float
     launches: int
     copies: int
+    memory: int
 
     @property
     def rate(self) -> float:
@@ -57,10 +59,10 @@ class DecodeTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTime:
-    """A prompt through the engine until its first token: seconds, tokens per second."""
+    """A prompt through the engine until its first token. rows: of it in a step, 0 as a chunk."""
 
     tokens: int
-    batch_invariant: bool
+    rows: int
     seconds: float
 
     @property
@@ -99,9 +101,11 @@ def three_layers() -> ModelConfig:
 
 def serve(
     model: StoredModel | Transformer, batch: int, context: int, *, drafts: int = 0,
-    batch_invariant: bool = True,
+    rows: int | None = None,
 ) -> Engine:  # fmt: skip
-    """An engine with room for `batch` sequences of `context` tokens."""
+    """An engine with room for `batch` sequences of `context` tokens; rows: of a prompt in a step, 0
+    as a chunk, None as by default.
+    """
     return Engine(
         model,
         EngineConfig(
@@ -111,24 +115,26 @@ def serve(
             drafts=drafts,
             drafts_adaptive=False,
             checkpoint_spacing=0,
-            batch_invariant=batch_invariant,
+            batch_invariant=rows != 0,
+            prompt_rows=rows or None,
         ),
     )
 
 
 def decode_time(
     model: StoredModel | Transformer, batch: int, context: int, *, steps: int = 50, drafts: int = 0,
-    batch_invariant: bool = True, layers_alone: bool = True,
+    layers_alone: bool = True,
 ) -> DecodeTime:  # fmt: skip
     """Greedy streams that have `context` tokens behind them."""
-    served = serve(model, batch, context, drafts=drafts, batch_invariant=batch_invariant)
+    served = serve(model, batch, context, drafts=drafts)
+    memory = MemoryPlan.of(served.config, model).total
     tokens = random_tokens(model.config.vocab_size, context + batch)
     params = SamplingParams(temperature=0.0, max_tokens=1000)
     runs = [served.submit(tokens[i : i + context], params) for i in range(batch)]
     served.runner.batch_invariant = False  # only how long the prompts take changes
     while not all(run.output for run in runs):
         served.step()
-    served.runner.batch_invariant = batch_invariant
+    served.runner.batch_invariant = True
     engine, drawn = _steps(served, runs, steps)
     pieces = [
         Piece(slot=run.slot, start=run.computed, tokens=run.tokens[run.computed :][:1])
@@ -149,11 +155,10 @@ def decode_time(
         served.cancel(run)
     layers = float("nan")
     if layers_alone and isinstance(model, StoredModel):
-        layers = layers_time(model, batch, context, batch_invariant, steps)
+        layers = layers_time(model, batch, context, steps)
     return DecodeTime(
         batch=batch,
         context=context,
-        batch_invariant=batch_invariant,
         drafts=drafts,
         engine=engine,
         runner=runner,
@@ -161,6 +166,7 @@ def decode_time(
         tokens_per_step=drawn,
         launches=sum(e.count for e in events if not e.key.startswith("Mem")),
         copies=sum(e.count for e in events if e.key.startswith("Mem")),
+        memory=memory,
     )
 
 
@@ -187,15 +193,13 @@ def _median_ms(call: Callable[[], None], repeat: int) -> float:
     return statistics.median(times)
 
 
-def layers_time(
-    model: StoredModel, batch: int, context: int, batch_invariant: bool, repeat: int
-) -> float:
+def layers_time(model: StoredModel, batch: int, context: int, repeat: int) -> float:
     """Milliseconds of the layers' graph alone, as `fathom bench gpu` measures it."""
     config = model.config
     ratios = [layer.ratio for layer in model.layers]
     with torch.inference_mode():
         cache = gpu_speed.filled_cache(config, ratios, batch, context)
-        step = gpu_speed.decode_step(config, batch, context, batch_invariant)
+        step = gpu_speed.decode_step(config, batch, context)
         streams = torch.randn(batch, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
         graph, _ = gpu_speed.captured(
             lambda: run_layers(config, model.layers, cache, step, streams)
@@ -204,10 +208,10 @@ def layers_time(
 
 
 def prompt_time(
-    model: StoredModel | Transformer, tokens: int, *, batch_invariant: bool, repeat: int = 5
+    model: StoredModel | Transformer, tokens: int, *, rows: int, repeat: int = 5
 ) -> PromptTime:
     """A cold prompt until its first token, the second of two engines' runs compiled already."""
-    served = serve(model, 1, tokens, batch_invariant=batch_invariant)
+    served = serve(model, 1, tokens, rows=rows)
     times = []
     for number in range(1 + repeat):
         ids = random_tokens(model.config.vocab_size, tokens + number)[number:]
@@ -217,6 +221,4 @@ def prompt_time(
             served.step()
         times.append(time.perf_counter() - started)
         served.cache.clear()
-    return PromptTime(
-        tokens=tokens, batch_invariant=batch_invariant, seconds=statistics.median(times[1:])
-    )
+    return PromptTime(tokens=tokens, rows=rows, seconds=statistics.median(times[1:]))

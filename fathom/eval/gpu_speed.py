@@ -16,12 +16,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from fathom.checkpoint.synthetic import routing_table, synthetic_layer
-from fathom.model.config import ModelConfig
+from fathom.eval.gpu_goals import FAMILIES
+from fathom.kernels import operation
+from fathom.model.config import CSA_RATIO, ModelConfig
 from fathom.model.stored import StoredLayer
 from fathom.model.stored_cache import SLAB_TOKENS, SlabLayout, StoredCache
 from fathom.model.stored_forward import run_layers
 from fathom.model.stored_work import Step
-from fathom.quant import fp4, kv_pack
+from fathom.quant import kv_pack
+from fathom.quant.kv_pack import IndexerFormat
+
+_topk_positions = operation("topk_positions")
 
 NAMES = {0: "SWA", 4: "CSA", 128: "HCA"}
 DISTINCT_SLABS = 16  # random slabs that a long cache repeats
@@ -37,6 +42,7 @@ class StepTime:
     tokens: int
     context: int
     routing: str
+    keys: IndexerFormat
     median: float
     least: float
     floor: float
@@ -111,11 +117,17 @@ def three_layers(config: ModelConfig) -> ModelConfig:
 
 
 def filled_cache(
-    config: ModelConfig, ratios: Sequence[int], tokens: int, context: int, seed: int = 0
+    config: ModelConfig,
+    ratios: Sequence[int],
+    tokens: int,
+    context: int,
+    keys: IndexerFormat = "fp4",
 ) -> StoredCache:
-    """A cache of `tokens` sequences of `context` tokens with random valid entries everywhere."""
-    cache = StoredCache.empty(config, ratios, tokens, -(-context // SLAB_TOKENS), "cuda")
-    generator = torch.Generator("cuda").manual_seed(seed)
+    """A cache of `tokens` sequences of `context` tokens with random valid entries everywhere; keys:
+    the format of index keys.
+    """
+    cache = StoredCache.empty(config, ratios, tokens, -(-context // SLAB_TOKENS), "cuda", keys)
+    generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
@@ -130,13 +142,11 @@ def filled_cache(
         if ratio:
             parts.append(entries(DISTINCT_SLABS, SLAB_TOKENS // ratio))
         if ratio == 4:
-            keys, scale = fp4.quantize(
-                normal(DISTINCT_SLABS, SLAB_TOKENS // ratio, config.index_head_dim)
-            )
-            parts += [keys.view(torch.uint8).flatten(1), scale.view(torch.uint8).flatten(1)]
+            values = normal(DISTINCT_SLABS, SLAB_TOKENS // ratio, config.index_head_dim)
+            parts += [p.flatten(1) for p in kv_pack.pack_indexer_entries(values, keys)]
     if parts:
         slabs = torch.cat(parts, dim=1)
-        assert slabs.shape[1] == SlabLayout.of(config, ratios).num_bytes
+        assert slabs.shape[1] == SlabLayout.of(config, ratios, keys).num_bytes
         rows = torch.arange(cache.pool.shape[0], device="cuda") % DISTINCT_SLABS
         cache.pool.copy_(slabs[rows])
     for layer in cache.layers:
@@ -168,7 +178,12 @@ def layer_flops(config: ModelConfig, layer: StoredLayer, start: int, tokens: int
 
 
 def step_bytes(
-    config: ModelConfig, layer: StoredLayer, tokens: int, context: int, touched: int | None = None
+    config: ModelConfig,
+    layer: StoredLayer,
+    tokens: int,
+    context: int,
+    touched: int | None = None,
+    keys: IndexerFormat = "fp4",
 ) -> int:
     """Bytes that one step of one layer must read: weights once, entries of every sequence.
 
@@ -186,7 +201,7 @@ def step_bytes(
     each = min(context, c.sliding_window) * entry
     if ratio == 4:
         each += min(c.index_topk, context // 4) * entry
-        each += context // 4 * kv_pack.indexer_entry_bytes("fp4", c.index_head_dim)
+        each += context // 4 * kv_pack.indexer_entry_bytes(keys, c.index_head_dim)
     elif ratio == 128:
         each += context // 128 * entry
     return total + tokens * each
@@ -221,12 +236,14 @@ def step_time(
     rate: float,
     repeat: int,
     routing: str = "own router",
+    keys: IndexerFormat = "fp4",
 ) -> StepTime:
     """One step of `tokens` sequences at the end of `context` through the layers, as one graph.
 
-    rate: bytes per second of a copy; kind, routing: what the result is called by.
+    rate: bytes per second of a copy; kind, routing: what the result is called by; keys: the format
+    of index keys.
     """
-    cache = filled_cache(config, [layer.ratio for layer in layers], tokens, context)
+    cache = filled_cache(config, [layer.ratio for layer in layers], tokens, context, keys)
     step = decode_step(config, tokens, context)
     streams = torch.randn(tokens, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
     graph, launches = captured(lambda: run_layers(config, layers, cache, step, streams))
@@ -236,13 +253,14 @@ def step_time(
         touched = None
         if layer.table is not None:
             touched = layer.table[step.token_ids.long()].unique().numel()
-        num_bytes += step_bytes(config, layer, tokens, context, touched)
+        num_bytes += step_bytes(config, layer, tokens, context, touched, keys)
         flops += tokens * layer_flops(config, layer, context - 1, 1)
     return StepTime(
         kind=kind,
         tokens=tokens,
         context=context,
         routing=routing,
+        keys=keys,
         median=statistics.median(times),
         least=min(times),
         floor=num_bytes / rate * 1e3,
@@ -252,13 +270,23 @@ def step_time(
     )
 
 
-def decode_step(
-    config: ModelConfig, tokens: int, context: int, batch_invariant: bool = True
-) -> Step:
+def decode_step(config: ModelConfig, tokens: int, context: int) -> Step:
     """A step at the last position of `context`."""
     positions = torch.full((tokens,), context - 1, dtype=torch.int32, device="cuda")
     ids = torch.arange(tokens, device="cuda") * 997 % config.vocab_size
-    return Step.create(config, positions, ids, context, batch_invariant)
+    return Step.create(config, positions, ids, context)
+
+
+def topk_time(entries: int, k: int, repeat: int = 50) -> float:
+    """Microseconds of the choice of the k best of random scores of one token, as one graph."""
+    scores = torch.randn(1, entries, device="cuda")
+    # Maxima of groups as the scores' kernel leaves them: at most 2,048.
+    group = max(1, entries // 2048)
+    maxima = scores.view(1, -1, group).amax(-1)
+    rows = torch.zeros(4, 1, dtype=torch.int32, device="cuda")
+    rows[0] = CSA_RATIO * entries - 1
+    graph, _ = captured(lambda: _topk_positions(scores, maxima, rows, k=k, ratio=CSA_RATIO))
+    return 1e3 * statistics.median(times_ms(graph.replay, repeat))
 
 
 def stored_layers(config: ModelConfig, seed: int = 1) -> list[StoredLayer]:
@@ -272,16 +300,39 @@ def stored_layers(config: ModelConfig, seed: int = 1) -> list[StoredLayer]:
     return layers
 
 
+def family_bytes(
+    config: ModelConfig,
+    layers: Sequence[StoredLayer],
+    context: int,
+    keys: IndexerFormat = "fp4",
+) -> dict[str, int]:
+    """Bytes that each of FAMILIES must read for one token behind `context` others."""
+    share = config.num_experts_per_tok / config.n_routed_experts
+    found = dict.fromkeys(FAMILIES, 0)
+    for layer in layers:
+        w1, s1, w3, s3, w2, s2 = (t.numel() for t in layer.routed)
+        plain = [layer.gate] + ([layer.plain] if layer.plain is not None else [])
+        linears = [*layer.low, *layer.high, *layer.wo_a, *layer.wo_b, *layer.shared[:2], *plain]
+        found["linears, router logits, shared up"] += sum(
+            t.numel() * t.element_size() for t in linears
+        )
+        found["experts up"] += int(share * (w1 + s1 + w3 + s3))
+        found["experts down"] += int(share * (w2 + s2)) + sum(t.numel() for t in layer.shared[2:])
+        if layer.ratio == CSA_RATIO:
+            key = kv_pack.indexer_entry_bytes(keys, config.index_head_dim)
+            found["index scores"] += context // CSA_RATIO * key
+    return found
+
+
 def profile_kernels(
     config: ModelConfig,
     layers: Sequence[StoredLayer],
     tokens: int,
     context: int,
-    batch_invariant: bool = True,
 ) -> list[tuple[str, int, float]]:
     """(kernel, calls, microseconds) of one step of all layers, longest first."""
     cache = filled_cache(config, [layer.ratio for layer in layers], tokens, context)
-    step = decode_step(config, tokens, context, batch_invariant)
+    step = decode_step(config, tokens, context)
     streams = torch.randn(tokens, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
     for _ in range(3):
         run_layers(config, layers, cache, step, streams)

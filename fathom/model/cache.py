@@ -87,13 +87,16 @@ class CompressorState:
 
 @dataclass(slots=True)
 class LayerCache:
-    """One layer's memory. window: [batch, sliding_window - 1, head_dim], zeros before the start."""
+    """One layer's memory. window: [batch, sliding_window - 1, head_dim], zeros before the start;
+    key_format: what index queries and keys of a quantised model are rounded to, "fp4" or "fp8".
+    """
 
     window: torch.Tensor
     entries: EntryBuffer | None = None
     compressor: CompressorState | None = None
     index_keys: EntryBuffer | None = None
     index_compressor: CompressorState | None = None
+    key_format: str = "fp4"
 
     def clone(self) -> LayerCache:
         """An independent copy."""
@@ -103,6 +106,7 @@ class LayerCache:
             self.compressor and self.compressor.clone(),
             self.index_keys and self.index_keys.clone(),
             self.index_compressor and self.index_compressor.clone(),
+            self.key_format,
         )
 
 

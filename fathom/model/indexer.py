@@ -14,7 +14,7 @@ from fathom.model.compressor import Compressor
 from fathom.model.config import CSA_RATIO, ModelConfig
 from fathom.model.context import Context
 from fathom.model.layers import Linear
-from fathom.quant import fp4
+from fathom.quant import fp4, fp8
 
 _hadamard = operation("hadamard")
 _index_scores = operation("index_scores")
@@ -25,8 +25,9 @@ _topk = operation("topk")
 class LightningIndexer(nn.Module):
     """Scores every visible entry with its own small queries and keys, and keeps the best.
 
-    `quantized` rotates queries and keys by the Hadamard matrix and rounds them to FP4, as they are
-    stored and multiplied; without it neither is done (they cancel in exact arithmetic).
+    `quantized` rotates queries and keys by the Hadamard matrix and rounds them to FP4 (FP8 where
+    the cache says so), as they are stored and multiplied; without it neither is done (they cancel
+    in exact arithmetic).
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, quantized: bool) -> None:
@@ -48,14 +49,14 @@ class LightningIndexer(nn.Module):
         """
         keys = self.keys(x, context, cache)
         q = self.wq_b(qr).unflatten(-1, (self.heads, self.dim))
-        q = self._rotate_and_round(_rope(q, *context.rotation(True)))
+        q = self._rotate_and_round(_rope(q, *context.rotation(True)), cache)
         weights = self.weights_proj(x) * (self.dim**-0.5 * self.heads**-0.5)
         return _index_scores(q, keys, weights)
 
     def keys(self, x: torch.Tensor, context: Context, cache: LayerCache | None) -> torch.Tensor:
         """Index keys of x [batch, seq, hidden] and all before it: [batch, entries, index_dim]."""
         keys = self.compressor(x, context, cache.index_compressor if cache else None)
-        keys = self._rotate_and_round(keys)
+        keys = self._rotate_and_round(keys, cache)
         if cache is None:
             return keys
         assert cache.index_keys is not None
@@ -68,7 +69,9 @@ class LightningIndexer(nn.Module):
         """
         return _topk(scores, visible, self.topk)
 
-    def _rotate_and_round(self, x: torch.Tensor) -> torch.Tensor:
+    def _rotate_and_round(self, x: torch.Tensor, cache: LayerCache | None) -> torch.Tensor:
         if not self.quantized:
             return x
+        if cache is not None and cache.key_format == "fp8":
+            return fp8.simulate(_hadamard(x), self.dim)
         return fp4.simulate(_hadamard(x))

@@ -17,6 +17,7 @@ from fathom.model.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from fathom.model.stored import StoredLayer
 from fathom.model.stored_cache import SLAB_TOKENS, SlabLayout
 from fathom.quant import kv_pack
+from fathom.quant.kv_pack import IndexerFormat
 
 MATRIX_WORKSPACE = 32 * 2**20  # what cuBLAS keeps for itself on this generation of cards
 SCORE_BYTES = 256 * 2**20  # of the index scores of one block of queries, at most
@@ -30,6 +31,7 @@ class MemoryPlan:
 
     tokens: int
     context: int
+    key_format: IndexerFormat
     weights: int
     cache: int
     operations: tuple[tuple[str, dict[str, int]], ...]
@@ -59,11 +61,15 @@ class MemoryPlan:
 
 
 def plan_prefill(
-    config: ModelConfig, layers: Sequence[StoredLayer], tokens: int, context: int
+    config: ModelConfig,
+    layers: Sequence[StoredLayer],
+    tokens: int,
+    context: int,
+    key_format: IndexerFormat = "fp4",
 ) -> MemoryPlan:
     """The plan for chunks of `tokens` of one sequence that reaches `context` tokens in all."""
     ratios = [layer.ratio for layer in layers]
-    layout = SlabLayout.of(config, ratios)
+    layout = SlabLayout.of(config, ratios, key_format)
     slabs = -(-context // SLAB_TOKENS)
     cache = slabs * (layout.num_bytes + INT)
     for ratio in ratios:
@@ -79,8 +85,9 @@ def plan_prefill(
         operations += _layer(config, ratio, index == 0, tokens, context)
     weights = sum(layer.num_bytes() for layer in layers)
     return MemoryPlan(
-        tokens=tokens, context=context, weights=weights, cache=cache, operations=tuple(operations)
-    )
+        tokens=tokens, context=context, key_format=key_format, weights=weights, cache=cache,
+        operations=tuple(operations),
+    )  # fmt: skip
 
 
 def check_memory(
@@ -101,7 +108,7 @@ def check_memory(
         raise ConfigError(f"{needs}: keep fewer layers on this device or a shorter context")
     chunk = plan.tokens // CHUNK_STEP * CHUNK_STEP
     while chunk > 0:
-        if plan_prefill(config, layers, chunk, plan.context).total <= free:
+        if plan_prefill(config, layers, chunk, plan.context, plan.key_format).total <= free:
             raise ConfigError(f"{needs}: feed chunks of at most {chunk:,} tokens")
         chunk = chunk // 2 // CHUNK_STEP * CHUNK_STEP
     raise ConfigError(f"{needs}: keep fewer layers on this device or a shorter context")

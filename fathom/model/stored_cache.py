@@ -14,6 +14,7 @@ import torch
 
 from fathom.model.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from fathom.quant import kv_pack
+from fathom.quant.kv_pack import IndexerFormat
 
 SLAB_TOKENS = 256  # tokens whose compressed entries, of every layer, lie in one slab
 TAIL = 8  # tokens whose projections a CSA compressor looks at
@@ -32,10 +33,12 @@ class SlabLayout:
     num_bytes: int
 
     @classmethod
-    def of(cls, config: ModelConfig, ratios: Sequence[int]) -> SlabLayout:
+    def of(
+        cls, config: ModelConfig, ratios: Sequence[int], key_format: IndexerFormat = "fp4"
+    ) -> SlabLayout:
         """The layout for layers of these compress ratios."""
         entry = kv_pack.kv_entry_bytes(config.head_dim, config.qk_rope_head_dim)
-        key = kv_pack.indexer_entry_bytes("fp4", config.index_head_dim)
+        key = kv_pack.indexer_entry_bytes(key_format, config.index_head_dim)
         offsets, at = [], 0
         for ratio in ratios:
             count = SLAB_TOKENS // ratio if ratio else 0
@@ -64,13 +67,14 @@ class StoredCache:
     """Where every layer's state and entries lie.
 
     offsets: for each layer (entries, index keys), in bytes within a slab; pool: [slabs, bytes]
-    uint8; table: [slots, slabs] int32.
+    uint8; table: [slots, slabs] int32; key_format: of index keys.
     """
 
     offsets: tuple[tuple[int, int], ...]
     layers: list[LayerState]
     pool: Tensor
     table: Tensor
+    key_format: IndexerFormat = "fp4"
 
     @classmethod
     def empty(
@@ -80,9 +84,10 @@ class StoredCache:
         slots: int,
         slabs: int,
         device: torch.device | str,
+        key_format: IndexerFormat = "fp4",
     ) -> StoredCache:
         """Room for `slabs` slabs of every sequence, in order; nothing in it."""
-        layout = SlabLayout.of(config, ratios)
+        layout = SlabLayout.of(config, ratios, key_format)
         entry = kv_pack.kv_entry_bytes(config.head_dim, config.qk_rope_head_dim)
         make = {"dtype": torch.float32, "device": device}
         layers = []
@@ -99,4 +104,4 @@ class StoredCache:
             layers.append(own)
         pool = torch.zeros(slots * slabs, layout.num_bytes, dtype=torch.uint8, device=device)
         table = torch.arange(slots * slabs, dtype=torch.int32, device=device)
-        return cls(layout.offsets, layers, pool, table.view(slots, slabs))
+        return cls(layout.offsets, layers, pool, table.view(slots, slabs), key_format)

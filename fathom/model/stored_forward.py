@@ -72,6 +72,7 @@ class Place:
     offsets: tuple[int, int]
     pool: Tensor
     table: Tensor
+    key_format: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -133,7 +134,9 @@ def run_layers(
             layer.attn_site, streams, y=y, pairs=pairs, post=post, comb=comb
         )
         y = pairs = None  # the experts' outputs are the largest tensors: free them early
-        where = Place(cache.layers[index], cache.offsets[index], cache.pool, cache.table)
+        where = Place(
+            cache.layers[index], cache.offsets[index], cache.pool, cache.table, cache.key_format
+        )
         y, picks = _attention(c, layer, where, work, x)
         streams, x, post, comb = boundary(layer.ffn_site, streams, y=y, post=post, comb=comb)
         y = None

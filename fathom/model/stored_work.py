@@ -57,25 +57,18 @@ class Step:
     rows: [4, tokens] int32, see fathom/kernels/reference/stored.py: position, slot, first row of
     the piece, known length; token_ids: [tokens]; rotations: [4, tokens, 2, rope_dim / 2];
     most_positions: a bound on every position + 1, which sizes the grids. A piece has at most as
-    many rows as the cache's rings have room for beyond what is looked at. batch_invariant: a row's
-    result is the same bits whatever the others are; without it, linears and experts go through the
-    matrix units, which is quicker from about eight rows on.
+    many rows as the cache's rings have room for beyond what is looked at. A row's result is the
+    same bits whatever the others are.
     """
 
     rows: Tensor
     token_ids: Tensor
     rotations: Tensor
     most_positions: int
-    batch_invariant: bool = True
 
     @classmethod
     def create(
-        cls,
-        config: ModelConfig,
-        positions: Tensor,
-        token_ids: Tensor,
-        most_positions: int,
-        batch_invariant: bool = True,
+        cls, config: ModelConfig, positions: Tensor, token_ids: Tensor, most_positions: int
     ) -> Step:
         """One token of each of the cache's first sequences. positions: [tokens] int32; token_ids:
         [tokens] int64. Raises ConfigError for more than 64.
@@ -92,7 +85,6 @@ class Step:
             token_ids=token_ids,
             rotations=_step_rotations(rows, frequencies(config, rows.device)),
             most_positions=most_positions,
-            batch_invariant=batch_invariant,
         )
 
     @property
@@ -103,12 +95,12 @@ class Step:
     @property
     def linear(self) -> Callable[..., Any]:
         """As Work.linear."""
-        return _stored_linear if self.batch_invariant else _chunk_linear
+        return _stored_linear
 
     @property
     def moe(self) -> Callable[..., Any]:
         """As Work.moe."""
-        return _stored_moe if self.batch_invariant else _chunk_moe
+        return _stored_moe
 
     def attend(
         self, config: ModelConfig, layer: StoredLayer, where: Place, low: Tensor,
@@ -136,6 +128,7 @@ class Step:
             entry_rotation=self.rotations[ENTRY_ROTATION[ratio]] if ratio else None,
             offsets=where.offsets,
             index_heads=c.index_n_heads if ratio == CSA_RATIO else 0,
+            key_format=where.key_format,
             **paged,
         )
         picks, most = None, max(1, self.most_positions // ratio) if ratio else 0
@@ -143,6 +136,7 @@ class Step:
             scores, maxima = _index_scores_paged(
                 index_query, projected, self.rows, where.pool, where.table, ratio=ratio,
                 index_offset=where.offsets[1], page_entries=SLAB_TOKENS // ratio, most_entries=most,
+                key_format=where.key_format,
             )  # fmt: skip
             picks = _topk_positions(scores, maxima, self.rows, k=c.index_topk, ratio=ratio)
         out = _entry_attention(
@@ -262,6 +256,7 @@ class Chunk:
             entry_rotation=self.rotations[ENTRY_ROTATION[ratio]] if ratio else None,
             offsets=where.offsets,
             index_heads=c.index_n_heads if ratio == CSA_RATIO else 0,
+            key_format=where.key_format,
             known=self.known,
             **paged,
         )
@@ -270,7 +265,7 @@ class Chunk:
             picks = _chunk_picks(
                 index_query, projected, self.start, where.pool, where.table[mine],
                 index_offset=where.offsets[1], page_entries=SLAB_TOKENS // ratio, ratio=ratio,
-                k=c.index_topk,
+                k=c.index_topk, key_format=where.key_format,
             )  # fmt: skip
         del low, projected, index_query  # the queries of a long chunk are large
         out = _chunk_attention(

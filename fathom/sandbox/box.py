@@ -65,9 +65,10 @@ _GONE_TIMEOUT = 10.0
 class Box:
     """A sandbox that runs.
 
-    `frozen`: when it was stopped, by the monotonic clock. `holders`: who wants it to stand still,
-    the user's pause and each copy that is being made. `line`: to the agent, so that nothing needs
-    to connect to one that stands still; None for one that was adopted so.
+    `frozen`: when it was stopped, by the monotonic clock. `stood`: for how many seconds it stood
+    still before. `holders`: who wants it to, the user's pause and each copy that is being made.
+    `line`: to the agent, so that nothing needs to connect to one that stands still; None for one
+    that was adopted so.
     """
 
     folder: Path
@@ -81,6 +82,7 @@ class Box:
     net: int = -1
     upper: int = -1
     frozen: float | None = None
+    stood: float = 0.0
     holders: set[str] = field(default_factory=set[str])
     line: socket.socket | None = None
     ended: bool = False
@@ -312,6 +314,7 @@ def thaw(box: Box, holder: str = PAUSE) -> float:
             told = _tell_shift(box, paused)
             box.group.thaw()
             box.frozen = None
+            box.stood += paused
             box.holders.clear()
             _settle_shift(box, paused, told)
         box.holders.discard(holder)

@@ -310,9 +310,9 @@ class Client:
     async def resume_all(self, sandboxes: list[Sandbox]) -> None:
         """Let sandboxes of this client go on together. Raises SandboxLost."""
         for some in _portions(sandboxes):
-            answer = await self._host.call("thaw", ids=[one.id for one in some])
+            await self._host.call("thaw", ids=[one.id for one in some])
             for sandbox in some:
-                sandbox.resumed(answer["paused"].get(sandbox.id, 0.0))
+                sandbox.resumed()
 
 
 def _check_kind(spec: object) -> None:

@@ -301,8 +301,10 @@ class Node:
         return {"ids": box.launch.ids, "size": size}
 
     def _stats(self, message: dict[str, Any]) -> dict[str, Any]:
-        group = self._box(message["id"]).group
-        return {} if group is None else {"memory": group.memory_used}
+        box = self._box(message["id"])
+        since = box.frozen
+        stood = box.stood + (0.0 if since is None else time.monotonic() - since)
+        return {"stood": stood} | ({} if box.group is None else {"memory": box.group.memory_used})
 
     def _net(self, message: dict[str, Any]) -> dict[str, Any]:
         box, policy = self._box(message["id"]), message["policy"]

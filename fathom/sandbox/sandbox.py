@@ -81,7 +81,7 @@ class Sandbox:
         self._adopt = adopt
         self._stopped = False
         self._paused = False
-        self._running: set[anyio.CancelScope] = set()
+        self._stood = 0.0  # seconds, when that was last asked
 
     async def __aenter__(self) -> Sandbox:
         return self
@@ -265,31 +265,58 @@ class Sandbox:
         enough: int | None = None,
     ) -> Ended:
         line = await self._line()
-        scope = anyio.move_on_after(order.request.timeout + _PATIENCE)
-        self._running.add(scope)
+        feeder = Feeder(stdin) if stdin is not None else None
+        ask = order.frame() + (feeder.next() if feeder else b"")
+        deadline, known = anyio.current_time() + order.request.timeout + _PATIENCE, self._stood
         try:
-            with scope:
-                feeder = Feeder(stdin) if stdin is not None else None
-                await line.send(order.frame() + (feeder.next() if feeder else b""))
-                while found := await line.receive():
-                    for frame in found:
-                        if frame.kind in NAMES:
-                            kept[NAMES[frame.kind]].add(frame.payload)
-                        elif frame.kind == Frame.EXIT:
-                            return self._end(read_end(frame), order)
-                        elif frame.kind == Frame.CREDIT and feeder is not None:
-                            taken = frames.number_of(frame.fields().get(Tag.CAP))
-                            if more := feeder.next(taken):
-                                await line.send(more)
-                        elif frame.kind == Frame.ERROR:
-                            raise _explain(refusal(frame))
-                    if enough is not None and len(kept["stdout"].data) >= enough:
-                        return _ENOUGH
-            raise SandboxLost(f"sandbox {self.id} was lost while a command ran: create another one")
+            while True:
+                with anyio.CancelScope(deadline=deadline):
+                    # What was not sent in time before is sent first.
+                    now, ask = ask, b""
+                    await line.send(now)
+                    return await self._follow(line, order, feeder, kept, enough)
+                # Whoever made it stand still, for a copy or a pause: no timeout counts that.
+                stood = await self._stood_still()
+                if stood <= known:
+                    raise SandboxLost(
+                        f"sandbox {self.id} was lost while a command ran: create another one"
+                    )
+                deadline, known = deadline + stood - known, stood
         finally:
-            self._running.discard(scope)
             # The agent sees it, so a caller who gave up ends the command.
             line.close()
+
+    async def _follow(
+        self,
+        line: Line,
+        order: Order,
+        feeder: Feeder | None,
+        kept: Mapping[StreamName, Kept],
+        enough: int | None,
+    ) -> Ended:
+        while found := await line.receive():
+            for frame in found:
+                if frame.kind in NAMES:
+                    kept[NAMES[frame.kind]].add(frame.payload)
+                elif frame.kind == Frame.EXIT:
+                    return self._end(read_end(frame), order)
+                elif frame.kind == Frame.CREDIT and feeder is not None:
+                    taken = frames.number_of(frame.fields().get(Tag.CAP))
+                    if more := feeder.next(taken):
+                        await line.send(more)
+                elif frame.kind == Frame.ERROR:
+                    raise _explain(refusal(frame))
+            if enough is not None and len(kept["stdout"].data) >= enough:
+                return _ENOUGH
+        raise SandboxLost(f"sandbox {self.id} was lost while a command ran: create another one")
+
+    async def _stood_still(self) -> float:
+        """Return for how many seconds it has stood still since its node knows it.
+
+        Raises SandboxLost.
+        """
+        self._stood = float((await self._call("stats", id=self.id)).get("stood", 0.0))
+        return self._stood
 
     def _end(self, ended: Ended, order: Order) -> Ended:
         if ended.problem and not order.request.builtin:
@@ -364,14 +391,12 @@ class Sandbox:
     async def resume(self) -> None:
         """Let the processes of a paused sandbox go on. Raises Unsupported, SandboxLost."""
         self._need("resume", self.caps.pause)
-        answer = await self._call("thaw", ids=[self.id])
-        self.resumed(answer["paused"].get(self.id, 0.0))
+        await self._call("thaw", ids=[self.id])
+        self.resumed()
 
-    def resumed(self, seconds: float) -> None:
-        """Take note that a pause of so many seconds is over: it counts for no timeout."""
+    def resumed(self) -> None:
+        """Take note that this sandbox goes on."""
         self._paused = False
-        for scope in self._running:
-            scope.deadline += seconds
 
     def paused(self) -> None:
         """Take note that somebody paused this sandbox."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from fathom.cli import bench_gpu, bench_gpu_prefill
+from fathom.cli import bench_gpu, bench_gpu_engine, bench_gpu_prefill
 from fathom.cli.main import app
-from fathom.errors import ConfigError
+from fathom.errors import ConfigError, MissingDependency
+from fathom.eval import gpu_goals
+from tests.cli import pretended_gpu
+from tests.engine.helpers import stored_model
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -28,20 +34,76 @@ def test_only_transformers_stands_beside_it(monkeypatch: pytest.MonkeyPatch) -> 
 def test_one_table_shows_decode_and_prefill_beside_transformers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    step = {"kind": "all", "tokens": 1, "context": 4096, "routing": "own router", "median": 0.6,
-            "least": 0.55, "floor": 0.24, "launches": 70}  # fmt: skip
-    prompt = step | {"tokens": 8192, "chunk": 8192, "median": 40.0, "floor": 20.0}
+    step = {"kind": "all", "tokens": 1, "context": 4096, "routing": "own router", "keys": "fp4",
+            "median": 0.6, "least": 0.55, "floor": 0.24, "launches": 70}  # fmt: skip
+    prompt = step | {"tokens": 8192, "chunk": 8192, "median": 40.0, "floor": 20.0,
+                     "tokens_per_s": 2e5, "peak": 3 * 2**29}  # fmt: skip
     report = {
         "device": "a card", "torch": "2", "copy_bytes_per_s": 3e12, "matmul_flops": 7.8e14,
-        "steps": [step, step | {"tokens": 64, "routing": "zipf"}],
+        "steps": [
+            step, step | {"tokens": 64, "routing": "zipf"}, step | {"kind": "CSA", "keys": "fp8"},
+        ],
         "prompts": [prompt, prompt | {"routing": "zipf"}],
         "transformers": {"version": "5", "tokens": 8192, "context": 4096, "seconds": 0.4,
                          "seconds_a_token": 0.018},
     }  # fmt: skip
     bench_gpu._print(report)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if " all " in line]
+    printed = capsys.readouterr().out.splitlines()
+    assert sum("FP8 keys" in line for line in printed) == 1
+    assert any("prefill of 8K beside transformers" in line and "pass" in line for line in printed)
+    assert sum("not measured" in line for line in printed) > 5
+    lines = [line.split() for line in printed if " all " in line]
     # The ratio stands where transformers did the same, and nowhere else.
     assert [line[-1] for line in lines] == ["30.0", "-", "10.0", "-"]
     assert [line[-3] for line in lines] == ["70"] * 4
     assert "40%" in lines[0]
     assert "50%" in lines[2]
+
+
+def test_the_whole_way_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With tiny layers on a pretended card: what it measures, judges and writes."""
+    steps = (("all", 2, 20), (gpu_goals.WHOLE, 1, 20))
+    for name, value in {
+        "STEPS": steps, "FP8_KEYS": (("CSA", 1, 20),), "BATCH": (2, 20), "PROMPT": (9, 9),
+        "PROMPTS": ((9, 5),),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(bench_gpu, name, value)
+    for name, value in {"TOPK_SCORES": 64, "SHORT": 20, "MILLION": 24}.items():
+        monkeypatch.setattr(gpu_goals, name, value)
+    out = tmp_path / "gpu.json"
+
+    def other(*_: int) -> None:
+        raise MissingDependency("transformers is not here")
+
+    monkeypatch.setattr(bench_gpu, "measure_other", other)
+    with pretended_gpu.pretended(monkeypatch):
+        arguments = ["bench", "gpu", "--kernels", "--against", "transformers", "--out", str(out)]
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code != 0  # but not before the figures were shown
+    assert "not here" in result.output + str(result.exception)
+    assert "prefill experts" in result.output
+    report = json.loads(out.read_text())
+    assert [row["keys"] for row in report["steps"]] == ["fp4", "fp4", "fp8", "fp4", "fp4", "fp4"]
+    assert len(report["prompts"]) == 4
+    bytes_of = {row["keys"]: row["num_bytes"] for row in report["steps"] if row["kind"] == "CSA"}
+    assert bytes_of["fp8"] > 0
+    verdicts = {goal["name"]: goal["verdict"] for goal in report["goals"]}
+    assert verdicts["decode, a layer at 4K"] == "pass"
+    assert verdicts["choice among 64"].startswith("short by")
+    assert verdicts["index scores at 24, of the copy rate"].startswith("short by")
+    assert verdicts["one mHC boundary"] == "pass"
+
+
+def test_the_whole_way_of_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"CONTEXT": 9, "BATCHES": (2,), "PROMPTS": (9,)}.items():
+        monkeypatch.setattr(bench_gpu_engine, name, value)
+    drafting = stored_model(num_nextn_predict_layers=1)
+    monkeypatch.setattr("fathom.checkpoint.load_model", lambda *_, **__: drafting)
+    out = tmp_path / "engine.json"
+    with pretended_gpu.pretended(monkeypatch):
+        arguments = ["bench", "gpu", "--engine", "--repeat", "3", "--out", str(out)]
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    assert [(row["batch"], row["drafts"]) for row in report["decode"]] == [(2, 0), (2, 0), (1, 1)]
+    assert [row["rows"] for row in report["prompts"]] == [8, 64, 0] * 2

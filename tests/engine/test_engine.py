@@ -13,6 +13,7 @@ import torch
 from fathom.engine import LLM
 from fathom.engine.engine import EngineConfig
 from fathom.engine.kv_cache import SLAB_TOKENS, SlabLayout
+from fathom.engine.options import MemoryPlan, allocate
 from fathom.engine.request import Status
 from fathom.engine.scheduler import Budget
 from fathom.engine.state_cache import SlotLayout
@@ -370,6 +371,29 @@ class TestLayouts:
         assert fp8.kv_sizes == (576, 8)
         for position in (128, 4096, 128 * 77):
             assert SlotLayout(fp8).checkpoint_bytes(position) <= 4.1e6
+
+    def test_an_engines_memory_is_planned_to_the_byte(self, net: Transformer) -> None:
+        for settings in ({}, {"prompt_rows": 64, "drafts": 1, "indexer": "fp8"}):
+            if settings:
+                net = model(num_nextn_predict_layers=1)
+            config = EngineConfig(cache_tokens=4096, max_sequences=3, **settings)
+            plan, memory = MemoryPlan.of(config, net), allocate(config, net)
+            tensors = (memory.slabs.data, memory.slots.data, memory.tables)
+            assert [size for _, size in plan.parts] == [t.nbytes for t in tensors]
+            assert plan.total == sum(t.nbytes for t in tensors)
+            assert f"{plan.total:,}" in plan.lines()[-1]
+            plan.check(plan.total)
+            with pytest.raises(ConfigError, match="lower cache_tokens or max_sequences") as told:
+                plan.check(plan.total - 1)
+            assert ("prompt_rows" in str(told.value)) == (plan.slot.room > 8)
+
+    def test_room_for_a_prompts_rows_costs_each_slot(self) -> None:
+        slabs = SlabLayout.of(ModelConfig.preset("flash"), True, torch.bfloat16)
+        assert SlotLayout(slabs).slot_bytes == 7_961_792
+        assert SlotLayout(slabs, room=64).slot_bytes == 28_291_584
+        for rows in (7, 65):
+            with pytest.raises(ConfigError, match="prompt_rows"):
+                EngineConfig(prompt_rows=rows)
 
     def test_the_parts_of_a_slab_do_not_overlap(self) -> None:
         for name in ("flash", "pro", "nano", "micro"):

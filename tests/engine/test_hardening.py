@@ -50,7 +50,7 @@ def alone(net: Transformer, tokens: list[int], params: SamplingParams) -> list[o
     return list(bits(request))
 
 
-@pytest.mark.parametrize("seed", range(1, 13))
+@pytest.mark.parametrize("seed", range(1, 7))
 def test_random_traffic(seed: int) -> None:
     """The long form: python -m tests.engine.fuzz --seeds 1000 --steps 120."""
     fuzz.run(seed, 50)

@@ -43,8 +43,11 @@ def cases(s: Sizes) -> Iterator[Case]:
             yield stored.test_entry_attention, every | {"kind": kind, "position": position}
         for pieces in stored.PIECES:
             yield stored.test_store_entries, every | {"kind": kind, "pieces": pieces, "known": 0}
-    yield stored.test_index_scores, every | {"position": 4099}
-    yield prefill.test_picks, every | {"start": 2043, "tokens": 40}
+    for keys in ("fp4", "fp8"):
+        yield stored.test_index_scores, every | {"position": 4099, "keys": keys}
+        yield prefill.test_picks, every | {"start": 2043, "tokens": 40, "keys": keys}
+    yield stored.test_store_fp8_keys, every | {"pieces": "across a window of 4"}
+    yield prefill.test_fp8_keys, every | {"start": 120, "tokens": 9}
     patch = {"monkeypatch": pytest.MonkeyPatch()}
     for shape in ("random", "clustered", "all equal"):
         yield stored.test_topk, every | patch | {"shape": shape}

@@ -140,12 +140,15 @@ class Flight:
 class Findings:
     """matrix: matrix instructions seen; touched: instructions that touch registers of one under
     way; memory: accesses to memory while one is under way, before which a tool that instruments
-    accesses saves and after which it restores those registers.
+    accesses saves and after which it restores those registers; spills: loads and stores of
+    registers that were spilled; registers: of a thread.
     """
 
     matrix: int
     touched: set[str]
     memory: set[str]
+    spills: int
+    registers: int
 
 
 def instructions(text: str) -> list[Instruction]:
@@ -157,7 +160,13 @@ def examine(text: str) -> Findings:
     """Follow every path through a listing with what is under way on it."""
     code = instructions(text)
     index = {i.address: n for n, i in enumerate(code)}
-    found = Findings(sum(bool(MATRIX.match(i.code)) for i in code), set(), set())
+    found = Findings(
+        matrix=sum(bool(MATRIX.match(i.code)) for i in code),
+        touched=set(),
+        memory=set(),
+        spills=sum(i.code.startswith(("LDL", "STL")) for i in code),
+        registers=1 + max(int(n) for i in code for n in REGISTER.findall(f"R0 {i.operands}")),
+    )
     seen: set[tuple[int, tuple[Flight, ...]]] = set()
     paths: list[tuple[int, tuple[Flight, ...]]] = [(0, ())]
     targets = {_target(i) for i in code} - {None}

@@ -1,4 +1,5 @@
-"""Compiles kernels that use asynchronous matrix instructions and prints what was found, as JSON.
+"""Compiles kernels for the card without one and prints what was found in them, as JSON: those that
+use asynchronous matrix instructions, and those that know the formats of index keys.
 
 python -m tests.kernels.sass_cases
 """
@@ -12,7 +13,14 @@ from typing import Any
 
 import torch
 
-from fathom.kernels.triton import attention, chunk_attention, chunk_experts, index
+from fathom.kernels.triton import (
+    attention,
+    chunk_attention,
+    chunk_experts,
+    chunk_index,
+    entries,
+    index,
+)
 from tests.kernels.sass import Launch, examine, listing, recorded
 
 BF16, U8 = torch.bfloat16, torch.uint8
@@ -54,11 +62,40 @@ def prefill_attention(ratio: int) -> None:
     )  # fmt: skip
 
 
-def index_scores() -> None:
+def index_scores(key_format: str) -> None:
     index.index_scores_paged(
         numbers(1, 64, 128, dtype=BF16), numbers(1, 2688), integers(4, 1),
         numbers(4, PAGE_BYTES, dtype=U8), integers(1, 4096), index_offset=37_376, page_entries=64,
-        ratio=4, most_entries=225_000,
+        ratio=4, most_entries=225_000, key_format=key_format,
+    )  # fmt: skip
+
+
+def index_keys(key_format: str) -> None:
+    """Stored by a decode step."""
+    tokens, width, index_dim = 4, 2 * HEAD_DIM, 128
+    entries.store_entries(
+        numbers(tokens, 1536, dtype=BF16), numbers(HEAD_DIM, dtype=BF16), integers(4, tokens),
+        numbers(tokens, 2, 32), numbers(2, 136 * 584, dtype=U8), kind=4, norm_eps=1e-6,
+        projected=numbers(tokens, 2 * width + 4 * index_dim + 64),
+        query=numbers(tokens, HEADS * (HEAD_DIM + index_dim), dtype=BF16),
+        compressor=(
+            numbers(4, width), numbers(HEAD_DIM, dtype=BF16), numbers(2, 2, 16, width)
+        ),
+        index_compressor=(
+            numbers(4, 2 * index_dim), numbers(index_dim, dtype=BF16),
+            numbers(2, 2, 16, 2 * index_dim),
+        ),
+        entry_rotation=numbers(tokens, 2, 32), table=integers(2, 16), offsets=(0, 37_376),
+        index_heads=HEADS, key_format=key_format, **paged(4),
+    )  # fmt: skip
+
+
+def prefill_picks(key_format: str) -> None:
+    """Of a prompt: its keys are decoded first."""
+    chunk_index.chunk_picks(
+        numbers(4096, 64, 128, dtype=BF16), numbers(4096, 2688), 0,
+        numbers(16, PAGE_BYTES, dtype=U8), integers(16), index_offset=37_376, page_entries=64,
+        ratio=4, k=512, key_format=key_format,
     )  # fmt: skip
 
 
@@ -78,7 +115,10 @@ CASES: dict[str, tuple[Callable[[], None], str]] = {
     "decode attention, CSA": (lambda: decode_attention(4), "_attend"),
     "decode attention, HCA": (lambda: decode_attention(128), "_attend"),
     "prefill attention, CSA": (lambda: prefill_attention(4), "_attend"),
-    "index scores": (index_scores, "_scores"),
+    "index scores": (lambda: index_scores("fp4"), "_scores"),
+    "index scores, FP8 keys": (lambda: index_scores("fp8"), "_scores"),
+    "index keys stored, FP8": (lambda: index_keys("fp8"), "_prepare"),
+    "index keys decoded, FP8": (lambda: prefill_picks("fp8"), "_keys"),
     "prefill experts": (prefill_experts, "_grouped"),
 }
 
@@ -99,6 +139,8 @@ def main() -> None:
             "matrix": found.matrix,
             "touched": sorted(found.touched),
             "memory": sorted(found.memory),
+            "spills": found.spills,
+            "registers": found.registers,
         }
     sys.stdout.write(json.dumps(report))
 

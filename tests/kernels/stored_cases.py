@@ -82,7 +82,10 @@ class Pages:
     offsets: tuple[int, int]
 
 
-def pages(d: Draw, s: Sizes, ratio: int, tokens: int, entries: int) -> Pages:
+def pages(
+    d: Draw, s: Sizes, ratio: int, tokens: int, entries: int,
+    key_format: kv_pack.IndexerFormat = "fp4",
+) -> Pages:  # fmt: skip
     """Room for `entries` entries of every token."""
     each = 64 if ratio == 4 else 2
     count = -(-entries // each)
@@ -91,15 +94,15 @@ def pages(d: Draw, s: Sizes, ratio: int, tokens: int, entries: int) -> Pages:
     data, scales = kv_pack.pack_kv_entries(kv, s.rope_dim)
     parts = [data.flatten(1), scales.flatten(1)]
     size = sum(p.shape[1] for p in parts)
-    keys, key_scales = fp4.quantize(d.normal(total, each, s.index_dim))
-    parts += [keys.view(torch.uint8).flatten(1), key_scales.view(torch.uint8).flatten(1)]
+    keys, key_scales = kv_pack.pack_indexer_entries(d.normal(total, each, s.index_dim), key_format)
+    parts += [keys.flatten(1), key_scales.flatten(1)]
     pool = torch.cat(parts, dim=1).contiguous()
     return Pages(pool, d.permutation(total).view(tokens, count), each, (0, size))
 
 
-def ring(d: Draw, s: Sizes, slots: int) -> torch.Tensor:
+def ring(d: Draw, s: Sizes, slots: int, spare: int = SPARE) -> torch.Tensor:
     """A full ring of every slot: [slots, bytes] uint8, rows further apart than they are long."""
-    entries = d.normal(slots, s.window + SPARE, s.head_dim)
+    entries = d.normal(slots, s.window + spare, s.head_dim)
     data, scales = kv_pack.pack_kv_entries(entries, s.rope_dim)
     whole = torch.cat((data.flatten(1), scales.flatten(1)), dim=1)
     return torch.nn.functional.pad(whole, (0, 24))[:, : whole.shape[1]]
@@ -117,13 +120,15 @@ def rows(pieces: list[tuple[int, ...]], device: str, known: int = 0) -> torch.Te
     return torch.tensor(table, dtype=torch.int32, device=device).T.contiguous()
 
 
-def compressor(d: Draw, kind: int, cols: int, slots: int) -> tuple[torch.Tensor, ...]:
+def compressor(
+    d: Draw, kind: int, cols: int, slots: int, spare: int = SPARE
+) -> tuple[torch.Tensor, ...]:
     """(ape, norm, state) as after some tokens."""
     width = 2 * cols if kind == 4 else cols
     ape = d.normal(kind, width, dtype=torch.float32)
     norm = 1 + d.normal(cols, scale=0.2)
     if kind == 4:
-        return ape, norm, d.normal(slots, 2, 8 + SPARE, width, dtype=torch.float32)
-    state = d.normal(slots, 1 + SPARE, 3, cols, dtype=torch.float32)
+        return ape, norm, d.normal(slots, 2, 8 + spare, width, dtype=torch.float32)
+    state = d.normal(slots, 1 + spare, 3, cols, dtype=torch.float32)
     state[:, :, 1] = state[:, :, 1].abs() + 1
     return ape, norm, state

@@ -14,6 +14,7 @@ import torch
 
 from fathom.kernels import operation, use_backend
 from fathom.kernels.reference import stored as reference
+from fathom.quant.kv_pack import IndexerFormat
 from tests.kernels import stored_cases as cases
 from tests.kernels.stored_cases import Draw, Sizes
 from tests.kernels.test_stored import DEVICE, DTYPES, GPU, SIZES, both, cases_of, distance, near
@@ -37,12 +38,25 @@ pytestmark = [pytest.mark.parametrize("dtype", DTYPES), pytest.mark.parametrize(
 def test_entries(
     s: Sizes, dtype: torch.dtype, kind: int, start: int, tokens: int, known: int
 ) -> None:
+    left_alike(s, dtype, kind, start, tokens, known, "fp4")
+
+
+@pytest.mark.parametrize(("start", "tokens"), cases_of([(3, 6), (256, 300)], [(5, 7)]))
+def test_fp8_keys(s: Sizes, dtype: torch.dtype, start: int, tokens: int) -> None:
+    left_alike(s, dtype, 4, start, tokens, 0, "fp8")
+
+
+def left_alike(
+    s: Sizes, dtype: torch.dtype, kind: int, start: int, tokens: int, known: int,
+    keys: IndexerFormat,
+) -> None:  # fmt: skip
+    """Both versions leave the same caches and queries."""
     if not GPU:
         s = replace(s, window=16)  # so that a short chunk wraps the ring
     results = []
     for backend in ("reference", "triton"):
         d = Draw(kind + start + tokens, dtype, DEVICE)
-        store = cases.pages(d, s, kind or 4, 1, 256)
+        store = cases.pages(d, s, kind or 4, 1, 256, keys)
         kept = cases.ring(d, s, 1)[0]
         kwargs: dict[str, object] = {}
         states: list[torch.Tensor] = []
@@ -67,6 +81,7 @@ def test_entries(
                 index_compressor=(ape, norm, state[0]),
                 index_heads=s.index_heads,
                 query=d.normal(tokens, 96 + s.index_heads * s.index_dim),
+                key_format=keys,
             )
         with use_backend(backend):
             recent, query = operation("chunk_entries")(
@@ -139,22 +154,24 @@ def test_attention(s: Sizes, dtype: torch.dtype, kind: int, start: int, tokens: 
     ("start", "tokens"),
     cases_of([(0, 60), (2043, 90), (3000, 50), (4090, 9)], [(120, 12), (509, 5)]),
 )
-def test_picks(s: Sizes, dtype: torch.dtype, start: int, tokens: int) -> None:
+@pytest.mark.parametrize("keys", ["fp4", "fp8"])
+def test_picks(s: Sizes, dtype: torch.dtype, start: int, tokens: int, keys: IndexerFormat) -> None:
     """Equal scores but for sums in another order: compare what was picked by its scores."""
     d = Draw(start, dtype, DEVICE)
-    store = cases.pages(d, s, 4, 1, 1200)
+    store = cases.pages(d, s, 4, 1, 1200, keys)
     query = d.normal(tokens, s.index_heads, s.index_dim)
     weights = d.normal(tokens, 8 + s.index_heads, dtype=torch.float32)
-    kwargs = dict(index_offset=store.offsets[1], page_entries=store.page_entries, ratio=4, k=s.topk)
+    where = dict(
+        index_offset=store.offsets[1], page_entries=store.page_entries, ratio=4, key_format=keys
+    )
     expected, found = both(
-        "chunk_picks", query, weights, start, store.pool, store.table[0], **kwargs
+        "chunk_picks", query, weights, start, store.pool, store.table[0], k=s.topk, **where
     )
     rows = torch.zeros(4, tokens, dtype=torch.int32, device=DEVICE)
     rows[0] = torch.arange(start, start + tokens)
     scores, _ = reference.index_scores_paged(
-        query, weights, rows, store.pool, store.table,
-        index_offset=store.offsets[1], page_entries=store.page_entries, ratio=4, most_entries=1200,
-    )  # fmt: skip
+        query, weights, rows, store.pool, store.table, most_entries=1200, **where
+    )
     assert ((found >= 0) == (expected >= 0)).all()
     worst = scores.gather(1, expected.clamp(min=0).long()).masked_fill(expected < 0, torch.inf)
     own = scores.gather(1, found.clamp(min=0).long()).masked_fill(found < 0, torch.inf)
@@ -185,3 +202,9 @@ def test_select(s: Sizes, dtype: torch.dtype, shape: str, monkeypatch: pytest.Mo
     none = 2**30
     ascending = expected.masked_fill(expected < 0, none).sort(dim=1).values
     assert torch.equal(picks, ascending.masked_fill(ascending == none, -1))
+
+
+def test_the_memory_plan_knows_the_scores_block(s: Sizes, dtype: torch.dtype) -> None:
+    from fathom.model import prefill_memory
+
+    assert prefill_memory.SCORE_BYTES == chunk_index.SCORE_BYTES

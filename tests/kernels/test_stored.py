@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fathom.kernels import operation, use_backend
+from fathom.quant.kv_pack import IndexerFormat
 from tests.kernels import stored_cases as cases
 from tests.kernels.stored_cases import FLASH, ODD, SMALL, Draw, Sizes
 
@@ -177,6 +178,7 @@ def test_where_a_step_begins_and_ends(s: Sizes, dtype: torch.dtype, tokens: int)
         assert not result[1:].isnan().any()
 
 
+WHOLE_STEP = 64 if GPU else 20  # rows
 PIECES = {
     "one token each": [(0,), (3,), (127,)],
     "across a window of 4": [(6, 7, 8), (128,)],
@@ -189,19 +191,39 @@ PIECES = {
 @pytest.mark.parametrize("pieces", PIECES)
 @pytest.mark.parametrize("known", cases_of([0, 128], [0]))
 def test_store_entries(s: Sizes, dtype: torch.dtype, kind: int, pieces: str, known: int) -> None:
+    stored_alike(s, dtype, kind, pieces, known, "fp4")
+
+
+@pytest.mark.parametrize("pieces", cases_of(list(PIECES), ["across a window of 4"]))
+def test_store_fp8_keys(s: Sizes, dtype: torch.dtype, pieces: str) -> None:
+    stored_alike(s, dtype, 4, pieces, 0, "fp8")
+
+
+@pytest.mark.parametrize("kind", [0, 4, 128])
+def test_a_whole_step_of_one_sequence(s: Sizes, dtype: torch.dtype, kind: int) -> None:
+    """As a prompt's 64 rows, in rings that have room for just so many."""
+    stored_alike(s, dtype, kind, "a whole step", 0, "fp4", spare=WHOLE_STEP)
+
+
+def stored_alike(
+    s: Sizes, dtype: torch.dtype, kind: int, pieces: str, known: int, keys: IndexerFormat,
+    spare: int = cases.SPARE,
+) -> None:  # fmt: skip
+    """Both versions leave the same caches and queries."""
     results = []
     for backend in ("reference", "triton"):
         d = Draw(kind + len(pieces), dtype, DEVICE)
-        rows = cases.rows(PIECES[pieces], DEVICE, known)
-        tokens, slots = rows.shape[1], len(PIECES[pieces])
-        store = cases.pages(d, s, kind or 4, slots, 256)
-        kept = cases.ring(d, s, slots)
+        positions = {**PIECES, "a whole step": [tuple(range(119, 119 + WHOLE_STEP))]}[pieces]
+        rows = cases.rows(positions, DEVICE, known)
+        tokens, slots = rows.shape[1], len(positions)
+        store = cases.pages(d, s, kind or 4, slots, 256, keys)
+        kept = cases.ring(d, s, slots, spare)
         index_rows = s.index_heads * s.index_dim
         kwargs: dict[str, object] = {}
         states: list[torch.Tensor] = []
         if kind:
             width = 4 * s.head_dim + 4 * s.index_dim + 16 if kind == 4 else 2 * s.head_dim
-            main = cases.compressor(d, kind, s.head_dim, slots)
+            main = cases.compressor(d, kind, s.head_dim, slots, spare)
             states.append(main[2])
             kwargs = dict(
                 projected=d.normal(tokens, width, dtype=torch.float32),
@@ -213,12 +235,13 @@ def test_store_entries(s: Sizes, dtype: torch.dtype, kind: int, pieces: str, kno
                 page_entries=store.page_entries,
             )
         if kind == 4:
-            index = cases.compressor(d, 4, s.index_dim, slots)
+            index = cases.compressor(d, 4, s.index_dim, slots, spare)
             states.append(index[2])
             kwargs |= dict(
                 index_compressor=index,
                 index_heads=s.index_heads,
                 query=d.normal(tokens, 96 + index_rows),
+                key_format=keys,
             )
         before = store.pool.clone()
         with use_backend(backend):
@@ -285,10 +308,11 @@ def test_entry_attention(s: Sizes, dtype: torch.dtype, kind: int, position: int)
     assert distance(found, expected) < near(dtype)
 
 
+@pytest.mark.parametrize("keys", ["fp4", "fp8"])
 @pytest.mark.parametrize("position", cases_of([2, 3, 500, 4099], [3, 600]))
-def test_index_scores(s: Sizes, dtype: torch.dtype, position: int) -> None:
+def test_index_scores(s: Sizes, dtype: torch.dtype, position: int, keys: IndexerFormat) -> None:
     d = Draw(position, dtype, DEVICE)
-    store = cases.pages(d, s, 4, 2, 1200)
+    store = cases.pages(d, s, 4, 2, 1200, keys)
     (expected, _), (found, maxima) = both(
         "index_scores_paged",
         d.normal(2, s.index_heads, s.index_dim),
@@ -300,6 +324,7 @@ def test_index_scores(s: Sizes, dtype: torch.dtype, position: int) -> None:
         page_entries=store.page_entries,
         ratio=4,
         most_entries=1200,
+        key_format=keys,
     )
     count = (position + 1) // 4
     found = found[:, :1200]

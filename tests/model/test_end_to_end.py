@@ -222,5 +222,8 @@ def test_native_prefills_of_other_lengths(seen: Seen) -> None:
 @torch.no_grad()
 def test_native_decode(seen: Seen) -> None:
     cache = seen.model.new_cache()
-    rows = [seen.model(token, cache)[0] for token in seen.tokens.split(1, dim=1)]
-    assert_logits(torch.cat(rows), seen.golden["decode_logits_native"], NATIVE)
+    # Past every window; of the form that the released checkpoints have, all of it.
+    tokens = seen.tokens if seen.name == "tiny-instruct" else seen.tokens[:, :150]
+    rows = [seen.model(token, cache)[0] for token in tokens.split(1, dim=1)]
+    expected = seen.golden["decode_logits_native"][: len(rows)]
+    assert_logits(torch.cat(rows), expected, NATIVE)

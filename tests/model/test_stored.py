@@ -14,6 +14,7 @@ from fathom.model.stored import StoredLayer
 from fathom.model.stored_cache import SlabLayout, StoredCache
 from fathom.model.stored_forward import run_layers
 from fathom.model.stored_work import Step
+from fathom.quant import kv_pack
 from tests.model.tiny import as_stored
 
 SIZES = {
@@ -69,3 +70,22 @@ def test_a_slab_of_v4_flash_has_the_documented_bytes() -> None:
     layout = SlabLayout.of(config, config.compress_ratios)
     # 21 CSA layers of 64 entries and keys, 20 HCA layers of 2 entries.
     assert layout.num_bytes == 21 * 64 * (584 + 68) + 20 * 2 * 584
+
+
+@pytest.mark.parametrize("keys", ["fp4", "fp8"])
+@pytest.mark.parametrize("preset", ["flash", "pro", "nano"])
+def test_the_engines_slabs_are_laid_out_alike(preset: str, keys: kv_pack.IndexerFormat) -> None:
+    from fathom.engine import kv_cache
+    from fathom.model import ModelConfig
+
+    config = ModelConfig.preset(preset)
+    own = SlabLayout.of(config, config.compress_ratios, keys)
+    served = kv_cache.SlabLayout.of(config, True, torch.bfloat16, keys)
+    for ratio, offsets, place in zip(
+        config.compress_ratios, own.offsets, served.layers, strict=True
+    ):
+        if ratio:
+            assert offsets[0] == place.kv_data
+        if ratio == 4:
+            assert offsets[1] == place.key_data
+    assert served.slab_bytes == -(-own.num_bytes // 8) * 8

@@ -120,7 +120,7 @@ def test_strangers_who_say_nothing_do_not_lock_others_out(
     sandbox: SyncSandbox, options: dict[str, Path]
 ):
     with contextlib.ExitStack() as stack:
-        for _ in range(28):
+        for _ in range(100):
             stack.enter_context(line_to(options, sandbox))
         assert sandbox.exec("echo fine", timeout=TIMEOUT).stdout == "fine\n"
 
@@ -180,7 +180,7 @@ def test_more_commands_than_processes_are_refused_one_by_one(client: SyncClient)
         said = ""
         while not said and time.monotonic() < deadline:
             try:
-                sandbox.exec("true", timeout=5)
+                sandbox.exec("true", timeout=1)
             except SandboxError as error:
                 said = str(error)
         assert "raise pids or memory" in said

@@ -16,15 +16,10 @@ from fathom.sandbox.substrates.choice import program_of
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
+# In parts of about the same length, which may run side by side.
 SAME_TESTS = (
-    "attacks",
-    "attacks_agent",
-    "conformance",
-    "limits",
-    "lifetime",
-    "probe",
-    "files",
-    "exec",
+    ("attacks", "attacks_agent", "probe"),
+    ("conformance", "limits", "lifetime", "files", "exec"),
 )
 # The daemon of a user other than root, with the API process that sees nothing.
 DAEMON_TESTS = ("daemon", "forged", "confine")
@@ -34,7 +29,8 @@ LEFT_OUT = (
     "values_that or broken_promise or strange_names or useless_timeouts or unusable or exit_codes "
     "or round_trip or pipes or path or utf8 or cap or given or stdin or lists or undecodable "
     "or stranger or nonsense or lies or no_container or longest or large or many_commands "
-    "or calls_of or stale or removal or where"
+    "or calls_of or stale or removal or where or background or orphan or stopped or missing_is "
+    "or folders_are or above_the or without_permission or ignores or endless"
 )
 NOBODY = 65534
 
@@ -95,8 +91,9 @@ def _needs(need_root: None) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_the_same_tests_pass_as_nobody(home: Path):
-    files = [str(HERE / f"test_{name}.py") for name in SAME_TESTS]
+@pytest.mark.parametrize("names", SAME_TESTS, ids="-".join)
+def test_the_same_tests_pass_as_nobody(home: Path, names: tuple[str, ...]):
+    files = [str(HERE / f"test_{name}.py") for name in names]
     options = [
         "-p",
         "no:cacheprovider",
@@ -109,7 +106,7 @@ def test_the_same_tests_pass_as_nobody(home: Path):
     done = as_nobody(home, "-m", "pytest", *options, *files, timeout=380)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = int(done.stdout.rsplit(" passed", 1)[0].split()[-1])
-    assert passed > 90, done.stdout[-500:]
+    assert passed > 40, done.stdout[-500:]
 
 
 @pytest.mark.timeout(200)

@@ -57,6 +57,7 @@ def chunk_entries(
     offsets: tuple[int, int] = (0, 0),
     page_entries: int = 1,
     index_heads: int = 0,
+    key_format: str = "fp4",
     known: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Write what the chunk adds to the sequence's caches, in place, as one step a token would.
@@ -98,6 +99,7 @@ def chunk_entries(
                 "offsets": offsets,
                 "page_entries": page_entries,
                 "index_heads": index_heads,
+                "key_format": key_format,
             }
         rows = torch.tensor([[start + i], [0], [0], [known]], dtype=torch.int32)
         index_queries.append(
@@ -128,12 +130,14 @@ def chunk_picks(
     page_entries: int,
     ratio: int,
     k: int,
+    key_format: str = "fp4",
 ) -> torch.Tensor:
     """The k visible entries of the best index scores for every token, ties to the lower position.
 
     query: [tokens, index_heads, index_dim], rotated and rounded; weights: [tokens, cols] float32,
     weights_proj's output in its last index_heads columns; pool: [pages, bytes] uint8; table:
-    [pages] int32. Returns [tokens, topk] int32: ascending positions, then -1 where there are fewer.
+    [pages] int32; key_format: "fp4" or "fp8". Returns [tokens, topk] int32: ascending positions,
+    then -1 where there are fewer.
     """
     tokens = query.shape[0]
     rows = torch.zeros(4, tokens, dtype=torch.int32, device=query.device)
@@ -141,7 +145,7 @@ def chunk_picks(
     most = max(1, (start + tokens) // ratio)
     scores, maxima = index_scores_paged(
         query, weights, rows, pool, table[None], index_offset=index_offset,
-        page_entries=page_entries, ratio=ratio, most_entries=most,
+        page_entries=page_entries, ratio=ratio, most_entries=most, key_format=key_format,
     )  # fmt: skip
     picks = topk_positions(scores, maxima, rows, k=k, ratio=ratio)
     none = torch.iinfo(torch.int32).max

@@ -16,6 +16,8 @@ Paper: §2.2 (mHC), §2.3 (attention), §2.1 (experts), §3.5.1 (cache layout).
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 
@@ -30,7 +32,6 @@ from fathom.kernels.registry import register
 from fathom.quant import fp4, fp8, kv_pack
 
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
-INDEX_GROUP = 32
 
 
 def fp8_matrix(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -90,6 +91,7 @@ def store_entries(
     offsets: tuple[int, int] = (0, 0),
     page_entries: int = 1,
     index_heads: int = 0,
+    key_format: str = "fp4",
 ) -> torch.Tensor | None:
     """Write what the tokens add to the caches, in place; return the rounded index queries.
 
@@ -101,8 +103,8 @@ def store_entries(
     (ape, norm, state): for ratio 4 the state is the last tokens' kv and gate [slots, 2, tail, 2 *
     cols], for ratio 128 a running softmax's maximum, sum and weighted sum after each of the last
     tokens [slots, tail, 3, cols]; pool: [pages, bytes] uint8, `page_entries` entries at offsets[0]
-    and index keys at offsets[1] of each page; table: [slots, pages] int32. Returns [tokens,
-    index_heads, index_dim] or None.
+    and index keys at offsets[1] of each page, stored as key_format "fp4" or "fp8", to which queries
+    are rounded too; table: [slots, pages] int32. Returns [tokens, index_heads, index_dim] or None.
     """
     head_dim = kv_norm.shape[0]
     rope_dim = 2 * rotation.shape[-1]
@@ -135,23 +137,31 @@ def store_entries(
         if own is not None:
             assert index_compressor is not None
             row = rmsnorm(own[token].to(low.dtype), index_compressor[1], norm_eps)[None, None]
-            _write_key(page[offsets[1] :], place, page_entries, hadamard(rope(row, *turn))[0, 0])
+            row = hadamard(rope(row, *turn))[0, 0]
+            _write_key(page[offsets[1] :], place, page_entries, row, key_format)
     if kind != 4:
         return None
     assert query is not None
     assert own is not None
     q = query[:, query.shape[1] - index_heads * own.shape[1] :].unflatten(-1, (index_heads, -1))
     q = rope(q.unsqueeze(1), rotation[:, 0:1], rotation[:, 1:2])[:, 0]
-    return fp4.simulate(hadamard(q))
+    return simulate_index(hadamard(q), key_format)
 
 
-def _write_key(block: torch.Tensor, place: int, room: int, row: torch.Tensor) -> None:
+def simulate_index(x: torch.Tensor, key_format: str) -> torch.Tensor:
+    """Index queries or keys x [..., index_dim] as a format, "fp4" or "fp8", gives them back."""
+    return fp4.simulate(x) if key_format == "fp4" else fp8.simulate(x, x.shape[-1])
+
+
+def _write_key(
+    block: torch.Tensor, place: int, room: int, row: torch.Tensor, key_format: str
+) -> None:
     """row: [index_dim], to the `place`-th of `room` keys of block [bytes] uint8."""
-    codes, scale = fp4.quantize(row)
-    half, scales = row.shape[0] // 2, row.shape[0] // INDEX_GROUP
-    block[place * half : (place + 1) * half] = codes.view(torch.uint8)
-    at = room * half + place * scales
-    block[at : at + scales] = scale.view(torch.uint8)
+    codes, scales = kv_pack.pack_indexer_entries(row, cast(kv_pack.IndexerFormat, key_format))
+    size = codes.shape[0]
+    block[place * size : (place + 1) * size] = codes
+    at = room * size + place * scales.shape[0]
+    block[at : at + scales.shape[0]] = scales
 
 
 def _width(kind: int, head_dim: int) -> int:
@@ -293,13 +303,14 @@ def index_scores_paged(
     page_entries: int,
     ratio: int,
     most_entries: int,
+    key_format: str = "fp4",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of all visible entries from their stored keys, -inf beyond; formed in float32.
 
     query: [tokens, index_heads, index_dim], rotated and rounded; weights: [tokens, cols] float32,
     weights_proj's output in its last index_heads columns; rows: [4, tokens] int32; pool: [pages,
-    bytes] uint8; table: [slots, pages] int32. Returns (scores [tokens, most_entries] float32, a
-    bound per group of entries, here the scores themselves).
+    bytes] uint8; table: [slots, pages] int32; key_format: "fp4" or "fp8". Returns (scores [tokens,
+    most_entries] float32, a bound per group of entries, here the scores themselves).
     """
     tokens, heads, dim = query.shape
     scores = torch.full((tokens, most_entries), -torch.inf, device=query.device)
@@ -309,10 +320,10 @@ def index_scores_paged(
         if count == 0:
             continue
         pages = table[slot, : -(-count // page_entries)].long()
-        keys = pool[pages, index_offset : index_offset + page_entries * (dim // 2 + dim // 32)]
-        data = keys[:, : page_entries * dim // 2].reshape(-1, dim // 2)
-        scale = keys[:, page_entries * dim // 2 :].reshape(-1, dim // 32)
-        decoded = fp4.dequantize(data.contiguous(), scale.contiguous().view(E8M0))[:count]
+        form = cast(kv_pack.IndexerFormat, key_format)
+        size = page_entries * kv_pack.indexer_entry_bytes(form, dim)
+        keys = pool[pages, index_offset : index_offset + size]
+        decoded = kv_pack.unpack_indexer_page(keys, form, dim).flatten(0, 1)[:count]
         products = (query[token].float() @ decoded.T).relu()
         scores[token, :count] = (products * w[token, :, None]).sum(0)
     return scores, scores

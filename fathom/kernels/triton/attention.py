@@ -1,8 +1,9 @@
 """Decode attention over stored entries: the window's ring and compressed entries of paged blocks.
 
-`_attend` gives every chunk of entries and every 16 or 32 heads a program, which reads the 584-byte
-entries once, decodes them in registers and keeps an online softmax; `_combine` joins the chunks
-in a fixed order, adds the sink and turns the outputs back. Chunks are cut by position alone, never
+`_turn` normalises and rotates the queries. `_attend` gives every chunk of entries a program with
+all heads, or 64 of them, which reads the 584-byte entries once, decodes them in registers and keeps
+an online softmax; `_combine` joins the chunks in a fixed order, adds the sink and turns the outputs
+back. Chunks are cut by position alone, never
 by the batch or the longest context, so that a sequence's result does not depend on its company.
 
 Bytes: 584 an entry for every 64 heads where they fit the L2 cache; 4 * head_dim * heads a chunk for
@@ -51,7 +52,8 @@ AT_ONCE = 32  # chunks that it reads at once
 
 
 @triton.jit
-def _rounded(x, dtype: tl.constexpr):
+def rounded(x, dtype: tl.constexpr):
+    """float32 as the arithmetic's dtype keeps it, still float32."""
     return x.to(dtype).to(tl.float32)
 
 
@@ -67,9 +69,9 @@ def _turn(
     col = tl.arange(0, WIDE)[None, :]
     at = head[:, None] * COLS + col
     q = tl.load(query + token * query_stride + at, mask=col < COLS, other=0.0).to(tl.float32)
-    mean = _rounded(tl.sum(_rounded(q * q, dtype), axis=1) / COLS, dtype)
-    r = _rounded(1.0 / tl.sqrt(_rounded(mean + eps, dtype)), dtype)
-    q = _rounded(q * r[:, None], dtype)
+    mean = rounded(tl.sum(rounded(q * q, dtype), axis=1) / COLS, dtype)
+    r = rounded(1.0 / tl.sqrt(rounded(mean + eps, dtype)), dtype)
+    q = rounded(q * r[:, None], dtype)
     even, odd = tl.split(tl.reshape(q, [HEADS, WIDE // 2, 2]))
     cos = rotation + token * ROPE
     even, odd = turn(even, odd, cos, cos + ROPE // 2, WIDE // 2, (COLS - ROPE) // 2, ROPE // 2)
@@ -197,7 +199,7 @@ def _combine(
         )  # fmt: skip
         value += tl.sum(tl.exp(each - high)[:, None] * rows, axis=0)
     dtype: tl.constexpr = out.dtype.element_ty
-    even, odd = tl.split(tl.reshape(_rounded(value / total, dtype), [PART // 2, 2]))
+    even, odd = tl.split(tl.reshape(rounded(value / total, dtype), [PART // 2, 2]))
     pair = part * (PART // 2) + tl.arange(0, PART // 2) - (COLS - ROPE) // 2
     live = (pair >= 0) & (pair < ROPE // 2)
     cos = tl.load(rotation + token * ROPE + pair, mask=live, other=1.0)

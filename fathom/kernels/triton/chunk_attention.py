@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from fathom.kernels.registry import register
+from fathom.kernels.triton.attention import rounded
 from fathom.kernels.triton.chunk_entries import read_entries
 from fathom.kernels.triton.entries import turn
 
@@ -27,11 +28,6 @@ STEP = 64  # keys of one step of the online softmax
 TURNED_HEADS = 8  # of one program of _turn_queries
 WARPS = 8
 STAGES = {0: 2, 4: 3, 128: 2}  # by kind: picks are loaded a step before the keys they name
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    return x.to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -46,9 +42,9 @@ def _turn_queries(
     col = tl.arange(0, WIDE)[None, :]
     own = query + token * query_stride + head[:, None] * COLS + col
     q = tl.load(own, mask=col < COLS, other=0.0).to(tl.float32)
-    mean = _rounded(tl.sum(_rounded(q * q, dtype), axis=1) / COLS, dtype)
-    r = _rounded(1.0 / tl.sqrt(_rounded(mean + eps, dtype)), dtype)
-    q = _rounded(q * r[:, None], dtype)
+    mean = rounded(tl.sum(rounded(q * q, dtype), axis=1) / COLS, dtype)
+    r = rounded(1.0 / tl.sqrt(rounded(mean + eps, dtype)), dtype)
+    q = rounded(q * r[:, None], dtype)
     even, odd = tl.split(tl.reshape(q, [HEADS, WIDE // 2, 2]))
     cos = rotation + token * ROPE
     even, odd = turn(even, odd, cos, cos + ROPE // 2, WIDE // 2, (COLS - ROPE) // 2, ROPE // 2)
@@ -101,7 +97,7 @@ def _attend(
         out = tl.dot(p.to(dtype), kv, out * fade[:, None], input_precision="ieee")
         high = higher
     total += tl.exp(tl.load(sink + head) - high)
-    out = _rounded(out / total[:, None], dtype)
+    out = rounded(out / total[:, None], dtype)
     even, odd = tl.split(tl.reshape(out, [HEADS, WIDE // 2, 2]))
     pair = tl.arange(0, WIDE // 2)
     turned = (pair >= (COLS - ROPE) // 2) & (pair < COLS // 2)

@@ -188,7 +188,7 @@ def _compressed(
     entry_rotation, table, pool, page_stride, entry_offset, index_offset, start, tokens, known, eps,
     dtype: tl.constexpr, KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr,
     WIDE: tl.constexpr, INDEX_COLS: tl.constexpr, PAGE: tl.constexpr, TAIL: tl.constexpr,
-    STEP: tl.constexpr,
+    STEP: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     DATA: tl.constexpr = COLS + ROPE
     SCALES: tl.constexpr = ((COLS - ROPE) // 64 + 7) // 8 * 8
@@ -220,21 +220,21 @@ def _compressed(
             INDEX_COLS, TAIL,
         )  # fmt: skip
         key = finish_entry(key, index_norm, cos, sin, eps, dtype, INDEX_COLS, ROPE, INDEX_COLS)
-        store_key(key, page + index_offset, place, dtype, PAGE, INDEX_COLS)
+        store_key(key, page + index_offset, place, dtype, PAGE, INDEX_COLS, FP8)
 
 
 @triton.jit
 def _index_queries(
     query, query_stride, rotation, out,
     ROPE: tl.constexpr, COLS: tl.constexpr, TOTAL: tl.constexpr, HEADS: tl.constexpr,
-    DOT: tl.constexpr,
+    DOT: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     at = head[:, None] * COLS + tl.arange(0, COLS)[None, :]
     index_queries(
         query + token * query_stride, rotation + token * ROPE, out + token * TOTAL * COLS, at,
-        query.dtype.element_ty, COLS, ROPE, HEADS, DOT,
+        query.dtype.element_ty, COLS, ROPE, HEADS, DOT, FP8,
     )  # fmt: skip
 
 
@@ -273,6 +273,7 @@ def chunk_entries(
     offsets: tuple[int, int] = (0, 0),
     page_entries: int = 1,
     index_heads: int = 0,
+    key_format: str = "fp4",
     known: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As the reference. low: [tokens, rows], whose last head_dim columns are the raw entry;
@@ -304,7 +305,8 @@ def chunk_entries(
         index[2], entry_rotation, table, pool, pool.stride(0), *offsets, start, tokens, known,
         norm_eps, dtype=tl.float32 if low.dtype == torch.float32 else tl.bfloat16,
         KIND=kind, INDEX_COLS=index_norm.shape[0] if kind == 4 else 64, PAGE=page_entries,
-        TAIL=state.shape[1 if kind == 4 else 0], STEP=STEP, num_warps=4, **sizes,
+        TAIL=state.shape[1 if kind == 4 else 0], STEP=STEP, FP8=key_format == "fp8", num_warps=4,
+        **sizes,
     )  # fmt: skip
     if kind != 4:
         return recent, None
@@ -318,6 +320,7 @@ def chunk_entries(
     _index_queries[(tokens, index_heads // each)](
         query[:, query.shape[1] - index_heads * cols :], query.stride(0), rotation, index_query,
         ROPE=rope, COLS=cols, TOTAL=index_heads, HEADS=each,
-        DOT=tl.float32 if low.dtype == torch.float32 else tl.bfloat16, num_warps=4,
+        DOT=tl.float32 if low.dtype == torch.float32 else tl.bfloat16, FP8=key_format == "fp8",
+        num_warps=4,
     )  # fmt: skip
     return recent, index_query

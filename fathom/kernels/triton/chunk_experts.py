@@ -27,13 +27,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
-from fathom.kernels.triton.chunk_linear import chunk_linear, float_product, rounded_rows
+from fathom.kernels.triton.chunk_linear import FEW, chunk_linear, float_product, rounded_rows
 from fathom.kernels.triton.few_experts import stored_moe
 from fathom.kernels.triton.fp4_words import factors_of_words, ordered, settled, unpacked
 
 ROWS, TOKENS = 128, 256  # of one program's tile
 WARPS, STAGES = 8, 3
-FEW = 64  # tokens up to which few_experts.py multiplies
 
 
 @triton.jit
@@ -93,9 +92,7 @@ def _swiglu_rounded(
     at = both + row * 2 * groups * 128 + group[:, None] * 128 + col[None, :]
     gate = tl.load(at, mask=live[:, None], other=0.0).to(tl.float32)
     up = tl.load(at + groups * 128, mask=live[:, None], other=0.0).to(tl.float32)
-    gate = tl.minimum(gate, limit)
-    up = tl.minimum(tl.maximum(up, -limit), limit)
-    values = gate / (1.0 + tl.exp(-gate)) * up
+    values = f.swiglu(gate, up, limit)
     if WEIGHED:
         values *= tl.load(weights + tl.load(order + row))
     values = values.to(out.dtype.element_ty).to(tl.float32)
@@ -222,7 +219,7 @@ def chunk_moe(
     routed, shared, bias, table: the same as there. Returns (pairs [tokens, topk, hidden], shared
     output [tokens, hidden], indices [tokens, topk] int32).
     """
-    if x.shape[0] <= FEW:
+    if x.shape[0] <= FEW:  # few_experts.py multiplies
         return stored_moe(
             x, token_ids, gate, routed, shared, topk=topk, scaling_factor=scaling_factor,
             limit=limit, bias=bias, table=table,

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 
 from fathom.kernels.registry import register
-from fathom.kernels.triton import formats as f
+from fathom.kernels.triton import index_keys
+from fathom.kernels.triton.index import sortable
 
 ENTRIES = 128  # keys of one program of _scores
 QUERIES = 32  # that pass a program of _scores
@@ -29,36 +30,19 @@ SELECT_BLOCK = 8192  # scores that _select looks at at once
 
 
 @triton.jit
-def _sortable(score):
-    """float32 as an int32 of the same order; adding zero makes the two zeros equal."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
 def _keys(
     pool, page_stride, index_offset, table, out, count,
-    DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Decoded keys: out [entries, DIM], zeros behind the last."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = entry < count
     page = tl.load(table + entry // PAGE, mask=live, other=0).to(tl.int64)
     keys = (pool + page * page_stride + index_offset)[:, None]
-    byte = tl.arange(0, DIM // 2)
-    packed = tl.load(
-        keys + (entry % PAGE * (DIM // 2))[:, None] + byte[None, :], mask=live[:, None], other=0
-    )
-    unit = tl.load(
-        keys + PAGE * (DIM // 2) + (entry % PAGE * (DIM // 32))[:, None] + byte[None, :] // 16,
-        mask=live[:, None], other=0,
-    )  # fmt: skip
-    unit = f.decode_e8m0(unit) * f.E2M1_UNIT
-    low = f.decode_e2m1(packed & 15).to(tl.float32) * unit
-    high = f.decode_e2m1(packed >> 4).to(tl.float32) * unit
-    values = tl.reshape(tl.join(low, high), [BLOCK, DIM])
+    dtype: tl.constexpr = out.dtype.element_ty
+    values = index_keys.load(keys, entry % PAGE, live, PAGE, DIM, FP8, dtype != tl.float32)
     at = out + entry.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    tl.store(at, values.to(out.dtype.element_ty))
+    tl.store(at, values.to(dtype))
 
 
 @triton.jit(do_not_specialize=["position", "first", "tokens"])
@@ -108,21 +92,21 @@ def _select(
             reached = tl.zeros([BLOCK], tl.int32)
             for first in range(0, visible, BLOCK):
                 live = first + i < visible
-                key = _sortable(tl.load(row + first + i, mask=live, other=0.0))
+                key = sortable(tl.load(row + first + i, mask=live, other=0.0))
                 reached += (live & (key >= bound)).to(tl.int32)
             low = tl.where(tl.sum(reached, axis=0) >= K, middle, low)
         kth = low.to(tl.int32)
         above = tl.zeros([BLOCK], tl.int32)
         for first in range(0, visible, BLOCK):
             live = first + i < visible
-            key = _sortable(tl.load(row + first + i, mask=live, other=0.0))
+            key = sortable(tl.load(row + first + i, mask=live, other=0.0))
             above += (live & (key > kth)).to(tl.int32)
         room = K - tl.sum(above, axis=0)  # for scores equal to the k-th: the first of them
         done = tl.full([], 0, tl.int32)
         ties = tl.full([], 0, tl.int32)
         for first in range(0, visible, BLOCK):
             live = first + i < visible
-            key = _sortable(tl.load(row + first + i, mask=live, other=0.0))
+            key = sortable(tl.load(row + first + i, mask=live, other=0.0))
             tied = (live & (key == kth)).to(tl.int32)
             order = ties + tl.cumsum(tied, axis=0)
             chosen = (live & (key > kth)) | ((tied > 0) & (order <= room))
@@ -156,6 +140,7 @@ def chunk_picks(
     page_entries: int,
     ratio: int,
     k: int,
+    key_format: str = "fp4",
 ) -> torch.Tensor:
     """As the reference. query: [tokens, index_heads, index_dim]; weights: [tokens, cols] float32,
     the index_heads last; pool: [pages, bytes] uint8; table: [pages] int32. Returns [tokens, topk]
@@ -172,7 +157,7 @@ def chunk_picks(
     if few < tokens:
         _keys[(room // ENTRIES,)](
             pool, pool.stride(0), index_offset, table, keys, count, DIM=dim, PAGE=page_entries,
-            BLOCK=ENTRIES, num_warps=4,
+            BLOCK=ENTRIES, FP8=key_format == "fp8", num_warps=4,
         )  # fmt: skip
     if few:
         _select[(few,)](scores, 0, picks, start, RATIO=ratio, K=k, BLOCK=128, num_warps=4)

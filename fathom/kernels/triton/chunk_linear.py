@@ -26,7 +26,7 @@ from fathom.kernels.triton import formats as f
 from fathom.kernels.triton.few_linear import stored_linear
 from fathom.quant import fp8
 
-FEW = 64  # tokens up to which few_linear.py multiplies
+FEW = 64  # tokens up to which few_linear.py (and few_experts.py) multiplies
 ROUNDED_ROWS = 4  # warps of a program that rounds one row
 SCALED_CARDS = ((9, 0),)  # compute capabilities whose library multiplies FP8 blocks with scales
 PADDED = 16  # rows of such a product are a multiple of this

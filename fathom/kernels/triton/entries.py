@@ -20,6 +20,7 @@ import triton.language as tl
 
 from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
+from fathom.kernels.triton import index_keys
 from fathom.quant import kv_pack
 
 QUERY_HEADS = 16  # index heads of one program
@@ -71,36 +72,27 @@ def store_entry(
 
 
 @triton.jit
-def store_key(value, keys, place, dtype: tl.constexpr, PAGE: tl.constexpr, COLS: tl.constexpr):
-    """Rotate one index key [COLS] by the Hadamard matrix and pack it: e2m1 in groups of 32."""
+def store_key(
+    value, keys, place, dtype: tl.constexpr, PAGE: tl.constexpr, COLS: tl.constexpr,
+    FP8: tl.constexpr,
+):  # fmt: skip
+    """Rotate one index key [COLS] by the Hadamard matrix and pack it."""
     value = tl.sum(value[None, :] * signs(COLS), axis=1) * COLS**-0.5
-    groups = tl.reshape(value.to(dtype).to(tl.float32), [COLS // 32, 32])
-    amax = tl.maximum(tl.max(tl.abs(groups), axis=1), f.FP4_FLOOR)
-    unit, inverse = f.power_of_two_scale(amax, f.E2M1_RECIPROCAL)
-    codes = f.encode_e2m1(f.round_e2m1(groups * inverse[:, None]), groups)
-    even, odd = tl.split(tl.reshape(codes, [COLS // 2, 2]))
-    at = place * (COLS // 2) + tl.arange(0, COLS // 2)
-    tl.store(keys + at, (even | (odd << 4)).to(tl.uint8))
-    at = PAGE * (COLS // 2) + place * (COLS // 32)
-    tl.store(keys + at + tl.arange(0, COLS // 32), f.exponent_byte(unit))
+    index_keys.store(value.to(dtype).to(tl.float32), keys, place, PAGE, COLS, FP8)
 
 
 @triton.jit
 def index_queries(
     query, cos, out, at, dtype: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr,
-    HEADS: tl.constexpr, DOT: tl.constexpr,
+    HEADS: tl.constexpr, DOT: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Rotate HEADS index queries, then by the Hadamard matrix, and round them to e2m1."""
+    """Rotate HEADS index queries, then by the Hadamard matrix, and round them as keys are."""
     q = tl.load(query + at).to(tl.float32)
     even, odd = tl.split(tl.reshape(q, [HEADS, COLS // 2, 2]))
     even, odd = turn(even, odd, cos, cos + ROPE // 2, COLS // 2, (COLS - ROPE) // 2, ROPE // 2)
     q = tl.reshape(tl.join(even, odd), [HEADS, COLS]).to(dtype)
     q = tl.dot(q.to(DOT), signs(COLS).to(DOT), input_precision="ieee")
-    q = (q * COLS**-0.5).to(dtype).to(tl.float32)
-    groups = tl.reshape(q, [HEADS, COLS // 32, 32])
-    amax = tl.maximum(tl.max(tl.abs(groups), axis=2), f.FP4_FLOOR)
-    unit, inverse = f.power_of_two_scale(amax, f.E2M1_RECIPROCAL)
-    q = tl.reshape(f.round_e2m1(groups * inverse[:, :, None]) * unit[:, :, None], [HEADS, COLS])
+    q = index_keys.rounded((q * COLS**-0.5).to(dtype).to(tl.float32), FP8)
     tl.store(out + at, q.to(dtype))
 
 
@@ -200,7 +192,7 @@ def _prepare(
     page_stride, entry_offset, index_offset, index_query, eps,
     KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
     RING: tl.constexpr, TAIL: tl.constexpr, INDEX_COLS: tl.constexpr, INDEX_HEADS: tl.constexpr,
-    PAGE: tl.constexpr, HEADS: tl.constexpr, DOT: tl.constexpr,
+    PAGE: tl.constexpr, HEADS: tl.constexpr, DOT: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     role, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
     dtype: tl.constexpr = low.dtype.element_ty
@@ -260,14 +252,14 @@ def _prepare(
                 key = finish_entry(
                     key, index_norm, entry_cos, entry_sin, eps, dtype, INDEX_COLS, ROPE, INDEX_COLS
                 )
-                store_key(key, page + index_offset, place, dtype, PAGE, INDEX_COLS)
+                store_key(key, page + index_offset, place, dtype, PAGE, INDEX_COLS, FP8)
         if role >= 3:
             head = (role - 3) * HEADS + tl.arange(0, HEADS)
             at = head[:, None] * INDEX_COLS + tl.arange(0, INDEX_COLS)[None, :]
             index_queries(
                 query + token * query_stride + query_first, cos,
                 index_query + token * INDEX_HEADS * INDEX_COLS, at, dtype, INDEX_COLS, ROPE, HEADS,
-                DOT,
+                DOT, FP8,
             )  # fmt: skip
 
 
@@ -291,6 +283,7 @@ def store_entries(
     offsets: tuple[int, int] = (0, 0),
     page_entries: int = 1,
     index_heads: int = 0,
+    key_format: str = "fp4",
 ) -> torch.Tensor | None:
     """As the reference. low: [tokens, rows], whose last head_dim columns are the raw entry;
     kv_norm: [head_dim]; rows: [4, tokens] int32; rotation, entry_rotation: [tokens, 2,
@@ -326,6 +319,7 @@ def store_entries(
         KIND=kind, COLS=head_dim, ROPE=rope, WIDE=triton.next_power_of_2(head_dim),
         RING=kv_pack.ring_entries(ring, head_dim, rope), TAIL=state.shape[{4: 2}.get(kind, 1)],
         INDEX_COLS=index_cols, INDEX_HEADS=index_heads, PAGE=page_entries, HEADS=max(1, each),
-        DOT=tl.float32 if low.dtype == torch.float32 else tl.bfloat16, num_warps=4,
+        DOT=tl.float32 if low.dtype == torch.float32 else tl.bfloat16, FP8=key_format == "fp8",
+        num_warps=4,
     )  # fmt: skip
     return index_query

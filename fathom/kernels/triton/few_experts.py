@@ -1,9 +1,9 @@
 """Routed experts in their stored FP4 form for a few tokens, beside the shared expert in FP8.
 
-The router's pairs are sorted by expert into tiles of up to 16 (route.py). A program of `_up` or
+The router's pairs are sorted by expert into tiles of up to 8 (route.py). A program of `_up` or
 `_down` multiplies 64 rows of an expert's matrix with one tile's inputs on the matrix units, so that
-every chosen expert's weights come from memory once for 16 tokens, and once more from the L2 cache
-for further ones. Each pair's sums are formed by the same instructions in the same order whatever
+every chosen expert's weights come from memory once for 8 tokens, and from the L2 cache for further
+ones. Each pair's sums are formed by the same instructions in the same order whatever
 else is in the tile: a token's result does not depend on the batch.
 
 Bytes for one token of V4-Flash: 6 experts x 3 matrices x 4096 x 2048 / 2, 80 MB with the scales.
@@ -24,7 +24,7 @@ from fathom.kernels.triton.fp4_words import factors_of_words, ordered, settled, 
 from fathom.kernels.triton.route import TILE, Routing, routing
 
 ROWS, WARPS, STAGES = 64, 4, 3
-AT_ONCE = 2
+AT_ONCE = 2  # tiles of 128 columns that a program fetches at once, where they divide so
 SHARED_ROWS, SHARED_TOKENS = 16, 16  # of a program of the shared expert's
 
 
@@ -96,9 +96,7 @@ def _swiglu(
         own = shared + (row - count) * 2 * groups * 128
     gate = tl.load(own + at, mask=live[:, None], other=0.0).to(tl.float32)
     up = tl.load(own + groups * 128 + at, mask=live[:, None], other=0.0).to(tl.float32)
-    gate = tl.minimum(gate, limit)
-    up = tl.minimum(tl.maximum(up, -limit), limit)
-    values = gate / (1.0 + tl.exp(-gate)) * up
+    values = f.swiglu(gate, up, limit)
     dtype: tl.constexpr = both.dtype.element_ty
     if row < count:
         values = (values * tl.load(weights + row)).to(dtype).to(tl.float32)
@@ -174,7 +172,7 @@ def _experts(
     both = torch.empty(count, 2 * inner, **make)
     _up[(2 * inner // rows, r.most)](
         x, w1, s1, w3, s3, *lists, both, inner, topk, COLS=hidden, ROWS=rows, TILE=TILE, BF16=bf16,
-        AT_ONCE=at_once(hidden),        num_warps=WARPS, num_stages=STAGES,
+        AT_ONCE=at_once(hidden), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     act = torch.empty(count, inner, **make)
     codes = torch.empty(tokens, inner, dtype=values.codes.dtype, device=x.device)

@@ -110,6 +110,14 @@ def bfloat16_bits(v):
 
 
 @triton.jit
+def swiglu(gate, up, limit):
+    """silu(min(gate, limit)) * clamp(up), float32."""
+    gate = tl.minimum(gate, limit)
+    up = tl.minimum(tl.maximum(up, -limit), limit)
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
 def round_group(values):
     """[groups, 128] float32 as FP8 with a power-of-two scale for each group would give it."""
     amax = tl.maximum(tl.max(tl.abs(values), axis=1), FP8_FLOOR)

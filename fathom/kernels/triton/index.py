@@ -1,4 +1,5 @@
-"""The lightning indexer over paged FP4 keys, and the choice of the best entries without full sorts.
+"""The lightning indexer over paged FP4 or FP8 keys, and the choice of the best entries without
+full sorts.
 
 Four launches. `_scores` also keeps the largest score of every small group of entries. There are at
 least k scores not below the k-th largest of those maxima, so `_threshold`, which looks at the
@@ -7,7 +8,8 @@ maxima alone, bounds the answer from below; about k entries pass it, and `_colle
 also for ties, whatever order they were gathered in. Where very many pass (they sit in few groups),
 `_choose` first raises the bound bit by bit.
 
-Bytes for one token at 1M tokens: 262,144 keys of 68 bytes, 17.8 MB; scores 1 MB written and read.
+Bytes for one token at 1M tokens: 262,144 keys of 68 bytes as FP4, 17.8 MB, of 132 as FP8, 34.6 MB;
+scores 1 MB written and read.
 
 Paper: §2.3.1, eq. 13-17; §3.4 (FP4 indexer).
 """
@@ -19,7 +21,7 @@ import triton
 import triton.language as tl
 
 from fathom.kernels.registry import register
-from fathom.kernels.triton.fp4_words import factors_of_words, ordered, unpacked
+from fathom.kernels.triton import index_keys
 
 BLOCK = 64  # entries that _scores takes at once, or as many as have one maximum
 LONG = 32768  # entries from which on its programs take several blocks after another
@@ -32,7 +34,7 @@ MOST_GROUPS = 2048  # maxima that _threshold holds
 
 
 @triton.jit
-def _sortable(score):
+def sortable(score):
     """float32 as an int32 of the same order; adding zero makes the two zeros equal."""
     bits = (score + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -44,20 +46,18 @@ def _scores(
     table, pages, scores, maxima, most, factor,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, RATIO: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr, BF16: tl.constexpr,
+    FP8: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1).to(tl.int64)
     visible = (tl.load(rows + token) + 1) // RATIO
     slot = tl.load(rows + tokens + token).to(tl.int64)
     head, col, word = tl.arange(0, HEADS), tl.arange(0, 128), tl.arange(0, 16)
-    # A key's columns come in the order in which its words of codes are unpacked (fp4_words.py);
-    # a narrower key is filled up with zeros.
     own_at = query + (token * HEADS + head[:, None]) * DIM + col[None, :]
-    own = tl.load(own_at, mask=(col < DIM)[None, :], other=0.0)
-    own = tl.permute(tl.reshape(own, [HEADS, 2, 2, 4, 8]), (0, 4, 1, 3, 2))
-    own = tl.trans(tl.reshape(own, [HEADS, 128]))
+    own = tl.load(own_at, mask=(col < DIM)[None, :], other=0.0)  # a narrower key: with zeros
+    own = index_keys.turned_query(own, FP8)
     w = tl.load(weights + token * weights_stride + weights_first + head)
     w = w.to(query.dtype.element_ty).to(tl.float32) * factor
-    if BF16:
+    if BF16 and not FP8:
         w *= 4611686018427387904.0  # 2**62, by which unpacked codes are too small
     first = tl.program_id(0) * BLOCKS
     seen = tl.minimum(tl.maximum(tl.cdiv(visible, BLOCK) - first, 0), BLOCKS)
@@ -69,21 +69,11 @@ def _scores(
         live = entry < visible
         page = tl.load(table + slot * pages + entry // PAGE, mask=live, other=0)
         keys = pool + page.to(tl.int64) * page_stride + index_offset
-        words = tl.load(
-            keys.to(tl.pointer_type(tl.int32))[:, None] + (entry % PAGE * (DIM // 8))[:, None]
-            + word[None, :], mask=live[:, None] & (word < DIM // 8)[None, :], other=0,
-        )  # fmt: skip
-        scales = keys + PAGE * (DIM // 2)
-        if DIM == 128:
-            scale = tl.load(scales.to(tl.pointer_type(tl.int32)) + entry % PAGE, mask=live, other=0)
-        else:
-            scale = tl.zeros([BLOCK], tl.int32)
-            for i in tl.static_range(DIM // 32):
-                byte = tl.load(scales + entry % PAGE * (DIM // 32) + i, mask=live, other=0)
-                scale |= byte.to(tl.int32) << (8 * i)
-        key = unpacked(ordered(words), factors_of_words(scale, BF16), BF16)
+        key, unit = index_keys.operand(keys, entry % PAGE, live, col, word, PAGE, DIM, FP8, BF16)
         products = tl.dot(key, own, input_precision="ieee")
         value = tl.sum(tl.maximum(products, 0.0) * w[None, :], axis=1)
+        if FP8:  # a scale is positive, so it may wait until here
+            value *= unit
         value = tl.where(live, value, -float("inf"))
         tl.store(value_at + part * BLOCK + inside, value)
         largest = tl.max(tl.reshape(value, [BLOCK // GROUP, GROUP]), axis=1)
@@ -100,7 +90,7 @@ def _threshold(maxima, bound, found, groups, k, GROUPS: tl.constexpr):
     token = tl.program_id(0)
     i = tl.arange(0, GROUPS)
     value = tl.load(maxima + token.to(tl.int64) * groups + i, mask=i < groups, other=-float("inf"))
-    key = _sortable(value)
+    key = sortable(value)
     # Bit by bit from the top; the first step, the sign's, wraps from the smallest number to zero.
     low = tl.full([], -0x7FFFFFFF - 1, tl.int32)
     for step in range(32):
@@ -120,7 +110,7 @@ def _collect(
     visible = (tl.load(rows + token) + 1) // RATIO
     entry = block * BLOCK + tl.arange(0, BLOCK)
     score = tl.load(scores + token * most + entry, mask=entry < visible, other=-float("inf"))
-    key = _sortable(score)
+    key = sortable(score)
     passed = (key >= tl.load(bound + token)) & (entry < visible)
     count = passed.to(tl.int32)
     place = tl.cumsum(count, axis=0) - count
@@ -194,6 +184,7 @@ def index_scores_paged(
     page_entries: int,
     ratio: int,
     most_entries: int,
+    key_format: str = "fp4",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the reference. query: [tokens, index_heads, index_dim]; weights: [tokens, cols] float32,
     the index_heads last; rows: [4, tokens] int32; pool: [pages, bytes] uint8; table: [slots,
@@ -212,7 +203,8 @@ def index_scores_paged(
         dim**-0.5 * heads**-0.5,
         HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=block, BLOCKS=blocks,
         GROUP=group,
-        BF16=query.dtype != torch.float32, num_warps=SCORE_WARPS, num_stages=STAGES,
+        BF16=query.dtype != torch.float32, FP8=key_format == "fp8", num_warps=SCORE_WARPS,
+        num_stages=STAGES,
     )  # fmt: skip
     return scores, maxima
 

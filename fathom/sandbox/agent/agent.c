@@ -18,6 +18,7 @@
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <time.h>
@@ -49,6 +50,7 @@ static Conn *add_conn(int fd, bool serial) {
 /* A line that is gone; the port of a virtual machine stays and waits for the next host. */
 static void lose(Conn *c) {
   command_orphan(c);
+  queue_quit(c);
   journal_quit(c, NULL);
   if (c->given >= 0) close(c->given);
   c->given = -1;
@@ -123,7 +125,7 @@ static void hello(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
   }
   /* On a port that nobody closed: this machine is a copy, whose commands' owners are with its
    * origin. The commands go on. */
-  if (c->serial && c->known) command_disown(c), journal_quit(c, NULL);
+  if (c->serial && c->known) command_disown(c), queue_quit(c), journal_quit(c, NULL);
   c->known = true;
   if (!settings.done) keep_writes(c);
   Buffer b = {0};
@@ -199,7 +201,7 @@ static void answer(Conn *c, uint32_t id, int failed) {
   if (failed) send_error(c, id, "failed", failed, strerror(failed));
 }
 
-static void request(Conn *c, uint32_t id, uint8_t type, const uint8_t *data, size_t len) {
+void request(Conn *c, uint32_t id, uint8_t type, const uint8_t *data, size_t len) {
   Fields fields = {data, data + len};
   Field f, second;
   Cmd *cmd = command_find(c, id);
@@ -207,7 +209,7 @@ static void request(Conn *c, uint32_t id, uint8_t type, const uint8_t *data, siz
   const char *problem;
   switch (type) {
     case M_HELLO: return hello(c, id, data, len);
-    case M_EXEC: return command_start(c, id, data, len);
+    case M_EXEC: return queue_exec(c, id, data, len);
     case M_QUERY:
     case M_ACK: return receipt(c, id, type, data, len);
     case M_REKEY: return rekey(c, id, data, len);
@@ -220,7 +222,7 @@ static void request(Conn *c, uint32_t id, uint8_t type, const uint8_t *data, siz
       return send_frame(c, id, M_OK, NULL, 0);
     case M_SHIFT:
       while (next_field(&fields, &f)) {
-        if (f.tag == T_MICROS) commands_shift(number_of(&f));
+        if (f.tag == T_MICROS) commands_shift(number_of(&f)), queue_shift(number_of(&f));
         if (f.tag == T_CLOCK_US && set_clock(number_of(&f))) return answer(c, id, errno);
       }
       return send_frame(c, id, M_OK, NULL, 0);
@@ -229,8 +231,8 @@ static void request(Conn *c, uint32_t id, uint8_t type, const uint8_t *data, siz
       number = guest_network(next_field(&fields, &f) && number_of(&f));
       return number ? answer(c, id, number) : send_frame(c, id, M_OK, NULL, 0);
   }
-  /* The rest is about a command; one that ended meanwhile is no mistake. */
-  if (!cmd) return;
+  /* The rest is about a command. */
+  if (!cmd) return queue_frame(c, id, type, data, len);
   switch (type) {
     case M_STDIN: return command_stdin(cmd, data, len);
     case M_EOF: return command_eof(cmd);
@@ -304,16 +306,17 @@ static void receive(Conn *c) {
 /* Lines ---------------------------------------------------------------------------------------- */
 
 static void welcome(int listener) {
-  int strangers = 0;
-  for (Conn *c = conns; c; c = c->next) strangers += !c->known && !c->serial;
   int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
   if (fd < 0) return;
-  if (strangers >= MOST_STRANGERS) {
-    close(fd);
-    return;
-  }
   /* The request is usually there already: one round of waiting less. */
   receive(add_conn(fd, false));
+  /* Of too many that say nothing the oldest goes, which had the most time. Those that have gone
+   * already do not count: a crowd that is served ends its lines together. */
+  int strangers = 0;
+  Conn *oldest = NULL;
+  for (Conn *c = conns; c; c = c->next)
+    if (!c->known && !c->serial && !c->closing) strangers++, oldest = c;
+  if (strangers > MOST_STRANGERS) lose(oldest);
 }
 
 /* A port without a host reports a hang-up all the time: look again now and then. */
@@ -340,6 +343,7 @@ static void serve(void) {
     commands_bury();
     sweep();
     int64_t wait = more ? 0 : commands_wait(now_us());
+    if (queue_wait() >= 0 && (wait < 0 || wait > queue_wait())) wait = queue_wait();
     if (has_port() && (wait < 0 || wait > SERIAL_RETRY_US)) wait = SERIAL_RETRY_US;
     int count = epoll_wait(poller, events, EVENTS, wait < 0 ? -1 : (int)((wait + 999) / 1000));
     for (int i = 0; i < count; i++) {
@@ -362,7 +366,10 @@ static void serve(void) {
     /* Frames that wait come before the clock: after a pause, one says how long it was. */
     static int skipped;
     struct pollfd p = {poller, POLLIN, 0};
-    if (poll(&p, 1, 0) == 0 || ++skipped % 64 == 0) commands_tick(now_us());
+    if (poll(&p, 1, 0) == 0 || ++skipped % 64 == 0) {
+      commands_tick(now_us());
+      queue_tick(now_us());
+    }
   }
 }
 
@@ -412,6 +419,12 @@ int main(int argc, char **argv) {
   }
   if (listener < 0 && serial < 0) return refuse("nothing to listen on");
   if (getrandom(epoch, sizeof epoch, 0) != sizeof epoch) return refuse("getrandom");
+  /* Each command and each line takes some; commands get a limit of their own. */
+  struct rlimit files;
+  if (!getrlimit(RLIMIT_NOFILE, &files)) {
+    files.rlim_cur = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
+  }
   /* Kept away from 0, 1 and 2, which become a command's own. */
   if (listener >= 0) {
     listener = fcntl(listener, F_DUPFD_CLOEXEC, 10);

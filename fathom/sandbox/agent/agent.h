@@ -180,8 +180,13 @@ int enter_main(int argc, char **argv);
 int copy_main(int argc, char **argv);
 
 /* command.c */
+enum { START_PATIENCE_US = 5000000 }; /* so long is there no room before a start is given up */
 typedef struct Cmd Cmd;
-void command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len);
+int command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len, int64_t deadline, bool turn);
+void command_refuse(Conn *c, uint32_t id, int failed);
+int64_t timeout_of(const uint8_t *data, size_t len);
+bool command_beginning(void);
+int command_lacking(void);
 Cmd *command_find(Conn *c, uint32_t id);
 void command_stdin(Cmd *cmd, const uint8_t *data, size_t len);
 void command_eof(Cmd *cmd);
@@ -198,7 +203,17 @@ void commands_tick(int64_t now);
 void command_event(Tag *tag);
 void commands_bury(void);
 
+/* queue.c */
+void queue_exec(Conn *c, uint32_t id, const uint8_t *data, size_t len);
+void queue_frame(Conn *c, uint32_t id, uint8_t type, const uint8_t *data, size_t len);
+void queue_quit(const Conn *c);
+void queue_shift(int64_t micros);
+void queue_progress(void);
+int64_t queue_wait(void);
+void queue_tick(int64_t now);
+
 /* agent.c */
+void request(Conn *c, uint32_t id, uint8_t type, const uint8_t *data, size_t len);
 void watch(int fd, Tag *tag, uint32_t events);
 void unwatch(int fd);
 

@@ -19,12 +19,16 @@
 #include <sys/wait.h>
 #include <termios.h>
 
-enum { PIECE = 65536, MOST_DRAINS = 128, ROUNDS = 400 };
+#define NO_PROCESS "no process can be started (%s): raise pids or memory"
+
+enum { PIECE = 65536, MOST_DRAINS = 128, ROUNDS = 400, RETRY_US = 2000 };
 /* After its cap an endless output is read slowly: it shall not cost a processor. */
 enum { PAUSE_US = 2000, PATIENCE_US = 2000000, CREDIT_STEP = 65536 };
 
+/* What a monitor says: that there is no process for its command yet, which one it is, its end. */
 typedef struct {
   int pid, error, status;
+  bool waits;
   struct rusage usage;
 } Report;
 
@@ -34,6 +38,7 @@ struct Cmd {
   Op *op;
   pid_t monitor, child;
   int status, problem, in, out[2];
+  int lacking; /* why there is no process for it, while its monitor waits for one */
   bool pty, eof, detach, held, timed_out, cancelled, killed_all, ended, draining, dead;
   bool gap[2]; /* the line that follows lacks what came before: it gets no more of this stream */
   uint64_t cap, kept[2], total[2], given, credited, mode;
@@ -68,9 +73,16 @@ static void shut(int *fd) {
   *fd = -1;
 }
 
+/* Let the monitor go. By its own call, not by closing alone: another one that is just beginning may
+ * have this end as well. */
+static void release(Cmd *m) {
+  if (m->status >= 0) shutdown(m->status, SHUT_RDWR);
+  shut(&m->status);
+}
+
 static void bury(Cmd *m) {
   m->dead = true;
-  shut(&m->status);
+  release(m);
   if (m->problem >= 0) close(m->problem);
   m->problem = -1;
   if (m->pty) m->in = -1;
@@ -128,8 +140,8 @@ static size_t look(Seen **list) {
   return count;
 }
 
-/* Kill what lives below `monitor`; how many there were. */
-static size_t kill_round(pid_t monitor) {
+/* Kill what lives below `monitor`; how many there were. `below`: and how many with the dead ones. */
+static size_t kill_round(pid_t monitor, size_t *below) {
   static Seen *list;
   size_t count = look(&list), found = 0;
   for (bool more = true; more;) {
@@ -141,6 +153,7 @@ static size_t kill_round(pid_t monitor) {
         under = list[j].below && list[j].pid == list[i].parent;
       if (!under) continue;
       list[i].below = more = true;
+      ++*below;
       if (list[i].alive && !kill(list[i].pid, SIGKILL)) found++;
     }
   }
@@ -176,13 +189,16 @@ static void kill_all(void) {
   }
 }
 
-static void end_tree(Cmd *m) {
+/* False where there never was anything below the monitor. */
+static bool end_tree(Cmd *m) {
+  size_t below = 0;
   for (int round = 0; round < ROUNDS; round++) {
-    if (!kill_round(m->monitor)) return;
+    if (!kill_round(m->monitor, &below)) return below;
     usleep(500);
   }
   m->killed_all = true;
   kill_all();
+  return true;
 }
 
 /* Starting ------------------------------------------------------------------------------------- */
@@ -246,13 +262,26 @@ static void be_command(const Wanted *w, int in, int out, int err, int problem, u
   run_program(w);
 }
 
+/* Whether it may work later: a limit was hit, and what counts under it comes and goes. */
+static bool lacks_room(int failed) {
+  return failed == EAGAIN || failed == ENOMEM || failed == EMFILE || failed == ENFILE;
+}
+
 static void be_monitor(const Wanted *w, int status, int in, int out, int err, int problem,
                        uint64_t mode) {
   Report report = {0};
   prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
   signal(SIGCHLD, SIG_DFL);
   limit_processes();
-  report.pid = fork();
+  int64_t patience = now_us() + START_PATIENCE_US;
+  bool told = true;
+  while ((report.pid = fork()) < 0 && lacks_room(errno) && now_us() < patience) {
+    report.error = errno;
+    if (!report.waits) report.waits = true, told = write(status, &report, sizeof report) > 0;
+    if (!told) _exit(1);
+    usleep(RETRY_US);
+  }
+  report.waits = false;
   if (report.pid == 0) be_command(w, in, out, err, problem, mode);
   report.error = report.pid < 0 ? errno : 0;
   int kept = fcntl(status, F_DUPFD_CLOEXEC, 3);
@@ -385,14 +414,44 @@ static bool resume_op(Conn *c, uint32_t id, const char *key, const char *digest)
   return true;
 }
 
-void command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
+int64_t timeout_of(const uint8_t *data, size_t len) {
+  Fields fields = {data, data + len};
+  Field f;
+  int64_t timeout = 0;
+  while (next_field(&fields, &f))
+    if (f.tag == T_TIMEOUT_US) timeout = number_of(&f);
+  return timeout;
+}
+
+void command_refuse(Conn *c, uint32_t id, int failed) {
+  char text[256];
+  snprintf(text, sizeof text, NO_PROCESS, strerror(failed));
+  send_error(c, id, "no_process", failed, text);
+}
+
+/* Whether there is one whose monitor has not said yet that it runs. */
+bool command_beginning(void) {
+  for (Cmd *m = commands; m; m = m->next)
+    if (m->status >= 0 && !m->child) return true;
+  return false;
+}
+
+/* Why there is no process for the one that is beginning; 0 where nothing hinders it. */
+int command_lacking(void) {
+  for (Cmd *m = commands; m; m = m->next)
+    if (m->status >= 0 && !m->child) return m->lacking;
+  return 0;
+}
+
+/* Start a command, or answer why not. Where there is no room for it nothing is done, and the reason
+ * returned; it is not even tried without `turn`, which -1 says. */
+int command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len, int64_t deadline, bool turn) {
   Wanted w = {0};
   char *key = NULL, *digest = NULL;
   Cmd *m = grow(NULL, sizeof *m);
   *m = (Cmd){.conn = c, .id = id, .status = -1, .problem = -1, .in = -1, .out = {-1, -1}};
   m->cap = 1 << 20;
   m->grace_us = 50000;
-  int64_t timeout = 0;
   Fields fields = {data, data + len};
   Field f;
   while (next_field(&fields, &f)) {
@@ -403,7 +462,6 @@ void command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
       case T_BUILTIN: free(w.builtin), w.builtin = text_of(&f); break;
       case T_OP: free(key), key = text_of(&f); break;
       case T_DIGEST: free(digest), digest = text_of(&f); break;
-      case T_TIMEOUT_US: timeout = number_of(&f); break;
       case T_CAP: m->cap = number_of(&f); break;
       case T_GRACE_US: m->grace_us = number_of(&f); break;
       case T_FLAGS: w.flags = number_of(&f); break;
@@ -415,20 +473,22 @@ void command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
   if (!w.env) w.env = grow(NULL, sizeof(char *)), w.env[0] = NULL;
   const char *problem = NULL, *full = NULL;
   int failed = 0;
-  bool resumed = false;
+  bool resumed = false, waits = false;
   if (command_find(c, id))
     problem = "this number is in use";
-  else if (!w.argc || timeout <= 0)
+  else if (!w.argc || timeout_of(data, len) <= 0)
     problem = "a command needs arguments and a timeout";
   else if (!settings.done)
     problem = "the agent is not configured";
   else if (key && resume_op(c, id, key, digest ? digest : ""))
     resumed = true;
-  if (!problem && !resumed) {
+  else if (!turn)
+    waits = true, failed = -1;
+  if (!problem && !resumed && !waits) {
     m->pty = w.flags & X_PTY;
     m->detach = key || w.flags & X_DETACH;
     m->began = now_us();
-    m->deadline = m->began + timeout;
+    m->deadline = deadline;
     m->ooms = memory_kills();
     /* First the word that it begins: what has no receipt must not have an effect. */
     if (key && !(m->op = journal_start(key, digest ? digest : "")))
@@ -436,22 +496,18 @@ void command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
     else
       failed = launch(m, &w);
     if (failed && m->op) journal_forget(m->op), m->op = NULL;
+    waits = lacks_room(failed);
   }
   if (full) send_error(c, id, "journal_full", ENOSPC, full);
-  if (problem || failed) {
-    char text[256];
-    snprintf(text, sizeof text, "no process can be started (%s): raise pids or memory",
-             strerror(failed));
-    send_error(c, id, problem ? "bad_request" : "no_process", failed, problem ? problem : text);
-  }
+  if (problem) send_error(c, id, "bad_request", 0, problem);
+  if (failed && !waits) command_refuse(c, id, failed);
+  m->next = commands;
+  commands = m;
   if (problem || failed || resumed || full) {
-    m->next = commands;
-    commands = m;
     bury(m);
   } else {
-    m->next = commands;
-    commands = m;
     register_streams(m);
+    queue_progress();
   }
   free_list(w.args, w.argc);
   free_list(w.env, w.envc);
@@ -459,6 +515,7 @@ void command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len) {
   free(w.builtin);
   free(key);
   free(digest);
+  return waits ? failed : 0;
 }
 
 /* While it runs -------------------------------------------------------------------------------- */
@@ -520,10 +577,31 @@ int command_resize(Cmd *m, unsigned rows, unsigned cols) {
   return m->pty && m->out[0] >= 0 ? (ioctl(m->out[0], TIOCSWINSZ, &size) ? errno : 0) : ENOTTY;
 }
 
+static bool take_report(Cmd *m);
+static void settle(Cmd *m);
+
+/* End one whose monitor has not said yet that it runs. Stopped, the monitor starts nothing any more:
+ * what it has said and what is below it tell whether the command ever began. */
+static void stop_monitor(Cmd *m) {
+  kill(m->monitor, SIGSTOP);
+  while (m->status >= 0 && !m->child && take_report(m)) {
+  }
+  if (m->status < 0) return;
+  if (m->child) {
+    kill(m->monitor, SIGCONT);
+    return;
+  }
+  if (!end_tree(m)) m->report.error = m->lacking;
+  kill(m->monitor, SIGKILL);
+  release(m);
+  settle(m);
+}
+
 static void stop_command(Cmd *m) {
   if (m->patience || m->ended) return;
   m->patience = now_us() + PATIENCE_US;
-  end_tree(m);
+  if (m->child) end_tree(m);
+  else stop_monitor(m);
 }
 
 void command_cancel(Cmd *m) {
@@ -562,8 +640,7 @@ static void finish(Cmd *m) {
   put_number(&b, T_EXIT, lost ? 137 : WIFEXITED(status) ? WEXITSTATUS(status)
                                                         : 128 + WTERMSIG(status));
   if (m->report.error) {
-    said = snprintf(problem, sizeof problem, "no process can be started (%s): raise pids or memory",
-                    strerror(m->report.error));
+    said = snprintf(problem, sizeof problem, NO_PROCESS, strerror(m->report.error));
   }
   if (said > 0) put(&b, T_PROBLEM, problem, said);
   put_number(&b, T_TIMED_OUT, m->timed_out);
@@ -581,14 +658,21 @@ static void finish(Cmd *m) {
   put_number(&b, T_MAX_RSS_KB, m->report.usage.ru_maxrss);
   put_number(&b, T_OOM_KILLED, memory_kills() > m->ooms);
   /* A line that is still told what came before is told the end by the journal, after that. */
+  if (m->op && m->report.error) {
+    /* It never began: it may be asked for again. */
+    if (m->conn) journal_quit(m->conn, m->op);
+    journal_forget(m->op);
+    m->op = NULL;
+  }
   bool told = m->op && m->conn && journal_replaying(m->op);
   if (m->op) journal_finish(m->op, &b);
   if (!told) send_frame(m->conn, m->id, M_EXIT, b.data, b.len);
   free(b.data);
+  if (!m->report.error) queue_progress();
   m->conn = NULL;
   m->op = NULL;
   m->draining = true;
-  shut(&m->status);
+  release(m);
   if (m->pty) shut(&m->out[0]), m->in = -1;
   shut(&m->in);
   if (m->out[0] < 0 && m->out[1] < 0) {
@@ -633,17 +717,23 @@ static void settle(Cmd *m) {
   if (m->out[0] < 0 && m->out[1] < 0) finish(m);
 }
 
-static void take_report(Cmd *m) {
+/* False where the monitor has not said anything new. */
+static bool take_report(Cmd *m) {
   Report report;
   ssize_t len = read(m->status, &report, sizeof report);
-  if (len < 0 && (errno == EAGAIN || errno == EINTR)) return;
+  if (len < 0 && (errno == EAGAIN || errno == EINTR)) return false;
+  if (len == sizeof report && report.waits) {
+    m->lacking = report.error;
+    return true;
+  }
   if (len == sizeof report && !m->child && !report.error) {
     m->child = report.pid;
     Buffer b = {0};
     put_number(&b, T_PID, m->child);
     send_frame(m->conn, m->id, M_STARTED, b.data, b.len);
     free(b.data);
-    return;
+    if (m->patience) end_tree(m); /* it was told to end before it began */
+    return true;
   }
   if (len == sizeof report) {
     m->report = report;
@@ -654,14 +744,15 @@ static void take_report(Cmd *m) {
     m->killed_all = true;
     kill_all();
   }
-  shut(&m->status);
+  release(m);
   settle(m);
+  return true;
 }
 
 void command_event(Tag *tag) {
   Cmd *m = tag->owner;
   if (m->dead) return;
-  if (tag->kind == K_STATUS && m->status >= 0) return take_report(m);
+  if (tag->kind == K_STATUS && m->status >= 0) return (void)take_report(m);
   if (tag->kind == K_STDIN) return feed(m);
   int i = tag->kind - K_STDOUT;
   if (m->out[i] < 0 || m->wait[i]) return;
@@ -724,7 +815,7 @@ static void tick(Cmd *m, int64_t now) {
   } else if (m->patience) {
     if (m->patience > now) return;
     kill(m->monitor, SIGKILL);
-    shut(&m->status);
+    release(m);
     settle(m);
   } else if (m->deadline <= now) {
     m->timed_out = true;

@@ -70,6 +70,7 @@ class Machine:
     monitor: Monitor | None = None
     mux: Mux | None = None
     frozen: float | None = None
+    stood: float = 0.0
     online: bool | None = False
     ended: bool = False
     busy: threading.RLock = field(default_factory=threading.RLock)
@@ -317,6 +318,7 @@ def thaw(machine: Machine, _: str = "") -> float:
         paused = time.monotonic() - machine.frozen
         machine.ask("cont")
         machine.frozen = None
+        machine.stood += paused
         machine.mux.go_on()
         # What counts down in the guest stood still as well; only its date is late.
         clock = frames.join_fields([(Tag.CLOCK_US, time.time_ns() // 1000)])

@@ -30,7 +30,7 @@ from fathom.sandbox.frames import Frame, Received, Tag
 
 _CHUNK = 1 << 18
 _STRANGER_LIMIT = 4096
-_MOST_LINES = 512
+_MOST_LINES, _MOST_STRANGERS = 512, 32
 # Bytes that wait for a client: above the first its commands are held, above the last it is cut off.
 _HIGH, _LOW, _TOO_MUCH = 512 << 10, 128 << 10, 32 << 20
 _PORT_HIGH = 1 << 20
@@ -82,7 +82,7 @@ class Mux:
         self._listener = listener
         self._port = port
         self._greeting = b""
-        self._lines: set[_Line] = set()
+        self._lines: dict[_Line, None] = {}  # from the oldest to the newest
         self._routes: dict[int, _Route] = {}
         self._next = 1
         self._out = bytearray()
@@ -257,25 +257,29 @@ class Mux:
             self._wake_read = self._wake_write = -1
 
     def _arm(self) -> None:
-        """Say what is waited for: a port that is full stops the clients."""
+        """Say what is waited for: a port that is full, or that is to be quiet, stops the clients.
+
+        New ones wait at the door meanwhile, as they do where there are too many already.
+        """
         with self._lock:
             full = len(self._out) > _PORT_HIGH or self._quiet
-            out = bool(self._out)
-            self._selector.modify(
-                self._port, selectors.EVENT_READ | (selectors.EVENT_WRITE if out else 0), "port"
-            )
+            out = selectors.EVENT_WRITE if self._out else 0
+            self._await(self._port, selectors.EVENT_READ | out, "port")
+            lets_in = not full and len(self._lines) < _MOST_LINES
+            self._await(self._listener, selectors.EVENT_READ if lets_in else 0, "listener")
             for line in self._lines:
-                events = (0 if full else selectors.EVENT_READ) | (
-                    selectors.EVENT_WRITE if line.out else 0
-                )
-                if events:
-                    with contextlib.suppress(KeyError):
-                        self._selector.modify(line.sock, events, line)
-                        continue
-                    self._selector.register(line.sock, events, line)
-                else:
-                    with contextlib.suppress(KeyError):
-                        self._selector.unregister(line.sock)
+                out = selectors.EVENT_WRITE if line.out else 0
+                self._await(line.sock, (0 if full else selectors.EVENT_READ) | out, line)
+
+    def _await(self, sock: socket.socket, events: int, what: object) -> None:
+        with contextlib.suppress(KeyError):
+            if events:
+                self._selector.modify(sock, events, what)
+            else:
+                self._selector.unregister(sock)
+            return
+        if events:
+            self._selector.register(sock, events, what)
 
     def _serve(self, what: object, events: int) -> None:
         if what == "wake":
@@ -300,10 +304,9 @@ class Mux:
             sock, _ = self._listener.accept()
             sock.setblocking(False)
             strangers = [line for line in self._lines if not line.known]
-            if len(self._lines) >= _MOST_LINES or len(strangers) >= 32:
-                sock.close()
-                return
-            self._lines.add(_Line(sock))
+            if len(strangers) >= _MOST_STRANGERS:
+                self._drop(strangers[0])  # it had the most time to say who it is
+            self._lines[_Line(sock)] = None
 
     # From a client to the port -----------------------------------------------------------------
 
@@ -366,7 +369,7 @@ class Mux:
         """Let go of a line and end its commands. Does nothing the second time."""
         if line not in self._lines:
             return
-        self._lines.discard(line)
+        del self._lines[line]
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(line.sock)
         with contextlib.suppress(OSError):

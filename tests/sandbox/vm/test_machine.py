@@ -68,20 +68,23 @@ def test_copies_go_on_with_their_processes(machine: SyncSandbox):
     counting = "i=0; while :; do i=$((i+1)); echo $i > /tmp/n; sleep 0.2; done"
     # One that was left in the background, and one that somebody waits for.
     machine.exec(f"echo mine > /tmp/id; ({counting}) > /dev/null 2>&1 &", timeout=TIMEOUT)
-    with machine.run(["sleep", "4325"], timeout=60), machine.fork()[0] as copy:
-        look = (
-            'a=$(cat /tmp/n); b=$a; until [ -n "$b" ] && [ "$b" != "$a" ]; do sleep 0.2; '
-            "b=$(cat /tmp/n); done; echo $b; pgrep -fc '^sleep 432[5]'"
-        )
-        for one in (machine, copy):
-            counted, running = one.exec(look, timeout=TIMEOUT).stdout.split()
-            assert (int(counted) > 0, running) == (True, "1")
-        copy.exec("echo only here > /work/f", timeout=TIMEOUT)
-        assert machine.exec("test -e /work/f", timeout=TIMEOUT).exit_code == 1
-        # A copy of a copy has what both wrote.
-        with copy.fork()[0] as grandchild:
-            shown = grandchild.exec("cat /work/f /tmp/id", timeout=TIMEOUT).stdout
-            assert shown == "only here\nmine\n"
+    begun = "until pgrep -f '^sleep 432[5]'; do sleep 0.1; done"
+    with machine.run(["sleep", "4325"], timeout=60):
+        machine.exec(begun, timeout=TIMEOUT)
+        with machine.fork()[0] as copy:
+            look = (
+                'a=$(cat /tmp/n); b=$a; until [ -n "$b" ] && [ "$b" != "$a" ]; do sleep 0.2; '
+                "b=$(cat /tmp/n); done; echo $b; pgrep -fc '^sleep 432[5]'"
+            )
+            for one in (machine, copy):
+                counted, running = one.exec(look, timeout=TIMEOUT).stdout.split()
+                assert (int(counted) > 0, running) == (True, "1")
+            copy.exec("echo only here > /work/f", timeout=TIMEOUT)
+            assert machine.exec("test -e /work/f", timeout=TIMEOUT).exit_code == 1
+            # A copy of a copy has what both wrote.
+            with copy.fork()[0] as grandchild:
+                shown = grandchild.exec("cat /work/f /tmp/id", timeout=TIMEOUT).stdout
+                assert shown == "only here\nmine\n"
 
 
 def test_a_copy_made_while_commands_run_disturbs_none(machine: SyncSandbox):

@@ -79,6 +79,10 @@ def guest(tmp_path: Path) -> Iterator[Guest]:
     made.close()
 
 
+def answer_to(asked: frames.Received) -> bytes:
+    return frames.pack(asked.number, Frame.OK, asked.payload)
+
+
 def read_until(line: socket.socket, kind: Frame) -> list[frames.Received]:
     splitter, found = frames.Splitter(), []
     while not any(frame.kind == kind for frame in found):
@@ -210,6 +214,51 @@ def test_no_stranger_that_hangs_up_ends_the_lines(guest: Guest, first: bytes):
         while own != b"here":
             own = read_until(line, Frame.OK)[-1].payload
     assert guest.lost == []
+
+
+def served(guest: Guest, line: socket.socket) -> bool:
+    """Whether what a line asks for reaches the guest, and the answer comes back."""
+    line.sendall(frames.pack(1, Frame.PING, b"x"))
+    asked = guest.receive()
+    guest.port.sendall(frames.pack(asked.number, Frame.OK, b"here"))
+    found: list[frames.Received] = []
+    while not any(frame.payload == b"here" for frame in found):
+        found = read_until(line, Frame.OK)
+        if not found:
+            return False
+    return True
+
+
+def test_strangers_who_say_nothing_make_room_for_others(guest: Guest):
+    guest.begin()
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(messages.connect(guest.folder, "agent.sock"))
+        assert served(guest, stack.enter_context(guest.client()))
+
+
+def test_whoever_comes_while_nothing_is_taken_waits(guest: Guest):
+    """As a machine is copied: none of a crowd is sent away."""
+    guest.begin()
+    threading.Thread(
+        target=lambda: guest.port.sendall(answer_to(guest.receive())), daemon=True
+    ).start()
+    guest.mux.hush()
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(guest.client()) for _ in range(100)]
+        time.sleep(0.1)
+        guest.mux.go_on()
+        assert all(served(guest, line) for line in crowd)
+
+
+def test_more_lines_than_are_carried_wait(guest: Guest, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fathom.sandbox.vm.mux._MOST_LINES", 3)
+    guest.begin()
+    with contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(guest.client()) for _ in range(6)]
+        for line in lines:
+            assert served(guest, line)
+            line.close()
 
 
 def test_a_mistake_about_one_line_is_not_the_others_end(

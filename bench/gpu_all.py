@@ -1,0 +1,273 @@
+"""Everything that is said of the GPU path, measured and tested anew in one folder.
+
+    python -m bench.gpu_all FOLDER                  # about ten minutes on one GPU
+    python -m bench.gpu_all FOLDER --only layers,engine
+    python -m bench.gpu_all FOLDER --seconds 300    # what does not fit is left out, and said so
+
+Measurements run one after the other and alone; tests and sanitizer then run side by side. Each part
+has a limit of its own, writes a log, and may fail without the others. FOLDER/report.md has all
+tables, FOLDER/report.json the figures, FOLDER/roofline.png the picture. Exit status 1: a part
+failed or was left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PYTHON = sys.executable
+LAST_LINES = 150  # of a part's output, in the report
+END = 10  # seconds kept back to write the report in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A command of its own. limit: seconds; alone: it measures times; proof: what its output must
+    hold if it did anything; {folder}: where it writes.
+    """
+
+    name: str
+    says: str
+    command: tuple[str, ...]
+    limit: int
+    alone: bool = True
+    proof: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a part went: "ok", "failed", "ran past its limit" or "left out"."""
+
+    name: str
+    state: str
+    seconds: float
+    last: str = ""
+
+
+FATHOM = (PYTHON, "-m", "fathom", "bench", "gpu")
+TESTS = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+SIDE_BY_SIDE = ("-n", "4") if importlib.util.find_spec("xdist") else ()
+# In this order, so that what matters most is there when time runs out.
+PARTS = (
+    Part(
+        name="layers",
+        says="decode steps, prompts, routing profiles, FP8 keys, kernels, goals, transformers",
+        command=(*FATHOM, "--repeat", "30", "--kernels", "--against", "transformers", "--out",
+                 "{folder}/layers.json", "--plot", "{folder}/roofline.png"),
+        limit=210,
+    ),
+    Part(
+        name="engine",
+        says="the engine with 1, 8 and 64 streams, drafting, prompts of either kind",
+        command=(*FATHOM, "--engine", "--repeat", "30", "--out", "{folder}/engine.json"),
+        limit=150,
+    ),
+    Part(
+        name="prefill",
+        says="prompts by layer, with their planned and their real memory",
+        command=(*FATHOM, "--prefill", "--repeat", "30", "--kernels", "--out",
+                 "{folder}/prefill.json"),
+        limit=90,
+    ),
+    Part(
+        name="kernels",
+        says="every kernel against its reference",
+        command=(*TESTS, *SIDE_BY_SIDE, "tests/kernels/test_stored.py", "tests/kernels/test_few.py",
+                 "tests/kernels/test_prefill.py"),
+        limit=240,
+        alone=False,
+        proof=" passed",
+    ),
+    Part(
+        name="equality",
+        says="the same bits in 54 cells of batch, cut, tier and preemption, and after restarts",
+        command=(*TESTS, "tests/engine/test_engine.py", "tests/engine/test_wal.py", "-k", "cuda"),
+        limit=240,
+        alone=False,
+        proof=" passed",
+    ),
+    Part(
+        name="drafts",
+        says="drafts change nothing, and the MTP block sees what it ought to",
+        command=(*TESTS, "tests/engine/test_speculative.py", "tests/engine/test_storage.py",
+                 "tests/engine/test_gpu.py", "-k", "cuda or gpu"),
+        limit=240,
+        alone=False,
+        proof=" passed",
+    ),
+    Part(
+        name="sanitizer",
+        says="compute-sanitizer's memcheck, as far as its time goes",
+        command=("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", PYTHON, "-m",
+                 "tests.kernels.sanitize"),
+        limit=200,
+        alone=False,
+        proof="ok ",
+    ),
+)  # fmt: skip
+
+
+def run(part: Part, folder: Path, limit: float) -> Outcome:
+    """Run a part for at most `limit` seconds; all that it prints goes to its log."""
+    command = [word.replace("{folder}", str(folder)) for word in part.command]
+    log, started = folder / f"{part.name}.log", time.monotonic()
+    state = "ok"
+    with log.open("w") as out:
+        out.write(f"$ {' '.join(command)}\n")
+        out.flush()
+        try:
+            process = subprocess.Popen(
+                command, cwd=CHECKOUT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )  # fmt: skip
+        except OSError as error:
+            out.write(f"{error}\n")
+            process = None
+        try:
+            if process is None or process.wait(limit) != 0:
+                state = "failed"
+        except subprocess.TimeoutExpired:
+            state = "ran past its limit"
+        finally:
+            if process is not None and process.poll() is None:  # with all that it started
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    lines = log.read_text(errors="replace").splitlines()
+    if state == "ok" and not any(part.proof in line for line in lines[1:]):
+        state = "failed"  # such as tests that were all skipped
+    return Outcome(
+        name=part.name,
+        state=state,
+        seconds=time.monotonic() - started,
+        last="\n".join(lines[-LAST_LINES:]),
+    )
+
+
+def run_all(parts: Sequence[Part], folder: Path, seconds: float) -> list[Outcome]:
+    """Those that measure one by one, then all others together; none beyond `seconds` in all."""
+    end = time.monotonic() + seconds - END
+    outcomes: list[Outcome] = []
+
+    def guarded(part: Part) -> Outcome:
+        left = end - time.monotonic()
+        if left < 1:
+            return Outcome(name=part.name, state="left out", seconds=0.0)
+        print(f"{part.name}: {part.says}", flush=True)
+        outcome = run(part, folder, min(part.limit, left))
+        print(f"{part.name}: {outcome.state} after {outcome.seconds:.0f} s", flush=True)
+        return outcome
+
+    for part in parts:
+        if part.alone:
+            outcomes.append(guarded(part))
+            write_report(folder, parts, outcomes)
+    together = [part for part in parts if not part.alone]
+    with ThreadPoolExecutor(max(1, len(together))) as pool:
+        outcomes += pool.map(guarded, together)
+    write_report(folder, parts, outcomes)
+    return outcomes
+
+
+def write_report(folder: Path, parts: Sequence[Part], outcomes: Sequence[Outcome]) -> None:
+    """report.json with all figures, report.md with all tables, as far as there are any."""
+    figures = {
+        part.name: json.loads(file.read_text())
+        for part in parts
+        if (file := folder / f"{part.name}.json").is_file()
+    }
+    if "layers" in figures and not (folder / "roofline.png").is_file():
+        draw(figures["layers"], folder / "roofline.png")
+    states = [asdict(outcome) for outcome in outcomes]
+    whole = {"versions": versions(), "parts": states, "figures": figures}
+    (folder / "report.json").write_text(json.dumps(whole, indent=1))
+    said = {part.name: part.says for part in parts}
+    text = ["# The GPU path, measured", "", ", ".join(f"{k} {v}" for k, v in versions().items())]
+    rows = [[o.name, said[o.name], o.state, f"{o.seconds:.0f}"] for o in outcomes]
+    text += ["", *table(["Part", "What", "Outcome", "Seconds"], rows)]
+    if "layers" in figures:
+        text += ["", "## Goals", "", *goal_table(figures["layers"])]
+    for outcome in outcomes:
+        text += ["", f"## {outcome.name}", "", "```", outcome.last, "```"]
+    if (folder / "roofline.png").is_file():
+        text += ["", "![Decode and prefill under the limits of the device](roofline.png)"]
+    (folder / "report.md").write_text("\n".join(text) + "\n")
+
+
+def draw(report: dict[str, Any], file: Path) -> None:
+    """The picture of a part that ended before it had drawn it, where that can be done."""
+    from fathom.errors import FathomError
+    from fathom.eval.gpu_plot import plot_roofline
+
+    with contextlib.suppress(FathomError, KeyError):
+        plot_roofline(report, file)
+
+
+def goal_table(report: dict[str, Any]) -> list[str]:
+    """The goals of `fathom bench gpu`, as Markdown."""
+    rows = [
+        [
+            goal["name"],
+            f"{'at most' if goal['at_most'] else 'at least'} {goal['limit']:g} {goal['unit']}",
+            "-" if goal["found"] is None else f"{goal['found']:.3g}",
+            goal["verdict"],
+        ]
+        for goal in report["goals"]
+    ]
+    return table(["Goal", "Aim", "Found", ""], rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def versions() -> dict[str, str]:
+    """Of what was measured and what it ran on."""
+    import torch
+
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=CHECKOUT, capture_output=True, text=True
+    )
+    found = {"commit": done.stdout.strip() or "unknown", "torch": torch.__version__}
+    for name in ("triton", "transformers"):
+        try:
+            found[name] = __import__(name).__version__
+        except ImportError:
+            found[name] = "not installed"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    return found | {"device": device}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what was asked for; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seconds", type=float, default=590, help="for everything (590)")
+    names = [part.name for part in PARTS]
+    parser.add_argument("--only", default=",".join(names), help=f"some of {','.join(names)}")
+    asked = parser.parse_args(arguments)
+    wanted = asked.only.split(",")
+    if unknown := [name for name in wanted if name not in names]:
+        parser.error(f"no part {', '.join(unknown)}: there are {', '.join(names)}")
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    parts = [part for part in PARTS if part.name in wanted]
+    outcomes = run_all(parts, asked.folder.resolve(), asked.seconds)
+    print(f"{asked.folder / 'report.md'} has all tables")
+    return int(any(outcome.state != "ok" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

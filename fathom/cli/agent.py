@@ -33,7 +33,8 @@ from fathom.agent import (
 )
 from fathom.agent.report import report
 from fathom.chat.reply import Sampling
-from fathom.cli.models import check_thinking, default_sampling, open_model
+from fathom.cli.engine_options import DiskCache
+from fathom.cli.models import check_disk_cache, check_thinking, default_sampling, open_model
 from fathom.cli.placement import PLACEMENTS, attach, begin, loop_of, watch
 from fathom.cli.sandboxes import KINDS, check_kind, spec_of, substrate_of
 from fathom.cli.terminal import TASK_FAILED, console, visible
@@ -86,6 +87,7 @@ def agent(
     ] = 60.0,
     temperature: Annotated[float | None, typer.Option(min=0.0)] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    disk_cache: DiskCache = None,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -133,6 +135,7 @@ def agent(
     """
     check_thinking(thinking)
     check_kind(sandbox, KINDS)
+    check_disk_cache(url, disk_cache)
     spec = spec_of(sandbox, workdir if workdir is None else workdir.resolve())
     task = sys.stdin.read() if task == "-" else task
     if not task.strip():
@@ -177,7 +180,7 @@ def agent(
         job = partial(_work_beside, fields, spec, loop, resume=resume, name=name, on_lost=choice)
         _end_beside(anyio.run(partial(job, idle=keep, detach=detach)), as_json)
         return
-    opened = open_model(model, url, api_key)
+    opened = open_model(model, url, api_key, disk_cache)
     worker = Agent(model=opened, thinking=thinking, sampling=sampling, limits=limits)
     trace = Trace(console(stderr=True))
     job = partial(

@@ -18,7 +18,9 @@ from fathom.chat.tokenizer import Tokenizer
 class TokenMask(Protocol):
     """Says which tokens may come next; one object per completion, used from one thread at a time.
 
-    An engine asks `allowed` before it draws a token and tells the drawn one to `accept`.
+    An engine asks `allowed` before it draws a token and tells the drawn one to `accept`. A mask may
+    have an attribute `rules`, text that is the same for masks that enforce the same: a completion
+    that was interrupted then goes on for who asks for it with another mask of these rules.
     """
 
     def allowed(self) -> bytes | None:

@@ -178,7 +178,6 @@ def _decode(
     import fathom
     from fathom.errors import GenerationError
     from fathom.eval import speed
-    from fathom.kernels.numba.packing import token_bytes
 
     llm, plain = fathom.load(name), fathom.load(name, quantized=False)
     most = llm.config.max_position_embeddings
@@ -253,6 +252,28 @@ def transformers_side(name: str) -> ProcessSide:
     _say("loading transformers ...")
     command = [sys.executable, "-m", OTHER_MODULE, str(_folder(name).resolve())]
     return ProcessSide(OTHER, command, CHECKOUT)
+
+
+def token_bytes(model: Any) -> int:
+    """Bytes of parameters that decoding one token reads: of routed experts, the chosen ones."""
+    from fathom.kernels.numba import layout
+    from fathom.kernels.numba.packing import pack
+
+    packed, config = pack(model), model.config
+    chosen = config.num_experts_per_tok / config.n_routed_experts
+    total = 4 * config.hidden_size  # the embedding's row
+    for layer in range(config.num_hidden_layers):
+        meta = packed.meta[layer]
+        for which in range(layout.MATRICES):
+            column = layout.matrix_column(which)
+            _, half, rows, cols = meta[column : column + 4]
+            if which == layout.WO_A:
+                rows *= config.o_groups
+            elif which in (layout.W1, layout.W2, layout.W3):
+                rows *= config.n_routed_experts * chosen
+            total += int(rows * cols) * (2 if half else 4)
+        total += 4 * int(sum(meta[layout.vector_column(v) + 1] for v in range(layout.VECTORS)))
+    return total + config.num_hash_layers * 8 * config.num_experts_per_tok
 
 
 def _difference(plain: LLM, other: ProcessSide, ids: list[int]) -> float:

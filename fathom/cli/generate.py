@@ -16,7 +16,14 @@ from rich.text import Text
 
 from fathom.chat.quick import TASKS, task_message
 from fathom.chat.reply import Piece, Sampling
-from fathom.cli.models import SHIPPED_MODEL, announce_compiling, check_thinking, default_sampling
+from fathom.cli.engine_options import DiskCache
+from fathom.cli.models import (
+    SHIPPED_MODEL,
+    announce_compiling,
+    check_thinking,
+    default_sampling,
+    load_with_cache,
+)
 from fathom.cli.output import print_json
 from fathom.cli.terminal import console, visible
 
@@ -44,6 +51,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(min=0.0)] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    disk_cache: DiskCache = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Generate once.
@@ -57,9 +65,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     wanted = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     sampling = default_sampling(model, None, wanted)
-    import fathom  # loads torch
-
-    llm = fathom.load(model)
+    llm = load_with_cache(model, disk_cache)
     announce_compiling()
     out = None if as_json else console()
     if task is not None:

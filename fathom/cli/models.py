@@ -6,12 +6,17 @@ Paper: none (command line).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from fathom.agent import Model
 from fathom.chat.reply import Sampling
+from fathom.cli.engine_options import engine_config
 from fathom.cli.terminal import console
+
+if TYPE_CHECKING:
+    from fathom.engine import LLM
 
 SHIPPED_MODEL = "nano"
 THINKING = ("off", "high", "max")
@@ -24,23 +29,50 @@ def check_thinking(thinking: str) -> str:
     return thinking
 
 
-def open_model(model: str | None, url: str | None, api_key: str | None = None) -> Model:
+def open_model(
+    model: str | None,
+    url: str | None,
+    api_key: str | None = None,
+    disk_cache: Path | None = None,
+) -> Model:
     """The model `model` of the server at `url`, or without a URL the checkpoint `model`.
 
-    Without a name this is the first model that the server lists, or the shipped one. Raises
-    AgentError for an unusable URL, and what `fathom.load` raises.
+    Without a name this is the first model that the server lists, or the shipped one. disk_cache:
+    folder in which its engine keeps what it computed. Raises AgentError for an unusable URL,
+    CacheError for an unusable folder, and what `fathom.load` raises.
     """
     if url is not None:
+        check_disk_cache(url, disk_cache)
         from fathom.agent import HTTPModel
 
         return HTTPModel(url, model=model, api_key=api_key)
-    import fathom  # loads torch, which a model behind a URL does not need
     from fathom.engine.chat_model import LocalModel
 
     name = model or SHIPPED_MODEL
-    llm = fathom.load(name)
+    llm = load_with_cache(name, disk_cache)
     announce_compiling()
     return LocalModel(llm, name=name)
+
+
+def load_with_cache(name: str, disk_cache: Path | None) -> LLM:
+    """A model whose engine keeps what it computed in a folder, if one is given.
+
+    Raises CacheError for an unusable folder, and what `fathom.load` raises.
+    """
+    import fathom
+
+    llm = fathom.load(name, engine=engine_config({"disk_cache": disk_cache}))
+    if disk_cache is not None:
+        _ = llm.engine  # an unusable folder is told before there is anything to lose
+    return llm
+
+
+def check_disk_cache(url: str | None, disk_cache: Path | None) -> None:
+    """Raises typer.BadParameter for a folder that no engine here would use."""
+    if url is not None and disk_cache is not None:
+        raise typer.BadParameter(
+            "--disk-cache and --url exclude each other: that server has its own"
+        )
 
 
 def announce_compiling() -> None:

@@ -148,7 +148,8 @@ def run(
     """
     from fathom.sandbox import SyncClient
 
-    if not keep and (odd := "--group" if group else "--idle-ttl" if idle_ttl else None):
+    odd = "--group" if group is not None else "--idle-ttl" if idle_ttl is not None else None
+    if odd is not None and not keep:
         raise typer.BadParameter(f"{odd} needs --keep: without it the sandbox ends at once")
     given = {
         "image": image,
@@ -202,15 +203,18 @@ def exec_(
 
 @app.command(name="ls")
 def list_(folder: Folder = None, as_json: AsJson = False) -> None:
-    """List the daemon's sandboxes."""
+    """List the daemon's sandboxes, with those that it could not take over ("left alone")."""
     with _daemon(folder) as client:
-        found = client.list()
+        found, left = client.list(), client.left_alone()
     if as_json:
-        print_json({"sandboxes": [_shown(entry) for entry in found]})
+        print_json({"sandboxes": [_shown(entry) for entry in found], "left_alone": left})
         return
-    rows = [_shown(entry) for entry in found]
     columns = ("id", "substrate", "state", "group", "parent", "phase")
+    rows = [_shown(entry) for entry in found]
+    rows += [{**dict.fromkeys(columns, ""), "id": name, "state": "left alone"} for name in left]
     print_table(columns, [[str(row[name]) for name in columns] for row in rows])
+    for name, why in left.items():
+        print(visible(f"{name} was left alone: {why}; it is tried again, and `stop` ends it"))
 
 
 def _shown(entry: dict[str, Any]) -> dict[str, Any]:
@@ -256,13 +260,16 @@ def fork(
         print("\n".join(made))
 
 
-def _several(client: SyncClient, names: list[str], group: str | None) -> list[SyncSandbox]:
-    known = {entry["id"]: entry for entry in client.list()}
+def _chosen(client: SyncClient, names: list[str], group: str | None) -> list[str]:
     if group is not None:
-        names = [*names, *(name for name, entry in known.items() if entry["group"] == group)]
+        names = [*names, *(entry["id"] for entry in client.list() if entry["group"] == group)]
     if not names:
         raise SandboxError("name a sandbox, or a group that has some")
-    return [client.attach(name) for name in names]
+    return names
+
+
+def _several(client: SyncClient, names: list[str], group: str | None) -> list[SyncSandbox]:
+    return [client.attach(name) for name in _chosen(client, names, group)]
 
 
 Names = Annotated[list[str] | None, typer.Argument(help="Names of sandboxes.")]
@@ -303,10 +310,10 @@ def screenshot(
 
 @app.command()
 def stop(names: Names = None, group: InGroup = None, folder: Folder = None) -> None:
-    """End sandboxes and remove all that is left of them."""
+    """End sandboxes and remove all that is left of them, also of those that were left alone."""
     with _daemon(folder) as client:
-        for sandbox in _several(client, names or [], group):
-            sandbox.stop()
+        for name in _chosen(client, names or [], group):
+            client.end(name)
 
 
 @app.command()

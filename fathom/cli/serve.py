@@ -5,6 +5,7 @@ Paper: none (command line).
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fathom.cli import engine_options as engine
+from fathom.errors import ServerError
+
 if TYPE_CHECKING:
+    from fathom.engine.options import EngineConfig
     from fathom.server.backend import Backend
 
 KEY_VARIABLE = "FATHOM_API_KEY"
@@ -54,6 +59,16 @@ def serve(
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Where the model runs (default: cpu).")] = None,
+    disk_cache: engine.DiskCache = None,
+    disk_cache_size: engine.DiskCacheSize = None,
+    host_cache_size: engine.HostCacheSize = None,
+    cache_tokens: engine.CacheTokens = None,
+    checkpoint_spacing: engine.CheckpointSpacing = None,
+    token_log: engine.TokenLog = None,
+    drafts: engine.Drafts = None,
+    index_keys: engine.IndexKeys = None,
+    batch_invariant: engine.BatchInvariant = None,
+    max_sequences: engine.MaxSequences = None,
     revision: Annotated[str, typer.Option(help="Prompts of 0424 or 0731 models.")] = "0424",
     stream_arguments: Annotated[
         bool, typer.Option(help="Pass on arguments of calls while they are written.")
@@ -86,8 +101,19 @@ def serve(
 
     Listens on this machine only unless an API key is set. Stops with Ctrl-C.
     """
+    options = {
+        "disk_cache": disk_cache,
+        "disk_cache_size": disk_cache_size,
+        "host_cache_size": host_cache_size,
+        "cache_tokens": cache_tokens,
+        "checkpoint_spacing": checkpoint_spacing,
+        "token_log": token_log,
+        "drafts": drafts,
+        "index_keys": index_keys,
+        "batch_invariant": batch_invariant,
+        "max_sequences": max_sequences,
+    }
     from fathom.chat.protocol import find_revision
-    from fathom.errors import ServerError
     from fathom.server.run import serve as run
     from fathom.server.settings import Limits, Settings, check_settings
 
@@ -113,16 +139,17 @@ def serve(
         ),
     )
     check_settings(settings)  # before a large model is loaded
+    logging.getLogger("fathom.engine").setLevel(logging.WARNING)  # damaged files, logs left behind
     if upstream is not None:
-        for option, value in (("--model", model), ("--device", device)):
+        for option, value in {"model": model, "device": device, **options}.items():
             if value is not None:
                 raise ServerError(
-                    f"{option} and --upstream exclude each other: the upstream runs the model; "
-                    "--upstream-model names it"
+                    f"--{option.replace('_', '-')} and --upstream exclude each other: the upstream "
+                    "runs the model; --upstream-model names it"
                 )
         backend = _gateway(upstream, upstream_model, context, tokenizer)
     else:
-        backend = _local(model or "nano", device or "cpu")
+        backend = _local(model or "nano", device or "cpu", engine.engine_config(options))
 
     def listening(address: str) -> None:
         sys.stderr.write(f"{backend.info.name} answers at {address} (Ctrl-C ends)\n")
@@ -131,8 +158,10 @@ def serve(
     run(backend, settings, on_start=listening, record=record)
 
 
-def _local(model: str, device: str) -> Backend:
+def _local(model: str, device: str, config: EngineConfig | None) -> Backend:
     if model == SCRIPTED:
+        if config is not None:
+            raise ServerError(f"--model {SCRIPTED} has no engine: leave its options out")
         from fathom.server.scripted import ScriptedBackend
         from fathom.server.sessions import Session
 
@@ -141,10 +170,12 @@ def _local(model: str, device: str) -> Backend:
     from fathom.cli.models import announce_compiling
     from fathom.engine.backend import LocalBackend
 
-    llm = fathom.load(model, device=device)
+    llm = fathom.load(model, device=device, engine=config)
     if device == "cpu":
         announce_compiling()
-    return LocalBackend(llm)
+    backend = LocalBackend(llm)
+    backend.prepare()  # what cannot be had is told before anybody connects
+    return backend
 
 
 def _gateway(url: str, model: str | None, context: int | None, tokenizer: str | None) -> Backend:

@@ -3,6 +3,9 @@
 One thread owns the engine and steps as long as there is work; event loops hand requests over and
 wait for their tokens.
 
+With a log, completions that a killed process left behind wait for whoever asks the same again, and
+go on where they were; after a day their logs are deleted.
+
 Paper: none (inference interface).
 """
 
@@ -14,6 +17,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fathom.chat.generation import (
@@ -22,16 +26,21 @@ from fathom.chat.generation import (
     GenerationRequest,
     Output,
     Prefilled,
+    TokenMask,
     TokenOutput,
 )
 from fathom.chat.tokenizer import IncrementalDecoder, Tokenizer
 from fathom.engine.request import Request
 from fathom.engine.sampler import SamplingParams
-from fathom.errors import BackendError, FathomError
+from fathom.engine.wal_format import Logged, rules_of
+from fathom.errors import BackendError, CacheError, FathomError
 
 if TYPE_CHECKING:
     from fathom.engine.engine import Engine
     from fathom.engine.llm import LLM
+
+
+LOG_SECONDS = 24 * 3600  # that a log waits for somebody to ask again
 
 
 class LocalBackend:
@@ -43,6 +52,7 @@ class LocalBackend:
             name=name or llm.name, context_tokens=llm.config.max_position_embeddings
         )
         self._tokenizer = llm.tokenizer
+        self._interrupted: list[Logged] | None = None  # None: nobody has looked yet
         self._orders: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._active: dict[str, _Completion] = {}
         self._thread: threading.Thread | None = None
@@ -57,6 +67,18 @@ class LocalBackend:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return self._tokenizer
+
+    def prepare(self) -> None:
+        """Make the engine and look through its log, before anybody asks for anything.
+
+        Raises ConfigError for memory that there is not, CacheError for folders that cannot be used.
+        """
+        engine, self._interrupted = self._llm.engine, []
+        if engine.wal is not None:
+            for logged in engine.interrupted():
+                useful = logged.rules != "" and logged.finish_reason in (None, "stop", "length")
+                if not engine.wal.drop(logged, LOG_SECONDS) and useful:
+                    self._interrupted.append(logged)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Output, None]:
         """Generate on the engine's thread. Raises GenerationError, and BackendError for a bug."""
@@ -109,8 +131,8 @@ class LocalBackend:
 
         In this order: a thread that is ending looks at the orders once more before it goes.
         """
-        if not self._llm.started:  # it may have to be compiled; what fails here fails its caller
-            await asyncio.to_thread(lambda: self._llm.engine)
+        if self._interrupted is None:  # it may have to be compiled; what fails fails its caller
+            await asyncio.to_thread(self.prepare)
         engine = self._llm.engine
         self._orders.put(order)
         with self._starting:
@@ -166,18 +188,18 @@ class LocalBackend:
             return
         asked = completion.request
         try:
-            completion.running = engine.submit(
-                list(asked.prompt),
-                SamplingParams(
-                    max_tokens=asked.max_tokens,
-                    temperature=asked.temperature,
-                    top_p=asked.top_p,
-                    top_k=asked.top_k,
-                    seed=asked.seed,
-                    top_logprobs=asked.top_logprobs,
-                    stop_token_ids=(self._llm.config.eos_token_id, *asked.stop_token_ids),
-                ),
-                mask=asked.mask,
+            params = SamplingParams(
+                max_tokens=asked.max_tokens,
+                temperature=asked.temperature,
+                top_p=asked.top_p,
+                top_k=asked.top_k,
+                seed=asked.seed,
+                top_logprobs=asked.top_logprobs,
+                stop_token_ids=(self._llm.config.eos_token_id, *asked.stop_token_ids),
+            )
+            prompt = list(asked.prompt)
+            completion.running = self._go_on(engine, prompt, params, asked.mask) or engine.submit(
+                prompt, params, mask=asked.mask
             )
         except Exception as error:  # its caller's alone
             completion.mailbox.put(error)
@@ -185,6 +207,22 @@ class LocalBackend:
         self._active[completion.running.id] = completion
         if completion.running.finished:  # no tokens were asked for
             self._hand_out(engine)
+
+    def _go_on(
+        self, engine: Engine, prompt: list[int], params: SamplingParams, mask: TokenMask | None
+    ) -> Request | None:
+        """An interrupted completion that was asked for in the same words, taken up again."""
+        room = max(0, self._info.context_tokens - len(prompt))
+        params = replace(params, max_tokens=min(params.max_tokens, room))
+        for logged in self._interrupted or ():
+            seed = params.seed if params.seed is not None else logged.params.seed
+            same = logged.params == replace(params, seed=seed) and logged.prompt == prompt
+            if same and logged.rules == rules_of(mask):
+                assert self._interrupted is not None
+                self._interrupted.remove(logged)
+                with contextlib.suppress(CacheError):  # another server was quicker
+                    return engine.go_on(logged, mask)
+        return None
 
     def _cancel(self, engine: Engine, completion: _Completion) -> None:
         if completion.running is not None:

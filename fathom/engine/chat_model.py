@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -89,17 +90,10 @@ class LocalModel:
         """
         stopped = threading.Event()
 
-        def work() -> Reply:
-            return self.reply(
-                messages,
-                tools=tools,
-                thinking=thinking,
-                max_tokens=max_tokens,
-                sampling=sampling,
-                on_piece=on_piece,
-                stopped=stopped,
-            )
-
+        work = partial(
+            self.reply, messages, tools=tools, thinking=thinking, max_tokens=max_tokens,
+            sampling=sampling, on_piece=on_piece, stopped=stopped,
+        )  # fmt: skip
         try:
             return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
         finally:

@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 MAGIC = b"fathomK1"
 MARKER = "fathom-cache.json"
+_MARKED = json.dumps({"format": MAGIC.decode(), "by": "fathom"}).encode() + b"\n"
 _HEADER = struct.Struct("<8s8s16s16sQ")  # magic, kind, root, key, payload bytes
 _SUM = 16
 
@@ -53,23 +54,25 @@ class DiskCache:
         try:
             self._open()
             self._index()
-        except (OSError, ValueError, AttributeError) as error:
+        except OSError as error:
             raise CacheError(f"the cache folder {self.folder} cannot be used: {error}") from error
 
     def _open(self) -> None:
         marker = self.folder / MARKER
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not marker.exists():
-            if any(self.folder.iterdir()):
+            if any(not path.name.startswith(".tmp-") for path in self.folder.iterdir()):
                 raise CacheError(
                     f"{self.folder} holds other files and no {MARKER}: it is no cache of "
                     "fathom's; name an empty folder"
                 )
-            marker.write_text(json.dumps({"format": MAGIC.decode(), "by": "fathom"}) + "\n")
-        elif json.loads(marker.read_text()).get("format") != MAGIC.decode():
+            new = self.folder / f".tmp-{os.getpid()}"
+            new.write_bytes(_MARKED)
+            new.replace(marker)
+        elif marker.read_bytes() != _MARKED:
             raise CacheError(
-                f"{self.folder} was written by another version of fathom: name another folder, "
-                "or delete it"
+                f"{self.folder} was written by another version of fathom, or its {MARKER} is "
+                "damaged: name another folder, or delete it"
             )
         self._own.mkdir(exist_ok=True)
         probe = self._own / f".probe-{os.getpid()}"
@@ -142,7 +145,7 @@ class DiskCache:
         size = len(head) + len(record) + _SUM
         self._make_room(size)
         try:
-            with temporary.open("wb") as file:
+            with open(temporary, "wb", opener=_private) as file:
                 file.write(head)
                 file.write(record)
                 file.write(_digest(head, record))
@@ -150,6 +153,7 @@ class DiskCache:
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+            self.problems += 1
             raise CacheError(f"{path} cannot be written: {error}") from error
         if self.has(kind, key):
             stale = self._files[kind, key].path
@@ -164,8 +168,8 @@ class DiskCache:
             return
         try:
             self.write(kind, key, record)
-        except CacheError as error:
-            self._report(str(error))
+        except CacheError as error:  # counted already
+            _log.warning("event=cache_file_problem detail=%r", str(error))
 
     def remove(self, kind: str, key: bytes) -> None:
         """Delete a record, if it is there."""
@@ -242,6 +246,10 @@ class DiskCache:
     def _report(self, what: str) -> None:
         self.problems += 1
         _log.warning("event=cache_file_problem detail=%r", what)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)  # it tells what was said
 
 
 def _digest(head: bytes, record: bytes) -> bytes:

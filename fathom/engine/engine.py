@@ -14,21 +14,18 @@ Paper: §3.5 (inference: KV cache, prefix reuse); §5.2 (preemptible rollouts).
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Concatenate, ParamSpec, TypeVar
 
 from fathom.chat.generation import TokenMask
 from fathom.engine.disk_cache import DiskCache
 from fathom.engine.execution import draw, execute, export, out_of_memory
-from fathom.engine.kv_cache import SLAB_TOKENS, slabs_for
-from fathom.engine.metrics import Metrics, gauges
-from fathom.engine.options import EngineConfig, allocate, check_request
+from fathom.engine.metrics import Metrics
+from fathom.engine.options import EngineConfig, allocate, cache_name, check_request
 from fathom.engine.prefix_cache import PrefixCache
 from fathom.engine.request import Request, Status, StopHook
 from fathom.engine.residence import Residence
@@ -36,37 +33,18 @@ from fathom.engine.runner import make_runner
 from fathom.engine.sampler import Drawn, SamplingParams
 from fathom.engine.scheduler import Scheduler, Share
 from fathom.engine.speculative import Drafter
-from fathom.engine.wal import Logged, WriteAheadLog, revive
+from fathom.engine.turns import between_steps
+from fathom.engine.wal import WriteAheadLog
+from fathom.engine.wal_format import Logged
 from fathom.errors import CacheError, CacheFull, ConfigError, FathomError, GenerationError
-from fathom.model.fingerprint import fingerprint
 from fathom.model.stored import StoredModel
 from fathom.model.transformer import Transformer
 
 _log = logging.getLogger(__name__)
-P = ParamSpec("P")
-T = TypeVar("T")
+PROBLEM = "event=log_problem detail=%r"
 
 # Mask and stop hook for a recovered request's id.
 Hooks = Callable[[str], tuple[TokenMask | None, StopHook | None]]
-
-
-def _between_steps(
-    method: Callable[Concatenate[Engine, P], T],
-) -> Callable[Concatenate[Engine, P], T]:
-    """Let a method run alone, and never inside a step: state there is half moved on."""
-
-    @functools.wraps(method)
-    def alone(self: Engine, *args: P.args, **kwargs: P.kwargs) -> T:
-        with self._lock:
-            if self._stepping:
-                raise GenerationError(
-                    f"{method.__name__} was called by a mask or a stop hook: they may submit and "
-                    "cancel, nothing else"
-                )
-            self._settle()
-            return method(self, *args, **kwargs)
-
-    return alone
 
 
 class Engine:
@@ -85,7 +63,7 @@ class Engine:
         rows = config.budget.tokens + config.max_sequences * (1 + config.drafts)
         self.runner = make_runner(model, self.memory, rows)
         self.runner.batch_invariant = config.batch_invariant
-        root = self._name()
+        root = cache_name(self.runner, self.memory, self.model, self.config)
         self.cache = PrefixCache(
             root,
             self.memory.slabs,
@@ -96,20 +74,21 @@ class Engine:
         self.wal = WriteAheadLog(config.wal, root) if config.wal else None
         self.metrics = Metrics()
         self.residence = Residence(self.memory, self.cache, self.metrics, config.checkpoint_spacing)
-        self.scheduler = Scheduler(config.budget, self._admit, self.residence.grow, self._set_back)
+        self.scheduler = Scheduler(
+            config.budget, self._admit, self.residence.grow, self.residence.set_back
+        )
         self.drafter = Drafter(
             self.runner, self.memory, config.drafts, self.metrics, config.drafts_adaptive
         )
-        self._paused: list[Request] = []
-        self._lock = threading.RLock()
-        self._stepping = False
+        self.lock = threading.RLock()
+        self.stepping = False
         self._dropped: deque[tuple[Request, bool]] = deque()  # to cancel, and whether to forget
 
     @property
     def requests(self) -> list[Request]:
         """All requests that have not finished."""
-        with self._lock:
-            return [*self.scheduler.running, *self.scheduler.waiting, *self._paused]
+        with self.lock:
+            return self.scheduler.requests
 
     def submit(
         self,
@@ -143,12 +122,8 @@ class Engine:
             pin=pin,
             export=export,
         )
-        if slabs_for(len(prompt) + 1) > self.memory.slabs.count:
-            raise CacheFull(
-                f"a prompt of {len(prompt)} tokens does not fit into a cache of "
-                f"{self.memory.slabs.count * SLAB_TOKENS}: raise cache_tokens"
-            )
-        with self._lock:
+        self.residence.check_fits(request)
+        with self.lock:
             if any(other.id == request.id for other in self.requests):
                 raise GenerationError(f"there is a request {request.id!r} already: use another id")
             if self.wal is not None:
@@ -157,7 +132,7 @@ class Engine:
             self._enter(request)
         return request
 
-    @_between_steps
+    @between_steps
     def step(self) -> list[tuple[Request, list[Drawn]]]:
         """Compute one batch; the tokens that each request gained. Nothing to do: an empty list."""
         started = time.perf_counter()
@@ -165,7 +140,7 @@ class Engine:
         self.metrics.last_batch = 0
         if not shares:
             return []
-        self._stepping = True
+        self.stepping = True
         try:
             rows = execute(self.runner, shares)
             self.metrics.step_done(rows)
@@ -174,8 +149,8 @@ class Engine:
         except BaseException as error:
             updates = self._failed(shares, error)
         finally:
-            self._stepping = False
-            self._settle()
+            self.stepping = False
+            self.settle()
         drawn = sum(len(tokens) for _, tokens in updates)
         decoding = all(share.count <= 1 for share in shares)
         self.drafter.step_done(time.perf_counter() - started, drawn, decoding)
@@ -195,41 +170,40 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request; what it computed stays in the cache. Within a step: after it."""
-        self._dropped.append((request, False))
-        with self._lock:
-            self._settle()
+        self._drop(request, forget=False, wait=True)
 
     def forget(self, request: Request, *, wait: bool = True) -> None:
         """As `cancel`, and delete its log: nobody needs its tokens any more.
 
         Without `wait` it may happen a little later: for finalisers, which run at any moment.
         """
-        self._dropped.append((request, True))
-        if self._lock.acquire(blocking=wait):
-            try:
-                self._settle()
-            finally:
-                self._lock.release()
+        self._drop(request, forget=True, wait=wait)
 
-    @_between_steps
+    def _drop(self, request: Request, forget: bool, wait: bool) -> None:
+        self._dropped.append((request, forget))
+        if self.lock.acquire(blocking=wait):
+            try:
+                self.settle()
+            finally:
+                self.lock.release()
+
+    @between_steps
     def pause(self, request: Request) -> None:
         """Take a request off the device until `resume`; it goes on with the same tokens."""
         if request.finished or request.status is Status.PAUSED:
             return
         if request.status is Status.RUNNING:
-            self._set_back(request)
-        self.scheduler.remove(request)
-        request.status = Status.PAUSED
-        self._paused.append(request)
+            self.residence.set_back(request)
+        self.scheduler.pause(request)
 
-    @_between_steps
+    @between_steps
     def resume(self, request: Request) -> None:
         """Let a paused request go on."""
         if request.status is Status.PAUSED:
-            self._paused.remove(request)
+            self.scheduler.remove(request)
             self.scheduler.add(request)
 
-    @_between_steps
+    @between_steps
     def recover(self, hooks: Hooks | None = None) -> list[Request]:
         """Take up the requests that the log folder holds, finished ones included.
 
@@ -237,25 +211,38 @@ class Engine:
         had a mask and gets none ends with an error. Logs that are damaged, of other weights, or
         open in another process are reported and left alone. Raises CacheError without a log folder.
         """
+        recovered = []
+        for logged in self.interrupted():
+            mask, stop = hooks(logged.id) if hooks is not None else (None, None)
+            try:
+                recovered.append(self._go_on(logged, mask, stop))
+            except FathomError as error:
+                _log.warning(PROBLEM, str(error))
+        return recovered
+
+    @between_steps
+    def interrupted(self) -> list[Logged]:
+        """What the log folder says of requests that are not this engine's, finished ones included;
+        others may have some of them open. Raises CacheError without a log folder.
+        """
         if self.wal is None:
             raise CacheError("this engine keeps no write-ahead log: set wal to a folder")
         found, problems = self.wal.read()
-        mine, recovered = {request.id for request in self.requests}, []
-        for logged in found:
-            if logged.id in mine:
-                continue
-            mask, stop = hooks(logged.id) if hooks is not None else (None, None)
-            try:
-                recovered.append(self._take_up(logged, mask, stop))
-            except FathomError as error:
-                problems.append(str(error))
         for problem in problems:
-            _log.warning("event=log_problem detail=%r", problem)
-        return recovered
+            _log.warning(PROBLEM, problem)
+        mine = {request.id for request in self.requests}
+        return [logged for logged in found if logged.id not in mine]
 
-    def _take_up(self, logged: Logged, mask: TokenMask | None, stop: StopHook | None) -> Request:
+    @between_steps
+    def go_on(self, logged: Logged, mask: TokenMask | None = None) -> Request:
+        """Take up one of the requests that were interrupted. Raises CacheError when its log is open
+        in another process or cannot be written.
+        """
+        return self._go_on(logged, mask, None)
+
+    def _go_on(self, logged: Logged, mask: TokenMask | None, stop: StopHook | None) -> Request:
         assert self.wal is not None
-        request, reason = revive(logged, mask, stop)
+        request, reason = logged.revive(mask, stop)
         if logged.finish_reason is not None:
             request.status, request.finish_reason = Status.FINISHED, logged.finish_reason
             return request
@@ -267,39 +254,33 @@ class Engine:
             self._enter(request)
         return request
 
-    @_between_steps
+    @between_steps
     def save_session(self, session: Request | Sequence[int]) -> bytes:
         """Write what is known of a request or of tokens to disk, pinned; the name to load it by.
 
         Raises CacheError without a disk, when it cannot be written, or if nothing is known of it.
         """
-        self._need_disk()
         if not isinstance(session, Request):
             return self.cache.save(session)
-        if session.status is Status.RUNNING:
-            self.residence.checkpoint(session)
-            return self.cache.save(session.tokens[: session.computed])
-        return self.cache.save(session.tokens)
+        return self.residence.save(session)
 
-    @_between_steps
+    @between_steps
     def load_session(self, name: bytes) -> list[int]:
         """The tokens of a saved session; a prompt that begins with them then costs only its rest.
 
         Raises CacheError when there is no such session or its file is damaged.
         """
-        self._need_disk()
         return self.cache.load(name)
 
-    @_between_steps
+    @between_steps
     def forget_session(self, name: bytes) -> None:
         """Delete a saved session; what no other one needs makes room when room is needed.
 
         Raises CacheError when there is no such session or its file is damaged.
         """
-        self._need_disk()
         self.cache.forget(name)
 
-    @_between_steps
+    @between_steps
     def update_weights(self) -> None:
         """The model's weights have changed: running requests go on with the new ones.
 
@@ -310,7 +291,8 @@ class Engine:
         for request in list(self.scheduler.running):
             self._lose(request)
         self.runner.reload()
-        root, folder = self._name(), self.config.disk
+        root = cache_name(self.runner, self.memory, self.model, self.config)
+        folder = self.config.disk
         self.cache.clear(root)
         try:
             if folder:
@@ -321,55 +303,31 @@ class Engine:
 
     def metrics_text(self) -> str:
         """Counters and the state of this moment, in Prometheus' text format."""
-        with self._lock:
-            counts = {
-                "waiting_requests": len(self.scheduler.waiting),
-                "running_requests": len(self.scheduler.running),
-                "paused_requests": len(self._paused),
-            }
-            return self.metrics.text(counts | gauges(self.memory, self.cache), self.cache.stats)
+        with self.lock:
+            return self.metrics.text(self.scheduler, self.memory, self.cache)
 
     def close(self) -> None:
         """Close logs; requests that had not finished can be recovered by another engine."""
-        with self._lock:
+        with self.lock:
             if self.wal is not None:
                 self.wal.close()
 
-    # Memory: what the scheduler asks for.
+    # What the scheduler asks for, and a step.
 
     def _admit(self, request: Request) -> bool:
         """Let a request in if there is room; one that can never be served ends here."""
-        room = self.memory.slabs.count
         try:
-            if slabs_for(len(request.tokens) + 1) > room:
-                raise CacheFull(
-                    f"{request.id} has grown beyond a cache of {room * SLAB_TOKENS} tokens: "
-                    "raise cache_tokens"
-                )
             return self.residence.admit(request)
         except Exception as error:
             self._fail(request, error)
             return True
 
-    def _set_back(self, request: Request) -> None:
-        """Take a request's memory, keeping what it computed in the cache as long as that lasts."""
-        self.residence.checkpoint(request)
-        self.residence.release(request)
-        self._count_preemption(request)
-
     def _lose(self, request: Request) -> None:
         """Take a request's memory without trusting what is in it."""
         if request.status is Status.RUNNING:
-            self.residence.release(request)
-            self._count_preemption(request)
+            self.residence.set_back(request, keep=False)
             self.scheduler.remove(request)
             self.scheduler.add(request)
-
-    def _count_preemption(self, request: Request) -> None:
-        request.preemptions += 1
-        self.metrics.preemptions += 1
-
-    # A step.
 
     def _postprocess(self, share: Share) -> tuple[Request, list[Drawn]] | None:
         """Let a request take in what was computed, and draw where a token can be drawn."""
@@ -411,13 +369,8 @@ class Engine:
         if not out_of_memory(error) or not undone:
             raise error
         victim = max(undone, key=lambda share: (share.count, share.request.number)).request
-        self._fail(
-            victim,
-            CacheFull(
-                f"memory ran out while {victim.id} was computed ({error}): lower the budget of a "
-                "step or cache_tokens"
-            ),
-        )
+        ran_out = f"memory ran out in a step ({error}): lower its budget or cache_tokens"
+        self._fail(victim, CacheFull(ran_out))
         return [(victim, [])]
 
     def _enter(self, request: Request) -> None:
@@ -436,31 +389,16 @@ class Engine:
             self.residence.leave(request)
         self.residence.release(request)
         self.scheduler.remove(request)
-        if request in self._paused:
-            self._paused.remove(request)
         request.status, request.finish_reason = Status.FINISHED, reason
         self.metrics.finished[reason] += 1
         if self.wal is not None:
             self.wal.end(request)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Cancel what was dropped meanwhile."""
-        while self._dropped and not self._stepping:
+        while self._dropped and not self.stepping:
             request, forget = self._dropped.popleft()
             if not request.finished:
                 self._finish(request, "cancelled")
             if forget and self.wal is not None:
                 self.wal.forget(request.id)
-
-    def _need_disk(self) -> None:
-        if self.cache.disk is None:
-            raise CacheError("this engine has no disk cache: set disk to a folder")
-
-    def _name(self) -> bytes:
-        """Names model, formats and weights; whatever is stored is stored under it."""
-        layout = self.memory.slabs.layout
-        kind = (
-            f"{layout.kv_format} {layout.key_format} {self.config.drafts > 0} "
-            f"{type(self.runner).__name__} {self.config.batch_invariant}"
-        )
-        return fingerprint(self.model, kind)

@@ -7,18 +7,33 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from fathom.engine.kv_cache import SLAB_TOKENS
 
 if TYPE_CHECKING:
     from fathom.engine.batch import Memory
-    from fathom.engine.prefix_cache import PrefixCache, TierStats
+    from fathom.engine.prefix_cache import PrefixCache
     from fathom.engine.request import Request
+    from fathom.engine.scheduler import Scheduler
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_COUNTERS = {
+    "requests": "Requests taken in.",
+    "steps": "Steps computed.",
+    "computed_tokens": "Rows computed, drafts included.",
+    "sampled_tokens": "Tokens drawn.",
+    "prompt_tokens": "Tokens of the prompts of admitted requests.",
+    "cached_tokens": "Those of them that were not computed.",
+    "preemptions": "Times that a request was set back.",
+    "drafts": "Drafts checked.",
+    "drafted_tokens": "Tokens in them.",
+    "accepted_tokens": "Those of them that were drawn.",
+}
 
 
 @dataclass(slots=True)
@@ -32,32 +47,6 @@ class Histogram:
         """Count one duration, or several of the same."""
         self.counts[bisect_left(_SECONDS, seconds)] += times
         self.total += seconds * times
-
-    def lines(self, name: str) -> list[str]:
-        """The Prometheus lines of this histogram."""
-        out, running = [f"# TYPE {name} histogram"], 0
-        for bound, count in zip([*map(str, _SECONDS), "+Inf"], self.counts, strict=True):
-            running += count
-            out.append(f'{name}_bucket{{le="{bound}"}} {running}')
-        return [*out, f"{name}_sum {self.total:.6f}", f"{name}_count {running}"]
-
-
-def gauges(memory: Memory, cache: PrefixCache) -> dict[str, float]:
-    """What memory and cache hold at this moment, by the gauges' names."""
-    slabs, slots = memory.slabs, memory.slots
-    found: dict[str, float] = {
-        "slots_used": slots.count - slots.free,
-        "slots": slots.count,
-        "capacity_tokens": slabs.count * SLAB_TOKENS,
-        "capacity_bytes": slabs.count * slabs.layout.slab_bytes,
-        "in_use_tokens": (slabs.count - cache.available()) * SLAB_TOKENS,
-    }
-    for tier, (tokens, size) in cache.occupancy().items():
-        found[f'cached_tokens{{tier="{tier}"}}'] = tokens
-        found[f'cached_bytes{{tier="{tier}"}}'] = size
-    if cache.disk is not None:
-        found["disk_problems"] = cache.disk.problems
-    return found
 
 
 @dataclass(slots=True)
@@ -83,11 +72,6 @@ class Metrics:
     inter_token: Histogram = field(default_factory=Histogram)
 
     @property
-    def hit_rate(self) -> float:
-        """Of all prompt tokens, the part that was not computed."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
-
-    @property
     def accepted_length(self) -> float:
         """Drafted tokens that were right, on average per draft."""
         return self.accepted_tokens / self.drafts if self.drafts else 0.0
@@ -107,43 +91,75 @@ class Metrics:
         else:
             self.inter_token.add((request.last_token - previous) / count, count)
 
-    def text(self, gauges: Mapping[str, float], found: TierStats) -> str:
-        """Everything in Prometheus' text format; `gauges` are the values of this moment."""
-        gauges = {
-            **gauges,
-            "batch_tokens": self.last_batch,
-            "hit_rate": self.hit_rate,
-            "drafting": float(self.drafting),
-            "accepted_draft_length": self.accepted_length,
-        }
-        counters = {
-            "requests_total": self.requests,
-            "steps_total": self.steps,
-            "computed_tokens_total": self.computed_tokens,
-            "sampled_tokens_total": self.sampled_tokens,
-            "prompt_tokens_total": self.prompt_tokens,
-            "cached_tokens_total": self.cached_tokens,
-            "preemptions_total": self.preemptions,
-            "drafts_total": self.drafts,
-            "drafted_tokens_total": self.drafted_tokens,
-            "accepted_tokens_total": self.accepted_tokens,
-        }
-        lines = []
-        for name, value in counters.items():
-            lines += [f"# TYPE fathom_engine_{name} counter", f"fathom_engine_{name} {value}"]
-        lines.append("# TYPE fathom_engine_finished_total counter")
+    def text(self, scheduler: Scheduler, memory: Memory, cache: PrefixCache) -> str:
+        """Everything in Prometheus' text format, with what is so at this moment."""
+        from prometheus_client import generate_latest
+
+        families = list(self._families(scheduler, memory, cache))
+        collector: Any = SimpleNamespace(collect=lambda: families)
+        return generate_latest(collector).decode()
+
+    def _families(self, scheduler: Scheduler, memory: Memory, cache: PrefixCache) -> Iterator[Any]:
+        from prometheus_client.core import (
+            CounterMetricFamily,
+            GaugeMetricFamily,
+            HistogramMetricFamily,
+        )
+
+        for name, text in _COUNTERS.items():
+            yield CounterMetricFamily(f"fathom_engine_{name}", text, value=getattr(self, name))
+        finished = CounterMetricFamily(
+            "fathom_engine_finished", "Requests by how they ended.", labels=["reason"]
+        )
         for reason, count in sorted(self.finished.items()):
-            lines.append(f'fathom_engine_finished_total{{reason="{reason}"}} {count}')
-        lines.append("# TYPE fathom_engine_found_tokens_total counter")
-        for tier, count in asdict(found).items():
-            lines.append(f'fathom_engine_found_tokens_total{{tier="{tier}"}} {count}')
-        seen = set()
-        for name, value in gauges.items():
-            plain = name.partition("{")[0]
-            if plain not in seen:
-                lines.append(f"# TYPE fathom_engine_{plain} gauge")
-                seen.add(plain)
-            lines.append(f"fathom_engine_{name} {value:g}")
-        lines += self.time_to_first_token.lines("fathom_engine_time_to_first_token_seconds")
-        lines += self.inter_token.lines("fathom_engine_inter_token_seconds")
-        return "\n".join(lines) + "\n"
+            finished.add_metric([reason], count)
+        found = CounterMetricFamily(
+            "fathom_engine_found_tokens",
+            "Tokens found, by the tier that had them.",
+            labels=["tier"],
+        )
+        for tier, count in asdict(cache.stats).items():
+            found.add_metric([tier], count)
+        tokens, size = (
+            GaugeMetricFamily(f"fathom_engine_stored_{what}", text, labels=["tier"])
+            for what, text in (
+                ("tokens", "Tokens whose entries a tier keeps."),
+                ("bytes", "Bytes that a tier keeps, checkpoints included."),
+            )
+        )
+        for tier, (kept, taken) in cache.occupancy().items():
+            tokens.add_metric([tier], kept)
+            size.add_metric([tier], taken)
+        yield from (finished, found, tokens, size)
+        for name, text, value in self._gauges(scheduler, memory, cache):
+            yield GaugeMetricFamily(f"fathom_engine_{name}", text, value=value)
+        for name, text, histogram in (
+            ("time_to_first_token", "From a request to its first token.", self.time_to_first_token),
+            ("inter_token", "From one token to the next.", self.inter_token),
+        ):
+            bounds = zip([*map(str, _SECONDS), "+Inf"], accumulate(histogram.counts), strict=True)
+            yield HistogramMetricFamily(
+                f"fathom_engine_{name}_seconds", text, list(bounds), histogram.total
+            )
+
+    def _gauges(
+        self, scheduler: Scheduler, memory: Memory, cache: PrefixCache
+    ) -> Iterator[tuple[str, str, float]]:
+        slabs, slots = memory.slabs, memory.slots
+        problems = cache.disk.problems if cache.disk is not None else 0
+        in_use, rate = (
+            slabs.count - cache.available(),
+            self.cached_tokens / max(1, self.prompt_tokens),
+        )
+        for state in ("waiting", "running", "paused"):
+            yield f"{state}_requests", f"Requests that are {state}.", len(getattr(scheduler, state))
+        yield "slots_used", "Sequence slots in use.", slots.count - slots.free
+        yield "slots", "All sequence slots.", slots.count
+        yield "capacity_tokens", "Tokens that the device has room for.", slabs.count * SLAB_TOKENS
+        yield "capacity_bytes", "Bytes of that room.", slabs.count * slabs.layout.slab_bytes
+        yield "in_use_tokens", "Tokens of that room that requests hold.", in_use * SLAB_TOKENS
+        yield "disk_problems", "Files damaged, or that could not be read or written.", problems
+        yield "batch_tokens", "Rows of the last step.", self.last_batch
+        yield "hit_rate", "Of all prompt tokens, the part that was not computed.", rate
+        yield "drafting", "Whether drafts are made.", self.drafting
+        yield "accepted_draft_length", "Drafted tokens drawn, per draft.", self.accepted_length

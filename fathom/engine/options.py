@@ -14,10 +14,12 @@ import torch
 
 from fathom.engine.batch import Memory
 from fathom.engine.kv_cache import SLAB_TOKENS, SlabLayout, SlabPool, slabs_for
+from fathom.engine.runner import Runner
 from fathom.engine.scheduler import Budget
 from fathom.engine.state_cache import DRAFT_ROOM, SlotLayout, SlotPool
 from fathom.errors import ConfigError, GenerationError
 from fathom.model.config import ModelConfig
+from fathom.model.fingerprint import fingerprint
 from fathom.model.stored import StoredModel
 from fathom.model.stored_work import MOST_TOKENS
 from fathom.model.transformer import Transformer
@@ -193,6 +195,18 @@ def allocate(config: EngineConfig, model: Transformer | StoredModel) -> Memory:
             f"no memory for {config.max_sequences} sequences and the cache ({error}): lower "
             "cache_tokens or max_sequences"
         ) from error
+
+
+def cache_name(
+    runner: Runner, memory: Memory, model: Transformer | StoredModel, config: EngineConfig
+) -> bytes:
+    """Names model, formats and weights; whatever an engine stores is stored under it."""
+    layout = memory.slabs.layout
+    kind = (
+        f"{layout.kv_format} {layout.key_format} {config.drafts > 0} {type(runner).__name__} "
+        f"{config.batch_invariant}"
+    )
+    return fingerprint(model, kind)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -214,10 +214,10 @@ class PrefixCache:
     def save(self, tokens: Sequence[int]) -> bytes:
         """Write what is known of a sequence to disk, pinned, with its tokens; returns its name.
 
-        Raises CacheError when it cannot be written, or when nothing is known of it; then nothing
-        stays pinned for it.
+        Raises CacheError without a disk, when it cannot be written, or when nothing is known of it;
+        then nothing stays pinned for it.
         """
-        assert self.disk is not None
+        disk = self._required_disk()
         chain = self._known_chain(tokens)
         found = self._newest_checkpoint(tokens, chain, whole=True)
         if found is None and not chain:
@@ -226,14 +226,14 @@ class PrefixCache:
         state = found[0] if found is not None else bytes(16)
         try:
             for kind, key in self._parts(tokens, state):  # before anything makes room
-                self.disk.pin(kind, key)
-            self.disk.write("session", name, state + array("I", tokens).tobytes(), pin=True)
+                disk.pin(kind, key)
+            disk.write("session", name, state + array("I", tokens).tobytes(), pin=True)
             for key in chain:
-                if not self.disk.has("slab", key):
-                    self.disk.write("slab", key, self._record(key) or b"", pin=True)
+                if not disk.has("slab", key):
+                    disk.write("slab", key, self._record(key) or b"", pin=True)
             kept = self.checkpoints.memory.get(state)
-            if kept is not None and not self.disk.has("state", state):
-                self.disk.write("state", state, encode_checkpoint(*kept), pin=True)
+            if kept is not None and not disk.has("state", state):
+                disk.write("state", state, encode_checkpoint(*kept), pin=True)
         except CacheError:
             self._drop_session(name, tokens, state)
             raise
@@ -252,27 +252,32 @@ class PrefixCache:
         self._drop_session(name, tokens, state)
 
     def _drop_session(self, name: bytes, tokens: Sequence[int], state: bytes) -> None:
-        assert self.disk is not None
-        self.disk.remove("session", name)
+        disk = self._required_disk()
+        disk.remove("session", name)
         needed: set[tuple[str, bytes]] = set()
-        for other in self.disk.keys("session"):
+        for other in disk.keys("session"):
             with contextlib.suppress(CacheError):
                 other_state, other_tokens = self._read_session(other)
                 needed |= self._parts(other_tokens, other_state)
         for kind, key in self._parts(tokens, state) - needed:
-            self.disk.pin(kind, key, pinned=False)
+            disk.pin(kind, key, pinned=False)
 
     def _read_session(self, name: bytes) -> tuple[bytes, list[int]]:
-        assert self.disk is not None
-        record = self.disk.read("session", name)
+        disk = self._required_disk()
+        record = disk.read("session", name)
         if record is None or len(record) < 16 or len(record) % 4:
             raise CacheError(
-                f"no session {name.hex()} of this model in {self.disk.folder}, or it is damaged"
+                f"no session {name.hex()} of this model in {disk.folder}, or it is damaged"
             )
         return record[:16], list(array("I", record[16:]))
 
     def _parts(self, tokens: Sequence[int], state: bytes) -> set[tuple[str, bytes]]:
         return {("state", state), *(("slab", key) for key in self.chain(tokens))}
+
+    def _required_disk(self) -> DiskCache:
+        if self.disk is None:
+            raise CacheError("this engine has no disk cache: set disk to a folder")
+        return self.disk
 
     def use_disk(self, disk: DiskCache | None) -> None:
         """The disk tier from now on."""
@@ -288,15 +293,6 @@ class PrefixCache:
         if root is not None:
             self.root = root
             self.use_disk(None)
-
-    def drop_device(self) -> None:
-        """Move every slab that no request holds to host memory."""
-        self._demote(len(self._device))
-
-    def drop_host(self) -> None:
-        """Forget what host memory holds; disk stays."""
-        self._host.clear()
-        self.checkpoints.clear()
 
     def occupancy(self) -> dict[str, tuple[int, int]]:
         """Per tier (tokens, bytes) of entries; checkpoints count as bytes of the host."""

@@ -31,8 +31,21 @@ class Residence:
         self._memory, self._cache, self._metrics, self._spacing = memory, cache, metrics, spacing
         self._refused = (0, 0, 0)  # the request that found no room, and what room there was
 
+    def check_fits(self, request: Request) -> None:
+        """Raises CacheFull for a request that no room would be enough for."""
+        room = self._memory.slabs.count
+        if slabs_for(len(request.tokens) + 1) > room:
+            raise CacheFull(
+                f"{len(request.tokens)} tokens and one more do not fit into a cache of "
+                f"{room * SLAB_TOKENS}: raise cache_tokens, or ask for less"
+            )
+
     def admit(self, request: Request) -> bool:
-        """Give a request its slot and what is known of its tokens; False while there is no room."""
+        """Give a request its slot and what is known of its tokens; False while there is no room.
+
+        Raises CacheFull as `check_fits`.
+        """
+        self.check_fits(request)
         slots, slabs = self._memory.slots, self._memory.slabs
         asked = (request.number, slots.free, slabs.releases)
         if not slots.free or asked == self._refused:
@@ -113,6 +126,16 @@ class Residence:
             request.slabs.append(slab)
         return True
 
+    def set_back(self, request: Request, keep: bool = True) -> None:
+        """Take a running request's memory; with `keep`, what it computed stays in the cache for as
+        long as there is room.
+        """
+        if keep:
+            self.checkpoint(request)
+        self.release(request)
+        request.preemptions += 1
+        self._metrics.preemptions += 1
+
     def release(self, request: Request) -> None:
         """Take a request's slot and slabs."""
         for slab in request.slabs:
@@ -167,6 +190,13 @@ class Residence:
         )
         request.checkpointed = position
         request.kept.append(key)
+
+    def save(self, request: Request) -> bytes:
+        """Write a request's conversation so far to disk, as PrefixCache.save."""
+        if request.status is not Status.RUNNING:
+            return self._cache.save(request.tokens)
+        self.checkpoint(request)
+        return self._cache.save(request.tokens[: request.computed])
 
     def leave(self, request: Request) -> None:
         """Keep a request's end in the cache, on disk if there is one, as it goes for good."""

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from fathom.chat.generation import TokenMask
 from fathom.errors import GenerationError
@@ -109,18 +108,9 @@ class Sampler:
         self._counts: Counter[int] = Counter()
         self.drawn = 0
 
-    def draw(self, logits: torch.Tensor) -> tuple[int, float]:
-        """logits: [vocab] float32 of one position. Returns (token id, its log-probability).
-
-        The log-probability is the model's own: before everything else. Raises GenerationError when
-        the logits are not finite.
-        """
-        drawn = self.pick(logits)
-        return drawn.token, drawn.logprob
-
     def pick(
         self,
-        logits: np.ndarray | torch.Tensor,
+        logits: np.ndarray,
         mask: TokenMask | None = None,
         summary: np.ndarray | None = None,
     ) -> Drawn:
@@ -130,8 +120,6 @@ class Sampler:
 
         Raises GenerationError when the logits are not finite or the mask allows nothing.
         """
-        if isinstance(logits, torch.Tensor):
-            logits = logits.detach().to("cpu", torch.float32).numpy()
         drawn = self.propose(logits, mask, summary)
         if mask is not None:
             mask.accept(drawn.token)
@@ -240,13 +228,3 @@ def _masked(logits: np.ndarray, bits: bytes) -> np.ndarray:
     out: Any = np.full_like(logits, -np.inf)
     out[: len(allowed)] = np.where(allowed != 0, logits[: len(allowed)], np.float32(-np.inf))
     return out
-
-
-def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zero all but the most probable tokens whose mass first reaches top_p (at least one).
-
-    p: [vocab] float32, sums to 1. Returns [vocab], not normalised again.
-    """
-    ordered, order = p.sort(descending=True, stable=True)
-    before = ordered.cumsum(0) - ordered
-    return torch.zeros_like(p).scatter_(0, order, ordered.masked_fill(before >= top_p, 0.0))

@@ -61,6 +61,12 @@ class Scheduler:
         self.budget, self._admit, self._grow, self._preempt = budget, admit, grow, preempt
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.paused: list[Request] = []
+
+    @property
+    def requests(self) -> list[Request]:
+        """All requests, whatever they are doing."""
+        return [*self.running, *self.waiting, *self.paused]
 
     def add(self, request: Request) -> None:
         """Put a request in line: by priority, then by age."""
@@ -68,9 +74,15 @@ class Scheduler:
         self.waiting.append(request)
         self.waiting.sort(key=_rank)
 
+    def pause(self, request: Request) -> None:
+        """Keep a request out of line until it is added again."""
+        self.remove(request)
+        request.status = Status.PAUSED
+        self.paused.append(request)
+
     def remove(self, request: Request) -> None:
         """Take a request out, wherever it is."""
-        for line in (self.waiting, self.running):
+        for line in (self.waiting, self.running, self.paused):
             if request in line:
                 line.remove(request)
 

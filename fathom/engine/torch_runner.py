@@ -8,6 +8,7 @@ Paper: §3.5.1 (KV cache layout).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ import torch
 from fathom.engine.batch import Batch, Memory, Piece
 from fathom.engine.kv_cache import SLAB_TOKENS
 from fathom.engine.recorder import Recorder
-from fathom.engine.state_cache import DRAFT_ROOM, StatePlaces
+from fathom.engine.state_cache import DRAFT_ROOM
 from fathom.kernels import register
 from fathom.model.cache import Cache, CompressorState, EntryBuffer, LayerCache
 from fathom.model.config import CSA_RATIO, HCA_RATIO
@@ -131,47 +132,40 @@ class TorchRunner:
     def _read_layer(self, piece: Piece, layer: int, start: int) -> LayerCache:
         ratio = self._ratios[layer]
         cache = LayerCache(self._read_window(piece.slot, layer, start))
-        if not ratio:
-            return cache
-        cache.entries = self._entries(piece, layer, start // ratio, False)
+        if ratio:
+            cache.entries = self._entries(piece, layer, start // ratio, False)
         if ratio == CSA_RATIO:
-            p = self._slots.layers[layer]
             cache.key_format = self._layout.key_format
             cache.index_keys = self._entries(piece, layer, start // ratio, True)
-            cache.compressor = self._read_tail(piece.slot, p.tail_kv, p.tail_gate, start, False)
-            cache.index_compressor = self._read_tail(
-                piece.slot, p.key_tail_kv, p.key_tail_gate, start, True
-            )
-        else:
+            cache.compressor = self._read_tail(piece.slot, layer, start, False)
+            cache.index_compressor = self._read_tail(piece.slot, layer, start, True)
+        elif ratio:
             cache.compressor = self._read_online(piece.slot, layer, start)
         return cache
 
     def _write_layer(
         self, piece: Piece, layer: int, start: int, end: int, cache: LayerCache
     ) -> None:
-        ratio = self._ratios[layer]
         near = min(end - start, self._config.sliding_window - 1)
         self._write_window(piece.slot, layer, end - near, cache.window[0, -near:])
+        ratio = self._ratios[layer]
         if not ratio:
             return
         assert cache.entries is not None
         assert cache.compressor is not None
         first, last = max(start, piece.known) // ratio, end // ratio
-        if max(start, piece.known) % ratio and first * ratio < piece.known:
+        if first * ratio < piece.known:  # that one is there already
             first += 1
         self._store(piece, layer, first, cache.entries.reserve(last)[0, first:last], False)
-        p = self._slots.layers[layer]
         if ratio == CSA_RATIO:
             assert cache.index_keys is not None
             assert cache.index_compressor is not None
             keys = cache.index_keys.reserve(last)[0, first:last]
             self._store(piece, layer, first, keys, True)
-            self._write_tail(piece.slot, p.tail_kv, p.tail_gate, end, cache.compressor)
-            self._write_tail(
-                piece.slot, p.key_tail_kv, p.key_tail_gate, end, cache.index_compressor
-            )
+            self._write_tail(piece.slot, layer, end, cache.compressor, False)
+            self._write_tail(piece.slot, layer, end, cache.index_compressor, True)
         else:
-            self._write_online(piece.slot, p, end, cache.compressor)
+            self._write_online(piece.slot, layer, end, cache.compressor)
 
     # Windows.
 
@@ -179,20 +173,19 @@ class TorchRunner:
         """The raw entries before `start`: [1, window - 1, head_dim], zeros before the first."""
         size = self._config.sliding_window - 1
         places = torch.arange(start - size, start) % self._slots.ring
-        rows = self._unpack(*self._window(slot, layer), places)
+        rows = self._unpack(*self._window(slot, layer), places, False)
         rows[: max(0, size - start)] = 0
         return rows[None]
 
     def _write_window(self, slot: int, layer: int, first: int, rows: torch.Tensor) -> None:
         places = torch.arange(first, first + len(rows)) % self._slots.ring
-        data, scales = self._window(slot, layer)
-        self._pack(rows, data, scales, places)
+        self._pack(rows, *self._window(slot, layer), places, False)
 
     def _window(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        p, ring = self._slots.layers[layer], self._slots.ring
-        row, sizes = self.memory.slots.data[slot], self._layout.kv_sizes
-        data = row[p.window_data : p.window_data + ring * sizes[0]].view(ring, sizes[0])
-        return data, row[p.window_scales : p.window_scales + ring * sizes[1]].view(ring, sizes[1])
+        p, row = self._slots.layers[layer], self.memory.slots.data[slot]
+        return _lines(
+            row, (p.window_data, p.window_scales), self._layout.kv_sizes, self._slots.ring
+        )
 
     # Entries and keys.
 
@@ -206,12 +199,9 @@ class TorchRunner:
         found = []
         for number in range(first // p.entries, -(-last // p.entries)):
             row = self.memory.slabs.data[int(self.memory.tables[slot, number])]
-            data, scales = (
-                row[a : a + p.entries * size].view(p.entries, size)
-                for a, size in zip(at, sizes, strict=True)
-            )
             low = max(0, first - number * p.entries)
-            found.append((data, scales, low, min(p.entries, last - number * p.entries)))
+            high = min(p.entries, last - number * p.entries)
+            found.append((*_lines(row, at, sizes, p.entries), low, high))
         return found
 
     def _entries(self, piece: Piece, layer: int, count: int, key: bool) -> EntryBuffer:
@@ -219,72 +209,48 @@ class TorchRunner:
         dim = c.index_head_dim if key else c.head_dim
         buffer = EntryBuffer(1, dim, self.model.dtype, self._weight.device)
         for data, scales, low, high in self._places(piece.slot, layer, key, 0, count):
-            places = torch.arange(low, high)
-            rows = (self._unpack_keys if key else self._unpack)(data, scales, places)
-            buffer.append(rows[None])
+            buffer.append(self._unpack(data, scales, torch.arange(low, high), key)[None])
         return buffer
 
     def _store(self, piece: Piece, layer: int, first: int, rows: torch.Tensor, key: bool) -> None:
         done = 0
-        if not len(rows):
-            return
         for data, scales, low, high in self._places(
             piece.slot, layer, key, first, first + len(rows)
         ):
             part = rows[done : done + high - low]
-            (self._pack_keys if key else self._pack)(part, data, scales, torch.arange(low, high))
+            self._pack(part, data, scales, torch.arange(low, high), key)
             done += high - low
 
     def _unpack(
-        self, data: torch.Tensor, scales: torch.Tensor, places: torch.Tensor
+        self, data: torch.Tensor, scales: torch.Tensor, places: torch.Tensor, key: bool
     ) -> torch.Tensor:
-        places = places.to(data.device)
-        if self._layout.kv_format == "fp8":
-            rope = self._config.qk_rope_head_dim
-            return kv_pack.unpack_kv_entries(
-                data[places], scales[places], rope, self.model.dtype, check=False
-            )
-        kind = _DTYPES[self._layout.kv_format]
-        return data[places].view(kind).to(self.model.dtype)
+        form = self._layout.key_format if key else self._layout.kv_format
+        dtype, places = self.model.dtype, places.to(data.device)
+        if form in _DTYPES:
+            return data[places].view(_DTYPES[form]).to(dtype)
+        given = data[places], scales[places]
+        if key:
+            return kv_pack.unpack_indexer_entries(*given, _indexer(form), dtype, check=False)
+        rope = self._config.qk_rope_head_dim
+        return kv_pack.unpack_kv_entries(*given, rope, dtype, check=False)
 
     def _pack(
-        self, rows: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, places: torch.Tensor
+        self,
+        rows: torch.Tensor,
+        data: torch.Tensor,
+        scales: torch.Tensor,
+        places: torch.Tensor,
+        key: bool,
     ) -> None:
-        places = places.to(data.device)
-        if self._layout.kv_format == "fp8":
-            data[places], scales[places] = kv_pack.pack_kv_entries(
-                rows.contiguous(), self._config.qk_rope_head_dim
-            )
-        else:
-            kind = _DTYPES[self._layout.kv_format]
-            data[places] = rows.to(kind).contiguous().view(torch.uint8)
-
-    def _unpack_keys(
-        self, data: torch.Tensor, scales: torch.Tensor, places: torch.Tensor
-    ) -> torch.Tensor:
-        places = places.to(data.device)
-        form = self._layout.key_format
+        form = self._layout.key_format if key else self._layout.kv_format
+        rows, places = rows.contiguous(), places.to(data.device)
         if form in _DTYPES:
-            return data[places].view(_DTYPES[form]).to(self.model.dtype)
-        return kv_pack.unpack_indexer_entries(
-            data[places],
-            scales[places],
-            cast(kv_pack.IndexerFormat, form),
-            self.model.dtype,
-            check=False,
-        )
-
-    def _pack_keys(
-        self, rows: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, places: torch.Tensor
-    ) -> None:
-        places = places.to(data.device)
-        form = self._layout.key_format
-        if form in _DTYPES:
-            data[places] = rows.to(_DTYPES[form]).contiguous().view(torch.uint8)
+            data[places] = rows.to(_DTYPES[form]).view(torch.uint8)
+        elif key:
+            data[places], scales[places] = kv_pack.pack_indexer_entries(rows, _indexer(form))
         else:
-            data[places], scales[places] = kv_pack.pack_indexer_entries(
-                rows.contiguous(), cast(kv_pack.IndexerFormat, form)
-            )
+            packed = kv_pack.pack_kv_entries(rows, self._config.qk_rope_head_dim)
+            data[places], scales[places] = packed
 
     # Tails of the compressors.
 
@@ -292,65 +258,82 @@ class TorchRunner:
         raw = self.memory.slots.data[slot, at : at + 4 * rows * cols]
         return raw.view(torch.float32).view(rows, cols)
 
-    def _tails(self, slot: int, kv: int, gate: int, key: bool) -> tuple[torch.Tensor, ...]:
-        width = 2 * (self._config.index_head_dim if key else self._config.head_dim)
-        return tuple(self._numbers(slot, at, self._slots.tail, width) for at in (kv, gate))
-
-    def _read_tail(self, slot: int, kv: int, gate: int, start: int, key: bool) -> CompressorState:
-        rings = self._tails(slot, kv, gate, key)
-        cols = rings[0].shape[1] // 2
-        state = CompressorState.empty(1, CSA_RATIO, cols, rings[0].device)
-        begun = start - start % CSA_RATIO
-        for p in range(begun, start):
-            state.kv[0, p - begun] = rings[0][p % self._slots.tail]
-            state.gate[0, p - begun] = rings[1][p % self._slots.tail]
+    def _tails(
+        self, slot: int, layer: int, key: bool, state: CompressorState
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Rows of values, then of gates: places in a ring, in `state`, in its previous window."""
+        p, size = self._slots.layers[layer], self._slots.tail
+        cols = self._config.index_head_dim if key else self._config.head_dim
         assert state.previous_kv is not None
         assert state.previous_gate is not None
-        for p in range(max(0, begun - CSA_RATIO), begun):
-            state.previous_kv[0, p % CSA_RATIO] = rings[0][p % self._slots.tail, :cols]
-            state.previous_gate[0, p % CSA_RATIO] = rings[1][p % self._slots.tail, :cols]
+        starts = (p.key_tail_kv, p.key_tail_gate) if key else (p.tail_kv, p.tail_gate)
+        rows = (state.kv, state.previous_kv), (state.gate, state.previous_gate)
+        for start, (now, previous) in zip(starts, rows, strict=True):
+            yield self._numbers(slot, start, size, 2 * cols), now[0], previous[0]
+
+    def _read_tail(self, slot: int, layer: int, start: int, key: bool) -> CompressorState:
+        cols = self._config.index_head_dim if key else self._config.head_dim
+        state = CompressorState.empty(1, CSA_RATIO, cols, self._weight.device)
+        now, before = _tail_positions(start)
+        for ring, rows, previous in self._tails(slot, layer, key, state):
+            rows[now % CSA_RATIO] = ring[now % len(ring)]
+            previous[before % CSA_RATIO] = ring[before % len(ring), :cols]
         return state
 
-    def _write_tail(self, slot: int, kv: int, gate: int, end: int, state: CompressorState) -> None:
-        assert state.previous_kv is not None
-        assert state.previous_gate is not None
-        cols = state.previous_kv.shape[-1]
-        rings = self._tails(slot, kv, gate, cols == self._config.index_head_dim)
-        if cols == self._config.head_dim:
-            rings = self._tails(slot, kv, gate, False)
-        begun = end - end % CSA_RATIO
-        for p in range(begun, end):
-            rings[0][p % self._slots.tail] = state.kv[0, p - begun]
-            rings[1][p % self._slots.tail] = state.gate[0, p - begun]
-        for p in range(max(0, begun - CSA_RATIO), begun):
-            rings[0][p % self._slots.tail, :cols] = state.previous_kv[0, p % CSA_RATIO]
-            rings[1][p % self._slots.tail, :cols] = state.previous_gate[0, p % CSA_RATIO]
+    def _write_tail(
+        self, slot: int, layer: int, end: int, state: CompressorState, key: bool
+    ) -> None:
+        now, before = _tail_positions(end)
+        for ring, rows, previous in self._tails(slot, layer, key, state):
+            ring[now % len(ring)] = rows[now % CSA_RATIO]
+            ring[before % len(ring), : previous.shape[1]] = previous[before % CSA_RATIO]
+
+    def _online(self, slot: int, layer: int, length: int) -> torch.Tensor:
+        """Where the running softmax after `length` tokens lies: [3 * head_dim]."""
+        at, rows = self._slots.layers[layer].online, self._slots.online
+        return self._numbers(slot, at, rows, 3 * self._config.head_dim)[(length - 1) % rows]
 
     def _read_online(self, slot: int, layer: int, start: int) -> CompressorState:
         """The running softmax as one token: the average so far, with the logarithm of its mass."""
-        cols = self._config.head_dim
+        cols, pending = self._config.head_dim, start % HCA_RATIO
         state = CompressorState.empty(1, HCA_RATIO, cols, self._weight.device)
-        pending = start % HCA_RATIO
         if pending:
-            ring = self._numbers(
-                slot, self._slots.layers[layer].online, self._slots.online, 3 * cols
-            )
-            high, total, value = ring[(start - 1) % self._slots.online].split(cols)
+            high, total, value = self._online(slot, layer, start).split(cols)
             state.gate[0, :pending] = -torch.inf
             state.gate[0, 0] = high + total.log()
             state.kv[0, 0] = value / total
         return state
 
-    def _write_online(self, slot: int, p: StatePlaces, end: int, state: CompressorState) -> None:
-        cols, pending = self._config.head_dim, end % HCA_RATIO
+    def _write_online(self, slot: int, layer: int, end: int, state: CompressorState) -> None:
+        pending = end % HCA_RATIO
         if not pending:
             return
         gate, kv = state.gate[0, :pending], state.kv[0, :pending]
         high = gate.amax(0)
         weights = (gate - high).exp()
         row = torch.cat((high, weights.sum(0), (weights * kv).sum(0)))
-        ring = self._numbers(slot, p.online, self._slots.online, 3 * cols)
-        ring[(end - 1) % self._slots.online] = row
+        self._online(slot, layer, end).copy_(row)
+
+
+def _lines(
+    row: torch.Tensor, starts: tuple[int, int], sizes: tuple[int, int], count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Data and scales [count, bytes] of `count` entries that lie at these places of row [bytes]."""
+    data, scales = (
+        row[at : at + count * size].view(count, size)
+        for at, size in zip(starts, sizes, strict=True)
+    )
+    return data, scales
+
+
+def _tail_positions(end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of the CSA window begun before `end`, and those of the one before it."""
+    begun = end - end % CSA_RATIO
+    return torch.arange(begun, end), torch.arange(max(0, begun - CSA_RATIO), begun)
+
+
+def _indexer(form: str) -> kv_pack.IndexerFormat:
+    return cast(kv_pack.IndexerFormat, form)
 
 
 assert SLAB_TOKENS % HCA_RATIO == 0

@@ -16,50 +16,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import mmap
 import os
-import struct
+import time
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
-from fathom.chat.generation import TokenMask
-from fathom.engine.request import Request, StopHook
-from fathom.engine.sampler import Drawn, SamplingParams
-from fathom.errors import CacheError, FathomError, GenerationError
+from fathom.engine.request import Request
+from fathom.engine.sampler import Drawn
+from fathom.engine.wal_format import CHECKED, END, REASONS, RECORD, Logged, encode_header, read_log
+from fathom.errors import CacheError
 
-MAGIC = b"fathomW2"
-# Token, log-probability, number of the draw (its last 16 bits: the rest is its place), checksum.
-RECORD = struct.Struct("<IfHI")
-_CHECKED = struct.Struct("<IfH")  # what the checksum covers
-_SIZE = struct.Struct("<I")
 RESERVED = 1 << 14  # bytes at a time
-END = 0xFFFFFFFF  # in place of a token: the request has ended, and why
-_REASONS = ("stop", "length", "cancelled", "error")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Logged:
-    """What a log says of its request. `finish_reason` None: it was still running.
-
-    `checksum` is the header's, `size` the length up to which the file is sound.
-    """
-
-    path: Path
-    id: str
-    model: str
-    prompt: list[int]
-    params: SamplingParams
-    priority: int
-    masked: bool
-    output: list[Drawn]
-    finish_reason: str | None
-    checksum: int
-    size: int
 
 
 class _File:
@@ -79,7 +49,7 @@ class _File:
         if self.at + RECORD.size > self.end:
             self.reserve()
         number &= 0xFFFF
-        check = zlib.crc32(_CHECKED.pack(token, logprob, number), self.header)
+        check = zlib.crc32(CHECKED.pack(token, logprob, number), self.header)
         RECORD.pack_into(self.map, self.at, token, logprob, number, check)  # type: ignore[arg-type]
         self.at += RECORD.size
 
@@ -107,7 +77,10 @@ class WriteAheadLog:
         self.folder, self._root = Path(folder), root.hex()
         self._open: dict[str, _File] = {}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            probe = self.folder / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
         except OSError as error:
             raise CacheError(f"the log folder {self.folder} cannot be used: {error}") from error
 
@@ -144,7 +117,7 @@ class WriteAheadLog:
         self,
         request: Request,
         drawn: Drawn,
-        checked: Callable[..., bytes] = _CHECKED.pack,
+        checked: Callable[..., bytes] = CHECKED.pack,
         put: Callable[..., None] = RECORD.pack_into,
         crc: Callable[[bytes, int], int] = zlib.crc32,
         size: int = RECORD.size,
@@ -170,7 +143,7 @@ class WriteAheadLog:
         """Write down that a request has ended, and close its file."""
         file = self._open.pop(request.id, None)
         if file is not None:
-            reason = _REASONS.index(request.finish_reason or "error")
+            reason = REASONS.index(request.finish_reason or "error")
             with contextlib.suppress(OSError):  # then it is simply taken up again
                 file.put(END, float(reason), len(request.output))
             file.close()
@@ -182,6 +155,16 @@ class WriteAheadLog:
             file.close()
         with contextlib.suppress(OSError):
             self._path(request_id).unlink()
+
+    def drop(self, logged: Logged, seconds: float) -> bool:
+        """Delete a log that nothing was added to for so long; False while a process has it open."""
+        with contextlib.suppress(OSError):
+            if time.time() - logged.path.stat().st_mtime > seconds:
+                descriptor = _lock(logged.path)
+                logged.path.unlink()
+                os.close(descriptor)
+                return True
+        return False
 
     def rename(self, root: bytes, requests: Iterable[Request]) -> None:
         """From now on the model has another name: the logs of requests go on under it.
@@ -216,7 +199,7 @@ class WriteAheadLog:
         """All requests of this model in the folder, and what is wrong with files that are not."""
         found, problems = [], []
         for path in sorted(self.folder.glob("*.wal")):
-            logged = _read(path)
+            logged = read_log(path)
             if logged is None:
                 problems.append(f"{path} is damaged or no log of fathom's: left as it is")
             elif logged.model != self._root:
@@ -230,20 +213,7 @@ class WriteAheadLog:
 
     def _create(self, path: Path, request: Request) -> _File:
         """A new file with a request's header. Raises OSError; then there is none."""
-        params = asdict(request.params) | {"seed": request.sampler.seed}
-        params["logit_bias"] = list(request.params.logit_bias.items())
-        header = json.dumps(
-            {
-                "model": self._root,
-                "id": request.id,
-                "prompt": request.prompt,
-                "params": params,
-                "priority": request.priority,
-                "masked": request.mask is not None,
-            }
-        ).encode()
-        checksum = zlib.crc32(header)
-        data = MAGIC + _SIZE.pack(len(header)) + header + _SIZE.pack(checksum)
+        data, checksum = encode_header(request, self._root)
         descriptor = _lock(path, os.O_CREAT | os.O_EXCL)
         try:
             _write(descriptor, data)
@@ -252,35 +222,6 @@ class WriteAheadLog:
             path.unlink(missing_ok=True)
             raise
         return _File(descriptor, checksum, len(data))
-
-
-def revive(
-    logged: Logged, mask: TokenMask | None, stop: StopHook | None
-) -> tuple[Request, str | None]:
-    """The request of a log, with its tokens, which mask and stop hook are told; and why it ends
-    here, if it does. A request that had a mask and gets none ends with an error.
-    """
-    request = Request(
-        prompt=logged.prompt,
-        params=logged.params,
-        id=logged.id,
-        priority=logged.priority,
-        mask=mask,
-        stop=stop,
-    )
-    reason = None
-    try:
-        for drawn in logged.output:
-            request.add(drawn)
-            request.sampler.accept(drawn.token)
-            if mask is not None:
-                mask.accept(drawn.token)
-            reason = request.ending() or reason
-        if logged.finish_reason is None and logged.masked and mask is None:
-            raise GenerationError(f"{request.id} cannot go on without its mask")
-    except Exception as error:  # whatever a hook raises is its request's trouble
-        request.error, reason = error, "error"
-    return request, reason
 
 
 def _lock(path: Path, flags: int = 0) -> int:
@@ -297,43 +238,3 @@ def _lock(path: Path, flags: int = 0) -> int:
 def _write(descriptor: int, data: bytes) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
-
-
-def _read(path: Path) -> Logged | None:
-    """What a file says, or None if it is no log."""
-    try:
-        data = path.read_bytes()
-        at = len(MAGIC) + _SIZE.size
-        (size,) = _SIZE.unpack(data[len(MAGIC) : at])
-        raw = data[at : at + size]
-        (checksum,) = _SIZE.unpack(data[at + size : at + size + _SIZE.size])
-        if data[: len(MAGIC)] != MAGIC or zlib.crc32(raw) != checksum:
-            return None
-        header: dict[str, Any] = json.loads(raw)
-        values = dict(header["params"])
-        values["logit_bias"] = {int(k): v for k, v in values["logit_bias"]}
-        values["stop_token_ids"] = tuple(values["stop_token_ids"])
-        about = {
-            "params": SamplingParams(**values),
-            "prompt": list(header["prompt"]),
-            **{key: header[key] for key in ("id", "model", "priority", "masked")},
-        }
-    except (OSError, ValueError, KeyError, TypeError, struct.error, FathomError):
-        return None
-    at += size + _SIZE.size
-    output: list[Drawn] = []
-    reason = None
-    while at + RECORD.size <= len(data):
-        token, logprob, number, check = RECORD.unpack_from(data, at)
-        if check != zlib.crc32(data[at : at + _CHECKED.size], checksum):
-            break
-        if token != END and number != len(output) & 0xFFFF:
-            break
-        at += RECORD.size
-        if token == END:
-            reason = dict(enumerate(_REASONS)).get(int(logprob), "error")
-            break
-        output.append(Drawn(token=token, logprob=logprob))
-    return Logged(
-        path=path, output=output, finish_reason=reason, checksum=checksum, size=at, **about
-    )

@@ -13,7 +13,7 @@ import atexit
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import anyio
 
@@ -113,6 +113,7 @@ class Client:
         self._sandboxes: dict[str, Sandbox] = {}
         self._groups: dict[str, str] = {}
         self._keys: dict[str, tuple[tuple[Spec, Net | None, str | None], str]] = {}
+        self._pools: list[Functions] = []
         self._making = anyio.Lock()
         self._closed = False
 
@@ -128,11 +129,34 @@ class Client:
             return
         self._closed = True
         with anyio.CancelScope(shield=True):
+            # Nobody else could find the interpreters of a pool, with a daemon either.
+            for pool in self._pools:
+                await pool.close()
             if not self._remote:
                 async with anyio.create_task_group() as group:
                     for sandbox in list(self._sandboxes.values()):
                         group.start_soon(sandbox.stop)
             await self._host.close()
+
+    @overload
+    async def create(
+        self,
+        spec: Kept | None = None,
+        *,
+        net: Net | None = None,
+        key: str | None = None,
+        group: str | None = None,
+    ) -> Sandbox: ...
+
+    @overload
+    async def create(
+        self,
+        spec: Fn,
+        *,
+        net: Net | None = None,
+        key: str | None = None,
+        group: str | None = None,
+    ) -> Functions: ...
 
     async def create(
         self,
@@ -141,9 +165,11 @@ class Client:
         net: Net | None = None,
         key: str | None = None,
         group: str | None = None,
-    ) -> Sandbox:
-        """Start a sandbox and return once it answers.
+    ) -> Sandbox | Functions:
+        """Start a sandbox and return once it answers; for `Fn` a pool of interpreters.
 
+        The pool has the methods of a sandbox: `exec` and `caps` work, those that need something to
+        be kept between two calls raise Unsupported, as `net`, `key` and `group` do here.
         `net`: what it may reach, nothing when not given. `key`: asked for again under the same key,
         the sandbox that was made comes back; KeyConflict says that it was made from other values.
         `group`: a name under which sandboxes are paused and stopped together.
@@ -152,7 +178,10 @@ class Client:
         """
         wanted = Container() if spec is None else spec
         if isinstance(wanted, Fn):
-            raise Unsupported(wanted.missing())
+            for name, value in (("net", net), ("key", key), ("group", group)):
+                if value is not None:
+                    raise Unsupported(f"a pool of interpreters has no {name}: use Container")
+            return await self.functions(wanted)
         _check_kind(wanted)
         _check_texts(key=key, group=group)
         _check_net(net)
@@ -168,6 +197,9 @@ class Client:
             made = await self._connected(wanted, net, group)
             self._keys[key] = (values, made.id)
             return made
+
+    async def _container(self, spec: Container) -> Sandbox:
+        return await self.create(spec)
 
     async def _connected(self, spec: Spec, net: Net | None, group: str | None) -> Sandbox:
         made = await self._make("create", group, spec=spec)
@@ -270,12 +302,35 @@ class Client:
             raise Unsupported('only a daemon keeps sandboxes of others: use Client("edge")')
         return list((await self._host.call("list"))["sandboxes"])
 
+    async def end(self, name: str) -> None:
+        """End a sandbox of the daemon by its name, also one that it could not take over.
+
+        Raises SandboxLost where there is none, Unsupported without a daemon, SandboxError where
+        something of it is left.
+        """
+        if not self._remote:
+            raise Unsupported('only a daemon keeps sandboxes of others: use Client("edge")')
+        _check_texts(name=name)
+        if not (await self._host.call("destroy", id=name)).get("ended"):
+            raise SandboxLost(f"sandbox {name[:80]} ended: there is nothing to stop")
+
+    async def left_alone(self) -> dict[str, str]:
+        """Return the sandboxes that live and that the daemon could not take over: name -> why.
+
+        They are in no `list`; `end` ends them. Raises Unsupported, DaemonLost.
+        """
+        if not self._remote:
+            raise Unsupported('only a daemon keeps sandboxes of others: use Client("edge")')
+        return dict((await self._host.call("list")).get("left", {}))
+
     async def functions(self, spec: Fn | None = None) -> Functions:
         """Start a pool of interpreters for stateless calls. Raises SandboxError, Unsupported."""
         wanted = spec or Fn()
         fn.check(wanted)
-        pool = Functions(wanted, self.create)
+        pool = Functions(wanted, self._container)
         await pool.open()
+        self._pools = [one for one in self._pools if not one.closed]
+        self._pools.append(pool)
         return pool
 
     def output(self, digest: str) -> bytes:

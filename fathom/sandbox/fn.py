@@ -16,13 +16,11 @@ Paper: §5.2.5 (function calls in pre-created containers).
 
 from __future__ import annotations
 
-import base64
 import functools
 import json
 import math
-import secrets
-import struct
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,64 +29,19 @@ from typing import Any, cast
 
 import anyio
 
-from fathom.errors import SandboxError, SandboxLost
-from fathom.sandbox import fn_worker, seccomp
-from fathom.sandbox.process import Process
-from fathom.sandbox.request import PATH, check_seconds, form_request, to_bytes
+from fathom.errors import SandboxError, SandboxLost, Unsupported
+from fathom.sandbox import fn_command, fn_link, fn_worker, seccomp
+from fathom.sandbox.fn_link import Link
+from fathom.sandbox.request import check_seconds, form_request, to_bytes
 from fathom.sandbox.sandbox import Sandbox
 from fathom.sandbox.stateless import Stateless
 from fathom.sandbox.types import Caps, Container, ExecResult, Fn
 
-_REQUEST = struct.Struct(f"<{fn_worker.NONCE}sI")
-_ANSWER = struct.Struct(f"<{fn_worker.NONCE}sBI")
 _LIFETIME = 1e8
 _READY_TIMEOUT = 30.0
 # For removing what a call left; one that takes longer is not waited for by the next caller.
 _CLEAN_TIMEOUT = 5.0
 OUTPUT_CAP = 1 << 20
-# Runs a command in the process of a call. Output beyond the cap is read and dropped.
-_COMMAND = """
-import base64, os, subprocess, threading
-
-def main(order):
-    os.chdir(order["cwd"])
-    given = order["stdin"]
-    try:
-        process = subprocess.Popen(order["argv"], env=order["env"],
-            stdin=subprocess.DEVNULL if given is None else subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if order["merge"] else subprocess.PIPE)
-    except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
-        code = 127 if isinstance(error, FileNotFoundError) else 126
-        said = base64.b64encode(str(error).encode()).decode()
-        return {"code": code, "out": "", "err": said, "truncated": False}
-    cap, kept, threads = order["cap"], {}, []
-
-    def drain(name, pipe):
-        data, cut = b"", False
-        while piece := pipe.read1(65536):
-            cut = cut or len(data) + len(piece) > cap
-            data += piece[:cap - len(data)]
-        kept[name] = data, cut
-
-    for name, pipe in (("out", process.stdout), ("err", process.stderr)):
-        if pipe is not None:
-            threads.append(threading.Thread(target=drain, args=(name, pipe), daemon=True))
-            threads[-1].start()
-    if given is not None:
-        try:
-            with process.stdin:
-                process.stdin.write(base64.b64decode(given))
-        except BrokenPipeError:
-            pass
-    code = process.wait()
-    for thread in threads:
-        thread.join(1)
-    shown = {name: base64.b64encode(kept.get(name, (b"", False))[0]).decode()
-        for name in ("out", "err")}
-    return {"code": 128 - code if code < 0 else code, "truncated": any(c for _, c in kept.values()),
-        **shown}
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,51 +59,18 @@ class FnResult:
 class _Worker:
     """One interpreter in a container of its own."""
 
-    def __init__(self, sandbox: Sandbox, process: Process) -> None:
+    def __init__(self, sandbox: Sandbox, link: Link) -> None:
         self.sandbox = sandbox
-        self._process = process
-        self._held = bytearray()
-        self._nonce = bytes(fn_worker.NONCE)
-        self._ready = False
-
-    async def _hear(self, *kinds: int) -> tuple[int, bytes]:
-        """Return the kind and content of the interpreter's next message. Raises SandboxLost."""
-        while len(self._held) < _ANSWER.size:
-            await self._more()
-        nonce, kind, size = _ANSWER.unpack_from(self._held)
-        if nonce != self._nonce or kind not in kinds or size > fn_worker.ANSWER_LIMIT:
-            raise SandboxLost("a function sandbox is not in step")
-        while len(self._held) < _ANSWER.size + size:
-            await self._more()
-        content = bytes(self._held[_ANSWER.size : _ANSWER.size + size])
-        del self._held[: _ANSWER.size + size]
-        return kind, content
-
-    async def _more(self) -> None:
-        piece = await self._process.read()
-        if piece is None:
-            raise SandboxLost("a function sandbox ended")
-        if piece[0] == "stdout":
-            self._held += piece[1]
-
-    async def ready(self) -> None:
-        """Wait until the process of the next call is there. Raises SandboxLost."""
-        if not self._ready:
-            await self._hear(fn_worker.READY)
-            if self._held:
-                raise SandboxLost("a function sandbox said something that nobody asked for")
-            self._ready = True
+        self.ready = link.ready
+        self._link = link
 
     async def ask(self, request: bytes) -> dict[str, Any] | None:
         """Have one call done; None where it ended without an answer. Raises SandboxLost.
 
         The interpreter must be ready.
         """
-        self._ready = False
-        self._nonce = secrets.token_bytes(fn_worker.NONCE)
-        await self._process.write(_REQUEST.pack(self._nonce, len(request)) + request)
-        kind, content = await self._hear(fn_worker.ANSWERED, fn_worker.ENDED)
-        if kind == fn_worker.ENDED:
+        content = await self._link.ask(request)
+        if content is None:
             return None
         try:
             answer: object = json.loads(content)
@@ -162,7 +82,7 @@ class _Worker:
 
     async def close(self) -> None:
         """End the container."""
-        await self._process.close()
+        await self._link.close()
         await self.sandbox.stop()
 
 
@@ -172,9 +92,9 @@ class Functions(Stateless):
     def __init__(self, spec: Fn, make: Callable[[Container], Awaitable[Sandbox]]) -> None:
         self._spec = spec
         self._make = make
-        self._idle: list[_Worker] = []
+        self._idle: deque[_Worker] = deque()
         self._count = 0
-        self._changed = anyio.Condition()
+        self._waiting: deque[anyio.Event] = deque()
         self._closed = False
         self._caps: Caps | None = None
 
@@ -193,6 +113,11 @@ class Functions(Stateless):
     def idle(self) -> int:
         """How many interpreters wait for a call."""
         return len(self._idle)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
 
     @property
     def size(self) -> int:
@@ -225,8 +150,9 @@ class Functions(Stateless):
             Container(image="python", memory=spec.memory, pids=spec.pids, cpu=spec.cpu)
         )
         try:
-            argv = ["python3", "-I", "-c", _program(), seccomp.compile_call_filter().hex()]
-            worker = _Worker(sandbox, await sandbox.run(argv, timeout=_LIFETIME, cwd="/"))
+            guard = seccomp.compile_call_filter()
+            link = await fn_link.connect(sandbox, _program(), guard, timeout=_LIFETIME)
+            worker = _Worker(sandbox, link)
             with anyio.move_on_after(_READY_TIMEOUT):
                 await worker.ready()
                 self._caps = sandbox.caps
@@ -238,22 +164,38 @@ class Functions(Stateless):
             raise
 
     async def _take(self) -> _Worker:
-        async with self._changed:
-            while True:
-                if self._closed:
-                    raise SandboxLost("these functions were closed")
-                if self._idle:
-                    # The one that waits longest has certainly been cleaned.
-                    return self._idle.pop(0)
-                if self._count < self._spec.maximum:
-                    self._count += 1
-                    break
-                await self._changed.wait()
+        while True:
+            if self._closed:
+                raise SandboxLost("these functions were closed")
+            if self._idle:
+                # The one that waits longest has certainly been cleaned.
+                return self._idle.popleft()
+            if self._count < self._spec.maximum:
+                self._count += 1
+                break
+            await self._change()
         try:
             return await self._start()
         except BaseException:
-            await self._forget()
+            self._forget()
             raise
+
+    async def _change(self) -> None:
+        """Wait until an interpreter is free, or there is room for another one."""
+        told = anyio.Event()
+        self._waiting.append(told)
+        try:
+            await told.wait()
+        except BaseException:
+            if told.is_set():
+                self._tell()  # somebody else may have what this caller gives up
+            else:
+                self._waiting.remove(told)
+            raise
+
+    def _tell(self) -> None:
+        if self._waiting:
+            self._waiting.popleft().set()
 
     async def _take_ready(self) -> _Worker:
         """Take an interpreter whose next process is there; one that does not come back is ended."""
@@ -274,21 +216,18 @@ class Functions(Stateless):
     async def _end(self, worker: _Worker) -> None:
         with anyio.CancelScope(shield=True):
             await worker.close()
-        await self._forget()
+        self._forget()
 
     async def _give_back(self, worker: _Worker) -> None:
-        async with self._changed:
-            if not self._closed:
-                self._idle.append(worker)
-                self._changed.notify()
-                return
-        await worker.close()
+        if self._closed:
+            await worker.close()
+        else:
+            self._idle.append(worker)
+            self._tell()
 
-    async def _forget(self) -> None:
-        with anyio.CancelScope(shield=True):
-            async with self._changed:
-                self._count -= 1
-                self._changed.notify()
+    def _forget(self) -> None:
+        self._count -= 1
+        self._tell()
 
     async def call(
         self,
@@ -338,24 +277,22 @@ class Functions(Stateless):
         env: Mapping[str, str] | None = None,
         merge: bool = False,
         cap: int = OUTPUT_CAP,
+        spill: int = 0,
+        op: str | None = None,
     ) -> ExecResult:
         """Run a command in an interpreter's sandbox, from its start to its end; see `Sandbox.exec`.
 
-        What it wrote and left running is gone with its end. Raises SandboxError, SandboxLost.
+        What it wrote and left running is gone with its end. Raises SandboxError, SandboxLost, and
+        Unsupported for `spill` and `op`.
         """
+        if spill or op is not None:
+            raise Unsupported("a pool of interpreters keeps neither output nor receipts")
         request = form_request(command, timeout=timeout, cwd=cwd, env=env)
         data = to_bytes(stdin)
         if cap < 0:
             raise SandboxError(f"cap is {cap}: give the number of bytes to keep")
-        argument = {
-            "argv": ["/bin/sh", "-c", *request.argv] if request.shell else list(request.argv),
-            "cwd": request.cwd,
-            "env": {"PATH": PATH, **request.env},
-            "stdin": None if data is None else base64.b64encode(data).decode(),
-            "merge": merge,
-            "cap": cap,
-        }
-        result = await self.call(_COMMAND, argument, timeout=timeout, cap=1000)
+        argument = fn_command.argument(request, data, merge=merge, cap=cap)
+        result = await self.call(fn_command.CODE, argument, timeout=timeout, cap=1000)
         if result.timed_out:
             return ExecResult(
                 exit_code=137,
@@ -367,7 +304,7 @@ class Functions(Stateless):
             )
         if result.error:
             raise SandboxError(f"the command did not run: {result.error.strip()[-500:]}")
-        return _ended(result)
+        return fn_command.ended(result.value, result.duration)
 
     @property
     def caps(self) -> Caps:
@@ -393,30 +330,14 @@ class Functions(Stateless):
 
     async def close(self) -> None:
         """End every interpreter. Does nothing the second time."""
-        async with self._changed:
-            self._closed = True
-            idle, self._idle = self._idle, []
-            self._changed.notify_all()
+        self._closed = True
+        idle = list(self._idle)
+        self._idle.clear()
+        while self._waiting:
+            self._tell()
         async with anyio.create_task_group() as group:
             for worker in idle:
                 group.start_soon(worker.close)
-
-
-def _ended(result: FnResult) -> ExecResult:
-    """Read what `_COMMAND` returned. Raises SandboxError for what is not that."""
-    value = result.value
-    try:
-        texts = [base64.b64decode(value[name]).decode(errors="replace") for name in ("out", "err")]
-        return ExecResult(
-            exit_code=int(value["code"]),
-            stdout=texts[0],
-            stderr=texts[1],
-            output="".join(texts),
-            truncated=bool(value["truncated"]),
-            duration=result.duration,
-        )
-    except (TypeError, ValueError, KeyError) as error:
-        raise SandboxError("a function sandbox sent something that is no result") from error
 
 
 @functools.cache

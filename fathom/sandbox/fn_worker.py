@@ -4,20 +4,29 @@ It forks the process of the next call in advance, so that a call waits for nothi
 ends every process that is left, empties the folders that can be written to and forks the next one.
 A state that it cannot clean ends it, and the sandbox with it.
 
-The host is heard and answered by this process alone: a call has two pipes of its own, and nothing
-that it writes reaches the host but one answer, in a frame made here. Standard input and output are
-closed in a call's process before its code is known, and this process cannot be looked into.
+Each call's process has one end of a pair of sockets that is new for it, and nothing else that leads
+out. What is written there can be taken for the answer of this call alone:
 
-    from the host   nonce (16 bytes), size (4), the request as JSON
-    to the host     nonce of the request, kind (1), size, the answer as JSON
-    to the call     size, the request
-    from the call   one byte when it is ready; size, the answer
+    "direct"  the other end goes to the host, over the line that is standard input and output here
+    "relay"   for hosts that no open file can be sent to: the other end stays here, the request is
+              carried to it and one answer back, in frames that name the request by its nonce
+
+    to the host, direct   one byte, and the socket of the next call
+    from the host, direct one byte when it is done with a call
+    from the host, relay  nonce (16 bytes), size (4), the request as JSON
+    to the host, relay    nonce of the request, kind (1), size, the answer as JSON
+    to a call             size, the request
+    from a call           one byte when it is ready; size, the answer
+
+Standard input and output are closed in a call's process before its code is known, and this process
+cannot be looked into.
 
 Paper: §5.2.5 (function calls in pre-created containers).
 """
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import ctypes
 import fcntl
@@ -26,24 +35,31 @@ import json
 import os
 import resource
 import select
-import shutil
 import signal
 import struct
 import sys
 import time
-import traceback
 
 FOLDERS = ("/work", "/tmp", "/dev/shm")
 SHARED = ("/proc/sysvipc/shm", "/proc/sysvipc/sem", "/proc/sysvipc/msg")
 READY, ANSWERED, ENDED = 0, 1, 2
+NEXT, WARM, DONE = b"n", b"r", b"d"
 NONCE = 16
 REQUEST_LIMIT = ANSWER_LIMIT = 64 << 20
+SIZE = struct.Struct("<I")
 _FROM_HOST = struct.Struct(f"<{NONCE}sI")
 _TO_HOST = struct.Struct(f"<{NONCE}sBI")
-_SIZE = struct.Struct("<I")
 _HOST_IN, _HOST_OUT = 0, 1
-_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _BY_FILTER = 4, 22, 2
+_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _BY_FILTER, _PR_SET_CHILD_SUBREAPER = 4, 22, 2, 36
+_WALL = 0x40000000  # children that tell of their end by another signal, or by none, too
 _LIMITS = 16  # kinds of resource limits that Linux has
+_PEEK = _socket.MSG_PEEK | _socket.MSG_DONTWAIT
+# What a call's process does before its call: it touches the memory that a call will touch.
+_REHEARSAL = json.dumps(
+    {"code": "def main(x):\n    return [x]", "argument": 1, "function": "main", "cap": 1 << 20}
+).encode()
+_LEARNED = 50  # times after which Python's interpreter changes its code no more
+_DEEPEST = 500  # folders in one another that are removed; deeper ones cost the container
 
 
 class _Unclean(Exception):
@@ -66,7 +82,264 @@ def _write(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-class _Carrier:
+class _Call:
+    """The process of one call. `host` and `own`: the two ends of its sockets, as numbers."""
+
+    def __init__(self) -> None:
+        host, own = _socket.socketpair()
+        self.host, self.own = host.detach(), own.detach()
+        self.process = os.fork()
+        if self.process == 0:
+            try:
+                _serve_one(self.own)
+            finally:
+                os._exit(1)
+        self.end = os.pidfd_open(self.process)
+
+    def close(self) -> None:
+        """Let go of what is still open of it."""
+        for fd in (self.host, self.own, self.end):
+            if fd >= 0:
+                os.close(fd)
+        self.host = self.own = self.end = -1
+
+
+def _keep_only(line: int) -> tuple[int, int]:
+    """Close all but a new file for output and `line`; return both, as their new numbers."""
+    said = fcntl.fcntl(os.memfd_create("output", 0), fcntl.F_DUPFD, 16)
+    line = fcntl.fcntl(line, fcntl.F_DUPFD, said + 1)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    os.closerange(3, said)
+    os.closerange(said + 1, line)
+    os.closerange(line + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    return said, line
+
+
+def _serve_one(line: int) -> None:
+    """Wait for one call in a process of its own, carry it out, and end."""
+    # All that does not depend on the call is done before it comes.
+    null = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(null, 0)
+    said, line = _keep_only(line)
+    _answer(_REHEARSAL, said)
+    _write(line, WARM)
+    request = _read(line, SIZE.unpack(_read(line, SIZE.size))[0])
+    gc.enable()
+    data = _answer(request, said)
+    _write(line, SIZE.pack(len(data)) + data)
+    os._exit(0)
+
+
+def _answer(asked: bytes, said: int) -> bytes:
+    """Carry out a call and return what it answers, as JSON. `said`: the file that it prints to."""
+    request = json.loads(asked)
+    answer: dict[str, object] = {}
+    try:
+        names: dict[str, object] = {"__name__": "__call__"}
+        exec(compile(request["code"], "<call>", "exec"), names)
+        value = names[request["function"]](request["argument"])  # type: ignore[operator]
+        answer["value"] = json.loads(json.dumps(value))
+    except BaseException as error:
+        answer["error"] = _told(error)
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    size = os.fstat(said).st_size
+    answer["output"] = os.pread(said, request["cap"], 0).decode(errors="replace")
+    answer["truncated"] = size > request["cap"]
+    return json.dumps(answer).encode()
+
+
+def _rehearse() -> None:
+    """Carry out a call here, so that nothing is done for the first time in a call's process.
+
+    There each page costs a copy on its first change, also those that an interpreter changes while
+    it learns what its code is used for.
+    """
+    said = os.memfd_create("output", 0)
+    for _ in range(_LEARNED):
+        _answer(_REHEARSAL, said)
+    os.close(said)
+
+
+def _told(error: BaseException) -> str:
+    try:
+        # Not before: each module that is there is copied with every fork.
+        import traceback
+
+        return "".join(traceback.format_exception(error, limit=-20))[-20000:]
+    except BaseException:
+        return f"{type(error).__name__}: the traceback cannot be shown"
+
+
+def _monitor_is_ours() -> bool:
+    """Whether our own parent, which watches over us, could be ended by us."""
+    try:
+        os.kill(os.getppid(), 0)
+    except PermissionError:
+        return False
+    return True
+
+
+def _end_all(ours: bool) -> None:
+    """End what a call left running, and return once nothing of it is there any more.
+
+    All of it descends from this process, which adopts what loses its parent. `ours`: see above.
+    """
+    if not ours:
+        # The kernel sends to all at once, so that none forks its way out.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(-1, signal.SIGKILL)
+    while ours and _kill_each():
+        time.sleep(0.0002)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, _WALL)
+
+
+def _kill_each() -> bool:
+    """Kill one by one what runs besides this process and those above it; False for nothing."""
+    spared = {1, os.getpid(), os.getppid()}
+    found = False
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) in spared:
+            continue
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{name}/stat") as file:
+                alive = file.read().rpartition(")")[2].split()[0] not in "ZX"
+            if alive:
+                found = True
+                os.kill(int(name), signal.SIGKILL)
+    return found
+
+
+class _Before:
+    """How this process and its folders are before any call: so they must be again after each.
+
+    What a call may change with the rights that it shares with us is put back (folders), or is
+    closed to it by the filter and compared all the same (limits, processors, priority).
+    """
+
+    def __init__(self) -> None:
+        self._own = self._look()
+        self._folders = {folder: os.stat(folder) for folder in FOLDERS}
+        self._names = {folder: _attributes(folder) for folder in FOLDERS}
+        self._empty = [_contents(path) for path in SHARED]
+
+    @staticmethod
+    def _look() -> list[object]:
+        limits = [resource.getrlimit(number) for number in range(_LIMITS)]
+        return [
+            limits,
+            os.sched_getaffinity(0),
+            os.sched_getscheduler(0),
+            os.getpriority(os.PRIO_PROCESS, 0),
+        ]
+
+    def restore(self) -> None:
+        """Empty the folders and put them back. Raises OSError, _Unclean."""
+        if self._look() != self._own:
+            raise _Unclean("a call changed the interpreter's limits")
+        for folder, found in self._folders.items():
+            if os.listdir(folder):
+                _empty(folder, _DEEPEST)
+            now = os.stat(folder)
+            if now.st_mode != found.st_mode:
+                os.chmod(folder, found.st_mode & 0o7777)
+            if _attributes(folder) != self._names[folder]:
+                raise _Unclean(f"a call left attributes at {folder}")
+            times = found.st_atime_ns, found.st_mtime_ns
+            if now.st_uid == os.getuid() and (now.st_atime_ns, now.st_mtime_ns) != times:
+                os.utime(folder, ns=times)
+        if [_contents(path) for path in SHARED] != self._empty:
+            raise _Unclean("a call left shared memory")
+
+
+def _empty(folder: str, deepest: int) -> None:
+    """Remove what is in a folder. Nobody else is there to change it meanwhile.
+
+    Raises OSError, _Unclean.
+    """
+    if not deepest:
+        raise _Unclean("a call left folders that lie too deep in one another")
+    with os.scandir(folder) as entries:
+        found = list(entries)
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            os.chmod(entry.path, 0o700)
+            _empty(entry.path, deepest - 1)
+            os.rmdir(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def _contents(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)
+
+
+def _attributes(folder: str) -> dict[str, bytes]:
+    try:
+        return {name: os.getxattr(folder, name) for name in os.listxattr(folder)}
+    except OSError:
+        return {}
+
+
+def _prepare(program: bytes) -> None:
+    """Close this process to its calls, which have the same user, and take on their filter.
+
+    Raises OSError.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    code = ctypes.create_string_buffer(program, len(program))
+    described = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
+    held = ctypes.create_string_buffer(described, len(described))
+    for option, *values in (
+        (_PR_SET_DUMPABLE, 0, 0),
+        (_PR_SET_CHILD_SUBREAPER, 1, 0),
+        (_PR_SET_SECCOMP, _BY_FILTER, ctypes.addressof(held)),
+    ):
+        if libc.prctl(option, *(ctypes.c_ulong(value) for value in (*values, 0, 0))):
+            raise OSError(ctypes.get_errno(), f"prctl {option}")
+
+
+class _Direct:
+    """Sends the host the socket of each call, and has no part in the call itself."""
+
+    def __init__(self) -> None:
+        self._line = _socket.socket(fileno=_HOST_OUT)
+        self._owed = False
+
+    def serve(self, call: _Call) -> None:
+        """Return once a call is over. Raises EOFError when the host has gone, OSError."""
+        # Nobody but the call has its end: the host sees when it is closed.
+        os.close(call.own)
+        call.own = -1
+        if self._owed:
+            self._hear()  # of the call before
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("@i", call.host))]
+        self._line.sendmsg([NEXT], rights)
+        os.close(call.host)
+        call.host = -1
+        poller = select.poll()
+        poller.register(call.end, select.POLLIN)
+        poller.register(_HOST_IN, select.POLLIN)
+        self._owed = _HOST_IN not in dict(poller.poll())
+        if not self._owed:
+            self._hear()
+
+    @staticmethod
+    def _hear() -> None:
+        """Hear that the host is done with a call. Raises EOFError."""
+        if os.read(_HOST_IN, 1) != DONE:
+            raise EOFError
+
+
+class _Relay:
     """Carries what a call is told and what it answers, and keeps nothing of either.
 
     The process of the next call is a copy of this one: bytes left in memory would be shown to it.
@@ -75,8 +348,42 @@ class _Carrier:
     def __init__(self) -> None:
         self._buffer = bytearray(1 << 16)
         self._zeros = bytes(len(self._buffer))
+        self._nonce = bytes(NONCE)
 
-    def carry(self, source: int, target: int, head: bytes, size: int) -> None:
+    def serve(self, call: _Call) -> None:
+        """Return once a call has answered or ended. Raises EOFError, OSError, _Unclean."""
+        os.close(call.own)
+        call.own = -1
+        if _read(call.host, 1) != WARM:
+            raise _Unclean("the process of the next call did not start")
+        # Nobody but this process can write there: that it is in step is told by the last nonce.
+        _write(_HOST_OUT, _TO_HOST.pack(self._nonce, READY, 0))
+        self._nonce, size = _FROM_HOST.unpack(_read(_HOST_IN, _FROM_HOST.size))
+        self._carry(_HOST_IN, call.host, SIZE.pack(size), size)
+        if not self._answers(call):
+            _write(_HOST_OUT, _TO_HOST.pack(self._nonce, ENDED, 0))
+            return
+        (size,) = SIZE.unpack(_read(call.host, SIZE.size))
+        if size > ANSWER_LIMIT:
+            raise _Unclean(f"a call announced an answer of {size} bytes")
+        self._carry(call.host, _HOST_OUT, _TO_HOST.pack(self._nonce, ANSWERED, size), size)
+
+    @staticmethod
+    def _answers(call: _Call) -> bool:
+        """Wait for an answer to begin; False when none can come any more."""
+        poller = select.poll()
+        poller.register(call.host, select.POLLIN)
+        poller.register(call.end, select.POLLIN)
+        poller.poll()
+        sock = _socket.socket(fileno=call.host)
+        try:
+            return bool(sock.recv(1, _PEEK))
+        except (BlockingIOError, ConnectionResetError):
+            return False
+        finally:
+            sock.detach()
+
+    def _carry(self, source: int, target: int, head: bytes, size: int) -> None:
         """Write `head` and then `size` bytes of `source` to `target`. Raises EOFError, OSError.
 
         As few writes as can be: each one wakes the reader.
@@ -102,249 +409,23 @@ class _Carrier:
             view[:used] = self._zeros[:used]
 
 
-class _Call:
-    """The process of one call, and this end of its pipes."""
-
-    def __init__(self) -> None:
-        inbox, self.tell = os.pipe()
-        self.hear, outbox = os.pipe()
-        self.process = os.fork()
-        if self.process == 0:
-            try:
-                _serve_one(inbox, outbox)
-            finally:
-                os._exit(1)
-        os.close(inbox)
-        os.close(outbox)
-        if _read(self.hear, 1) != b"r":
-            raise _Unclean("the process of the next call did not start")
-        self._end = os.pidfd_open(self.process)
-
-    def answers(self) -> bool:
-        """Wait for an answer to begin; False when none can come any more."""
-        poller = select.poll()
-        poller.register(self.hear, select.POLLIN)
-        poller.register(self._end, select.POLLIN)
-        return bool(dict(poller.poll()).get(self.hear, 0) & select.POLLIN)
-
-    def close(self) -> None:
-        """Take note of the end. Raises _Unclean when there was more than one answer."""
-        os.close(self.tell)
-        os.close(self._end)
-        # Whoever could write here was ended: what comes now was written before.
-        os.set_blocking(self.hear, False)
-        try:
-            if os.read(self.hear, 1):
-                raise _Unclean("a call wrote more than one answer")
-        except BlockingIOError as error:
-            raise _Unclean("the answers of a call are still open somewhere") from error
-        finally:
-            os.close(self.hear)
-
-
-def _warm_up() -> None:
-    """Touch the memory that a call will touch: a fork copies it page by page, on first use."""
-    names: dict[str, object] = {"__name__": "__call__"}
-    exec(compile("def main(x):\n    return [x]", "<call>", "exec"), names)
-    json.loads(json.dumps({"value": names["main"](1)}))  # type: ignore[operator]
-
-
-def _keep_only(outbox: int) -> tuple[int, int]:
-    """Close all but a new file for output and `outbox`; return both, as their new numbers."""
-    said = fcntl.fcntl(os.memfd_create("output", 0), fcntl.F_DUPFD, 16)
-    outbox = fcntl.fcntl(outbox, fcntl.F_DUPFD, said + 1)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    os.closerange(3, said)
-    os.closerange(said + 1, outbox)
-    os.closerange(outbox + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    return said, outbox
-
-
-def _serve_one(inbox: int, outbox: int) -> None:
-    """Wait for one call in a process of its own, carry it out, and end."""
-    # All that does not depend on the call is done before it comes.
-    os.dup2(inbox, 0)
-    said, outbox = _keep_only(outbox)
-    null = os.open("/dev/null", os.O_RDONLY)
-    _warm_up()
-    _write(outbox, b"r")
-    request = json.loads(_read(0, _SIZE.unpack(_read(0, _SIZE.size))[0]))
-    os.dup2(null, 0)
-    gc.enable()
-    answer: dict[str, object] = {}
-    try:
-        names: dict[str, object] = {"__name__": "__call__"}
-        exec(compile(request["code"], "<call>", "exec"), names)
-        value = names[request["function"]](request["argument"])  # type: ignore[operator]
-        answer["value"] = json.loads(json.dumps(value))
-    except BaseException as error:
-        answer["error"] = "".join(traceback.format_exception(error, limit=-20))[-20000:]
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    size = os.fstat(said).st_size
-    answer["output"] = os.pread(said, request["cap"], 0).decode(errors="replace")
-    answer["truncated"] = size > request["cap"]
-    data = json.dumps(answer).encode()
-    _write(outbox, _SIZE.pack(len(data)) + data)
-    os._exit(0)
-
-
-def _monitor_is_ours() -> bool:
-    """Whether our own parent, which watches over us, could be ended by us."""
-    try:
-        os.kill(os.getppid(), 0)
-    except PermissionError:
-        return False
-    return True
-
-
-def _kill_others() -> None:
-    """End what a call left running, and return once none of it runs any more."""
-    ours = _monitor_is_ours()
-    spared = {1, os.getpid(), os.getppid()}
-    while True:
-        if not ours:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(-1, signal.SIGKILL)
-        found = False
-        for name in os.listdir("/proc"):
-            if not name.isdigit() or int(name) in spared:
-                continue
-            with contextlib.suppress(OSError):
-                with open(f"/proc/{name}/stat") as file:
-                    alive = file.read().rpartition(")")[2].split()[0] not in "ZX"
-                if alive:
-                    found = True
-                    if ours:
-                        os.kill(int(name), signal.SIGKILL)
-        if not found:
-            return
-        time.sleep(0.0002)
-
-
-class _Before:
-    """How this process and its folders are before any call: so they must be again after each.
-
-    What a call may change with the rights that it shares with us is put back (folders), or is
-    closed to it by the filter and compared all the same (limits, processors, priority).
-    """
-
-    def __init__(self) -> None:
-        self._own = self._look()
-        self._folders = {folder: os.stat(folder) for folder in FOLDERS}
-        self._names = {folder: _attributes(folder) for folder in FOLDERS}
-
-    @staticmethod
-    def _look() -> list[object]:
-        limits = [resource.getrlimit(number) for number in range(_LIMITS)]
-        return [
-            limits,
-            os.sched_getaffinity(0),
-            os.sched_getscheduler(0),
-            os.getpriority(os.PRIO_PROCESS, 0),
-        ]
-
-    def restore(self) -> None:
-        """Empty the folders and put them back. Raises OSError, _Unclean."""
-        if self._look() != self._own:
-            raise _Unclean("a call changed the interpreter's limits")
-        for folder, found in self._folders.items():
-            for entry in list(os.scandir(folder)):
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path)
-                else:
-                    os.unlink(entry.path)
-            now = os.stat(folder)
-            if now.st_mode != found.st_mode:
-                os.chmod(folder, found.st_mode & 0o7777)
-            if _attributes(folder) != self._names[folder]:
-                raise _Unclean(f"a call left attributes at {folder}")
-            if now.st_uid == os.getuid():
-                os.utime(folder, ns=(found.st_atime_ns, found.st_mtime_ns))
-        for path in SHARED:
-            with open(path) as file:
-                if len(file.readlines()) > 1:
-                    raise _Unclean("a call left shared memory")
-
-
-def _attributes(folder: str) -> dict[str, bytes]:
-    try:
-        return {name: os.getxattr(folder, name) for name in os.listxattr(folder)}
-    except OSError:
-        return {}
-
-
-def _shut_in(program: bytes) -> None:
-    """Close this process to its calls, which have the same user, and take on their filter.
-
-    Raises OSError.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    code = ctypes.create_string_buffer(program, len(program))
-    described = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
-    held = ctypes.create_string_buffer(described, len(described))
-    for option, *values in (
-        (_PR_SET_DUMPABLE, 0, 0),
-        (_PR_SET_SECCOMP, _BY_FILTER, ctypes.addressof(held)),
-    ):
-        if libc.prctl(option, *(ctypes.c_ulong(value) for value in (*values, 0, 0))):
-            raise OSError(ctypes.get_errno(), f"prctl {option}")
-
-
-def _rehearse(carrier: _Carrier) -> None:
-    """Do once what the next call will need: after a fork each page costs a copy on first touch."""
-    a, b = os.pipe(), os.pipe()
-    os.write(a[1], _FROM_HOST.pack(bytes(NONCE), 2) + b"{}")
-    nonce, size = _FROM_HOST.unpack(_read(a[0], _FROM_HOST.size))
-    carrier.carry(a[0], b[1], _SIZE.pack(size), size)
-    poller = select.poll()
-    poller.register(a[0], select.POLLIN)
-    poller.register(b[0], select.POLLIN)
-    if bool(dict(poller.poll()).get(b[0], 0) & select.POLLIN):
-        (size,) = _SIZE.unpack(_read(b[0], _SIZE.size))
-        carrier.carry(b[0], a[1], _TO_HOST.pack(nonce, ANSWERED, size), size)
-    for fd in (*a, *b):
-        os.close(fd)
-
-
-def _serve(carrier: _Carrier, before: _Before, nonce: bytes) -> bytes:
-    """Have one call done, and everything of it removed; return the nonce it had."""
-    call = _Call()
-    _rehearse(carrier)
-    # Nobody but this process can write there: that it is in step is told by the last nonce.
-    _write(_HOST_OUT, _TO_HOST.pack(nonce, READY, 0))
-    nonce, size = _FROM_HOST.unpack(_read(_HOST_IN, _FROM_HOST.size))
-    carrier.carry(_HOST_IN, call.tell, _SIZE.pack(size), size)
-    if call.answers():
-        (size,) = _SIZE.unpack(_read(call.hear, _SIZE.size))
-        if size > ANSWER_LIMIT:
-            raise _Unclean(f"a call announced an answer of {size} bytes")
-        head = _TO_HOST.pack(nonce, ANSWERED, size)
-        carrier.carry(call.hear, _HOST_OUT, head, size)
-    else:
-        _write(_HOST_OUT, _TO_HOST.pack(nonce, ENDED, 0))
-    _kill_others()
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            os.waitpid(-1, 0)
-    call.close()
-    before.restore()
-    return nonce
-
-
 def main() -> None:
-    """Answer calls until the line ends. The one argument is the filter of calls, in hexadecimal."""
-    _shut_in(bytes.fromhex(sys.argv[1]))
-    carrier, before, nonce = _Carrier(), _Before(), bytes(NONCE)
+    """Answer calls until the line ends. Arguments: "direct" or "relay", and the filter of calls."""
+    ours = _monitor_is_ours()
+    _prepare(bytes.fromhex(sys.argv[2]))
+    way, before = _Direct() if sys.argv[1] == "direct" else _Relay(), _Before()
+    _rehearse()
     # What the interpreter's collector never looks at again is never copied again.
     gc.collect()
     gc.freeze()
     gc.disable()
     while True:
         try:
-            nonce = _serve(carrier, before, nonce)
+            call = _Call()
+            way.serve(call)
+            _end_all(ours)
+            call.close()
+            before.restore()
         except (EOFError, OSError, RecursionError, _Unclean):
             os._exit(3)
 

@@ -23,6 +23,7 @@ FRAME_LIMIT = 1 << 20
 WINDOW = 256 << 10
 PIECE = 64 << 10
 _HEADER = struct.Struct("<IIBBH")
+HEADER_SIZE = _HEADER.size
 _FIELD = struct.Struct("<BI")
 _NUMBER = struct.Struct("<Q")
 
@@ -116,13 +117,17 @@ class Tag(IntEnum):
 
 
 class Flags(IntFlag):
-    """How a command runs: one stream, a terminal, input to come, a shell line, no owner."""
+    """How a command runs: one stream, a terminal, input to come, a shell line, no owner, the line.
+
+    LINE: after STARTED the socket itself is the command's standard input and output.
+    """
 
     MERGE = 1
     PTY = 2
     STDIN = 4
     SHELL = 8
     DETACH = 16
+    LINE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +194,14 @@ class Splitter:
 
     def __init__(self) -> None:
         self._held = bytearray()
+
+    @property
+    def missing(self) -> int:
+        """How many bytes of the next header, or of the frame that it begins, have not come."""
+        held = self._held
+        if len(held) < HEADER_SIZE:
+            return HEADER_SIZE - len(held)
+        return HEADER_SIZE + _HEADER.unpack_from(held)[0] - len(held)
 
     def feed(self, data: bytes) -> list[Received]:
         """Add bytes and return the frames that are whole now.

@@ -23,6 +23,7 @@ from fathom.sandbox.frames import Frame, Received, Tag
 
 _CHUNK = 1 << 18
 _RETRY = 0.002
+_MOST_FILES = 4
 
 
 class Refused(SandboxError):
@@ -124,6 +125,59 @@ class Line:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         return None
+
+    @property
+    def passes_files(self) -> bool:
+        """Whether open files can be passed along: it is a socket of this machine."""
+        return self._sock.family == socket.AF_UNIX and not isinstance(self._sock, ssl.SSLSocket)
+
+    async def receive_started(self, number: int) -> None:
+        """Read up to the frame that says that `number` runs, and not a byte further.
+
+        Raises Refused, SandboxLost, ProcessClosed.
+        """
+        missing = frames.HEADER_SIZE
+        while True:
+            piece = await self.receive_some(missing)
+            if not piece:
+                raise SandboxLost("the line to the sandbox ended")
+            for frame in self._splitter.feed(piece):
+                if frame.kind == Frame.ERROR:
+                    raise refusal(frame)
+                if frame.kind == Frame.STARTED and frame.number == number:
+                    return
+            missing = self._splitter.missing
+
+    async def receive_some(self, size: int) -> bytes:
+        """Return up to `size` bytes that are no frames; none at the end.
+
+        Raises ProcessClosed when it is closed here meanwhile.
+        """
+        while True:
+            self._check_open()
+            try:
+                return self._sock.recv(size)
+            except BlockingIOError:
+                await self._until(anyio.wait_readable)
+            except OSError:
+                return b""
+
+    async def receive_files(self, size: int) -> tuple[bytes, list[int]]:
+        """Do the same with the open files that came along, which are the caller's to close.
+
+        Raises ProcessClosed.
+        """
+        while True:
+            self._check_open()
+            try:
+                flags = socket.MSG_CMSG_CLOEXEC
+                data, files, *_ = socket.recv_fds(self._sock, size, _MOST_FILES, flags)
+            except BlockingIOError:
+                await self._until(anyio.wait_readable)
+            except OSError:
+                return b"", []
+            else:
+                return data, files
 
     def _let_go(self) -> None:
         self._sock.close()

@@ -21,6 +21,7 @@ from fathom.sandbox.sandbox import Sandbox
 from fathom.sandbox.types import Container, Fn
 
 _TIMEOUT = 60.0
+_GAP = 0.006
 _CALL = "def main(x):\n    return x"
 SMALL = Container(memory="16MiB", pids=16)
 
@@ -68,21 +69,24 @@ async def warm_command(client: Client, count: int) -> dict[str, Any]:
         return {"count": count, **percentiles(await _times(count, run))}
 
 
-async def function_call(client: Client, count: int) -> dict[str, Any]:
-    """Measure calls of a function that returns its argument, one at a time."""
+async def function_call(client: Client, count: int, gap: float) -> dict[str, Any]:
+    """Measure calls of a function that returns its argument, one at a time.
+
+    `gap`: seconds between two calls, in which interpreters are made ready again. Without one they
+    are while calls are made, on the same processors.
+    """
     async with await client.functions(Fn(workers=4)) as functions:
 
-        async def call() -> float:
+        async def call(gap: float) -> float:
             began = time.perf_counter()
             await functions.call(_CALL, 1, timeout=_TIMEOUT)
             seconds = time.perf_counter() - began
-            # A call waits for an interpreter that is clean; how often they come is not measured.
-            await anyio.sleep(0.002)
+            await anyio.sleep(gap)
             return seconds
 
         for _ in range(8):
-            await call()
-        return {"count": count, **percentiles([await call() for _ in range(count)])}
+            await call(_GAP)
+        return {"count": count, **percentiles([await call(gap) for _ in range(count)])}
 
 
 async def cold_start(client: Client, count: int) -> dict[str, Any]:
@@ -218,7 +222,8 @@ async def everything(client: Client, count: int, hold: int) -> dict[str, Any]:
         caps = sandbox.caps
     report["substrate"] = caps.substrate
     report["warm command"] = await warm_command(client, count)
-    report["function call"] = await function_call(client, count)
+    report["function call"] = await function_call(client, count, _GAP)
+    report["function calls one after the other"] = await function_call(client, count, 0)
     report["cold start"] = await cold_start(client, max(5, count // 10))
     report["claim"] = await claim(client, max(5, count // 10))
     report["creations"] = await creations(client, max(16, count // 4))

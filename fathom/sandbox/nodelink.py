@@ -6,6 +6,7 @@ Paper: none (operating system plumbing).
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import socket
@@ -31,6 +32,7 @@ from fathom.errors import (
 from fathom.sandbox import box, cgroups, line, messages, paths, state
 from fathom.sandbox.images.errors import ImageDamaged, ImageError, ImageMissing, StoreFull
 
+_log = logging.getLogger(__name__)
 # A full machine that boots under emulation takes the longest.
 _CALL_TIMEOUT = 400.0
 _STOP_TIMEOUT = 30.0
@@ -93,8 +95,8 @@ class NodeLink:
         self._sock: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._reach: dict[str, _Reach] = {}
-        # What a new node could not take over, though it lives; it is tried again.
-        self._left: set[str] = set()
+        # What a new node could not take over, though it lives, and why; it is tried again.
+        self._left: dict[str, str] = {}
 
     @property
     def is_ours(self) -> bool:
@@ -127,6 +129,8 @@ class NodeLink:
     def destroy(self, name: str) -> None:
         """End a sandbox and wait until nothing of it is left. Never raises for one that ended."""
         reach = self._reach.pop(name, None)
+        with self._lock:
+            pass  # a node that is just beginning may be taking it over: it has it, or will not
         with contextlib.suppress(SandboxError):
             if self._alive():
                 self.request("destroy", id=name)
@@ -168,13 +172,15 @@ class NodeLink:
         for name in list(self._left):
             reach = self._reach.get(name)
             if reach is None:
-                self._left.discard(name)
+                self._left.pop(name, None)
                 continue
             try:
                 self.request("adopt", folder=str(reach.folder))
-                self._left.discard(name)
-            except SandboxError:
-                self._leave(name, reach.folder)
+                self._left.pop(name, None)
+                if name not in self._reach:
+                    self.request("destroy", id=name)  # it was stopped meanwhile
+            except SandboxError as error:
+                self._leave(name, reach.folder, str(error))
 
     def _said(self) -> str:
         process = self._process
@@ -212,14 +218,16 @@ class NodeLink:
             if answer is None:
                 return  # this node died as well: the next one is asked again
             if "error" in answer:
-                self._leave(name, reach.folder)
+                self._leave(name, reach.folder, str(answer.get("message", "")))
 
-    def _leave(self, name: str, folder: Path) -> None:
+    def _leave(self, name: str, folder: Path, why: str) -> None:
         """Let a sandbox that could not be taken over be, and remove what is left of a dead one."""
         if state.lives(folder):
-            self._left.add(name)
+            if self._left.get(name) != why:
+                _log.error("event=left_by_node id=%s error=%r", name, why)
+            self._left[name] = why
         else:
-            self._left.discard(name)
+            self._left.pop(name, None)
             self._reach.pop(name, None)
             state.reap_one(folder)
 
@@ -234,10 +242,18 @@ class NodeLink:
             self._process = None
 
     def door(self, name: str) -> tuple[Path, bytes]:
-        """Return a sandbox's folder, and the frame that begins a line. Raises SandboxLost."""
+        """Return a sandbox's folder, and the frame that begins a line.
+
+        Raises SandboxLost; SandboxError for one that no new node could take over.
+        """
         reach = self._reach.get(name)
         if reach is None:
             raise SandboxLost(f"sandbox {name} was stopped: create another one")
+        if (why := self._left.get(name)) is not None:
+            raise SandboxError(
+                f"sandbox {name} runs on, but a new node could not take it over ({why}): it is "
+                "tried again all the time"
+            )
         return reach.folder, reach.greeting
 
     async def open(self, name: str) -> line.Line:

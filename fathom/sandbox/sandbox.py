@@ -214,6 +214,27 @@ class Sandbox:
         )
         return await self._start(order)
 
+    async def hand_line(
+        self, command: str | Sequence[str], *, timeout: float, cwd: str | None = None
+    ) -> Line | None:
+        """Start `command` with a line as its standard input and output: bytes, and open files.
+
+        Nothing stands in between; its errors and its end are not told. None where this client
+        reaches the sandbox over something that carries no open files. Raises as `run`.
+        """
+        request = form_request(command, timeout=timeout, cwd=cwd)
+        line = await self._line()
+        try:
+            if not line.passes_files:
+                line.close()
+                return None
+            await line.send(self._order(request, Flags.LINE, 0, None, None).frame())
+            await line.receive_started(NUMBER)
+        except BaseException:
+            line.close()
+            raise
+        return line
+
     def forward(self, port: int, *, timeout: float, listen: int = 0) -> Forward:
         """Lead a port of this machine to the sandbox's own `port`: `async with` gives the address.
 
@@ -281,7 +302,8 @@ class Sandbox:
                 stood = await self._stood_still()
                 if stood <= known:
                     raise SandboxLost(
-                        f"sandbox {self.id} was lost while a command ran: create another one"
+                        f"the agent of sandbox {self.id} did not answer in time: it may answer "
+                        "again, or its guest has stopped it"
                     )
                 deadline, known = deadline + stood - known, stood
         finally:

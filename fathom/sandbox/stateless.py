@@ -60,6 +60,34 @@ class Stateless:
         """Raises Unsupported."""
         _refuse("phases")
 
+    async def screenshot(self, *_: object, **__: object) -> Any:
+        """Raises Unsupported."""
+        _refuse("screenshots")
+
+    async def stats(self, *_: object, **__: object) -> Any:
+        """Raises Unsupported."""
+        _refuse("figures of one sandbox")
+
+    async def network_log(self, *_: object, **__: object) -> Any:
+        """Raises Unsupported."""
+        _refuse("network")
+
+    async def receipt(self, *_: object, **__: object) -> Any:
+        """Raises Unsupported."""
+        _refuse("receipts")
+
+    async def acknowledge(self, *_: object, **__: object) -> Any:
+        """Raises Unsupported."""
+        _refuse("receipts")
+
+    async def ping(self, *_: object, **__: object) -> Any:
+        """Raises Unsupported."""
+        _refuse("agent of its own")
+
+    def forward(self, *_: object, **__: object) -> Any:
+        """Raises Unsupported."""
+        _refuse("ports")
+
 
 class SyncStateless:
     """The same without `await`."""
@@ -100,3 +128,31 @@ class SyncStateless:
     def phase(self, *_: object, **__: object) -> Any:
         """Raises Unsupported."""
         _refuse("phases")
+
+    def screenshot(self, *_: object, **__: object) -> Any:
+        """Raises Unsupported."""
+        _refuse("screenshots")
+
+    def stats(self, *_: object, **__: object) -> Any:
+        """Raises Unsupported."""
+        _refuse("figures of one sandbox")
+
+    def network_log(self, *_: object, **__: object) -> Any:
+        """Raises Unsupported."""
+        _refuse("network")
+
+    def receipt(self, *_: object, **__: object) -> Any:
+        """Raises Unsupported."""
+        _refuse("receipts")
+
+    def acknowledge(self, *_: object, **__: object) -> Any:
+        """Raises Unsupported."""
+        _refuse("receipts")
+
+    def ping(self, *_: object, **__: object) -> Any:
+        """Raises Unsupported."""
+        _refuse("agent of its own")
+
+    def forward(self, *_: object, **__: object) -> Any:
+        """Raises Unsupported."""
+        _refuse("ports")

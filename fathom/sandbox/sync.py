@@ -12,7 +12,7 @@ import signal as signals
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 from fathom.sandbox.client import Client, Group
 from fathom.sandbox.files import DEFAULT_LIMIT, DEFAULT_TIMEOUT, FileInfo, Files
@@ -358,6 +358,11 @@ class SyncFunctions(SyncStateless):
         return self._functions.idle
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._functions.closed
+
+    @property
     def size(self) -> int:
         """How many interpreters there are."""
         return self._functions.size
@@ -390,6 +395,8 @@ class SyncFunctions(SyncStateless):
         env: Mapping[str, str] | None = None,
         merge: bool = False,
         cap: int = OUTPUT_CAP,
+        spill: int = 0,
+        op: str | None = None,
     ) -> ExecResult:
         """Run a command from its start to its end; see `Functions.exec`."""
         return self._portal.call(
@@ -401,6 +408,8 @@ class SyncFunctions(SyncStateless):
             env=env,
             merge=merge,
             cap=cap,
+            spill=spill,
+            op=op,
         )
 
     @property
@@ -478,6 +487,26 @@ class SyncClient:
         """Stop every sandbox of this client."""
         self.close()
 
+    @overload
+    def create(
+        self,
+        spec: Kept | None = None,
+        *,
+        net: Net | None = None,
+        key: str | None = None,
+        group: str | None = None,
+    ) -> SyncSandbox: ...
+
+    @overload
+    def create(
+        self,
+        spec: Fn,
+        *,
+        net: Net | None = None,
+        key: str | None = None,
+        group: str | None = None,
+    ) -> SyncFunctions: ...
+
     def create(
         self,
         spec: Spec | None = None,
@@ -485,9 +514,15 @@ class SyncClient:
         net: Net | None = None,
         key: str | None = None,
         group: str | None = None,
-    ) -> SyncSandbox:
-        """Start a sandbox and return once it answers; see `Client.create`."""
-        made = self._portal.call(self._client.create, spec, net=net, key=key, group=group)
+    ) -> SyncSandbox | SyncFunctions:
+        """Start a sandbox, or a pool of interpreters; see `Client.create`."""
+
+        async def create() -> Sandbox | Functions:
+            return await self._client.create(spec, net=net, key=key, group=group)
+
+        made = self._portal.call(create)
+        if isinstance(made, Functions):
+            return SyncFunctions(made, self._portal)
         return SyncSandbox(made, self._portal)
 
     def prewarm(self, spec: Kept, count: int) -> None:
@@ -508,6 +543,14 @@ class SyncClient:
     def list(self) -> list[dict[str, Any]]:
         """Return what a daemon knows of its sandboxes; see `Client.list`."""
         return self._portal.call(self._client.list)
+
+    def end(self, name: str) -> None:
+        """End a sandbox of the daemon by its name; see `Client.end`."""
+        self._portal.call(self._client.end, name)
+
+    def left_alone(self) -> dict[str, str]:
+        """Return what the daemon could not take over; see `Client.left_alone`."""
+        return self._portal.call(self._client.left_alone)
 
     def functions(self, spec: Fn | None = None) -> SyncFunctions:
         """Start a pool of interpreters; see `Client.functions`."""

@@ -144,10 +144,6 @@ class Fn:
     pids: int | None = None
     cpu: float | None = None
 
-    def missing(self) -> str:
-        """Say why `Client.create` makes no sandbox of it."""
-        return "Fn answers calls, not commands: use Client.functions(Fn())"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroVM:

@@ -56,7 +56,7 @@ class Constrainer:
                 return None
             # No call can come, so no text need be thrown away later.
             return _Constant(self._no_call)
-        matcher = _Grammar(self._compile(grammar, param), param)
+        matcher = _Grammar(self._compile(grammar, param), param, grammar)
         if not request.reasons:
             return matcher
         must_answer = (
@@ -142,6 +142,7 @@ class _Constant:
 
     def __init__(self, bits: bytes) -> None:
         self._bits = bits
+        self.rules = bits.hex()
 
     def allowed(self) -> bytes | None:
         return self._bits
@@ -153,9 +154,10 @@ class _Constant:
 class _Grammar:
     """Follows a grammar from the first token."""
 
-    def __init__(self, matcher: LLMatcher, param: str) -> None:
+    def __init__(self, matcher: LLMatcher, param: str, grammar: str) -> None:
         self._matcher = matcher
         self._param = param
+        self.rules = grammar
 
     def allowed(self) -> bytes | None:
         bits = self._matcher.compute_bitmask()
@@ -186,6 +188,7 @@ class _AfterThought:
         self._think_end = think_end
         self._before = before
         self._thinks = True
+        self.rules = f"{think_end} {before.hex()} {inner.rules}"
 
     def allowed(self) -> bytes | None:
         return self._before if self._thinks else self._inner.allowed()

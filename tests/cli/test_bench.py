@@ -12,12 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from fathom.cli import bench
+from fathom.cli.bench import token_bytes
 from fathom.cli.main import app
 from fathom.engine import load
 from fathom.errors import FathomError, MissingDependency
 from fathom.eval import speed
 from fathom.eval.speed import ProcessSide, Result, Timing
-from fathom.kernels.numba.packing import token_bytes
 from fathom.sandbox.substrates.choice import program_of, suited
 
 SMALL = ["bench", "decode", "--tokens", "2", "--context", "20", "--rounds", "2", "--threads", "1"]

@@ -131,7 +131,7 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> ScriptedLLM:
         return run
 
     llm.stream = stream  # type: ignore[method-assign]
-    monkeypatch.setattr(fathom, "load", lambda name: llm, raising=False)
+    monkeypatch.setattr(fathom, "load", lambda name, engine=None: llm, raising=False)
     return llm
 
 

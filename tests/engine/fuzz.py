@@ -507,7 +507,7 @@ class Traffic:
             assert float(text[f"fathom_engine_{name}"]) == 0, name
         assert float(text["fathom_engine_hit_rate"]) <= 1
         assert sum(engine.metrics.finished.values()) == engine.metrics.requests
-        device = 'fathom_engine_cached_tokens{tier="device"}'
+        device = 'fathom_engine_stored_tokens{tier="device"}'
         assert float(text[device]) == len(engine.cache._device) * SLAB_TOKENS
 
 

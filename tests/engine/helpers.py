@@ -102,3 +102,14 @@ def bits(request: Request) -> list[Drawn]:
 def finish(of: Engine, *requests: Request) -> None:
     """Run until all have finished."""
     of.run(requests)
+
+
+def drop_device(served: Engine) -> None:
+    """Move every slab that no request holds to host memory."""
+    served.cache._demote(len(served.cache._device))
+
+
+def drop_host(served: Engine) -> None:
+    """Forget what host memory holds; disk stays."""
+    served.cache._host.clear()
+    served.cache.checkpoints.clear()

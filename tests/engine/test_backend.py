@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from pathlib import Path
+
 import anyio
 import pytest
 
@@ -9,6 +13,8 @@ from fathom.chat import Tokenizer
 from fathom.chat.generation import GenerationEnd, GenerationRequest, Prefilled, TokenOutput
 from fathom.engine import LLM
 from fathom.engine.backend import LocalBackend
+from fathom.engine.engine import Engine, EngineConfig
+from fathom.engine.sampler import SamplingParams
 from fathom.errors import BackendError, GenerationError
 from tests.engine.helpers import model, prompt
 
@@ -66,7 +72,7 @@ def test_closing_a_generator_frees_its_memory(llm: LLM) -> None:
         await anext(run)
         await run.aclose()
         await collect(backend, ask(2, max_tokens=2))
-        assert "fathom_engine_running_requests 0" in await backend.metrics_text()
+        assert "fathom_engine_running_requests 0.0" in await backend.metrics_text()
         await backend.aclose()
 
     anyio.run(main)
@@ -114,3 +120,62 @@ def test_no_completion_is_lost_between_two_engine_threads(llm: LLM) -> None:
                 assert len(await collect(backend, ask(seed, max_tokens=1))) == 3
 
     anyio.run(main)
+
+
+def interrupted(llm: LLM, folder: Path, **changes: object) -> list[int]:
+    """Tokens of a completion whose process is gone before its end; nobody gave a seed."""
+    asked = replace(ask(1), **changes)  # type: ignore[arg-type]
+    engine = Engine(llm.model, EngineConfig(wal=folder, cache_tokens=2048))
+    request = engine.submit(
+        list(asked.prompt),
+        SamplingParams(max_tokens=300, stop_token_ids=(llm.config.eos_token_id,)),
+        mask=asked.mask,
+    )
+    while len(request.output) < 5:
+        engine.step()
+    engine.close()
+    return request.tokens[len(request.prompt) :]
+
+
+def test_an_interrupted_completion_goes_on_for_who_asks_the_same(llm: LLM, tmp_path: Path) -> None:
+    first, second = interrupted(llm, tmp_path), interrupted(llm, tmp_path)
+    interrupted(llm, tmp_path, mask=Everything())
+    third = interrupted(llm, tmp_path, mask=Everything("x"))
+    llm = LLM(llm.model, llm.tokenizer, engine=EngineConfig(wal=tmp_path, cache_tokens=2048))
+    backend = LocalBackend(llm)
+
+    async def ids(**changes: object) -> list[int]:
+        request = replace(ask(1, max_tokens=300), **({"seed": None} | changes))  # type: ignore[arg-type]
+        items = await collect(backend, request)
+        return [item.token_id for item in items if isinstance(item, TokenOutput)]  # type: ignore[misc]
+
+    async def main() -> None:
+        other, masked = await ids(seed=7), await ids(mask=Everything())
+        assert (await ids(mask=Everything("y")))[:5] != third
+        assert (await ids(mask=Everything("x")))[:5] == third
+        found = [await ids() for _ in range(3)]
+        assert sorted(f[:5] for f in found[:2]) == sorted([first, second])
+        assert all(f[:5] not in (first, second) for f in (other, masked, found[2]))
+        await backend.aclose()
+
+    anyio.run(main)
+    (left,) = tmp_path.glob("*.wal")  # the masked one: nobody remembers its mask
+    os.utime(left, (1, 1))
+    engine = Engine(llm.model, EngineConfig(wal=tmp_path, cache_tokens=2048))
+    (revived,) = engine.interrupted()
+    LocalBackend(llm).prepare()
+    assert list(tmp_path.glob("*.wal")) == []
+    assert revived.rules == ""
+
+
+class Everything:
+    """A mask that allows all tokens."""
+
+    def __init__(self, rules: str = "") -> None:
+        self.rules = rules
+
+    def allowed(self) -> None:
+        return None
+
+    def accept(self, token: int) -> None:
+        pass

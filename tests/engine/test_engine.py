@@ -20,7 +20,18 @@ from fathom.engine.state_cache import SlotLayout
 from fathom.errors import CacheFull, ConfigError, FathomError, GenerationError
 from fathom.kernels import use_backend
 from fathom.model import ModelConfig, Transformer
-from tests.engine.helpers import REPLAY, bits, engine, finish, greedy, model, prompt, sampled
+from tests.engine.helpers import (
+    REPLAY,
+    bits,
+    drop_device,
+    drop_host,
+    engine,
+    finish,
+    greedy,
+    model,
+    prompt,
+    sampled,
+)
 
 LENGTH = 700  # two full slabs and a bit
 
@@ -59,11 +70,11 @@ def test_the_same_bits_on_every_path(
         first = served.submit(prompt(LENGTH), greedy(1))
         finish(served, first)
     if path in ("host", "disk"):
-        served.cache.drop_device()
+        drop_device(served)
     if path == "disk":
-        served.cache.drop_host()
+        drop_host(served)
     if path == "replayed":
-        served.cache.drop_host()
+        drop_host(served)
     others = [
         served.submit(prompt(150 + 40 * i, seed=i + 1), sampled(30)) for i in range(batch - 1)
     ]
@@ -335,17 +346,18 @@ def test_metrics(net: Transformer) -> None:
     for _ in range(2):
         finish(served, served.submit(prompt(300), greedy(4)))
     text = served.metrics_text()
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert values["fathom_engine_requests_total"] == "2"
-    assert values["fathom_engine_prompt_tokens_total"] == "600"
-    assert values["fathom_engine_cached_tokens_total"] == "300"
-    assert values["fathom_engine_hit_rate"] == "0.5"
-    assert values["fathom_engine_computed_tokens_total"] == str(300 + 3 + 3)
-    assert values['fathom_engine_finished_total{reason="length"}'] == "2"
-    assert values["fathom_engine_capacity_tokens"] == "8192"
-    assert values['fathom_engine_cached_tokens{tier="device"}'] == "256"
-    assert values["fathom_engine_time_to_first_token_seconds_count"] == "2"
-    assert values["fathom_engine_inter_token_seconds_count"] == "6"
+    lines = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    values = {name: float(value) for name, value in lines}
+    assert values["fathom_engine_requests_total"] == 2
+    assert values["fathom_engine_prompt_tokens_total"] == 600
+    assert values["fathom_engine_cached_tokens_total"] == 300
+    assert values["fathom_engine_hit_rate"] == 0.5
+    assert values["fathom_engine_computed_tokens_total"] == 300 + 3 + 3
+    assert values['fathom_engine_finished_total{reason="length"}'] == 2
+    assert values["fathom_engine_capacity_tokens"] == 8192
+    assert values['fathom_engine_stored_tokens{tier="device"}'] == 256
+    assert values["fathom_engine_time_to_first_token_seconds_count"] == 2
+    assert values["fathom_engine_inter_token_seconds_count"] == 6
 
 
 class TestLayouts:

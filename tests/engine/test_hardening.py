@@ -24,7 +24,17 @@ from fathom.errors import CacheError, CacheFull, ConfigError, FathomError, Gener
 from fathom.kernels import use_backend
 from fathom.model import Transformer
 from tests.engine import fuzz
-from tests.engine.helpers import REPLAY, bits, engine, finish, greedy, model, prompt, sampled
+from tests.engine.helpers import (
+    REPLAY,
+    bits,
+    drop_host,
+    engine,
+    finish,
+    greedy,
+    model,
+    prompt,
+    sampled,
+)
 from tests.engine.test_speculative import Oracle
 
 
@@ -54,7 +64,7 @@ class TestAnswers:
         while len(request.output) < 3:
             tight.step()
         tight.pause(request)
-        tight.cache.drop_host()
+        drop_host(tight)
         finish(tight, tight.submit(prompt(400, 9), greedy(1)))  # what was kept goes
         tight.resume(request)
         while request.status is not Status.RUNNING or request.pending > 1:
@@ -551,9 +561,9 @@ class TestWaiting:
         finish(served, request)
         served.step()
         text = served.metrics_text()
-        assert "fathom_engine_batch_tokens 0\n" in text
-        assert "fathom_engine_time_to_first_token_seconds_count 1\n" in text
-        assert "fathom_engine_inter_token_seconds_count 39\n" in text
+        assert "fathom_engine_batch_tokens 0.0\n" in text
+        assert "fathom_engine_time_to_first_token_seconds_count 1.0\n" in text
+        assert "fathom_engine_inter_token_seconds_count 39.0\n" in text
 
 
 SCARCE = """

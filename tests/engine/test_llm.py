@@ -17,7 +17,7 @@ from fathom.checkpoint.tiny import write_tiny
 from fathom.engine import LLM
 from fathom.engine.checkpoints import MIN_SHARED
 from fathom.engine.engine import EngineConfig
-from fathom.engine.sampler import Sampler, SamplingParams, nucleus
+from fathom.engine.sampler import Sampler, SamplingParams
 from fathom.engine.scheduler import Budget
 from fathom.errors import CheckpointError, ConfigError, GenerationError, TokenizerError
 from fathom.kernels import use_backend
@@ -324,7 +324,7 @@ class TestSampler:
 
     def shares(self, draws: int = 4000, **settings: float) -> torch.Tensor:
         sampler = Sampler(SamplingParams(seed=0, **settings))  # type: ignore[arg-type]
-        tokens = torch.tensor([sampler.draw(self.LOGITS)[0] for _ in range(draws)])
+        tokens = torch.tensor([sampler.pick(self.LOGITS.numpy()).token for _ in range(draws)])
         return tokens.bincount(minlength=4) / draws
 
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -333,10 +333,6 @@ class TestSampler:
         assert float((self.shares(temperature=temperature) - expected).abs().max()) < 0.03
 
     def test_top_p_keeps_the_smallest_set_of_that_mass(self) -> None:
-        p = torch.tensor([0.1, 0.5, 0.15, 0.25])
-        for top_p, kept in ((0.01, [1]), (0.5, [1]), (0.51, [1, 3]), (0.8, [1, 2, 3])):
-            assert nucleus(p, top_p).nonzero().flatten().tolist() == kept
-        assert torch.equal(nucleus(p, 0.51), torch.tensor([0.0, 0.5, 0.0, 0.25]))
         expected = self.LOGITS[:2].softmax(-1)
         shares = self.shares(top_p=0.85)
         assert shares[2:].tolist() == [0, 0]

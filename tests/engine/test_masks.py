@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-import torch
 
 from fathom.engine.sampler import Sampler, SamplingParams
 from fathom.errors import GenerationError
@@ -26,7 +26,7 @@ class Mask:
         self.drawn.append(token)
 
 
-LOGITS = torch.arange(12, dtype=torch.float32)
+LOGITS = np.arange(12, dtype=np.float32)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -38,12 +38,12 @@ def test_only_allowed_tokens_are_drawn_with_the_models_own_logprob(temperature: 
     if temperature == 0:
         assert {token for token, _ in drawn} == {9}
     for token, logprob in drawn:
-        assert logprob == pytest.approx(float(LOGITS.log_softmax(-1)[token]))
+        assert logprob == pytest.approx(float((LOGITS - np.log(np.exp(LOGITS).sum()))[token]))
     assert len(mask.drawn) == 200
 
 
 def test_tokens_beyond_the_mask_are_forbidden():
-    logits = torch.arange(40, dtype=torch.float32)  # the mask knows 16
+    logits = np.arange(40, dtype=np.float32)  # the mask knows 16
     token, _, _ = Sampler(SamplingParams(temperature=0)).pick(logits, Mask(3, 15))
     assert token == 15
 
@@ -60,7 +60,7 @@ def test_top_k_keeps_the_most_probable():
 
 def test_alternatives_are_ordered_and_are_those_of_the_model():
     _, _, top = Sampler(SamplingParams(temperature=0, top_logprobs=3)).pick(LOGITS, Mask(0))
-    expected = LOGITS.log_softmax(-1)
+    expected = LOGITS - np.log(np.exp(LOGITS).sum())
     assert [token for token, _ in top] == [11, 10, 9]
     assert [logprob for _, logprob in top] == pytest.approx(
         [float(expected[t]) for t in (11, 10, 9)]

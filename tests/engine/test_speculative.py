@@ -84,7 +84,7 @@ def test_rejected_drafts_leave_nothing_behind(net: Transformer, right: int) -> N
     accepted = quick.metrics.accepted_tokens / max(1, quick.metrics.drafted_tokens)
     assert accepted == pytest.approx(right / 3, abs=0.12)
     assert quick.metrics.accepted_length == pytest.approx(right, abs=0.4)
-    text = f"fathom_engine_accepted_draft_length {quick.metrics.accepted_length:g}"
+    text = f"fathom_engine_accepted_draft_length {quick.metrics.accepted_length!r}"
     assert text in quick.metrics_text().splitlines()
 
 
@@ -248,7 +248,7 @@ def test_drafting_that_does_not_pay_turns_itself_off(
     Oracle([], 0).attach(request)
     finish(quick, request)
     assert not quick.metrics.drafting
-    assert "fathom_engine_drafting 0" in quick.metrics_text()
+    assert "fathom_engine_drafting 0.0" in quick.metrics_text()
     assert quick.metrics.drafted_tokens < 150
 
 

@@ -25,7 +25,17 @@ from fathom.kernels import registry, use_backend
 from fathom.kernels.reference import stored as references
 from fathom.model import Transformer
 from fathom.model.stored import StoredModel, unstorable
-from tests.engine.helpers import bits, engine, finish, greedy, model, prompt, sampled, stored_model
+from tests.engine.helpers import (
+    bits,
+    drop_host,
+    engine,
+    finish,
+    greedy,
+    model,
+    prompt,
+    sampled,
+    stored_model,
+)
 from tests.engine.test_speculative import Oracle, draft_errors, drafts_are_right
 from tests.model.tiny import as_stored
 
@@ -253,7 +263,7 @@ def test_entries_that_are_known_stay(net: Transformer) -> None:
     served = serve(net, checkpoint_spacing=0)
     first = served.submit(prompt(300), greedy(3))
     finish(served, first)
-    served.cache.drop_host()
+    drop_host(served)
     slab = next(iter(served.cache._device.values()))
     before = served.memory.slabs.data[slab].clone()
     again = served.submit(prompt(300), greedy(3))

@@ -8,7 +8,7 @@ import anyio
 import anyio.from_thread
 import pytest
 
-from fathom.errors import SandboxLost, Unsupported
+from fathom.errors import SandboxLost
 from fathom.sandbox import (
     Client,
     Container,
@@ -16,7 +16,6 @@ from fathom.sandbox import (
     FnResult,
     Functions,
     Sandbox,
-    SyncClient,
     conformance,
     conformance_fn,
 )
@@ -126,8 +125,3 @@ def test_a_sandbox_that_lies_is_found(check: str, method: str, options: dict[str
         except (AttributeError, TypeError, SandboxLost):
             passed = False
     assert not passed
-
-
-def test_a_type_that_is_no_sandbox_says_why(client: SyncClient):
-    with pytest.raises(Unsupported, match="Fn"):
-        client.create(Fn())

@@ -30,7 +30,7 @@ from fathom.sandbox.files import Files
 from fathom.sandbox.sync import SyncFiles
 
 # What a context manager calls and what runs at exit without any loop belongs to one side only.
-ONE_SIDED = {"resumed", "paused", "members", "pause_all", "resume_all"}
+ONE_SIDED = {"hand_line", "resumed", "paused", "members", "pause_all", "resume_all"}
 # Plain on both sides: they wait for nothing.
 PLAIN = {"output", "group", "members", "forward", "follow"}
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from fathom.kernels.numba import layout
 from fathom.kernels.numba.compiled import external, inner, once
-from fathom.kernels.numba.entries import FP8, FP8_GROUP, load_kv, round_fp8, store_kv
+from fathom.kernels.numba.entries import FP8, FP8_GROUP, load_kv, round_fp4, round_fp8, store_kv
 from fathom.kernels.numba.index_scan import search
 from fathom.kernels.numba.lanes import softmax
 from fathom.kernels.numba.layout import (
@@ -29,7 +29,7 @@ from fathom.kernels.numba.layout import (
 )
 from fathom.kernels.numba.llvm import LANES
 from fathom.kernels.numba.memory import address, view_float32, view_int32, view_int64, view_uint32
-from fathom.kernels.numba.primitives import copy, hadamard, mean_square, rmsnorm, rope, round_fp4
+from fathom.kernels.numba.primitives import copy, hadamard, mean_square, rmsnorm, rope
 from fathom.kernels.numba.selection import compiled_capacity, keep_best
 from fathom.kernels.numba.vector import product
 
@@ -118,9 +118,8 @@ def _project_index(k: Any, layer: int, a: int, b: int, exact: Any, scratch: int)
     q, w, normed = k.index_q + 4 * a * k.w_index_q, k.index_w + 4 * a * k.w_index_w, k.normed
     matrix(k, layer, layout.INDEX_Q, layout.ZERO, b - a, x, x_row, q, k.w_index_q, scratch)
     normed += 4 * a * k.w_normed
-    matrix(
-        k, layer, layout.INDEX_W, layout.ZERO, b - a, normed, k.w_normed, w, k.w_index_w, scratch
-    )
+    width = k.w_normed
+    matrix(k, layer, layout.INDEX_W, layout.ZERO, b - a, normed, width, w, k.w_index_w, scratch)
     exact[0] = 0  # keep it alive until here: its address is in use
     for t in range(a, b):
         for h in range(k.index_heads):
@@ -131,7 +130,7 @@ def _project_index(k: Any, layer: int, a: int, b: int, exact: Any, scratch: int)
                 if k.key_form == FP8:
                     round_fp8(head, k.index_dim)
                 else:
-                    round_fp4(head, head)
+                    round_fp4(head)
 
 
 @inner

@@ -1,6 +1,6 @@
 """Cache entries as bytes in compiled code: the same bytes as fathom.quant.kv_pack.
 
-`data` and `scales` are byte offsets into a flat uint8 array. Formats of main entries: FP8 (codes,
+`data` and `scales` are addresses; lengths are multiples of 8. Formats of main entries: FP8 (codes,
 then the rotated part as bfloat16, scales apart) or RAW float32; of indexer keys also FP4.
 
 Paper: §2.3.4 (mixed precision of KV entries, FP4 indexer).
@@ -24,7 +24,6 @@ from fathom.kernels.numba.memory import (
     float_of_bits,
     peek_byte,
     peek_float,
-    peek_half,
     poke_byte,
     poke_float,
     poke_half,
@@ -41,16 +40,7 @@ from fathom.kernels.numba.primitives import (
 RAW, FP8, FP4 = 0, 1, 2
 KV_GROUP, FP4_GROUP = 64, 32
 FP8_GROUP, START = np.int64(128), np.int64(0)  # numba compiles anew for a literal number
-UP, DOWN = np.float32(2.0**120), np.float32(2.0**-120)
-
-
-@inner
-def decode_e4m3(code: Any) -> Any:
-    """The value of one e4m3 code; its exponent moves into a float32, which 2^120 puts right."""
-    bits = ((np.uint32(code) & np.uint32(0x7F)) << np.uint32(20)) | (
-        (np.uint32(code) & np.uint32(0x80)) << np.uint32(24)
-    )
-    return float_of_bits(bits) * UP
+DOWN = np.float32(2.0**-120)
 
 
 @inner
@@ -62,32 +52,13 @@ def round_half(value: Any) -> Any:
 
 
 @inner
-def _e4m3_step(value: Any) -> Any:
-    """The exponent of the spacing of e4m3 numbers around a value."""
-    e = np.int32((bits_of_float(value) >> np.uint32(23)) & np.uint32(255)) - np.int32(127)
-    return max(e, np.int32(-6)) - np.int32(3)
-
-
-@inner
 def round_group(x: Any, first: int, last: int) -> int:
-    """Round x[first:last] in place to FP8 with one power-of-two scale; returns its exponent.
-
-    The same as primitives.round_e4m3, in vectors.
-    """
-    start, lanes = address(x) + 4 * first, (last - first) // LANES * LANES
-    amax = np.float32(1e-4)
-    if lanes:
-        amax = max(amax, greatest(start, lanes))
-    for j in range(first + lanes, last):
-        amax = max(amax, abs(x[j]))
-    exponent = ceil_power_of_two(amax * E4M3_RECIPROCAL)
+    """Round x[first:last] in place to FP8 with one power-of-two scale; returns its exponent."""
+    start, count = address(x) + 4 * first, last - first
+    exponent = ceil_power_of_two(max(np.float32(1e-4), greatest(start, count)) * E4M3_RECIPROCAL)
     scale, inverse = power_of_two(exponent), power_of_two(-exponent)
-    for j in range(0, lanes, LANES):
+    for j in range(0, count, LANES):
         round_lanes(start + 4 * j, inverse, scale)
-    for j in range(first + lanes, last):
-        v = x[j] * inverse
-        e = _e4m3_step(v)
-        x[j] = np.float32(np.rint(v * power_of_two(-e))) * power_of_two(e) * scale
     return exponent
 
 
@@ -142,11 +113,8 @@ def store_kv(x: Any, rope_dim: int, form: int, data: int, scales: int) -> None:
 @inner
 def _load_e4m3(data: int, count: int, scale: Any, to: int) -> None:
     """`count` values of codes, times their scale, as float32 at `to`."""
-    lanes = count // LANES * LANES
-    for j in range(0, lanes, LANES):
+    for j in range(0, count, LANES):
         decode_lanes(data + j, to + 4 * j, scale)
-    for j in range(lanes, count):
-        poke_float(to + 4 * j, decode_e4m3(peek_byte(data + j)) * scale)
 
 
 @inner
@@ -159,13 +127,8 @@ def load_kv(data: int, scales: int, rope_dim: int, c: int, form: int, to: int) -
     for first in range(0, nope, KV_GROUP):
         scale = power_of_two(np.int32(peek_byte(scales + first // KV_GROUP)) - 127)
         _load_e4m3(data + first, min(KV_GROUP, nope - first), scale, to + 4 * first)
-    source, to = data + nope, to + 4 * nope
-    lanes = rope_dim // LANES * LANES
-    for j in range(0, lanes, LANES):
-        widen_lanes(source + 2 * j, to + 4 * j)
-    for j in range(lanes, rope_dim):
-        bits = np.uint32(peek_half(source + 2 * j)) << np.uint32(16)
-        poke_float(to + 4 * j, float_of_bits(bits))
+    for j in range(0, rope_dim, LANES):
+        widen_lanes(data + nope + 2 * j, to + 4 * (nope + j))
 
 
 @inner
@@ -183,6 +146,16 @@ def fp4_codes(x: Any, first: int, codes: Any, to: int) -> int:
         v = np.float32(np.rint(v * power_of_two(-e))) * power_of_two(e)
         codes[to + j] = np.int8(np.int32(v * np.float32(2)))
     return exponent
+
+
+@inner
+def round_fp4(x: Any) -> None:
+    """Round x in place to FP4 with one power-of-two scale per 32 values."""
+    codes = np.empty(FP4_GROUP, np.int8)
+    for first in range(0, x.shape[0], FP4_GROUP):
+        half = power_of_two(fp4_codes(x, first, codes, 0)) * np.float32(0.5)
+        for j in range(FP4_GROUP):
+            x[first + j] = np.float32(codes[j]) * half
 
 
 @inner

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from fathom.kernels.numba import llvm
 from fathom.kernels.numba.compiled import inner
-from fathom.kernels.numba.llvm import FLOAT, I8, I16, I32
+from fathom.kernels.numba.llvm import FLOAT, I8, I32
 
 
 @intrinsic
@@ -97,7 +97,7 @@ view_int32, view_int64 = _make_view(np.int32), _make_view(np.int64)
 view_uint32 = _make_view(np.uint32)
 peek_byte, poke_byte = _make_peek(I8, types.uint8), _make_poke(types.uint8)
 peek_float, poke_float = _make_peek(FLOAT, types.float32), _make_poke(types.float32)
-peek_half, poke_half = _make_peek(I16, types.uint16), _make_poke(types.uint16)
+poke_half = _make_poke(types.uint16)
 
 
 @intrinsic

@@ -107,25 +107,6 @@ def pack(model: Any) -> Packed:
     return packer.packed(model.embed.weight, np.concatenate([*hashed, np.zeros(1, np.int64)]))
 
 
-def token_bytes(model: Any) -> int:
-    """Bytes of parameters that decoding one token reads: of routed experts, the chosen ones."""
-    packed, config = pack(model), model.config
-    chosen = config.num_experts_per_tok / config.n_routed_experts
-    total = 4 * config.hidden_size  # the embedding's row
-    for layer in range(config.num_hidden_layers):
-        meta = packed.meta[layer]
-        for which in range(at.MATRICES):
-            column = at.matrix_column(which)
-            _, half, rows, cols = meta[column : column + 4]
-            if which == at.WO_A:
-                rows *= config.o_groups
-            elif which in (at.W1, at.W2, at.W3):
-                rows *= config.n_routed_experts * chosen
-            total += int(rows * cols) * (2 if half else 4)
-        total += 4 * int(sum(meta[at.vector_column(v) + 1] for v in range(at.VECTORS)))
-    return total + config.num_hash_layers * 8 * config.num_experts_per_tok
-
-
 def _is_hashed(block: Any) -> bool:
     return hasattr(block.ffn.gate, "tid2eid")
 

@@ -1,8 +1,8 @@
-"""Small compiled functions that the rows are made of: norms, rotations, roundings.
+"""Small compiled functions that the rows are made of: norms, rotations.
 
 Vectors are one-dimensional float32 arrays.
 
-Paper: §2.2, §2.3 (the operations), §3.4 (FP4 rounding).
+Paper: §2.2, §2.3 (the operations).
 """
 
 # numba itself passes an intrinsic its typing context:
@@ -76,23 +76,6 @@ def ceil_power_of_two(value: Any) -> Any:
 def power_of_two(exponent: Any) -> Any:
     """2^exponent as float32, for -126 <= exponent <= 127."""
     return float_of_bits(np.uint32(exponent + np.int32(127)) << np.uint32(23))
-
-
-@inner
-def round_fp4(x: Any, out: Any) -> None:
-    """out = x rounded to FP4 with one power-of-two scale per 32 values, as fp4.simulate."""
-    for first in range(0, x.shape[0], 32):
-        last = min(first + 32, x.shape[0])
-        amax = np.float32(6 * 2.0**-126)
-        for j in range(first, last):
-            amax = max(amax, abs(x[j]))
-        exponent = max(ceil_power_of_two(amax * FP4_RECIPROCAL), np.int32(-126))
-        scale, inverse = power_of_two(exponent), power_of_two(-exponent)
-        for j in range(first, last):
-            v = x[j] * inverse
-            e = np.int32((bits_of_float(v) >> np.uint32(23)) & np.uint32(255)) - np.int32(127)
-            e = max(e, np.int32(0)) - np.int32(1)  # one mantissa bit, fixed step of 1/2 below 1
-            out[j] = np.float32(np.rint(v * power_of_two(-e))) * power_of_two(e) * scale
 
 
 @inner

@@ -18,6 +18,7 @@ import torch
 from fathom.kernels.numba import layout, rows
 from fathom.kernels.numba.compiled import link, must_compile
 from fathom.kernels.numba.entries import FP4, FP8, RAW
+from fathom.kernels.numba.llvm import LANES
 from fathom.kernels.numba.packing import is_uniform, pack
 from fathom.kernels.numba.selection import capacity
 from fathom.kernels.numba.vector import PANEL
@@ -34,9 +35,13 @@ SPLIT_ENTRIES = 8192  # fewer entries than this are scored by one thread
 def _accepts(device: torch.Tensor, model: Any, memory: Any, max_rows: int) -> bool:
     """Whether the compiled rows compute this model: float32, sizes that fill vectors."""
     config = model.config
+    sizes = (
+        config.hidden_size, config.head_dim, config.qk_rope_head_dim, config.q_lora_rank,
+        config.o_groups * config.o_lora_rank, config.moe_intermediate_size, config.index_head_dim,
+    )  # fmt: skip
     return (
         model.dtype == torch.float32
-        and config.head_dim % 8 == 0
+        and all(size % LANES == 0 for size in sizes)
         and (config.index_head_dim % 32 == 0 or memory.slabs.layout.key_format != "fp4")
         and memory.slabs.layout.kv_format in FORMS
         and memory.slabs.layout.key_format in FORMS

@@ -109,19 +109,8 @@ def merge_streams(k: Any, layer: int, t: int, x: Any, mixes: Any, scratch: int, 
     """out = the final hidden state of row t, by the stream head and norm of `layer`."""
     n, flow = k.streams, line(k.flow, k.w_flow, t, k.streams * k.hidden)
     r = np.float32(1) / np.float32(math.sqrt(mean_square(flow) + k.norm_eps))
-    at = k.flow + 4 * t * k.w_flow
-    matrix(
-        k,
-        layer,
-        layout.HEAD_FN,
-        layout.ZERO,
-        layout.ONE,
-        at,
-        k.w_flow,
-        address(mixes),
-        PANEL,
-        scratch,
-    )
+    at, to, one = k.flow + 4 * t * k.w_flow, address(mixes), layout.ONE
+    matrix(k, layer, layout.HEAD_FN, layout.ZERO, one, at, k.w_flow, to, PANEL, scratch)
     base, scale = vector(k, layer, layout.HEAD_BASE), vector(k, layer, layout.HEAD_SCALE)
     _mix(flow, mixes, r, scale[0], base, n, k.hc_eps, x)
     rmsnorm(x, vector(k, layer, layout.NORM), k.norm_eps, out)
@@ -134,25 +123,15 @@ def _combine(record: int, layer: int, a: int, b: int, scratch: int) -> int:
     rounded = rounds(k, layer, layout.R_MTP)
     x, y = np.empty(n * width, np.float32), np.empty(n * width, np.float32)
     embedded = np.empty(width, np.float32)
-    at, to = address(x), address(y)
+    at, to, embedding = address(x), address(y), address(embedded)
+    one = layout.ONE
     for t in range(a, b):
         own = part(x, width, 0, d)
         token = view_float32(k.embed + 4 * of_row(k, layout.TOKEN, t) * d, d)
         rmsnorm(token, vector(k, layer, layout.E_NORM), k.norm_eps, own)
         if rounded:
             round_fp8(own, FP8_GROUP)
-        matrix(
-            k,
-            layer,
-            layout.E_PROJ,
-            layout.ZERO,
-            layout.ONE,
-            at,
-            width,
-            address(embedded),
-            width,
-            scratch,
-        )
+        matrix(k, layer, layout.E_PROJ, layout.ZERO, one, at, width, embedding, width, scratch)
         flow = line(k.flow, k.w_flow, t, n * d)
         for i in range(n):
             own = part(x, width, i, d)

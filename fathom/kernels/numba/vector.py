@@ -87,17 +87,9 @@ def _make_tile(rows: int, vectors: int, half: bool = False) -> Any:
 
     @intrinsic
     def tile(
-        typingctx: Any,
-        x: Any,
-        x_row: Any,
-        x_col: Any,
-        w: Any,
-        w_row: Any,
-        count: Any,
-        out: Any,
-        out_row: Any,
-        add: Any,
-    ) -> Any:
+        typingctx: Any, x: Any, x_row: Any, x_col: Any, w: Any, w_row: Any, count: Any, out: Any,
+        out_row: Any, add: Any,
+    ) -> Any:  # fmt: skip
         """out[t, j] (+)= sum_k x[t, k] * w[k, j], all three given as address and strides."""
         return types.void(*[types.int64] * 9), generate
 

@@ -93,6 +93,18 @@ static void flush(Conn *c) {
     watch(c->fd, &c->tag, c->out.len ? EPOLLIN | EPOLLOUT : EPOLLIN);
 }
 
+/* Send what waits now; false where the line does not take all of it. */
+bool send_rest(Conn *c) {
+  if (c->out.len) flush(c);
+  return !c->closing && !c->out.len;
+}
+
+/* Somebody else has this line from here on. */
+void let_go(Conn *c) {
+  unwatch(c->fd);
+  c->closing = true;
+}
+
 /* Requests ------------------------------------------------------------------------------------- */
 
 static bool same(const uint8_t *a, const uint8_t *b, size_t len) {

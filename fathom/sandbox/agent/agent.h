@@ -48,7 +48,7 @@ enum {
   T_ENTROPY = 96, T_HOSTNAME = 97, T_CLOCK_US = 98
 };
 
-enum { X_MERGE = 1, X_PTY = 2, X_STDIN = 4, X_SHELL = 8, X_DETACH = 16 };
+enum { X_MERGE = 1, X_PTY = 2, X_STDIN = 4, X_SHELL = 8, X_DETACH = 16, X_LINE = 32 };
 
 typedef struct {
   uint8_t *data;
@@ -97,6 +97,8 @@ struct Conn {
 };
 void send_frame(Conn *c, uint32_t id, uint8_t type, const void *data, size_t len);
 void send_error(Conn *c, uint32_t id, const char *code, int number, const char *message);
+bool send_rest(Conn *c);
+void let_go(Conn *c);
 
 /* journal.c */
 enum { OP_RUNNING, OP_FINISHED, OP_ACKED, OP_LOST };

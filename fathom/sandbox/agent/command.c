@@ -314,6 +314,12 @@ static void push(char ***list, size_t *count, char *text) {
 static int open_streams(Cmd *m, const Wanted *w, int ends[3]) {
   int pair[2];
   ends[0] = ends[1] = ends[2] = -1;
+  if (w->flags & X_LINE) {
+    ends[0] = ends[1] = fcntl(m->conn->fd, F_DUPFD_CLOEXEC, 3);
+    if (ends[0] < 0 || fcntl(ends[0], F_SETFL, 0)) return errno;
+    ends[2] = open("/dev/null", O_WRONLY | O_CLOEXEC);
+    return ends[2] < 0 ? errno : 0;
+  }
   if (m->pty) {
     int master = open("/dev/ptmx", O_RDWR | O_CLOEXEC | O_NOCTTY | O_NONBLOCK), zero = 0;
     if (master < 0 || ioctl(master, TIOCSPTLCK, &zero)) return errno;
@@ -480,6 +486,8 @@ int command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len, int64_t
     problem = "a command needs arguments and a timeout";
   else if (!settings.done)
     problem = "the agent is not configured";
+  else if (w.flags & X_LINE && (c->serial || key || w.flags & X_PTY))
+    problem = "this line cannot become the command's own";
   else if (key && resume_op(c, id, key, digest ? digest : ""))
     resumed = true;
   else if (!turn)
@@ -490,11 +498,24 @@ int command_start(Conn *c, uint32_t id, const uint8_t *data, size_t len, int64_t
     m->began = now_us();
     m->deadline = deadline;
     m->ooms = memory_kills();
+    if (w.flags & X_LINE) {
+      /* The last frame on this line: whatever follows it is the command's. */
+      Buffer none = {0};
+      put_number(&none, T_PID, 0);
+      send_frame(c, id, M_STARTED, none.data, none.len);
+      free(none.data);
+      if (!send_rest(c)) failed = EAGAIN;
+    }
     /* First the word that it begins: what has no receipt must not have an effect. */
     if (key && !(m->op = journal_start(key, digest ? digest : "")))
       full = "no room is left for this operation's receipt: acknowledge those whose results are safe";
-    else
+    else if (!failed)
       failed = launch(m, &w);
+    if (w.flags & X_LINE) {
+      m->conn = NULL;
+      m->detach = true;
+      let_go(c);
+    }
     if (failed && m->op) journal_forget(m->op), m->op = NULL;
     waits = lacks_room(failed);
   }

@@ -18,7 +18,7 @@ import os
 import socket
 import struct
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, cast
 
 from fathom.errors import FathomError, PolicyDenied, SandboxError, SandboxLost
@@ -27,28 +27,27 @@ from fathom.sandbox.edge import MESSAGE_LIMIT, requests
 from fathom.sandbox.edge.events import event
 from fathom.sandbox.edge.keeper import Keeper
 from fathom.sandbox.edge.tokens import Tokens
+from fathom.sandbox.edge.work import Work
 
 _INLINE = 60_000
 _PATIENCE = 10  # seconds for the API process to take an answer
-AT_ONCE = 64  # requests that are worked on
 _log = logging.getLogger(__name__)
 
 
 class Channel:
-    """Serves one API process. `pool` carries out what takes longer than a moment.
+    """Serves one API process. `work` carries out what takes longer than a moment.
 
     `ready`: whether the process has said that it answers clients.
     """
 
     def __init__(
-        self, sock: socket.socket, keeper: Keeper, tokens: Tokens | None, pool: ThreadPoolExecutor
+        self, sock: socket.socket, keeper: Keeper, tokens: Tokens | None, work: Work
     ) -> None:
         self._sock = sock
         self._keeper = keeper
         self._tokens = tokens
-        self._pool = pool
+        self._work = work
         self.ready = threading.Event()
-        self._slots = threading.BoundedSemaphore(AT_ONCE)
         patience = struct.pack("@ll", _PATIENCE, 0)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
@@ -62,7 +61,7 @@ class Channel:
                 except (ValueError, RecursionError) as error:
                     event(_log, logging.ERROR, "api_forged", error=error)
                     break
-                self._take(number, op, given)
+                self._take(number, op, given, len(data))
         self.close()
 
     def close(self) -> None:
@@ -78,28 +77,22 @@ class Channel:
         """Say that a sandbox has ended. Never raises."""
         self._send({"n": 0, "gone": name})
 
-    def _take(self, number: int, op: Any, given: dict[str, Any]) -> None:
+    def _take(self, number: int, op: Any, given: dict[str, Any], size: int) -> None:
         try:
             values = requests.read(op, given)
+            # What takes but a moment never waits for what takes long.
+            if op == "open" and self._open(number, values["id"], patient=False):
+                return
+            if op in ("token", "ready"):
+                self._carry_out(number, op, values)
+                return
+            key = values.get("key", "") if op == "create" else ""
+            task = partial(self._carry_out, number, op, values)
+            self._work.add(op, task, size=size, key=key)
         except FathomError as error:
             self._send({"n": number, "error": error.code, "message": str(error)})
-            return
-        # What takes but a moment never waits for what takes long.
-        if op == "open" and self._open(number, values["id"], patient=False):
-            return
-        if op in ("token", "ready"):
-            self._work(number, op, values)
-            return
-        self._slots.acquire()
-        self._pool.submit(self._work_on, number, op, values)
 
-    def _work_on(self, number: int, op: str, values: dict[str, Any]) -> None:
-        try:
-            self._work(number, op, values)
-        finally:
-            self._slots.release()
-
-    def _work(self, number: int, op: str, values: dict[str, Any]) -> None:
+    def _carry_out(self, number: int, op: str, values: dict[str, Any]) -> None:
         try:
             if op == "open":
                 self._open(number, values["id"], patient=True)

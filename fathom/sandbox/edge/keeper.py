@@ -262,12 +262,14 @@ class Keeper:
         return folder / SOCKET, greeting
 
     def _destroy(self, id: str) -> dict[str, Any]:
-        self.end(id, "stopped")
-        return {}
+        return {"ended": self.end(id, "stopped")}
 
-    def end(self, id: str, why: str) -> None:
-        """End a sandbox, also one that could not be taken over. Does nothing for others."""
-        self.tending.drop(id)
+    def end(self, id: str, why: str) -> bool:
+        """End a sandbox, also one that could not be taken over; False for others.
+
+        Raises SandboxError where something is left of one that could not.
+        """
+        dropped = self.tending.drop(id)
         # Only what is in the table: no other folder is ever touched.
         with self._lock:
             entry = self.entries.pop(id, None)
@@ -275,6 +277,7 @@ class Keeper:
             self.host.do("destroy", id=id)
             event(_log, logging.INFO, why, id=id)
             self.gone(id)
+        return dropped or entry is not None
 
     def _idle(self, id: str) -> dict[str, Any]:
         """End a sandbox of which nothing was asked for its time, unless it is paused."""
@@ -339,7 +342,8 @@ class Keeper:
         return work
 
     def _list(self) -> dict[str, Any]:
-        return {"sandboxes": [entry.plain() for entry in list(self.entries.values())]}
+        entries = [entry.plain() for entry in list(self.entries.values())]
+        return {"sandboxes": entries, "left": dict(self.tending.left)}
 
     def _attach(self, id: str) -> dict[str, Any]:
         return self.find(id).plain()

@@ -22,17 +22,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from fathom.errors import SandboxError
 from fathom.sandbox import messages, paths
 from fathom.sandbox.edge import SOCKET
-from fathom.sandbox.edge.channel import AT_ONCE, Channel
+from fathom.sandbox.edge.channel import Channel
 from fathom.sandbox.edge.events import event
 from fathom.sandbox.edge.keeper import Keeper
 from fathom.sandbox.edge.tokens import Tokens
+from fathom.sandbox.edge.work import Work
 
 _TICK = 0.5
 _FAILURES = 5  # API processes in a row that may end before they answer
@@ -69,7 +69,7 @@ class Parent:
         self._runtime = keeper.host.runtime
         self._listen = listen
         self._tokens = Tokens(listen.tokens) if listen is not None else None
-        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="fathom-edge")
+        self._work = Work()
         self._channel: Channel | None = None
         self._stopping = threading.Event()
         self._ready = _nothing
@@ -101,7 +101,7 @@ class Parent:
             with contextlib.suppress(OSError):
                 (self._runtime / SOCKET).unlink()
                 (self._runtime / _EMPTY).rmdir()
-            self._pool.shutdown()
+            self._work.shutdown()
             self._keeper.host.link.close()
             os.close(lock)
 
@@ -201,7 +201,7 @@ class Parent:
                 ours.close()
                 raise SandboxError(f"the API process did not start: {error}") from error
         self.api_starts += 1
-        return process, Channel(ours, self._keeper, self._tokens, self._pool)
+        return process, Channel(ours, self._keeper, self._tokens, self._work)
 
     def _tell_gone(self, name: str) -> None:
         channel = self._channel

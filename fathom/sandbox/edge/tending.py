@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ class Tending:
         self._keeper = keeper
         self._host = keeper.host
         self.left: dict[str, str] = {}
+        # Held while one is taken over, and while one that was not is ended: never both at once.
+        self._settling = threading.Lock()
         self._unset: set[str] = set()
         self._starts = 0
         self._again = 0.0
@@ -109,24 +112,41 @@ class Tending:
 
     def _try_again(self) -> None:
         for name in list(self.left):
-            folder = self._host.runtime / name
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, FathomError):
-                if _is_late(entries.read(folder)):
+                if _is_late(entries.read(self._host.runtime / name)):
                     self.drop(name)
                     continue
-            found = adopt_one(self._host, folder)
-            if isinstance(found, str) and found:
-                self.left[name] = found
-                continue
-            self.left.pop(name, None)
-            if isinstance(found, Entry):
-                self._take(found)
+            with self._settling:
+                if name in self.left:
+                    self._try(name)
 
-    def drop(self, name: str) -> None:
-        """End one that could not be taken over."""
-        if self.left.pop(name, None) is not None:
-            state.reap_one(self._host.runtime / name)
-            event(_log, logging.INFO, "dropped", id=name)
+    def _try(self, name: str) -> None:
+        found = adopt_one(self._host, self._host.runtime / name)
+        if isinstance(found, str) and found:
+            self.left[name] = found
+            return
+        if isinstance(found, Entry):
+            self._take(found)
+        # Only now: one that is stopped meanwhile is in one of the two.
+        del self.left[name]
+
+    def drop(self, name: str) -> bool:
+        """End one that could not be taken over; False where there is none of that name.
+
+        One that is being taken over right now is, and then it is no longer among these. Raises
+        SandboxError where it could not be ended; it is left alone then as before.
+        """
+        if name not in self.left:
+            return False
+        with self._settling:
+            if name not in self.left:
+                return False
+            folder = self._host.runtime / name
+            if folder.exists() and not state.reap_one(folder):
+                raise SandboxError(f"sandbox {name} could not be ended: {folder} is still in use")
+            del self.left[name]
+        event(_log, logging.INFO, "dropped", id=name)
+        return True
 
     def _sweep(self) -> None:
         """Remove what an earlier daemon was just making, and its node gave up only since."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from fathom.sandbox.vm import chain, jail, memory, saved, screen
 from fathom.sandbox.vm.machine import Machine, freeze, thaw
 from fathom.sandbox.vm.saved import Saved
 
+# For an agent to take what came before: a busy guest shall be copied, too.
+_PATIENCE = 10.0
+
 
 def capture(machine: Machine) -> Saved:
     """Save the machine as of now; it goes on unless it was paused. Raises SandboxError, OSError."""
@@ -26,7 +30,7 @@ def capture(machine: Machine) -> Saved:
         paused = machine.frozen is not None
         if paused:
             return _capture(machine)
-        freeze(machine)
+        freeze(machine, patience=_PATIENCE)
         try:
             return _capture(machine)
         finally:
@@ -34,6 +38,11 @@ def capture(machine: Machine) -> Saved:
 
 
 def _capture(machine: Machine) -> Saved:
+    if not machine.between_frames:
+        raise SandboxError(
+            f"the agent in {machine.id} did not answer before the machine was stopped, so that "
+            "nobody could speak to a copy: see what its guest is busy with"
+        )
     name = f"state-{secrets.token_hex(4)}"
     machine.ask("xen-save-devices-state", filename=f"/{jail.OWN}/{name}", live=False)
     data = _take_own(machine, name)
@@ -81,14 +90,26 @@ def _copy(machine: Machine) -> int:
 
 
 def _take_own(machine: Machine, name: str) -> bytes:
-    """Read and remove what the emulator wrote into its own folder, as from a stranger."""
-    folder = os.open(
-        _own_folder(machine), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    )
+    """Read and remove what the emulator wrote into its own folder. Raises SandboxError, OSError."""
+    return take_file(_own_folder(machine), name)
+
+
+def take_file(path: Path, name: str) -> bytes:
+    """Read and remove a file that a stranger wrote. Raises SandboxError, OSError.
+
+    There may be anything else under its name, such as a pipe whose reader would wait for ever.
+    """
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-        with os.fdopen(fd, "rb") as file:
-            data = file.read(saved.STATE_LIMIT + 1)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(name, flags, dir_fd=folder)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise SandboxError("the emulator saved a state that is no plain file")
+            with open(fd, "rb", closefd=False) as file:
+                data = file.read(saved.STATE_LIMIT + 1)
+        finally:
+            os.close(fd)
         os.unlink(name, dir_fd=folder)
     finally:
         os.close(folder)

@@ -25,7 +25,7 @@ from fathom.sandbox import cgroups, frames, messages, netns, seccomp, state, sys
 from fathom.sandbox.frames import Frame, Tag
 from fathom.sandbox.substrates.launch import OOM_SCORE, TENANT
 from fathom.sandbox.types import DEFAULT_PIDS
-from fathom.sandbox.vm import jail, memory, qcow2, screen
+from fathom.sandbox.vm import jail, memory, note, qcow2, screen
 from fathom.sandbox.vm.chain import Origin, origin_in
 from fathom.sandbox.vm.launch import Files, MachineLaunch, command_line, launch_in
 from fathom.sandbox.vm.mux import Mux
@@ -41,6 +41,7 @@ _JOURNAL = 16 << 20  # bytes of receipts, in the guest's memory
 _BOOT_TIMEOUT = {"microvm": 60.0, "fullvm": 300.0}
 _RESTORE_TIMEOUT = 30.0
 _GONE_TIMEOUT = 10.0
+_HUSH_PATIENCE = 1.0
 _STARTER = jail.Starter()
 
 
@@ -50,8 +51,8 @@ class Machine:
 
     `memory`: the file that it maps. `disk`: what it writes to, on top of the disks `below`, which
     never change. `origin`: what of it lies in a folder. `frozen`: when it was paused, by the
-    monotonic clock. `online`: whether the guest's network device is on, None where that is not
-    known.
+    monotonic clock; `between_frames`: whether its port then held no half of a frame. `online`:
+    whether the guest's network device is on, None where that is not known.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class Machine:
     monitor: Monitor | None = None
     mux: Mux | None = None
     frozen: float | None = None
+    between_frames: bool = True
     stood: float = 0.0
     online: bool | None = False
     ended: bool = False
@@ -145,7 +147,15 @@ def _start(machine: Machine, source: Saved | None) -> None:
     finally:
         for fd in opened:
             os.close(fd)
-    _note(machine)
+    note.write(
+        launch,
+        machine.secret,
+        machine.pid,
+        memory=machine.memory,
+        disk=machine.disk,
+        below=machine.below,
+        origin=machine.origin,
+    )
 
 
 def _open_files(
@@ -279,35 +289,27 @@ def _restore(machine: Machine, file: int) -> None:
         raise SandboxError(f"the saved machine could not be taken up: it is {status}")
 
 
-def _note(machine: Machine) -> None:
-    note = {
-        "secret": machine.secret.hex(),
-        "pid": machine.pid,
-        "launch": machine.launch.as_json(),
-        "memory": machine.memory,
-        "disk": machine.disk,
-        "below": machine.below,
-        "origin": None if machine.origin is None else machine.origin.as_json(),
-    }
-    session = machine.folder / state.SESSION
-    session.touch(mode=0o600)
-    session.write_text(json.dumps(note))
-
-
 # Living ----------------------------------------------------------------------------------------
 
 
-def freeze(machine: Machine, _: str = "") -> None:
+def freeze(machine: Machine, _: str = "", patience: float = _HUSH_PATIENCE) -> None:
     """Stop the machine's processors, and with them its clock. Raises SandboxError.
 
-    Whoever copies it keeps it `busy` meanwhile, so a pause needs no other holder than its user.
+    Its guest need not agree: an agent that does not answer within `patience` seconds is stopped
+    where it is. Whoever copies it keeps it `busy` meanwhile, so a pause needs no other holder than
+    its user.
     """
     with machine.busy:
-        if machine.frozen is None and machine.mux is not None:
+        if machine.frozen is not None or machine.mux is None:
+            return
+        try:
             # At the end of a frame: whoever copies a paused machine finds no half of one in it.
-            machine.mux.hush()
+            machine.between_frames = machine.mux.hush(patience)
             machine.ask("stop")
-            machine.frozen = time.monotonic()
+        except BaseException:
+            machine.mux.go_on()
+            raise
+        machine.frozen = time.monotonic()
 
 
 def thaw(machine: Machine, _: str = "") -> float:
@@ -320,9 +322,11 @@ def thaw(machine: Machine, _: str = "") -> float:
         machine.frozen = None
         machine.stood += paused
         machine.mux.go_on()
-        # What counts down in the guest stood still as well; only its date is late.
+        # What counts down in the guest stood still as well; only its date is late. An agent that
+        # does not answer sets it when it goes on.
         clock = frames.join_fields([(Tag.CLOCK_US, time.time_ns() // 1000)])
-        machine.mux.ask(Frame.SHIFT, clock)
+        with contextlib.suppress(SandboxError):
+            machine.mux.ask(Frame.SHIFT, clock, timeout=_HUSH_PATIENCE)
         return paused
 
 
@@ -351,13 +355,11 @@ def adopt(folder: Path) -> Machine:
         if layout is not None:
             machine.group = cgroups.Group(layout, folder.name)
         machine.net = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        kept = f"/proc/{pid}/fd"
-        machine.memory = os.open(f"{kept}/{session['memory']}", os.O_RDONLY | os.O_CLOEXEC)
-        if int(session["disk"]) >= 0:
-            machine.disk = os.open(f"{kept}/{session['disk']}", os.O_RDONLY | os.O_CLOEXEC)
-        machine.below = tuple(
-            os.open(f"{kept}/{int(fd)}", os.O_RDONLY | os.O_CLOEXEC) for fd in session["below"]
-        )
+        machine.memory = note.open_kept(pid, session["memory"])
+        if session["disk"] is not None:
+            machine.disk = note.open_kept(pid, session["disk"])
+        for wanted in session["below"]:
+            machine.below = (*machine.below, note.open_kept(pid, wanted))
         machine.origin = origin_in(session["origin"])
         machine.monitor = Monitor(_connect(machine, MONITOR, _RESTORE_TIMEOUT))
         if machine.ask("query-status")["status"] == "paused":

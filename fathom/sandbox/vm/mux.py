@@ -16,17 +16,16 @@ from __future__ import annotations
 import contextlib
 import hmac
 import os
-import secrets
 import selectors
 import socket
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fathom.errors import SandboxError, SandboxLost
 from fathom.sandbox import frames
 from fathom.sandbox.frames import Frame, Received, Tag
+from fathom.sandbox.vm.greeting import greet
 
 _CHUNK = 1 << 18
 _STRANGER_LIMIT = 4096
@@ -34,6 +33,8 @@ _MOST_LINES, _MOST_STRANGERS = 512, 32
 # Bytes that wait for a client: above the first its commands are held, above the last it is cut off.
 _HIGH, _LOW, _TOO_MUCH = 512 << 10, 128 << 10, 32 << 20
 _PORT_HIGH = 1 << 20
+# Frames that nobody asked for: what a command had sent before it was told to end, and a reserve.
+_STRAYS, _STRAYS_OF_ONE, _MOST_STRAYS = 100_000, 50_000, 1_000_000
 _FROM_CLIENTS = {
     *(Frame.EXEC, Frame.STDIN, Frame.EOF, Frame.SIGNAL, Frame.RESIZE, Frame.CANCEL),
     *(Frame.QUERY, Frame.ACK, Frame.PING, Frame.SHIFT),
@@ -89,6 +90,7 @@ class Mux:
         self._splitter = frames.Splitter()
         self._lock = threading.RLock()
         self._quiet = False
+        self._strays_left = _STRAYS
         self._closed = False
         self._lost = ""
         self._selector = selectors.DefaultSelector()
@@ -100,37 +102,8 @@ class Mux:
 
     def greet(self, secret: bytes, timeout: float) -> None:
         """Begin the port's line, past whatever a former host left on it. Raises SandboxError."""
-        number = secrets.randbits(31) | 1 << 30
-        hello = frames.join_fields([(Tag.VERSION, frames.PROTOCOL), (Tag.SECRET, secret)])
-        self._port.settimeout(timeout)
-        deadline = time.monotonic() + timeout
-        # The header of the one answer that is awaited, without its length.
-        marks = [frames.pack(number, kind)[4:] for kind in (Frame.OK, Frame.ERROR)]
-        held = b""
-        try:
-            self._port.sendall(frames.pack(number, Frame.HELLO, hello))
-            while True:
-                places = [at - 4 for mark in marks if (at := held.find(mark)) >= 4]
-                if places:
-                    splitter = frames.Splitter()
-                    found = splitter.feed(held[min(places) :])
-                    if found:
-                        break
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                data = self._port.recv(_CHUNK)
-                if not data:
-                    raise SandboxLost("the virtual machine ended before its agent answered")
-                held += data
-        except TimeoutError as error:
-            raise SandboxError(f"the agent did not answer within {timeout:g} s") from error
-        except OSError as error:
-            raise SandboxLost(f"the virtual machine ended ({error.strerror})") from error
-        if found[0].kind == Frame.ERROR:
-            said = frames.text_of(found[0].fields().get(Tag.MESSAGE))
-            raise SandboxError(f"the machine's agent refused: {said}")
-        self._greeting = found[0].payload
-        self._splitter = splitter
+        answer, self._splitter = greet(self._port, secret, timeout)
+        self._greeting = answer.payload
         self._port.setblocking(False)
 
     def start(self) -> None:
@@ -159,6 +132,8 @@ class Mux:
             self._out += frames.pack(number, kind, payload)
         self._wake()
         if not done.wait(timeout):
+            with self._lock:
+                self._routes.pop(number, None)
             raise SandboxError(f"the agent did not answer within {timeout:g} s")
         received = found[0]
         if received is None:
@@ -180,14 +155,21 @@ class Mux:
                 [(tag, epoch if tag == Tag.EPOCH else data) for tag, data in kept]
             )
 
-    def hush(self) -> None:
-        """Take nothing from clients until `go_on`; the agent has taken all that came before.
+    def hush(self, patience: float) -> bool:
+        """Take nothing from clients until `go_on`; True when the agent took all that came before.
 
-        Raises SandboxError, SandboxLost.
+        A guest may have stopped its agent, or be busy: it is asked for `patience` seconds.
+        Raises SandboxLost.
         """
         with self._lock:
             self._quiet = True
-        self.ask(Frame.PING)
+        try:
+            self.ask(Frame.PING, timeout=patience)
+        except SandboxLost:
+            raise
+        except SandboxError:
+            return False
+        return True
 
     def go_on(self) -> None:
         """Take what clients have to say again."""
@@ -383,6 +365,7 @@ class Mux:
             route.line = None
             if route.command:
                 self._out += frames.pack(number, Frame.LEAVE)
+                self._strays_left = min(self._strays_left + _STRAYS_OF_ONE, _MOST_STRAYS)
                 del self._routes[number]
         line.numbers.clear()
 
@@ -405,11 +388,17 @@ class Mux:
         for frame in self._splitter.feed(data):
             route = self._routes.get(frame.number)
             if route is None:
+                self._stray()
                 continue
-            last = frame.kind in (Frame.OK, Frame.EXIT) or (
-                # A signal that found nobody says so, and its command goes on.
-                frame.kind == Frame.ERROR
-                and not (route.command and frame.fields().get(Tag.CODE) == b"failed")
+            # The node asks for one answer and takes one: a guest could send others for ever.
+            last = (
+                route.answer is not None
+                or frame.kind in (Frame.OK, Frame.EXIT)
+                or (
+                    # A signal that found nobody says so, and its command goes on.
+                    frame.kind == Frame.ERROR
+                    and not (route.command and frame.fields().get(Tag.CODE) == b"failed")
+                )
             )
             if last:
                 del self._routes[frame.number]
@@ -419,6 +408,12 @@ class Mux:
                 if last:
                     route.line.numbers.pop(route.number, None)
                 self._say(route.line, route.number, frame.kind, frame.payload)
+
+    def _stray(self) -> None:
+        """Count a frame that nobody asked for: they cost this machine's time, not the guest's."""
+        self._strays_left -= 1
+        if self._strays_left < 0:
+            raise SandboxLost("the virtual machine sent too much that nobody had asked for")
 
     def _say(self, line: _Line, number: int, kind: int, payload: bytes) -> None:
         line.out += frames.pack(number, kind, payload)

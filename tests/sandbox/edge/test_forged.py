@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from fathom.sandbox.edge import MESSAGE_LIMIT, channel
 from fathom.sandbox.edge.channel import Channel
 from fathom.sandbox.edge.keeper import Keeper
 from fathom.sandbox.edge.tokens import Tokens
+from fathom.sandbox.edge.work import Work
 from fathom.sandbox.host import LocalHost
 from fathom.sandbox.substrates.choice import program_of, suited
 
@@ -35,7 +35,7 @@ class Forger:
 
     def __init__(self, keeper: Keeper, tokens: Tokens | None = None) -> None:
         self.keeper = keeper
-        self.pool = ThreadPoolExecutor(8)
+        self.work = Work(8)
         self.tokens = tokens
         self.number = 0
         self.connect()
@@ -43,7 +43,7 @@ class Forger:
     def connect(self) -> None:
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.settimeout(60)
-        self.parent = Channel(theirs, self.keeper, self.tokens, self.pool)
+        self.parent = Channel(theirs, self.keeper, self.tokens, self.work)
         self.thread = threading.Thread(target=self.parent.serve)
         self.thread.start()
 
@@ -87,7 +87,7 @@ def forger(runtime_dir: Path, cache_dir: Path, work: Path) -> Iterator[Forger]:
     made = Forger(keeper)
     yield made
     made.hang_up()
-    made.pool.shutdown()
+    made.work.shutdown()
     for name in list(keeper.entries):
         keeper.do("destroy", {"id": name})
     keeper.host.link.close()
@@ -123,7 +123,7 @@ def test_what_is_no_request_ends_the_process(forger: Forger):
         assert forger.sock.recv(1000) == b"", data[:50]
         forger.hang_up()
         forger.connect()
-        assert forger.ask("list") == {"n": forger.number, "sandboxes": []}
+        assert forger.ask("list") == {"n": forger.number, "sandboxes": [], "left": {}}
 
 
 # Operations of the node, of the host, and others that there are none of.
@@ -266,7 +266,7 @@ def test_no_forged_request_is_carried_out(forger: Forger, runtime_dir: Path):
         assert "error" in answer, (op, values, answer)
         assert "Traceback" not in answer["message"]
         assert "could not" not in answer["message"], answer  # no defect was met
-    assert forger.ask("destroy", id=DECOY) == {"n": forger.number}
+    assert forger.ask("destroy", id=DECOY) == {"n": forger.number, "ended": False}
     assert (decoy / "journal").read_text() == "kept"
     assert sorted(path.name for path in runtime_dir.iterdir() if path.is_dir()) == [DECOY]
     assert Path("/proc/self/mountinfo").read_text() == mounts
@@ -412,5 +412,5 @@ def test_long_answers_come_as_a_file(forger: Forger, monkeypatch: pytest.MonkeyP
     assert json.loads(data) == {"n": 1, "long": True}
     files = array.array("i")
     files.frombytes(ancillary[0][2])
-    assert json.loads(os.pread(files[0], 1 << 16, 0)) == {"n": 1, "sandboxes": []}
+    assert json.loads(os.pread(files[0], 1 << 16, 0)) == {"n": 1, "sandboxes": [], "left": {}}
     os.close(files[0])

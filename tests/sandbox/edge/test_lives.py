@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -149,6 +151,41 @@ def test_one_that_cannot_be_taken_over_can_be_stopped(daemon: Daemon):
         daemon.start()
         sandbox.stop()
     assert not (daemon.folder / sandbox.id).exists()
+
+
+def test_one_that_was_left_alone_is_shown_and_ended_by_its_name(daemon: Daemon):
+    with daemon.client() as client:
+        name = client.create(SMALL).id
+        other = client.create(SMALL).id
+    first = state.first_process(daemon.folder / name)
+    daemon.end(signal.SIGKILL)
+    damage(daemon.folder / name / NOTE, lambda found: found.clear())
+    daemon.start()
+    command = [sys.executable, "-m", "fathom", "sandbox"]
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        words = (*words, "--folder", str(daemon.folder))
+        return subprocess.run([*command, *words], capture_output=True, text=True, timeout=60)
+
+    shown = json.loads(run("ls", "--json").stdout)
+    assert [entry["id"] for entry in shown["sandboxes"]] == [other]
+    assert list(shown["left_alone"]) == [name]
+    table = run("ls").stdout
+    assert "left alone" in table
+    assert f"{name} was left alone" in table
+    done = run("stop", name)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (daemon.folder / name).exists()
+    with contextlib.suppress(FileNotFoundError):  # or its parent has not noticed
+        assert Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    again = run("stop", name)
+    assert again.returncode != 0
+    assert "nothing to stop" in again.stderr
+    with daemon.client() as client:
+        assert client.left_alone() == {}
+        assert client.attach(other).exec("echo on", timeout=10).stdout == "on\n"
+        client.end(other)
+        assert client.list() == []
 
 
 def test_a_policy_that_cannot_be_set_again_costs_no_sandbox(daemon: Daemon):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from fathom.errors import SandboxError
-from fathom.sandbox import Net, state
+from fathom.sandbox import FullVM, Net, state
+from fathom.sandbox.vm import note
 from tests.sandbox.edge.conftest import daemon  # noqa: F401
 from tests.sandbox.edge.daemon import Daemon
 from tests.sandbox.test_lifetime import locker_of
@@ -81,6 +84,51 @@ def test_a_machine_outlives_the_daemon_s_node(daemon: Daemon):  # noqa: F811
                 time.sleep(0.1)
         (copy,) = sandbox.fork()
         assert copy.exec("cat f", timeout=TIMEOUT).stdout == "kept\n"
+
+
+@pytest.mark.full_vm
+@pytest.mark.timeout(600)
+def test_a_full_machine_outlives_the_daemon_and_its_node(daemon: Daemon):  # noqa: F811
+    """Its emulator has copies of its disks, under numbers of its own."""
+    with daemon.client() as client:
+        sandbox = client.create(FullVM())
+        sandbox.exec("echo kept > f; sync", timeout=TIMEOUT)
+        name = sandbox.id
+        os.kill(locker_of(daemon.folder / name), signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                assert sandbox.exec("cat f", timeout=TIMEOUT).stdout == "kept\n"
+                break
+            except SandboxError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+    daemon.end(signal.SIGKILL)
+    daemon.start()
+    with daemon.client() as client:
+        (copy,) = client.attach(name).fork()
+        assert copy.exec("cat f", timeout=TIMEOUT).stdout == "kept\n"
+
+
+def test_a_file_is_found_by_what_it_is_and_not_by_its_number():
+    kept, other = os.memfd_create("kept"), os.memfd_create("other")
+    wanted = note.identity(kept)
+    # Whoever holds it has another file under the number that it was given.
+    code = "import os, sys; kept, other = map(int, sys.argv[1:]); os.dup2(kept, 100); "
+    code += "os.dup2(other, kept); print(flush=True); input()"
+    words = [sys.executable, "-c", code, str(kept), str(other)]
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(kept, other)
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        found = note.open_kept(holder.pid, wanted)
+        assert note.identity(found) == wanted
+        with pytest.raises(SandboxError, match="closed a file"):
+            note.open_kept(holder.pid, [wanted[0], 1 << 60])
+        holder.kill()
+    for fd in (kept, other, found):
+        os.close(fd)
 
 
 def test_a_machine_that_died_while_nobody_looked(daemon: Daemon):  # noqa: F811

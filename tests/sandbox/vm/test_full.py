@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from pathlib import Path
 
 import anyio
@@ -143,4 +144,32 @@ def test_root_of_a_guest_that_takes_the_agent_s_place(machines: SyncClient):
 
         with pytest.raises(SandboxLost):
             wait()
+        assert other.exec("echo fine", timeout=TIMEOUT).stdout == "fine\n"
+
+
+def answers(system: SyncSandbox) -> bool:
+    try:
+        system.ping(timeout=4)
+    except SandboxLost:
+        return False
+    return True
+
+
+def test_a_guest_that_stops_its_agent_is_paused_all_the_same(machines: SyncClient):
+    stop = "setsid sh -c \"sleep 1; pkill -STOP -f 'agent --port'\" > /dev/null 2>&1 &"
+    with (
+        machines.create(FullVM(user="root"), group="mixed") as hostile,
+        machines.create(FullVM(), group="mixed") as other,
+    ):
+        hostile.exec(stop, timeout=TIMEOUT)
+        while answers(hostile):
+            time.sleep(1)
+        group = machines.group("mixed")
+        for _ in range(2):
+            began = time.monotonic()
+            group.pause()
+            assert time.monotonic() - began < 8
+            with pytest.raises(SandboxError, match="did not answer"):
+                hostile.fork()
+            group.resume()
         assert other.exec("echo fine", timeout=TIMEOUT).stdout == "fine\n"

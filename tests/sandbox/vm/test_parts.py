@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import socket
 import struct
@@ -11,7 +12,7 @@ import subprocess
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import pytest
 from fathom.errors import SandboxError, SandboxLost
 from fathom.sandbox import box, frames, messages
 from fathom.sandbox.frames import Frame, Tag
-from fathom.sandbox.vm import accel, kernel, lz4, memory, saved, screen
+from fathom.sandbox.vm import accel, capture, greeting, kernel, lz4, memory, saved, screen
 from fathom.sandbox.vm.launch import MachineLaunch, kernel_line
 from fathom.sandbox.vm.mux import Mux
 
@@ -118,6 +119,44 @@ def test_what_a_former_host_left_is_skipped(guest: Guest):
     with guest.client() as line:
         found = read_until(line, Frame.OK)
         assert found[0].fields()[Tag.EPOCH] == b"e" * 16
+
+
+def test_a_guest_that_sends_everything_but_an_answer_is_refused(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+):
+    """What it sent is not kept meanwhile: a guest can send without end."""
+    monkeypatch.setattr(greeting, "_MOST_SKIPPED", 24 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def flood() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                guest.port.sendall(os.urandom(1 << 20))
+
+    thread = threading.Thread(target=flood, daemon=True)
+    thread.start()
+    with pytest.raises(SandboxError, match="everything but an answer"):
+        guest.mux.greet(SECRET, 60)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 12 << 10
+    guest.mux.close()
+    thread.join(10)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: os.mkfifo(path),
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to("/etc/passwd"),
+        lambda path: path.touch(),
+    ],
+    ids=["pipe", "folder", "link", "nothing"],
+)
+def test_a_saved_state_that_is_no_plain_file(tmp_path: Path, make: Callable[[Path], object]):
+    make(tmp_path / "state")
+    with pytest.raises((SandboxError, OSError)):
+        capture.take_file(tmp_path, "state")
 
 
 def test_a_line_that_closes_ends_its_commands(guest: Guest):
@@ -243,7 +282,7 @@ def test_whoever_comes_while_nothing_is_taken_waits(guest: Guest):
     threading.Thread(
         target=lambda: guest.port.sendall(answer_to(guest.receive())), daemon=True
     ).start()
-    guest.mux.hush()
+    assert guest.mux.hush(10)
     with contextlib.ExitStack() as stack:
         crowd = [stack.enter_context(guest.client()) for _ in range(100)]
         time.sleep(0.1)
@@ -327,6 +366,52 @@ def test_a_refused_beginning(guest: Guest):
     thread.join()
     with pytest.raises(SandboxError, match="did not answer within"):
         guest.mux.greet(SECRET, 0.2)
+
+
+def test_a_guest_that_does_not_answer_can_be_stopped_all_the_same(guest: Guest):
+    guest.begin()
+    began = time.monotonic()
+    assert not guest.mux.hush(0.2)
+    assert time.monotonic() - began < 2
+    with guest.client() as line:
+        line.sendall(frames.pack(1, Frame.PING, b"held back"))
+        guest.mux.go_on()
+        # What the node asked comes first, then what a client said meanwhile.
+        assert [guest.receive().payload for _ in range(2)] == [b"", b"held back"]
+    threading.Thread(
+        target=lambda: guest.port.sendall(frames.pack(guest.receive().number, Frame.OK))
+    ).start()
+    assert guest.mux.hush(10)
+
+
+def test_a_guest_gives_the_node_one_answer_and_no_more(guest: Guest):
+    guest.begin()
+    flood = 200
+
+    def answer() -> None:
+        number = guest.receive().number
+        for _ in range(flood):
+            guest.port.sendall(frames.pack(number, Frame.STDOUT, bytes(1 << 20)))
+
+    thread = threading.Thread(target=answer)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    thread.start()
+    guest.mux.ask(Frame.PING, timeout=10)
+    thread.join(30)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < flood << 8
+    assert not guest.lost
+
+
+def test_a_guest_that_floods_its_port_is_ended(guest: Guest):
+    guest.begin()
+    stray = frames.pack(0x7FFFFFFF, Frame.STDOUT) * 1000
+    with contextlib.suppress(OSError):
+        for _ in range(1000):
+            guest.port.sendall(stray)
+    deadline = time.monotonic() + 10
+    while not guest.lost and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert guest.lost
 
 
 # Saved memory --------------------------------------------------------------------------------

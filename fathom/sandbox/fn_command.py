@@ -1,0 +1,85 @@
+"""Commands in a pool of interpreters: each is a call that runs a program and tells how it ended.
+
+Paper: §5.2.5 (one surface for every type of sandbox).
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from fathom.errors import SandboxError
+from fathom.sandbox.request import PATH, Request
+from fathom.sandbox.types import ExecResult
+
+# Runs a command in the process of a call. Output beyond the cap is read and dropped.
+CODE = """
+import base64, os, subprocess, threading
+
+def main(order):
+    os.chdir(order["cwd"])
+    given = order["stdin"]
+    try:
+        process = subprocess.Popen(order["argv"], env=order["env"],
+            stdin=subprocess.DEVNULL if given is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if order["merge"] else subprocess.PIPE)
+    except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
+        code = 127 if isinstance(error, FileNotFoundError) else 126
+        said = base64.b64encode(str(error).encode()).decode()
+        return {"code": code, "out": "", "err": said, "truncated": False}
+    cap, kept, threads = order["cap"], {}, []
+
+    def drain(name, pipe):
+        data, cut = b"", False
+        while piece := pipe.read1(65536):
+            cut = cut or len(data) + len(piece) > cap
+            data += piece[:cap - len(data)]
+        kept[name] = data, cut
+
+    for name, pipe in (("out", process.stdout), ("err", process.stderr)):
+        if pipe is not None:
+            threads.append(threading.Thread(target=drain, args=(name, pipe), daemon=True))
+            threads[-1].start()
+    if given is not None:
+        try:
+            with process.stdin:
+                process.stdin.write(base64.b64decode(given))
+        except BrokenPipeError:
+            pass
+    code = process.wait()
+    for thread in threads:
+        thread.join(1)
+    shown = {name: base64.b64encode(kept.get(name, (b"", False))[0]).decode()
+        for name in ("out", "err")}
+    return {"code": 128 - code if code < 0 else code, "truncated": any(c for _, c in kept.values()),
+        **shown}
+"""
+
+
+def argument(request: Request, data: bytes | None, *, merge: bool, cap: int) -> dict[str, Any]:
+    """Return what `CODE` is called with to run a command. `data`: its standard input."""
+    return {
+        "argv": ["/bin/sh", "-c", *request.argv] if request.shell else list(request.argv),
+        "cwd": request.cwd,
+        "env": {"PATH": PATH, **request.env},
+        "stdin": None if data is None else base64.b64encode(data).decode(),
+        "merge": merge,
+        "cap": cap,
+    }
+
+
+def ended(value: Any, seconds: float) -> ExecResult:
+    """Read what `CODE` returned. Raises SandboxError for what is not that."""
+    try:
+        texts = [base64.b64decode(value[name]).decode(errors="replace") for name in ("out", "err")]
+        return ExecResult(
+            exit_code=int(value["code"]),
+            stdout=texts[0],
+            stderr=texts[1],
+            output="".join(texts),
+            truncated=bool(value["truncated"]),
+            duration=seconds,
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        raise SandboxError("a function sandbox sent something that is no result") from error

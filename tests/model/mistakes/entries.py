@@ -152,8 +152,8 @@ def hadamard_unscaled(m: pytest.MonkeyPatch) -> None:
 
 @caught_by("scores_q")
 def index_keys_not_quantised(m: pytest.MonkeyPatch) -> None:
-    def wrong(right, self, x):
-        return right(self, x) if is_query(x) else x
+    def wrong(right, self, x, cache):
+        return right(self, x, cache) if is_query(x) else x
 
     wrong_method(m, LightningIndexer, "_rotate_and_round", wrong)
 

@@ -69,6 +69,27 @@ def test_penalties(settings: dict[str, float], history: list[int], expected: lis
     assert LOGITS[0] == 2.0  # the caller's logits stay as they are
 
 
+def test_penalties_of_a_long_reply() -> None:
+    """Against the definition, token by token, also for ids that the model does not have."""
+    random, vocab = np.random.default_rng(4), 300
+    params = SamplingParams(
+        repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=-0.7, logit_bias={3: 2.0}
+    )
+    prompt = random.integers(0, vocab + 9, 50).tolist()
+    sampler, output = Sampler(params, prompt), list[int]()
+    for _ in range(500):
+        logits = random.normal(size=vocab).astype(np.float32)
+        expected = logits.copy()
+        expected[3] += 2
+        for token in {token for token in (*prompt, *output) if token < vocab}:
+            value, count = expected[token], output.count(token)
+            expected[token] = value / np.float32(1.3) if value > 0 else value * np.float32(1.3)
+            expected[token] -= np.float32(0.4 * count - 0.7 * (count > 0))
+        assert np.array_equal(sampler._shaped(logits, None), expected)
+        output.append(int(random.integers(0, vocab)))
+        sampler.accept(output[-1])
+
+
 class Mask:
     def __init__(self, bits: bytes | None) -> None:
         self.bits = bits
@@ -141,10 +162,12 @@ def test_random_numbers_are_even() -> None:
         ({"top_logprobs": -1}, "top_logprobs"),
         ({"top_logprobs": 5000}, "top_logprobs"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty"),  # of no use in float32
         ({"repetition_penalty": math.nan}, "repetition_penalty"),
         ({"frequency_penalty": math.inf}, "frequency_penalty"),
         ({"presence_penalty": math.nan}, "presence_penalty"),
         ({"logit_bias": {-1: 0.0}}, "logit_bias"),
+        ({"logit_bias": {2**63: 0.0}}, "logit_bias"),
         ({"logit_bias": {1: math.nan}}, "logit_bias"),
     ],
 )

@@ -5,10 +5,15 @@ Paper: none (command line).
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from fathom.agent.loop import Episode
+from fathom.agent.recorded import Remembers
 from fathom.agent.tool import arguments_of
+
+REPORT = "report"
 
 
 def report(episode: Episode, model: str, thinking: str) -> dict[str, Any]:
@@ -55,6 +60,15 @@ def report(episode: Episode, model: str, thinking: str) -> dict[str, Any]:
             "completion_tokens": _total(reply.usage.completion_tokens for reply in replies),
         },
     }
+
+
+async def keep_report(told: Mapping[str, Any], session: Remembers) -> None:
+    """Write a report into the log of its run, for whoever asks when the run has ended.
+
+    A later loop that finds one there keeps that: the times are not the same.
+    """
+    if await session.recall(REPORT, bytes(32)) is None:
+        await session.remember(REPORT, bytes(32), {}, {REPORT: json.dumps(told).encode()})
 
 
 def _rounded(seconds: float | None) -> float | None:

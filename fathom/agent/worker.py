@@ -8,7 +8,6 @@ Paper: §5.2.5 (V4.1: the loop in a worker beside its sandbox), §5.3.1 (code ag
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import anyio
@@ -17,14 +16,13 @@ from fathom.agent.context import Limits
 from fathom.agent.http_model import HTTPModel
 from fathom.agent.loop import Agent
 from fathom.agent.recorded import RecordedModel
-from fathom.agent.report import report
+from fathom.agent.report import keep_report, report
 from fathom.chat.reply import Sampling
 from fathom.errors import FathomError
 from fathom.sandbox.trajectory.recorded import RecordedSandbox
 from fathom.sandbox.types import DOOR
 from fathom.sandbox.worker.inside import DoorSession
 
-REPORT = "report"
 # With the pauses in between about an hour: nobody who could decide otherwise is looking on.
 _RETRIES = 60
 
@@ -46,10 +44,7 @@ async def work(order: dict[str, Any], session: DoorSession) -> None:
     )
     # The model can look for itself whether a command took effect that nobody knows about.
     episode = await agent.run(order["task"], RecordedSandbox(session, tell=True))
-    told = json.dumps(report(episode, model.name, order["thinking"])).encode()
-    # Once it is there, a later loop finds another: the times are not the same.
-    if await session.recall(REPORT, bytes(32)) is None:
-        await session.remember(REPORT, bytes(32), {}, {REPORT: told})
+    await keep_report(report(episode, model.name, order["thinking"]), session)
     await session.end({"status": episode.status, "answer": episode.answer})
 
 

@@ -10,10 +10,7 @@ Paper: §5.3.1 (code agents), §5.2.5 (resuming after preemption).
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
-import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -31,11 +28,12 @@ from fathom.agent import (
     RecordedModel,
     api_key_from_environment,
 )
-from fathom.agent.report import report
+from fathom.agent.report import keep_report, report
 from fathom.chat.reply import Sampling
 from fathom.cli.engine_options import DiskCache
 from fathom.cli.models import check_disk_cache, check_thinking, default_sampling, open_model
 from fathom.cli.placement import PLACEMENTS, attach, begin, loop_of, watch
+from fathom.cli.runs import LATEST, ended_report, find_run, work_alone
 from fathom.cli.sandboxes import KINDS, check_kind, spec_of, substrate_of
 from fathom.cli.terminal import TASK_FAILED, console, visible
 from fathom.cli.trace import Trace
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
     from fathom.sandbox.types import Kept
     from fathom.sandbox.worker.worker import Loop
 
-LATEST = "last"
 ON_LOST = ("fail", "continue", "rebuild")
 
 
@@ -92,7 +89,8 @@ def agent(
         str | None,
         typer.Option(
             metavar="[ID]",
-            help="Go on with a run that ended early; without an ID the latest of this command.",
+            help="Go on with a run that ended early, or tell the answer of one that is over; "
+            "without an ID that of --name, else the latest of this command, else a new one.",
         ),
     ] = None,
     on_lost: Annotated[
@@ -120,7 +118,12 @@ def agent(
             "--follow` watches it.",
         ),
     ] = False,
-    name: Annotated[str | None, typer.Option(help="What to call a new run.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="What to call a new run. With --resume: begin it or go on with it, as it is."
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write one JSON object to standard output.")
     ] = False,
@@ -128,7 +131,9 @@ def agent(
     """Run the agent on a task.
 
     A run that was killed goes on when the same command is given again with --resume: no command
-    that was begun is run a second time.
+    that was begun is run a second time. A run that is over tells its answer again, with the exit
+    code that it had; where none began, one begins. Standard error says which. Give both --name and
+    --resume every time where the same command may be asked for more than once.
 
     Exit code 0: it answered; 1: it ended without an answer; 2: wrong usage; 3: this machine lacks
     something, such as a sandbox or a model server that can be reached.
@@ -152,9 +157,6 @@ def agent(
         )
     if placement == "worker" and on_lost == "rebuild":
         raise typer.BadParameter("a worker has --on-lost fail and continue only")
-    if detach and placement == "here":
-        print(_work_alone(task, sys.argv[1:], name))
-        return
     limits = Limits(
         max_steps=max_steps,
         reply_tokens=max_tokens,
@@ -174,11 +176,25 @@ def agent(
         "limits": asdict(limits),
     }
     choice = on_lost or ("fail" if workdir is None else "continue")
-    if placement == "worker" and url is not None:
+    if placement == "worker":
         fields["placement"] = placement
+    run = find_run(fields, resume, name, in_worker=placement == "worker")
+    if resume is not None and run is None:
+        sys.stderr.write("run   none began with this command: a new one begins\n")
+    if placement == "worker" and url is not None:
         loop = loop_of(fields, url, api_key or api_key_from_environment())
-        job = partial(_work_beside, fields, spec, loop, resume=resume, name=name, on_lost=choice)
+        job = partial(_work_beside, fields, spec, loop, resume=run, name=name, on_lost=choice)
         _end_beside(anyio.run(partial(job, idle=keep, detach=detach)), as_json)
+        return
+    if run is not None and (told := ended_report(run, fields)) is not None:
+        _end_beside(run if detach else told, as_json)
+        return
+    if detach:
+        from fathom.sandbox.trajectory.store import new_name
+
+        chosen = run or name or new_name()
+        work_alone(task, sys.argv[1:], chosen, again=run is not None)
+        print(chosen)
         return
     opened = open_model(model, url, api_key, disk_cache)
     worker = Agent(model=opened, thinking=thinking, sampling=sampling, limits=limits)
@@ -189,7 +205,7 @@ def agent(
         fields,
         spec,
         trace,
-        resume=resume,
+        resume=run,
         name=name,
         on_lost=choice,  # type: ignore[arg-type]
         idle=keep,
@@ -205,22 +221,19 @@ async def _work(
     fields: dict[str, Any],
     spec: Kept,
     trace: Trace,
-    *,
-    resume: str | None,
     **options: Any,
 ) -> Episode:
     from fathom.sandbox.trajectory.recorded import RecordedSandbox
     from fathom.sandbox.trajectory.store import Store
 
-    store = Store()
-    resume = store.last(fields) if resume == LATEST else resume
     substrate = substrate_of(fields["sandbox"])
-    async with store.work(fields, spec, resume=resume, substrate=substrate, **options) as opened:
+    async with Store().work(fields, spec, substrate=substrate, **options) as opened:
         trace.begins(opened.id, opened.resumed, replaced=opened.replaced)
         recorded = replace(worker, model=RecordedModel(worker.model, opened.session))
         # The model can look for itself whether a command took effect that nobody knows about.
         box = RecordedSandbox(opened.session, tell=True)
         episode = await recorded.run(fields["task"], box, trace)
+        await keep_report(report(episode, worker.model.name, worker.thinking), opened.session)
         opened.ending.update(status=episode.status, answer=episode.answer)
         return episode
 
@@ -239,13 +252,11 @@ async def _work_beside(
     """Begin or come back to a run in a worker; return its report, or with `detach` its name."""
     from fathom.sandbox.trajectory.store import Store
 
-    store = Store()
-    resume = store.last(fields) if resume == LATEST else resume
     if resume is None:
         worker = await begin(fields, spec, loop, name=name, idle=idle)
     else:
         worker = await attach(fields, resume, loop, on_lost=on_lost)
-    return worker.id if detach else await watch(worker, store.path(worker.id))
+    return worker.id if detach else await watch(worker, Store().path(worker.id))
 
 
 def _end_beside(found: dict[str, Any] | str, as_json: bool) -> None:
@@ -258,45 +269,6 @@ def _end_beside(found: dict[str, Any] | str, as_json: bool) -> None:
         print(visible(found["answer"]) if sys.stdout.isatty() else found["answer"])
     if found["answer"] is None:
         raise typer.Exit(TASK_FAILED)
-
-
-def _work_alone(task: str, arguments: list[str], name: str | None) -> str:
-    """Start the same command in a session of its own; return the name of its run.
-
-    Whoever follows its log is connected to a live run, so nothing has to be replayed when the one
-    who started it is gone. Raises AgentError when it ends before it has begun.
-    """
-    from fathom.errors import AgentError
-    from fathom.sandbox.trajectory.errors import TrajectoryError
-    from fathom.sandbox.trajectory.store import Store, new_name
-
-    store, name = Store(), name or new_name()
-    command = [sys.executable, "-m", "fathom", *(a for a in arguments if a != "--detach")]
-    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as given:
-        given.write(task.encode())
-        given.seek(0)
-        pid = os.posix_spawn(
-            sys.executable,
-            [*command, "--name", name],
-            os.environ,
-            file_actions=[
-                (os.POSIX_SPAWN_DUP2, given.fileno(), 0),
-                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                (os.POSIX_SPAWN_DUP2, said.fileno(), 2),
-            ],
-            setsid=True,
-        )
-        while True:
-            try:
-                store.known(name)
-            except TrajectoryError:
-                if os.waitpid(pid, os.WNOHANG)[0] == 0:
-                    time.sleep(0.05)
-                    continue
-                said.seek(0)
-                reason = said.read().decode(errors="replace").strip()[-800:]
-                raise AgentError(f"the run ended before it had begun: {reason}") from None
-            return name
 
 
 def _show(episode: Episode, model: Model, thinking: str, as_json: bool) -> None:

@@ -131,8 +131,13 @@ def build(
             image = packages.system(store, name, suite=debian, packages=package or ())
         elif package:
             image = packages.toolkit(store, name, package, base=base)
-        elif context is None or not context.is_dir():
+        elif context is None:
             raise typer.BadParameter("give a folder: of a recipe, or with --pack what to pack")
+        elif not context.is_dir():
+            what = "is not a folder" if context.exists() else "does not exist"
+            raise typer.BadParameter(
+                f"{context} {what}: give the folder of a recipe, or with --pack what to pack"
+            )
         elif pack:
             image = image_of_folder(store, context, name)
         else:
@@ -194,6 +199,11 @@ def pull(
                 store, Path(source), called, tag=tag, architecture=architecture
             )
             name = called
+        elif source.startswith(("/", ".", "~")) or source.endswith((".tar", ".tar.gz", ".tgz")):
+            raise typer.BadParameter(
+                f"{source} does not exist: give an archive or an OCI layout that does, or "
+                "host/repository:tag"
+            )
         else:
             credentials = None
             if user is not None:
@@ -236,7 +246,10 @@ def push_archive(
 
 @app.command()
 def inspect(reference: Reference, folder: Folder = None, as_json: AsJson = False) -> None:
-    """Show what an image is made of, how much of it is here, and how it is run."""
+    """Show what an image is made of, how much of it is here, and how other tools run it.
+
+    Of the latter sandboxes use the variables only.
+    """
     with _open(folder) as store:
         about = _about(store, store.resolve(reference))
         if as_json:

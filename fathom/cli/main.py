@@ -1,8 +1,9 @@
 """The `fathom` command: all commands together, logging, and errors turned into exit codes.
 
-Exit code 0 success, 1 the task failed, 2 wrong usage or input, 3 the machine lacks something. A
-deliberate error is one line on standard error, or one JSON object on standard output where `--json`
-was asked for; `--debug` shows where it was raised. No command imports torch before it runs.
+Exit code 0 success, 1 the task failed, 2 wrong usage or input, 3 the machine lacks something; those
+that pass on a program's own code end with 125 instead. A deliberate error is one line on standard
+error, or one JSON object on standard output where `--json` was asked for; `--debug` shows where it
+was raised. No command imports torch before it runs.
 
 Paper: none (command line).
 """
@@ -29,6 +30,7 @@ from fathom.cli.generate import generate
 from fathom.cli.images import app as images_app
 from fathom.cli.inspect import inspect
 from fathom.cli.output import print_json
+from fathom.cli.passing import OWN_FAILURES
 from fathom.cli.sandbox import app as sandbox_app
 from fathom.cli.serve import serve
 from fathom.cli.snapshots import app as snapshots_app
@@ -53,7 +55,7 @@ class _Fathom(TyperGroup):
                 print_json({"error": {"code": error.code, "message": str(error)}})
             else:
                 sys.stderr.write(f"fathom: {visible(str(error))}\n")
-            raise typer.Exit(exit_code(error)) from None
+            raise typer.Exit(ctx.meta.get(OWN_FAILURES) or exit_code(error)) from None
 
 
 app = typer.Typer(

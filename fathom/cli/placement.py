@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fathom.agent.report import REPORT
 from fathom.cli.terminal import console
 from fathom.cli.trajectory import show_event
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from fathom.sandbox.worker.worker import Loop, OnLost, Worker
 
 PLACEMENTS = ("here", "worker")
-_REPORT = "report"
 _SEEN = "seen"
 
 
@@ -59,8 +59,8 @@ async def watch(worker: Worker, folder: Path) -> dict[str, Any]:
         out.print(f"      records up to {seen} were shown before", style="dim")
     report: dict[str, Any] = {}
     async for event in worker.follow(after=0):
-        if event.record.key == _REPORT and event.blobs:
-            report = json.loads(event.blobs[_REPORT])
+        if event.record.key == REPORT and event.blobs:
+            report = json.loads(event.blobs[REPORT])
         elif event.record.node_sequence > seen:
             show_event(out, event)
             (folder / _SEEN).write_text(str(event.record.node_sequence))

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fathom.cli.output import print_json, print_table
+from fathom.cli.passing import PassingCommand
 from fathom.cli.sandbox_daemon import Folder, edge, token
-from fathom.cli.terminal import TASK_FAILED, visible
+from fathom.cli.terminal import TOOK_TOO_LONG, visible
 from fathom.errors import DaemonLost, SandboxError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Name = Annotated[str, typer.Argument(help="The sandbox's name, as `ls` shows it.")]
 Command = Annotated[list[str], typer.Argument(help="Program and arguments, after --.")]
 Timeout = Annotated[float, typer.Option(min=0.001, help="Seconds the command may take.")]
+Cwd = Annotated[str | None, typer.Option(help="Folder the command begins in; /work by default.")]
 PassThrough = {"allow_interspersed_args": False}
 
 
@@ -78,7 +80,7 @@ def _spec(kind: str, given: dict[str, Any]) -> Container | MicroVM | FullVM:
 
 
 def _finish(result: ExecResult, as_json: bool) -> None:
-    """Show how a command ended, and end with 1 where it failed."""
+    """Show how a command ended, and end with its exit code, or `TOOK_TOO_LONG`."""
     if as_json:
         print_json(
             {
@@ -98,13 +100,11 @@ def _finish(result: ExecResult, as_json: bool) -> None:
             sys.stderr.write("fathom: the command ran out of memory: raise --memory\n")
         elif result.timed_out:
             sys.stderr.write("fathom: the command took too long: raise --timeout\n")
-        elif result.exit_code:
-            sys.stderr.write(f"fathom: the command ended with exit code {result.exit_code}\n")
-    if result.exit_code:
-        raise typer.Exit(TASK_FAILED)
+    if result.timed_out or result.exit_code:
+        raise typer.Exit(TOOK_TOO_LONG if result.timed_out else result.exit_code)
 
 
-@app.command(context_settings=PassThrough)
+@app.command(context_settings=PassThrough, cls=PassingCommand)
 def run(
     command: Command,
     kind: Annotated[
@@ -132,17 +132,25 @@ def run(
         list[str] | None, typer.Option(help="A domain for the proxy; repeatable.")
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the sandbox with the daemon.")] = False,
-    group: Annotated[str | None, typer.Option(help="A group to keep it in.")] = None,
+    group: Annotated[str | None, typer.Option(help="With --keep: a group to keep it in.")] = None,
     idle_ttl: Annotated[
         float | None, typer.Option(help="With --keep: end it after so many idle seconds.")
     ] = None,
+    cwd: Cwd = None,
     timeout: Timeout = 600.0,
     folder: Folder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a command in a new sandbox, which ends with it unless --keep is given."""
+    """Run a command in a new sandbox, which ends with it unless --keep is given.
+
+    Exit code: the command's own, 128 + n after signal n, 126 or 127 where it cannot be run or is
+    not there; 124: it took longer than --timeout; 125: the sandbox failed, or wrong usage.
+    """
     from fathom.sandbox import SyncClient
 
+    odd = "--group" if group is not None else "--idle-ttl" if idle_ttl is not None else None
+    if odd is not None and not keep:
+        raise typer.BadParameter(f"{odd} needs --keep: without it the sandbox ends at once")
     given = {
         "image": image,
         "workdir": workdir,
@@ -160,30 +168,36 @@ def run(
         sandbox = client.create(spec, net=net, group=group)
         if keep:
             sys.stderr.write(f"{sandbox.id}\n")
-        _finish(_run(sandbox, command, timeout), as_json)
+        result = _run(sandbox, command, timeout, cwd)
+    _finish(result, as_json)
 
 
-def _run(sandbox: SyncSandbox, command: list[str], timeout: float) -> ExecResult:
+def _run(
+    sandbox: SyncSandbox, command: list[str], timeout: float, cwd: str | None, op: str | None = None
+) -> ExecResult:
     data = None if sys.stdin.isatty() else sys.stdin.buffer.read()
-    return sandbox.exec(command, timeout=timeout, stdin=data, cap=16 << 20)
+    return sandbox.exec(command, timeout=timeout, cwd=cwd, stdin=data, cap=16 << 20, op=op)
 
 
-@app.command(name="exec", context_settings=PassThrough)
+@app.command(name="exec", context_settings=PassThrough, cls=PassingCommand)
 def exec_(
     name: Name,
     command: Command,
     op: Annotated[str | None, typer.Option(help="A key: run it at most once under it.")] = None,
+    cwd: Cwd = None,
     timeout: Timeout = 600.0,
     folder: Folder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a command in a sandbox of the daemon."""
-    data = None if sys.stdin.isatty() else sys.stdin.buffer.read()
+    """Run a command in a sandbox of the daemon; a paused one is resumed, and stays resumed.
+
+    Exit codes as for `run`.
+    """
     with _daemon(folder) as client:
         sandbox = client.attach(name)
         # What follows the name is taken as it is, the mark between them included.
         words = command[1:] if command[0] == "--" else command
-        result = sandbox.exec(words, timeout=timeout, stdin=data, cap=16 << 20, op=op)
+        result = _run(sandbox, words, timeout, cwd, op)
     _finish(result, as_json)
 
 
@@ -269,7 +283,7 @@ def pause(
     reclaim: Annotated[bool, typer.Option("--reclaim", help="Give back memory.")] = False,
     folder: Folder = None,
 ) -> None:
-    """Stop every process of sandboxes where it is."""
+    """Stop every process of sandboxes where it is, until `resume` or whatever uses them next."""
     with _daemon(folder) as client:
         for sandbox in _several(client, names or [], group):
             sandbox.pause(reclaim=reclaim)

@@ -15,7 +15,11 @@ import typer
 from fathom.cli.output import print_json, print_table
 from fathom.cli.sandboxes import KINDS, check_kind, spec_of
 
-app = typer.Typer(no_args_is_help=True, help="Snapshots of sandboxes, each on the one before.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Snapshots of sandboxes, each on the one before. take and restore ask the daemon; the "
+    "others look into this user's folder of snapshots, which all of the user's daemons share.",
+)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Id = Annotated[str, typer.Argument(help="The snapshot's name, as `ls` shows it.")]

@@ -22,6 +22,9 @@ from fathom.errors import (
 TASK_FAILED = 1
 WRONG_USAGE = 2
 MACHINE_LACKS = 3
+# Of commands that pass on what a program inside ended with: those of `timeout` and `env`.
+TOOK_TOO_LONG = 124
+SANDBOX_FAILED = 125
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -45,18 +45,23 @@ def logs(
 ) -> None:
     """List recorded runs, or show the operations of one.
 
+    Runs that were killed before their first record are listed as "never begun", and those whose log
+    cannot be read as "damaged"; `forget` removes either.
+
     Exit code 1: the log is damaged, or there is no such run.
     """
     from fathom.sandbox.trajectory.store import Store
 
     store = Store()
     if run is None:
-        known = store.list()
+        known, others = store.list(), store.unlisted()
         if as_json:
-            print_json([known_to_json(k) for k in known])
-        elif known:
+            rest = [{"run": name, "state": state} for name, state in others.items()]
+            print_json([*(known_to_json(k) for k in known), *rest])
+        elif known or others:
             header = ["run", "begun", "operations", "state", "task"]
-            print_table(header, [_row(k) for k in known])
+            rows = [[name, "", "", state, ""] for name, state in others.items()]
+            print_table(header, [*(_row(k) for k in known), *rows])
         return
     if verify:
         _verify(store, run, as_json)

@@ -6,6 +6,7 @@ Paper: §5.2.5 (command execution and terminals of the common surface).
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import signal as signals
 from collections import deque
@@ -23,6 +24,7 @@ from fathom.sandbox.frames import Flags, Frame, Received, Tag
 from fathom.sandbox.line import Line, refusal
 from fathom.sandbox.request import FIXED_ENVIRONMENT, Request
 
+_log = logging.getLogger(__name__)
 StreamName = Literal["stdout", "stderr"]
 NUMBER = 1
 # Bytes of output that a writer takes in for a reader that is slow.
@@ -145,7 +147,10 @@ class Feeder:
 
 
 class Kept:
-    """One stream's output: the first bytes, and where asked all of it in a file by its digest."""
+    """One stream's output: the first bytes, and where asked all of it in a file by its digest.
+
+    `problem` says why the file could not be written: what the command did is not lost for that.
+    """
 
     def __init__(self, cap: int, spill: int, folder: Path) -> None:
         self.data = bytearray()
@@ -156,12 +161,14 @@ class Kept:
         self._path = folder / f".{os.getpid()}-{id(self):x}"
         self._digest = hashlib.sha256()
         self._size = 0
+        self.problem = ""
 
     def add(self, piece: bytes) -> None:
-        """Take the next bytes. Raises SandboxError where they cannot be stored."""
+        """Take the next bytes."""
         room = self._cap - len(self.data)
         try:
-            if self._spill > self._cap and len(piece) > room and self._file < 0:
+            wanted = self._spill > self._cap and not self.problem
+            if wanted and len(piece) > room and self._file < 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                 self._file = os.open(self._path, flags, 0o600)
@@ -169,10 +176,13 @@ class Kept:
             if self._file >= 0:
                 self._store(piece[: self._spill - self._size])
         except OSError as error:
-            raise SandboxError(
-                f"output cannot be stored in {self._folder} ({error.strerror})"
-            ) from error
+            self._give_up(error)
         self.data += piece[:room]
+
+    def _give_up(self, error: OSError) -> None:
+        self.close()
+        self.problem = f"output cannot be stored in {self._folder}: {error.strerror}"
+        _log.warning("event=output_not_stored folder=%s error=%r", self._folder, error.strerror)
 
     def _store(self, piece: bytes) -> None:
         self._digest.update(piece)
@@ -185,10 +195,14 @@ class Kept:
         """Return digest and size of what was stored, None where nothing had to be."""
         if self._file < 0:
             return None
-        os.fsync(self._file)
-        self.close(keep=True)
         name = self._digest.hexdigest()
-        self._path.rename(self._folder / name)
+        try:
+            os.fsync(self._file)
+            self._path.rename(self._folder / name)
+        except OSError as error:
+            self._give_up(error)
+            return None
+        self.close(keep=True)
         return name, self._size
 
     def close(self, *, keep: bool = False) -> None:

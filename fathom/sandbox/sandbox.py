@@ -115,13 +115,14 @@ class Sandbox:
         `cwd`: folder, /work when not given. `stdin`: what it reads, nothing when not given. `env`:
         variables besides the fixed ones. `merge`: one stream in order of arrival. `cap`: bytes kept
         of each stream; with `spill`, so many go to the content store where there are more than
-        that. `op`: a key under which the command runs at most once: asked for again, its result
-        comes back, until it is acknowledged; where no room is left for another receipt it does not
-        run. Processes left in the background live on until the sandbox stops.
+        that (the result says where it has no room). `op`: a key under which the command runs at
+        most once: asked for again, its result comes back, until it is acknowledged; where no room
+        is left for another receipt it does not run. Processes left in the background live on until
+        the sandbox stops.
         Raises SandboxError for unusable arguments and SandboxLost after the sandbox ended.
         """
         request = form_request(command, timeout=timeout, cwd=cwd, env=env)
-        if cap < 0 or spill < 0:
+        if cap < 0 or spill < 0 or isinstance(spill, bool):
             raise SandboxError(f"cap is {cap}, spill is {spill}: give the number of bytes to keep")
         data = to_bytes(stdin)
         flags = (Flags.MERGE if merge else Flags(0)) | (
@@ -164,6 +165,7 @@ class Sandbox:
                 for name, stored in spilled
                 if stored is not None
             ),
+            spill_problem=kept["stdout"].problem or kept["stderr"].problem,
         )
 
     async def run(

@@ -24,8 +24,9 @@ DOOR = "/run/door"
 SNAPSHOT = re.compile(r"snap-[0-9a-f]{16}")
 _HOSTNAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}")
 LONGEST_LIFE = 1e10  # seconds, 300 years
-_SIZE = re.compile(r"(\d+)(?:\s*(B|KiB|MiB|GiB))?")
-_UNITS = {None: 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_SIZE = re.compile(r"(-?\d{1,30})(?:\s*(B|KiB|MiB|GiB|TiB))?")
+_UNITS = {None: 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_LARGEST = 1 << 50
 
 Limit = Literal["memory", "pids", "cpu", "disk", "io_read", "io_write"]
 
@@ -38,10 +39,13 @@ def parse_size(value: str | int, what: str) -> int:
         size = int(match[1]) * _UNITS[match[2]]
     else:
         raise SandboxError(
-            f'{what} is {value!r:.80}: give bytes or text such as "512MiB" or "2GiB"'
+            f"{what} is {value!r:.80}: give bytes or text such as "
+            '"512MiB" or "2GiB" (B, KiB, MiB, GiB, TiB)'
         )
     if size <= 0:
         raise SandboxError(f"{what} is {value!r}: it must be more than nothing")
+    if size > _LARGEST:
+        raise SandboxError(f"{what} is {value!r:.80}: it can be 1024TiB at most")
     return size
 
 
@@ -273,7 +277,8 @@ class ExecResult:
     A command ended by signal n has `exit_code` 128 + n, as in a shell. `output` holds both streams
     in order of arrival when `merge=True` was asked (then `stderr` is empty and `stdout` is the same
     text), else stdout followed by stderr. Bytes that are not UTF-8 are replaced. `truncated` says
-    that more was written than is here; `spilled` where what came is, if that was asked.
+    that more was written than is here; `spilled` where what came is, if that was asked, and
+    `spill_problem` why it is not, where the content store could not take it.
     `oom_killed`: a process of this sandbox was killed for memory while the command ran.
     `duration`: seconds inside the sandbox; `cpu`: processor seconds of the command and what it
     waited for. `replayed`: the command had run before under the same operation key; `lost`: bytes
@@ -293,6 +298,7 @@ class ExecResult:
     duration: float = 0.0
     cpu: float = 0.0
     spilled: tuple[Spilled, ...] = ()
+    spill_problem: str = ""
 
     def check(self) -> ExecResult:
         """Return this result where the command succeeded.

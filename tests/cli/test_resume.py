@@ -19,10 +19,12 @@ import pytest
 from typer.testing import CliRunner
 
 from fathom.cli.main import app
-from fathom.sandbox.paths import cache_folder
-from fathom.sandbox.trajectory.held import reconnect
+from fathom.sandbox import Container
+from fathom.sandbox.paths import cache_folder, runtime_folder
+from fathom.sandbox.trajectory.held import HeldExecutor, hold, reconnect
 from fathom.sandbox.trajectory.store import Store
 from fathom.sandbox.trajectory.tape import Entry, read_tape
+from fathom.sandbox.worker.worker import PLAN, Worker
 from tests.agent.chat_server import Respond, Server, answer, serving, tool_call
 from tests.machines import skip_without_machines
 
@@ -188,11 +190,73 @@ def test_killed_while_the_model_thinks(start: Start, work: Path, state: Store) -
         assert '"answer": "Fine."' in out
         (known,) = state.list()
         assert known.ended
-        code, _, err = start(server, "--workdir", str(work), "--resume", known.id).result()
-        assert (code, "has ended" in err) == (1, True)
-        code, _, err = start(server, "--workdir", str(work), "--resume").result()
-        assert (code, "no unfinished" in err) == (1, True)
+        # What is over is told again, byte for byte, and nothing is done.
+        for which in ([], [known.id]):
+            again = start(server, "--workdir", str(work), "--json", "--resume", *which).result()
+            assert again[:2] == (0, out), again[2]
+            assert f"{known.id} ended at" in again[2]
+        code, _, err = start(server, "--resume", known.id).result()
+        assert (code, "began with another command" in err) == (1, True), err
+        assert len(server.bodies) == 4
     assert (work / "log").read_text() == "one\ntwo\nthree\n"
+    assert [k.id for k in state.list()] == [known.id]
+
+
+def test_killed_before_it_had_begun_or_when_it_was_over(
+    start: Start, work: Path, state: Store
+) -> None:
+    """The sandbox is never without a record of who wants it, and its folder is never a riddle."""
+    options = ("--workdir", str(work), "--resume")
+    leftover = state.folder / "left"
+    with serving(FIRST, answer("Fine.")) as server:
+        start(server, *options).kill_when(lambda: any(state.folder.glob("*/holder-*")))
+        (known,) = state.list()
+        assert known.operations == 0
+        code, out, err = start(server, *options).result()
+        assert (code, out) == (0, "Fine.\n"), err
+        assert [k.id for k in state.list()] == [known.id]
+        # A folder that was made in the moment of the kill; the run gets it by its name.
+        (leftover / "log").mkdir(parents=True)
+        shown = CliRunner().invoke(app, ["sandbox", "logs"]).stdout
+        assert "left" in shown
+        assert "never begun" in shown
+    with serving(answer("Fine too.")) as server:
+        for _ in range(2):
+            code, out, err = start(server, *options, "--name", "left").result()
+            assert (code, out) == (0, "Fine too.\n"), err
+        assert len(server.bodies) == 1
+    assert (work / "log").read_text() == "one\n"
+
+
+def test_a_worker_is_found_by_its_plan_before_it_has_a_record(state: Store) -> None:
+    for name, plan in (("w", '{"fields": {"task": "t"}}'), ("broken", "{")):
+        state.path(name).mkdir(parents=True)
+        (state.path(name) / PLAN).write_text(plan)
+    assert Worker.last({"task": "t"}, state) == "w"
+    assert Worker.last({"task": "u"}, state) is None
+
+
+def test_what_a_killed_end_leaves_is_ended_and_what_is_not_there_is_not_forgotten(
+    start: Start, work: Path, state: Store
+) -> None:
+    with serving(answer("Fine.")) as server:
+        assert start(server, "--workdir", str(work), "--name", "one").result()[0] == 0
+
+        async def live() -> HeldExecutor:
+            """Its sandbox, as if it had been killed just after its last record."""
+            return await hold(
+                state.path("one") / "holder-2",
+                Container(workdir=work),
+                cache_dir=cache_folder(),
+                runtime_dir=runtime_folder(),
+            )
+
+        left = anyio.run(live)
+        assert start(server, "--workdir", str(work), "--resume").result()[:2] == (0, "Fine.\n")
+        assert anyio.run(reconnect, left.folder) is None
+    found = CliRunner().invoke(app, ["sandbox", "forget", "nope"])
+    assert (found.exit_code, "there is no trajectory nope" in found.stderr) == (1, True)
+    assert not state.path("nope").exists()
 
 
 def test_a_command_that_was_lost_with_its_sandbox_is_told_to_the_model(

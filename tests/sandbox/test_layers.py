@@ -56,14 +56,22 @@ def test_a_file_of_nothing_cannot_fill_the_disk_of_the_store(stored: SyncClient,
     assert later.exec("stat -c %s small; tail -c 2 small", timeout=20).stdout == "4194306\nx\n"
 
 
-def test_variables_of_an_image_stay_through_policies(stored: SyncClient, tmp_path: Path):
+def test_of_what_an_image_says_its_variables_are_used_through_policies(
+    stored: SyncClient, tmp_path: Path
+):
     stored.create(Container()).pack_diff(name="plain")
     with Store(tmp_path / "store") as store:
-        run = RunConfig(env=(("PATH", "/usr/bin"), ("GREETING", "hi")))
+        run = RunConfig(
+            env=(("PATH", "/usr/bin"), ("GREETING", "hi")),
+            workdir="/usr",
+            user="0",
+            entrypoint=("/usr/bin/false",),
+        )
         store.put_image(replace(store.resolve("plain"), run=run), "greeting")
     sandbox = stored.create(Container(image="greeting"))
     for _ in range(2):
-        assert sandbox.exec("echo $GREETING", timeout=20).stdout == "hi\n"
+        said = sandbox.exec("echo $GREETING; pwd; id -u", timeout=20).stdout
+        assert said == "hi\n/work\n1000\n"
         sandbox.phase("next")
 
 

@@ -10,14 +10,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fathom.errors import SandboxError
+from fathom.errors import MachineFull, SandboxError
 from fathom.sandbox import Container, SyncClient, SyncSandbox, agent, box, frames
 from fathom.sandbox.frames import Frame, Received, Tag
 from fathom.sandbox.line import Refused
 from fathom.sandbox.substrates.choice import suited
+from fathom.sandbox.substrates.container import copy_tree
 
 MIB = 1 << 20
 each_substrate = pytest.mark.parametrize("substrate", suited(), indirect=True)
@@ -197,6 +199,27 @@ def test_a_full_runtime_folder_loses_nothing_silently(small_disk: Path, cache_di
             lost += again.lost > 0
         assert (ran > 1, set(reasons)) == (True, {"journal_full"})
         assert len(sandbox.files.read("ran").split()) == ran
+
+
+def test_a_full_disk_costs_no_result_and_has_a_code_of_its_own(
+    client: SyncClient, small_disk: Path, tmp_path: Path, cache_dir: Path
+):
+    sandbox = client.create(Container(memory="64MiB", disk="8MiB"))
+    sandbox._sandbox._store = small_disk
+    command = "head -c 6000000 /dev/zero | tr '\\0' y; exit 3"
+    result = sandbox.exec(command, timeout=20, cap=10, spill=8 * MIB)
+    assert (result.exit_code, result.stdout, result.truncated) == (3, "y" * 10, True)
+    assert (result.spilled, "No space left" in result.spill_problem) == ((), True)
+    assert list((small_disk / "output").iterdir()) == []
+    # A copy of what a sandbox wrote, as of a snapshot or a layer.
+    for name in ("work", "tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "work" / "big").write_bytes(b"x" * 6_000_000)
+    door = tmp_path / "group"
+    door.touch()
+    group = SimpleNamespace(doors=lambda _: (str(door),))
+    with pytest.raises(MachineFull, match="No space left"):
+        copy_tree(str(agent.binary(cache_dir)), tmp_path, small_disk / "copy", group)  # type: ignore[arg-type]
 
 
 # The journal and the death of its agent -----------------------------------------------------

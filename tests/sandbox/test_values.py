@@ -40,18 +40,33 @@ V2 = """\
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [(1024, 1024), ("7", 7), ("7B", 7), ("1KiB", 1024), ("512MiB", 512 << 20), ("2 GiB", 2 << 30)],
+    [
+        (1024, 1024),
+        ("7", 7),
+        ("7B", 7),
+        ("1KiB", 1024),
+        ("512MiB", 512 << 20),
+        ("2 GiB", 2 << 30),
+        ("1TiB", 1 << 40),
+    ],
 )
 def test_sizes(text, size):
     assert parse_size(text, "memory") == size
 
 
 @pytest.mark.parametrize(
-    "text", ["", "MiB", "1.5GiB", "-1", "1mb", "1 TiB", None, True, 2.5, 0, "0"]
+    "text",
+    ["", "MiB", "1.5GiB", "-1", "1mb", "1025 TiB", "9" * 5000, 1 << 51, None, True, 2.5, 0, "0"],
 )
 def test_sizes_that_are_none(text):
     with pytest.raises(SandboxError, match="memory"):
         parse_size(text, "memory")
+
+
+def test_sizes_beyond_a_bound_name_it():
+    for text, said in (("-5MiB", "more than nothing"), ("999999TiB", "1024TiB at most")):
+        with pytest.raises(SandboxError, match=said):
+            parse_size(text, "memory")
 
 
 @given(st.integers(min_value=1, max_value=1 << 40))

@@ -10,7 +10,9 @@
  *
  * makes the folder TARGET and copies the trees NAME of SOURCE into it: owners, modes, times, links,
  * extended attributes and an overlay's marks of deletion included. The copy is charged to the group
- * of FILE, and how many bytes its files have is printed. Nothing is followed: the tenant, which stands still meanwhile, chose every name in there.
+ * of FILE, and how many bytes its files have is printed. Nothing is followed: the tenant, which
+ * stands still meanwhile, chose every name in there. Where the target has no room left it ends with
+ * NO_ROOM.
  */
 #include "agent.h"
 
@@ -23,6 +25,7 @@
 #include <sys/xattr.h>
 
 enum { PIECE = 1 << 16, MOST_DEEP = 512 /* as in layers */, WORTH_SHARING = 1 << 16 };
+enum { NO_ROOM = 73 };
 
 typedef struct {
   DIR *from;
@@ -47,8 +50,9 @@ static uint64_t total; /* bytes of files, each with all its names counted once *
 static Known *known[1024];
 
 static _Noreturn void fail(const char *what) {
+  int code = errno == ENOSPC || errno == EDQUOT ? NO_ROOM : 1;
   dprintf(2, "%s: %s: %s\n", where, what, strerror(errno));
-  exit(1);
+  exit(code);
 }
 
 static size_t enter(const char *name) {

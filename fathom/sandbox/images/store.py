@@ -170,9 +170,10 @@ class Store:
         try:
             return self.image(path.read_text().strip())
         except FileNotFoundError:
-            known = ", ".join(sorted(self.names())[:8]) or "none yet"
+            named = ", ".join(sorted(self.names())[:8]) or "none yet"
             raise ImageMissing(
-                f"no image is called {reference!r} here (known: {known}); build or pull it first"
+                f"no image is called {reference!r} here (in the store: {named}; sandboxes have "
+                "base and python built in); build or pull it first"
             ) from None
 
     def environment(self, env: Env) -> Image:

@@ -23,7 +23,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fathom.errors import SandboxError, Unsupported
+from fathom.errors import MachineFull, SandboxError, Unsupported
 from fathom.sandbox import cgroups, state, syscalls, userns
 from fathom.sandbox.request import PATH
 from fathom.sandbox.substrates.launch import (
@@ -46,6 +46,7 @@ _FIRST_ID = 0x60000000
 _SLOTS = 4096
 _NAMESPACES = ("pid", "ipc", "uts", "mount", "user", "cgroup")
 _START_TIMEOUT = 30.0
+_NO_ROOM = 73  # what `fathom-agent --copy` ends with where its target is full
 # What the agent needs to become the tenant and to end what the tenant started. A command has none.
 _CAPABILITIES = ["CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_KILL"]
 # Within the file system for writes: the overlay's upper folder, and what the kernel needs with it.
@@ -225,7 +226,7 @@ def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> i
     """Copy an upper folder, owners, links and marks of deletion included; return its files' bytes.
 
     The copy is made by a process in the groups of the new sandbox, whose memory it will be.
-    Raises SandboxError.
+    Raises MachineFull where the target has no room left, SandboxError.
     """
     (door,) = group.doors("memory")
     # The root is read-only inside: everything that was written is below these two.
@@ -239,6 +240,11 @@ def copy_tree(agent: str, source: Path, target: Path, group: cgroups.Group) -> i
     )
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()[-500:]
+        if done.returncode == _NO_ROOM:
+            raise MachineFull(
+                f"no room is left in {target.parent} for the sandbox's writes ({said}); make some, "
+                "try again"
+            )
         raise SandboxError(f"the sandbox's writes cannot be copied: {said}")
     return int(done.stdout)
 

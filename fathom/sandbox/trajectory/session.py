@@ -94,12 +94,19 @@ class Session:
         cls, log: Log, name: str, executor: Executor, fields: Mapping[str, Any] | None = None
     ) -> Session:
         """Start the trajectory of a new sandbox. Raises TrajectoryError when `name` has one."""
+        cls.declare(log, name, fields)
+        return await cls.attach(log, name, executor)
+
+    @staticmethod
+    def declare(log: Log, name: str, fields: Mapping[str, Any] | None = None) -> None:
+        """Write down what a trajectory will be about, before it has a sandbox to attach to.
+
+        Whoever dies while the sandbox starts has left word of it. Raises TrajectoryError when
+        `name` has a trajectory.
+        """
         if log.head(name) is not None:
             raise TrajectoryError(f"the log has a trajectory {name}: attach to it")
-        session = cls(log, name, executor, Tape())
-        await session._append(Kind.CREATE, fields=dict(fields or {}))
-        await session._note_attachment(replaced=False)
-        return session
+        log.append(Kind.CREATE, name, epoch=1, fields=dict(fields or {}))
 
     @classmethod
     async def attach(

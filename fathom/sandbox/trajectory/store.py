@@ -32,6 +32,7 @@ from fathom.sandbox.trajectory.held import (
 from fathom.sandbox.trajectory.log import Durability, Log
 from fathom.sandbox.trajectory.reader import Reader, is_locked
 from fathom.sandbox.trajectory.record import Kind
+from fathom.sandbox.trajectory.segment import SUFFIX
 from fathom.sandbox.trajectory.session import Session
 from fathom.sandbox.trajectory.tape import read_outcome, read_request, read_tape
 from fathom.sandbox.types import Container, Kept
@@ -96,9 +97,7 @@ class Store:
         """The log of a trajectory. Raises TrajectoryError when there is none, LogCorrupt."""
         path = self.path(id_) / LOG
         if not path.is_dir():
-            raise TrajectoryError(
-                f"there is no trajectory {id_} in {self.folder}: see `fathom sandbox logs`"
-            )
+            raise self._missing(id_)
         return Reader(path)
 
     def list(self) -> list[Known]:
@@ -114,7 +113,7 @@ class Store:
         with self.read(id_) as log:
             summary = next((s for s in log.sandboxes() if s.sandbox == id_), None)
             if summary is None:
-                raise TrajectoryError(f"the trajectory {id_} ended before it began")
+                raise TrajectoryError(f"the trajectory {id_} never began: forget it")
             first = next(log.records(id_))
             return Known(
                 id=id_,
@@ -126,23 +125,50 @@ class Store:
                 running=is_locked(self.path(id_) / LOG),
             )
 
-    def last(self, fields: Mapping[str, Any]) -> str:
-        """The latest unfinished trajectory that began with `fields`. Raises TrajectoryError."""
-        known = [k for k in self.list() if not k.ended and k.fields == dict(fields)]
-        if not known:
-            raise TrajectoryError(
-                "no unfinished trajectory began with this command: see `fathom sandbox logs`"
-            )
-        return known[-1].id
+    def unlisted(self) -> dict[str, str]:
+        """The folders that `list` leaves out: "never begun", or "damaged" where nobody can tell."""
+        found: dict[str, str] = {}
+        for path in sorted(self.folder.glob("*")):
+            try:
+                self.known(path.name)
+            except (TrajectoryError, OSError):
+                if path.is_dir() and _ID.fullmatch(path.name):
+                    found[path.name] = "damaged" if _has_records(path) else "never begun"
+        return found
 
-    async def forget(self, id_: str) -> None:
-        """End the sandbox of a trajectory and remove its log. Raises LogLocked while it runs."""
-        path = self.path(id_)
-        Log(path / LOG, durability="process", segment_size=SEGMENT_SIZE).close()
-        for folder in _holders(path):
+    def last(self, fields: Mapping[str, Any]) -> str | None:
+        """The latest trajectory that began with `fields`, ended or not; None where none did."""
+        return next((k.id for k in reversed(self.list()) if k.fields == dict(fields)), None)
+
+    def ending(self, id_: str) -> dict[str, Any] | None:
+        """The words with which a trajectory ended, None before that. Raises TrajectoryError."""
+        if not _has_records(self.path(id_)) or not self.known(id_).ended:
+            return None
+        with self.read(id_) as log:
+            return log.body(list(log.records(id_))[-1]).fields
+
+    async def release(self, id_: str) -> None:
+        """End the sandbox of a trajectory, where whoever ended it was killed before that."""
+        for folder in _holders(self.path(id_)):
             if (executor := await reconnect(folder)) is not None:
                 await executor.stop()
+
+    async def forget(self, id_: str) -> None:
+        """End the sandbox of a trajectory and remove its log.
+
+        Raises LogLocked while it runs, TrajectoryError when there is none.
+        """
+        path = self.path(id_)
+        if not path.is_dir():
+            raise self._missing(id_)
+        Log(path / LOG, durability="process", segment_size=SEGMENT_SIZE).close()
+        await self.release(id_)
         shutil.rmtree(path)
+
+    def _missing(self, id_: str) -> TrajectoryError:
+        return TrajectoryError(
+            f"there is no trajectory {id_} in {self.folder}: see `fathom sandbox logs`"
+        )
 
     @asynccontextmanager
     async def work(
@@ -181,10 +207,8 @@ class Store:
             await opened.executor.stop()
 
     def _open_log(self, id_: str, path: Path, *, new: bool) -> Log:
-        if not new and not (path / LOG).is_dir():
-            raise TrajectoryError(
-                f"there is no trajectory {id_} in {self.folder}: see `fathom sandbox logs`"
-            )
+        if not new and not path.is_dir():
+            raise self._missing(id_)
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             return Log(path / LOG, segment_size=SEGMENT_SIZE, durability=self.durability)
@@ -193,6 +217,28 @@ class Store:
                 f"the trajectory {id_} is being worked on: follow it with `fathom sandbox replay "
                 f"{id_} --follow`"
             ) from error
+
+
+def _has_records(path: Path) -> bool:
+    """Whether a log was begun below `path`, readable or not."""
+    log = path / LOG
+    if not any(log.glob(f"*{SUFFIX}")):
+        return False
+    try:
+        with Reader(log) as reader:
+            return bool(reader.sandboxes())
+    except (TrajectoryError, OSError):
+        return True
+
+
+def check_same(id_: str, recorded: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Raise TrajectoryError where a trajectory began with something else than `fields`."""
+    other = sorted(
+        name for name in recorded.keys() | fields.keys() if recorded.get(name) != fields.get(name)
+    )
+    if other:
+        told = "; ".join(f"{name} was {recorded.get(name)!r}" for name in other)
+        raise TrajectoryError(f"{id_} began with another command ({told[:600]}): repeat it")
 
 
 def _holders(path: Path) -> list[Path]:
@@ -212,25 +258,33 @@ class _Beginning:
     idle: float
 
     async def new(self, fields: Mapping[str, Any]) -> Open:
-        """Start a sandbox and its trajectory."""
+        """Start a trajectory and its sandbox."""
         try:
+            # In this order: a client that is killed next leaves no sandbox that nobody knows about.
+            Session.declare(self.log, self.id, fields)
             executor = await self._hold()
         except BaseException:
             self.log.close()
             shutil.rmtree(self.path, ignore_errors=True)
             raise
-        session = await Session.begin(self.log, self.id, executor, fields)
+        session = await Session.attach(self.log, self.id, executor)
         return Open(id=self.id, session=session, executor=executor)
 
     async def again(self, fields: Mapping[str, Any], on_lost: OnLost) -> Open:
         """Come back to the sandbox, or make another one as `on_lost` says."""
-        self._check_same(fields)
+        if self.log.head(self.id) is None:
+            Session.declare(self.log, self.id, fields)  # killed before its first record
+        first = next(self.log.records(self.id))
+        if first.kind is Kind.CREATE:
+            check_same(self.id, self.log.body(first).fields, fields)
+        # Without any operation nothing was in the sandbox that could be lost with it.
+        worked = bool(read_tape(self.log, self.id).entries)
         holders = _holders(self.path)
         executor = await reconnect(holders[-1]) if holders else None
         if executor is not None:
-            session = await self._attach(fields, executor, holders[:-1])
+            session = await self._attach(executor, holders[:-1])
             return Open(id=self.id, session=session, executor=executor, resumed=session.recorded)
-        if holders and self.log.head(self.id) is not None and on_lost == "fail":
+        if worked and on_lost == "fail":
             raise SandboxLost(
                 f"the sandbox of {self.id} is gone, with everything in it: say --on-lost rebuild "
                 "to run its commands again in a fresh one, or --on-lost continue to go on without"
@@ -239,7 +293,7 @@ class _Beginning:
         try:
             if on_lost == "rebuild":
                 await self._rebuild(executor)
-            session = await self._attach(fields, executor, holders)
+            session = await self._attach(executor, holders)
         except BaseException:
             await executor.stop()
             raise
@@ -248,33 +302,14 @@ class _Beginning:
             session=session,
             executor=executor,
             resumed=session.recorded,
-            replaced=True,
+            replaced=worked,
         )
 
-    async def _attach(
-        self, fields: Mapping[str, Any], executor: HeldExecutor, gone: Sequence[Path]
-    ) -> Session:
-        if self.log.head(self.id) is None:
-            # Killed between the sandbox and the first record: nothing has happened yet.
-            return await Session.begin(self.log, self.id, executor, fields)
+    async def _attach(self, executor: HeldExecutor, gone: Sequence[Path]) -> Session:
         earlier = [DeadJournal(folder) for folder in gone]
         return await Session.attach(
             self.log, self.id, executor, replaced=bool(gone), earlier=earlier
         )
-
-    def _check_same(self, fields: Mapping[str, Any]) -> None:
-        first = next(self.log.records(self.id), None)
-        if first is None or first.kind is not Kind.CREATE:
-            return
-        recorded = self.log.body(first).fields
-        other = sorted(
-            name
-            for name in recorded.keys() | fields.keys()
-            if recorded.get(name) != fields.get(name)
-        )
-        if other:
-            told = "; ".join(f"{name} was {recorded.get(name)!r}" for name in other)
-            raise TrajectoryError(f"{self.id} began with another command ({told[:600]}): repeat it")
 
     async def _hold(self) -> HeldExecutor:
         number = len(_holders(self.path)) + 1

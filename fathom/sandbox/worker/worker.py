@@ -14,6 +14,7 @@ Paper: §5.2.5 (V4.1: reconnect instead of replay).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -105,7 +106,8 @@ class Worker:
         store = store or Store()
         id_ = name or new_name()
         worker = cls(id_, store)
-        if worker._folder.exists():
+        # A folder without either was made by one that was killed in that moment.
+        if any((worker._folder / part).exists() for part in (PLAN, LOG)):
             raise TrajectoryError(f"there is a trajectory {id_}: resume it or choose another name")
         if os.geteuid() != 0:
             raise Unsupported("a worker needs layers and a door, which only root's sandboxes have")
@@ -127,7 +129,7 @@ class Worker:
             "on_lost": "fail",
             "durability": store.durability,
         }
-        worker._folder.mkdir(mode=0o700, parents=True)
+        worker._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             worker._write_plan(plan)
             await worker._start(plan, loop.secret)
@@ -137,6 +139,18 @@ class Worker:
             shutil.rmtree(worker._folder, ignore_errors=True)
             raise
         return worker
+
+    @classmethod
+    def last(cls, fields: Mapping[str, Any], store: Store | None = None) -> str | None:
+        """The latest run that began with `fields`, ended or not; None where none did."""
+        store = store or Store()
+        found: list[tuple[float, str]] = []
+        # The plans say more than the logs: what was killed early has a plan and no record.
+        for path in store.folder.glob(f"*/{PLAN}"):
+            with contextlib.suppress(OSError, TrajectoryError):
+                if cls(path.parent.name, store)._read_plan()["fields"] == dict(fields):
+                    found.append((path.stat().st_mtime, path.parent.name))
+        return max(found, default=(0.0, None))[1]
 
     @classmethod
     async def attach(
@@ -225,13 +239,7 @@ class Worker:
         return any((self._folder / LOG).glob(f"*{SUFFIX}"))
 
     def _ending(self) -> dict[str, Any] | None:
-        if not self._has_begun:
-            return None
-        with self._store.read(self.id) as log:
-            summary = next((s for s in log.sandboxes() if s.sandbox == self.id), None)
-            if summary is None or not summary.ended:
-                return None
-            return log.body(list(log.records(self.id))[-1]).fields
+        return self._store.ending(self.id)
 
     async def _start(self, plan: Mapping[str, Any], secret: Mapping[str, Any]) -> None:
         given = {"plan": dict(plan), "secret": dict(secret), "folder": str(self._folder)}
@@ -243,9 +251,10 @@ class Worker:
         raise_error(answers[0] or {})
 
     def _write_plan(self, plan: Mapping[str, Any]) -> None:
-        path = self._folder / PLAN
+        path = self._folder / f"{PLAN}.new"
         path.touch(mode=0o600)
         path.write_text(json.dumps(plan))
+        path.rename(self._folder / PLAN)
 
     def _read_plan(self) -> dict[str, Any]:
         try:

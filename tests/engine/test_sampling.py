@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fathom.engine.sampler import Sampler, SamplingParams, uniform
+from fathom.engine.sampler import Sampler, SamplingParams, _kept, uniform
 from fathom.errors import GenerationError
 from fathom.kernels import operation
 
@@ -88,6 +88,26 @@ def test_penalties_of_a_long_reply() -> None:
         assert np.array_equal(sampler._shaped(logits, None), expected)
         output.append(int(random.integers(0, vocab)))
         sampler.accept(output[-1])
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0], ids=["equal", "flat", "sharp"])
+def test_what_is_kept_of_a_large_vocabulary(spread: float, ties: bool) -> None:
+    """As if all tokens were sorted, also where many have the same share."""
+    random = np.random.default_rng(3)
+    logits = (spread * random.normal(size=5000)).astype(np.float32)
+    p = np.exp(np.round(logits, 1) if ties else logits).astype(np.float64)
+    order = np.argsort(-p, kind="stable")
+    for top_k in (0, 1, 7, 1023, 2000, 5000, 9000):
+        for min_p in (0.0, 0.02, 0.9):
+            for top_p in (1.0, 0.999, 0.9, 0.3, 1e-9):
+                params = SamplingParams(top_k=top_k, min_p=min_p, top_p=top_p)
+                kept = order[: top_k or None]
+                kept = kept[p[kept] >= min_p * p.max()]
+                if top_p < 1:
+                    short = p[kept].cumsum() < top_p * p[kept].sum()
+                    kept = kept[: int(short.sum()) + 1]
+                assert np.array_equal(_kept(p, params), kept), params
 
 
 class Mask:

@@ -8,9 +8,9 @@ Paper: none (inference interface).
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 from fathom.chat.tokenizer import Tokenizer
 
@@ -33,11 +33,35 @@ class TokenMask(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shaping:
+    """What else changes the choice of tokens, besides temperature and top_p; by default nothing.
+
+    top_k keeps that many of the most probable tokens (0: all), min_p those at least that fraction
+    as probable as the best one. repetition_penalty divides the logits of tokens that occurred,
+    prompt included; frequency_penalty (per occurrence) and presence_penalty (once) are subtracted
+    for those in the output. logit_bias is added per token id.
+    """
+
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+
+    def changes(self) -> dict[str, Any]:
+        """The values that are not the default, by name."""
+        plain = Shaping()
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value != getattr(plain, name)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One completion to make.
 
     `prompt` holds token ids; `text` the same prompt as text, for engines that take only that.
-    `top_logprobs` asks for that many alternatives per token. `top_k` 0 keeps all tokens.
+    `top_logprobs` asks for that many alternatives per token.
     """
 
     prompt: Sequence[int]
@@ -45,7 +69,7 @@ class GenerationRequest:
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0
+    shaping: Shaping = field(default_factory=Shaping)
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     top_logprobs: int = 0
@@ -94,13 +118,15 @@ Output = Prefilled | TokenOutput | GenerationEnd
 class BackendInfo:
     """What a server must know of the engine behind it.
 
-    `masks`: it obeys `GenerationRequest.mask`. `logprobs`: it gives log-probabilities.
+    `masks`: it obeys `GenerationRequest.mask`, `shaping`: its `shaping`. `logprobs`: it gives
+    log-probabilities.
     """
 
     name: str
     context_tokens: int
     masks: bool = True
     logprobs: bool = True
+    shaping: bool = True
     extra: dict[str, object] = field(default_factory=dict[str, object])
 
 

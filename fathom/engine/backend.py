@@ -192,10 +192,10 @@ class LocalBackend:
                 max_tokens=asked.max_tokens,
                 temperature=asked.temperature,
                 top_p=asked.top_p,
-                top_k=asked.top_k,
                 seed=asked.seed,
                 top_logprobs=asked.top_logprobs,
                 stop_token_ids=(self._llm.config.eos_token_id, *asked.stop_token_ids),
+                **asked.shaping.changes(),
             )
             prompt = list(asked.prompt)
             completion.running = self._go_on(engine, prompt, params, asked.mask) or engine.submit(

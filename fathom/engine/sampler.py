@@ -10,7 +10,6 @@ Paper: §5.3.1 (evaluation samples at temperature 1.0).
 from __future__ import annotations
 
 import secrets
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -50,7 +49,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         numbers = {
             "temperature": "0 .. 100", "top_p": "(0, 1]", "min_p": "0 .. 1",
-            "repetition_penalty": "(0, 100]", "frequency_penalty": "-100 .. 100",
+            "repetition_penalty": "0.01 .. 100", "frequency_penalty": "-100 .. 100",
             "presence_penalty": "-100 .. 100",
         }  # fmt: skip
         for name, bounds in numbers.items():
@@ -67,7 +66,8 @@ class SamplingParams:
                     f"{name} must be a whole number in 0 .. {end - 1}, not {value!r}"
                 )
         for token, bias in self.logit_bias.items():
-            if not (_is_whole(token) and token >= 0 and _is_number(bias) and abs(bias) <= 1000):
+            there = _is_whole(token) and 0 <= token < 2**63
+            if not (there and _is_number(bias) and abs(bias) <= 1000):
                 raise GenerationError(
                     "logit_bias must give token ids a number in -1000 .. 1000, not "
                     f"{token!r}: {bias!r}"
@@ -104,8 +104,12 @@ class Sampler:
     def __init__(self, params: SamplingParams, prompt: Sequence[int] = ()) -> None:
         self.params = params
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
-        self._prompt = frozenset(prompt) if params.repetition_penalty != 1.0 else frozenset()
-        self._counts: Counter[int] = Counter()
+        biases = params.logit_bias
+        self._biased = np.fromiter(biases.keys(), np.int64, len(biases))
+        self._biases = np.fromiter(biases.values(), np.float32, len(biases))
+        repetition = params.repetition_penalty != 1.0
+        self._penalised = bool(repetition or params.frequency_penalty or params.presence_penalty)
+        self._seen = _Occurrences(prompt if repetition else ())
         self.drawn = 0
 
     def pick(
@@ -130,7 +134,7 @@ class Sampler:
         """Take note of a token without drawing it, as when a request continues after a restart."""
         self.drawn += 1
         if self._penalised:
-            self._counts[token] += 1
+            self._seen.add(token)
 
     def propose(
         self, logits: np.ndarray, mask: TokenMask | None = None, summary: np.ndarray | None = None
@@ -159,11 +163,6 @@ class Sampler:
         """The token that these logits [vocab] would give `ahead` draws after the next one."""
         return self._choose(self._shaped(logits, None), ahead)
 
-    @property
-    def _penalised(self) -> bool:
-        p = self.params
-        return bool(p.repetition_penalty != 1.0 or p.frequency_penalty or p.presence_penalty)
-
     def _shaped(self, logits: np.ndarray, mask: TokenMask | None) -> np.ndarray:
         """Mask, biases and penalties; a copy where any of them applies."""
         params = self.params
@@ -172,18 +171,15 @@ class Sampler:
             logits = _masked(logits, bits)
         if params.logit_bias or self._penalised:
             logits = logits.copy()
-            for token, bias in params.logit_bias.items():
-                if token < len(logits):
-                    logits[token] += np.float32(bias)
+            there = self._biased < len(logits)
+            logits[self._biased[there]] += self._biases[there]
+            seen, counts = self._seen.below(len(logits))
             if params.repetition_penalty != 1.0:
-                seen = np.fromiter(self._prompt | self._counts.keys(), np.int64)
-                seen = seen[seen < len(logits)]
                 value, penalty = logits[seen], np.float32(params.repetition_penalty)
                 logits[seen] = np.where(value > 0, value / penalty, value * penalty)
-            for token, count in self._counts.items():
-                logits[token] -= np.float32(
-                    params.frequency_penalty * count + params.presence_penalty
-                )
+            if params.frequency_penalty or params.presence_penalty:
+                amounts = params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+                logits[seen] -= amounts.astype(np.float32)
         return logits
 
     def _choose(self, logits: np.ndarray, ahead: int = 0) -> int:
@@ -194,14 +190,8 @@ class Sampler:
         with np.errstate(over="ignore"):
             p = np.exp((logits - logits.max()).astype(np.float64) / params.temperature)
         if (params.top_k and params.top_k < len(p)) or params.min_p or params.top_p < 1.0:
-            order = np.argsort(-p, kind="stable")
+            order = _kept(p, params)
             p = p[order]
-            keep = params.top_k or len(p)
-            if params.min_p:
-                keep = min(keep, int(np.searchsorted(-p, -params.min_p * p[0], side="right")))
-            p = p[:keep]
-            if params.top_p < 1.0:
-                p = p[: int(np.searchsorted(p.cumsum(), params.top_p * p.sum())) + 1]
         else:
             order = None
         mass = p.cumsum()
@@ -209,6 +199,58 @@ class Sampler:
         place = int(np.searchsorted(mass, target, side="right"))
         place = min(place, len(p) - 1)
         return int(place if order is None else order[place])
+
+
+def _kept(p: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """p: [vocab] float64. Returns the ids that top_k, min_p and top_p leave, the best one first.
+
+    Sorting a large vocabulary takes ten times as long as everything else about a draw, so what
+    cannot be kept is left out before.
+    """
+    least = params.min_p * p.max()
+    if 0 < params.top_k < len(p):
+        least = max(least, np.partition(p, -params.top_k)[-params.top_k])
+    ids = np.flatnonzero(p >= least)
+    if params.top_k:  # the last of them may have equals that go
+        ids = _descending(p, ids)[: params.top_k]
+    mass = p[ids].sum()
+    if params.top_p < 1.0:
+        # All that have less than this have together less than half of what top_p leaves out.
+        ids = ids[p[ids] >= 0.5 * (1.0 - params.top_p) * mass / len(ids)]
+    ids = _descending(p, ids)
+    if params.top_p < 1.0:
+        ids = ids[: int(np.searchsorted(p[ids].cumsum(), params.top_p * mass)) + 1]
+    return ids
+
+
+def _descending(p: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """ids: [tokens] int64. Returns them by falling share, those of equal share as they were."""
+    return ids[np.argsort(-p[ids], kind="stable")]
+
+
+class _Occurrences:
+    """How often tokens occurred, kept as arrays: a draw must not look at each of them in turn."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        """Tokens of the prompt are there with a count of 0: only those of the output count."""
+        self._ids = np.array(sorted(set(prompt)), np.int64)
+        self._counts = np.zeros(len(self._ids), np.int64)
+        self._places = {token: place for place, token in enumerate(self._ids.tolist())}
+
+    def add(self, token: int) -> None:
+        place = self._places.setdefault(token, len(self._places))
+        if place == len(self._ids):  # full: twice the room, so that this is seldom
+            room = np.zeros(max(64, place), np.int64)
+            self._ids = np.concatenate([self._ids, room])
+            self._counts = np.concatenate([self._counts, room])
+        self._ids[place] = token
+        self._counts[place] += 1
+
+    def below(self, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+        """Those that are ids below `vocab`: ids [tokens] int64, counts [tokens] int64."""
+        ids, counts = self._ids[: len(self._places)], self._counts[: len(self._places)]
+        there = ids < vocab
+        return (ids, counts) if there.all() else (ids[there], counts[there])
 
 
 def uniform(seed: int, number: int) -> float:

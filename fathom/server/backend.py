@@ -17,6 +17,7 @@ from fathom.chat.generation import (
     GenerationRequest,
     Output,
     Prefilled,
+    Shaping,
     TokenMask,
     TokenOutput,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "GenerationRequest",
     "Output",
     "Prefilled",
+    "Shaping",
     "TokenMask",
     "TokenOutput",
 ]

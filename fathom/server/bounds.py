@@ -20,6 +20,7 @@ import anyio.to_thread
 from starlette.requests import ClientDisconnect, Request
 
 from fathom.chat.requests import PromptRequest
+from fathom.chat.tokenizer import Tokenizer
 from fathom.server.problems import Problem
 from fathom.server.schemas import check_schema
 from fathom.server.settings import Limits
@@ -127,6 +128,14 @@ def check_stops(stops: Sequence[str], limits: Limits) -> None:
     if len(stops) > limits.stop_strings or any(len(s) > limits.stop_length for s in stops):
         raise Problem(400, f"at most {limits.stop_strings} stop strings of {limits.stop_length} "
                       "characters are allowed", code="too_many_items", param="stop")  # fmt: skip
+
+
+def check_biases(biases: Mapping[int, float], tokenizer: Tokenizer | None) -> None:
+    """Raises Problem for a bias on a token that there is not, where the tokens are known."""
+    token = max(biases, default=0)
+    if tokenizer is not None and token >= tokenizer.vocab_size:
+        raise Problem(400, f"logit_bias: {token} is not a token of this model",
+                      code="request_invalid", param="logit_bias")  # fmt: skip
 
 
 def _measure(data: bytes, limits: Limits) -> None:

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from fathom.chat.protocol import BOS, SPECIAL_TOKENS
-from fathom.chat.requests.common import warn_unknown
+from fathom.chat.requests.common import read_shaping, warn_unknown
 from fathom.chat.requests.fields import Fields
 from fathom.chat.stops import StopFinder
-from fathom.server.backend import Backend, GenerationRequest, Prefilled, TokenOutput
-from fathom.server.bounds import check_stops, off_loop
+from fathom.server.backend import Backend, GenerationRequest, Prefilled, Shaping, TokenOutput
+from fathom.server.bounds import check_biases, check_stops, off_loop
 from fathom.server.problems import Problem, as_problem, error_body
 from fathom.server.render import (
     dumps,
@@ -31,11 +31,11 @@ from fathom.server.render import (
     side_by_side,
     to_bytes,
 )
-from fathom.server.service import NO_LOGPROBS, Service, read_top_k
+from fathom.server.service import NO_LOGPROBS, Service
 from fathom.server.turn import Account
 
 _MOST_TOKENS = 393_216
-_IGNORED = ("user", "top_k", "add_special_tokens")  # said elsewhere, or the same either way
+_IGNORED = ("user", "add_special_tokens")  # said elsewhere, or the same either way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class RawRequest:
     max_tokens: int
     temperature: float
     top_p: float
-    top_k: int
+    shaping: Shaping
     seed: int | None
     choices: int
     stop: tuple[str, ...]
@@ -85,7 +85,9 @@ async def read_completions(service: Service, body: Mapping[str, Any]) -> RawRequ
     keep = fields.boolean("skip_special_tokens")
     check_stops(stops, limits)
     logprobs = fields.integer("logprobs", 0, 20)
-    notices = list[str]()
+    shaping = read_shaping(fields)
+    check_biases(shaping.logit_bias, service.backend.tokenizer)
+    notices = list(service.without_effect(shaping))
     if logprobs is not None and not service.backend.info.logprobs:
         logprobs = None
         notices.append(NO_LOGPROBS)
@@ -96,7 +98,7 @@ async def read_completions(service: Service, body: Mapping[str, Any]) -> RawRequ
         max_tokens=min(16 if wanted is None else wanted, room, limits.max_tokens),
         temperature=_or(fields.number("temperature", 0, 2), 1.0),
         top_p=_or(fields.number("top_p", 0, 1, above=True), 1.0),
-        top_k=read_top_k(body),
+        shaping=shaping,
         seed=fields.integer("seed", 0, 2**63 - 1),
         choices=choices,
         stop=tuple(s for s in stops if s),
@@ -240,7 +242,7 @@ class CompletionsWriter:
                     max_tokens=raw.max_tokens,
                     temperature=raw.temperature,
                     top_p=raw.top_p,
-                    top_k=raw.top_k,
+                    shaping=raw.shaping,
                     seed=None if raw.seed is None else (raw.seed + at) % 2**63,
                     stop_token_ids=raw.stop_token_ids,
                     top_logprobs=raw.logprobs or 0,

@@ -61,6 +61,20 @@ _SAMPLING: dict[str, Any] = {
     "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
     "seed": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
 }
+_SHAPING: dict[str, Any] = {
+    "top_k": {"type": "integer", "minimum": -1, "maximum": 2**31 - 1},
+    "min_p": {"type": "number", "minimum": 0, "maximum": 1},
+    "repetition_penalty": {"type": "number", "minimum": 0.01, "maximum": 100},
+    "frequency_penalty": {"type": "number", "minimum": -2, "maximum": 2},
+    "presence_penalty": {"type": "number", "minimum": -2, "maximum": 2},
+    "logit_bias": {
+        "type": "object",
+        "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        "maxProperties": 1024,
+        "description": "Token ids of this model, as text, and what is added to their logits.",
+    },
+}
 _ERROR = {
     "type": "object",
     "properties": {"error": {"type": "object"}},
@@ -151,6 +165,7 @@ CHAT = _route(
             "stream_arguments": {"type": "boolean"},
             "repaired_calls": {"type": "boolean"},
             **_SAMPLING,
+            **_SHAPING,
         },
         ["messages"],
     ),
@@ -163,6 +178,7 @@ _COMMON: dict[str, Any] = {
     "repaired_calls": {"type": "boolean"},
     "temperature": _SAMPLING["temperature"],
     "top_p": _SAMPLING["top_p"],
+    **_SHAPING,
 }
 _MESSAGES_BODY = _body(
     {
@@ -178,7 +194,6 @@ _MESSAGES_BODY = _body(
         "output_config": {"type": "object"},
         "stop_sequences": {"type": "array", "items": {"type": "string"}},
         "max_tokens": {"type": "integer", "minimum": 1},
-        "top_k": {"type": "integer", "minimum": 0},
         **_COMMON,
     },
     ["messages"],
@@ -233,6 +248,7 @@ COMPLETIONS = _route(
             "skip_special_tokens": {"type": "boolean"},
             "return_token_ids": {"type": "boolean"},
             **_SAMPLING,
+            **_SHAPING,
         },
         ["prompt"],
     ),

@@ -123,13 +123,12 @@ class GatewayBackend:
             "stream": True,
             "stream_options": {"include_usage": True},
             "skip_special_tokens": False,
+            **request.shaping.changes(),  # the names are those of the common servers
         }
         if self._tokenizer is not None:
             body["return_token_ids"] = True
         else:
             body["add_special_tokens"] = False  # the text begins with BOS already
-        if request.top_k:
-            body["top_k"] = request.top_k
         if request.seed is not None:
             body["seed"] = request.seed
         if request.stop_token_ids:

@@ -45,7 +45,7 @@ class StepBackend:
     def __init__(self, tokenizer: Tokenizer, step: float) -> None:
         self._tokenizer = tokenizer
         self._step = step
-        self._info = BackendInfo(name="mock", context_tokens=1 << 20, masks=False)
+        self._info = BackendInfo(name="mock", context_tokens=1 << 20, masks=False, shaping=False)
         self._next = asyncio.Event()
         self._running = 0
         self._clock: asyncio.Task[None] | None = None

@@ -66,7 +66,9 @@ class ScriptedBackend:
     ) -> None:
         self._script = script
         self._tokenizer = tokenizer
-        self._info = BackendInfo(name=name, context_tokens=context_tokens, masks=masks)
+        self._info = BackendInfo(
+            name=name, context_tokens=context_tokens, masks=masks, shaping=False
+        )
         # Off the script, these bring a call or a JSON value to its end.
         closing = [tokenizer.encode(text) for text in ('"', "}", "]", "</", "\n", "0", "a")]
         single = [ids[0] for ids in closing if len(ids) == 1]

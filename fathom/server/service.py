@@ -27,8 +27,8 @@ from fathom.chat.requests import (
 )
 from fathom.chat.segments import Segment, join_text
 from fathom.errors import ChatError
-from fathom.server.backend import Backend, GenerationRequest, TokenMask
-from fathom.server.bounds import check_body, check_request, off_loop
+from fathom.server.backend import Backend, GenerationRequest, Shaping, TokenMask
+from fathom.server.bounds import check_biases, check_body, check_request, off_loop
 from fathom.server.constrain import Constrainer
 from fathom.server.forced import ForcedBackend
 from fathom.server.gateway import safe_text
@@ -60,7 +60,6 @@ class Prepared:
     text: str
     max_tokens: int
     notices: tuple[str, ...]
-    top_k: int
     repaired_calls: bool
     masks: tuple[TokenMask | None, ...]
     force: bool
@@ -105,6 +104,7 @@ class Service:
         else:
             request = (read_chat if api == "chat" else read_messages)(known, options)
         check_request(request, self.settings.limits)
+        check_biases(request.shaping.logit_bias, self.backend.tokenizer)
         return request
 
     async def prepare(self, api: str, body: Mapping[str, Any], owner: str) -> Prepared:
@@ -130,8 +130,12 @@ class Service:
             prompt=prompt,
             text=safe_text(segments) if self.backend.tokenizer is None else join_text(segments),
             max_tokens=min(wanted, room, self.settings.limits.max_tokens),
-            notices=(*notice, *unenforced, *request.warnings),
-            top_k=read_top_k(body),
+            notices=(
+                *notice,
+                *unenforced,
+                *self.without_effect(request.shaping),
+                *request.warnings,
+            ),
             repaired_calls=_flag(body, "repaired_calls", self.settings.repaired_calls),
             masks=masks,
             force=force,
@@ -174,6 +178,11 @@ class Service:
                 param=param,
             )
         return context - tokens
+
+    def without_effect(self, shaping: Shaping) -> tuple[str, ...]:
+        """What to tell a client who shapes the choice of tokens where the engine has none."""
+        names = () if self.backend.info.shaping else shaping.changes()
+        return tuple(f"{name} has no effect: this engine chooses no tokens" for name in names)
 
     def _past(self, owner: str, body: Mapping[str, Any]) -> StoredResponse:
         """The conversation that a Responses request goes on from."""
@@ -231,7 +240,7 @@ class Service:
             max_tokens=prepared.max_tokens,
             temperature=1.0 if sampling.temperature is None else sampling.temperature,
             top_p=1.0 if sampling.top_p is None else sampling.top_p,
-            top_k=prepared.top_k,
+            shaping=request.shaping,
             seed=None if sampling.seed is None else (sampling.seed + at) % 2**63,
             top_logprobs=request.top_logprobs or 0,
             mask=prepared.masks[at],
@@ -302,18 +311,7 @@ class Service:
 NO_LOGPROBS = "there are no logprobs: the upstream gives them by token id only"
 
 # Fields that only this server knows; the readers of the APIs never see them.
-OWN_FIELDS = ("repaired_calls", "top_k")
-
-
-def read_top_k(body: Mapping[str, Any]) -> int:
-    """The field `top_k`, 0 without one. Raises Problem."""
-    value = body.get("top_k")
-    if value is None or value == -1:  # some clients' way to say "all"
-        return 0
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
-        raise Problem(400, f"top_k must be a whole number of at least 0, not {value!r:.40}",
-                      param="top_k")  # fmt: skip
-    return value
+OWN_FIELDS = ("repaired_calls",)
 
 
 def _flag(body: Mapping[str, Any], name: str, default: bool) -> bool:

@@ -410,9 +410,9 @@ def test_messages_continues_an_answer_only_without_thinking() -> None:
 
 
 def test_what_has_no_effect_is_said() -> None:
-    request = read_chat(chat(logit_bias={"5": 1}, frequency_penalty=0, user="u", verbosity="low"))
+    request = read_chat(chat(logit_bias={"5": 1}, prediction={"a": 1}, user="u", verbosity="low"))
     assert request.warnings == (
-        "field 'logit_bias' was ignored: it has no effect here",
+        "field 'prediction' was ignored: it has no effect here",
         "field 'verbosity' was ignored: it has no effect here",
     )
     assert request.metadata == {"user": "u"}

@@ -10,7 +10,13 @@ import anyio
 import pytest
 
 from fathom.chat import Tokenizer
-from fathom.chat.generation import GenerationEnd, GenerationRequest, Prefilled, TokenOutput
+from fathom.chat.generation import (
+    GenerationEnd,
+    GenerationRequest,
+    Prefilled,
+    Shaping,
+    TokenOutput,
+)
 from fathom.engine import LLM
 from fathom.engine.backend import LocalBackend
 from fathom.engine.engine import Engine, EngineConfig
@@ -128,7 +134,11 @@ def interrupted(llm: LLM, folder: Path, **changes: object) -> list[int]:
     engine = Engine(llm.model, EngineConfig(wal=folder, cache_tokens=2048))
     request = engine.submit(
         list(asked.prompt),
-        SamplingParams(max_tokens=300, stop_token_ids=(llm.config.eos_token_id,)),
+        SamplingParams(
+            max_tokens=300,
+            stop_token_ids=(llm.config.eos_token_id,),
+            **asked.shaping.changes(),
+        ),
         mask=asked.mask,
     )
     while len(request.output) < 5:
@@ -141,6 +151,8 @@ def test_an_interrupted_completion_goes_on_for_who_asks_the_same(llm: LLM, tmp_p
     first, second = interrupted(llm, tmp_path), interrupted(llm, tmp_path)
     interrupted(llm, tmp_path, mask=Everything())
     third = interrupted(llm, tmp_path, mask=Everything("x"))
+    shaping = Shaping(logit_bias={7: 2.5, 9: -100.0}, frequency_penalty=0.5)
+    fourth = interrupted(llm, tmp_path, shaping=shaping)
     llm = LLM(llm.model, llm.tokenizer, engine=EngineConfig(wal=tmp_path, cache_tokens=2048))
     backend = LocalBackend(llm)
 
@@ -153,6 +165,8 @@ def test_an_interrupted_completion_goes_on_for_who_asks_the_same(llm: LLM, tmp_p
         other, masked = await ids(seed=7), await ids(mask=Everything())
         assert (await ids(mask=Everything("y")))[:5] != third
         assert (await ids(mask=Everything("x")))[:5] == third
+        assert (await ids(shaping=replace(shaping, logit_bias={7: 2.0})))[:5] != fourth
+        assert (await ids(shaping=shaping))[:5] == fourth
         found = [await ids() for _ in range(3)]
         assert sorted(f[:5] for f in found[:2]) == sorted([first, second])
         assert all(f[:5] not in (first, second) for f in (other, masked, found[2]))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fathom.engine.sampler import Sampler, SamplingParams, uniform
+from fathom.engine.sampler import Sampler, SamplingParams, _kept, uniform
 from fathom.errors import GenerationError
 from fathom.kernels import operation
 
@@ -67,6 +67,47 @@ def test_penalties(settings: dict[str, float], history: list[int], expected: lis
         sampler.accept(token)
     assert sampler._shaped(LOGITS, None).tolist() == pytest.approx(expected, abs=1e-6)
     assert LOGITS[0] == 2.0  # the caller's logits stay as they are
+
+
+def test_penalties_of_a_long_reply() -> None:
+    """Against the definition, token by token, also for ids that the model does not have."""
+    random, vocab = np.random.default_rng(4), 300
+    params = SamplingParams(
+        repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=-0.7, logit_bias={3: 2.0}
+    )
+    prompt = random.integers(0, vocab + 9, 50).tolist()
+    sampler, output = Sampler(params, prompt), list[int]()
+    for _ in range(500):
+        logits = random.normal(size=vocab).astype(np.float32)
+        expected = logits.copy()
+        expected[3] += 2
+        for token in {token for token in (*prompt, *output) if token < vocab}:
+            value, count = expected[token], output.count(token)
+            expected[token] = value / np.float32(1.3) if value > 0 else value * np.float32(1.3)
+            expected[token] -= np.float32(0.4 * count - 0.7 * (count > 0))
+        assert np.array_equal(sampler._shaped(logits, None), expected)
+        output.append(int(random.integers(0, vocab)))
+        sampler.accept(output[-1])
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0], ids=["equal", "flat", "sharp"])
+def test_what_is_kept_of_a_large_vocabulary(spread: float, ties: bool) -> None:
+    """As if all tokens were sorted, also where many have the same share."""
+    random = np.random.default_rng(3)
+    logits = (spread * random.normal(size=5000)).astype(np.float32)
+    p = np.exp(np.round(logits, 1) if ties else logits).astype(np.float64)
+    order = np.argsort(-p, kind="stable")
+    for top_k in (0, 1, 7, 1023, 2000, 5000, 9000):
+        for min_p in (0.0, 0.02, 0.9):
+            for top_p in (1.0, 0.999, 0.9, 0.3, 1e-9):
+                params = SamplingParams(top_k=top_k, min_p=min_p, top_p=top_p)
+                kept = order[: top_k or None]
+                kept = kept[p[kept] >= min_p * p.max()]
+                if top_p < 1:
+                    short = p[kept].cumsum() < top_p * p[kept].sum()
+                    kept = kept[: int(short.sum()) + 1]
+                assert np.array_equal(_kept(p, params), kept), params
 
 
 class Mask:
@@ -141,10 +182,12 @@ def test_random_numbers_are_even() -> None:
         ({"top_logprobs": -1}, "top_logprobs"),
         ({"top_logprobs": 5000}, "top_logprobs"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty"),  # of no use in float32
         ({"repetition_penalty": math.nan}, "repetition_penalty"),
         ({"frequency_penalty": math.inf}, "frequency_penalty"),
         ({"presence_penalty": math.nan}, "presence_penalty"),
         ({"logit_bias": {-1: 0.0}}, "logit_bias"),
+        ({"logit_bias": {2**63: 0.0}}, "logit_bias"),
         ({"logit_bias": {1: math.nan}}, "logit_bias"),
     ],
 )

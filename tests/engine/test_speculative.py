@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +42,27 @@ def test_drafts_change_nothing(net: Transformer, drafts: int, temperature: float
     assert found == expected
     assert quick.metrics.drafted_tokens > 0
     assert quick.metrics.steps <= plain.metrics.steps
+
+
+@pytest.mark.parametrize(
+    "shaping",
+    [
+        {"logit_bias": {7: 3.0, 9: 100.0, 11: -100.0}, "frequency_penalty": 2.0},
+        {"repetition_penalty": 1.5, "presence_penalty": 1.0},
+        {"min_p": 0.05, "top_k": 40, "frequency_penalty": -1.0},
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_drafts_change_nothing_of_shaped_draws(
+    net: Transformer, temperature: float, shaping: dict[str, Any]
+) -> None:
+    params = sampled(40, **shaping) if temperature else greedy(40, **shaping)
+    plain, quick = engine(net), drafting(net, 3)
+    expected, found = (served.submit(prompt(60), params) for served in (plain, quick))
+    finish(plain, expected)
+    finish(quick, found)
+    assert bits(found) == bits(expected)
+    assert quick.metrics.drafted_tokens > 0
 
 
 class Oracle:

@@ -58,9 +58,9 @@ def test_fields_without_effect_are_told(server: Server):
     response = complete(server, best_of=2, presence_penalty=1.0, user="me", top_k=5, n=1)
     notice = response.headers["x-fathom-notice"]
     assert "'best_of'" in notice
-    assert "'presence_penalty'" in notice
+    assert "presence_penalty has no effect: this engine chooses no tokens" in notice
+    assert "top_k has no effect" in notice
     assert "'user'" not in notice
-    assert "'top_k'" not in notice
     assert "x-fathom-notice" not in complete(server).headers
 
 

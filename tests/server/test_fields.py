@@ -127,9 +127,9 @@ def test_seed_and_sampling_reach_the_engine(server: Server):
     server.chat(seed=7, n=2, temperature=0.3, top_p=0.5, top_k=4)
     first, second = sorted(server.backend.requests[-2:], key=lambda r: r.seed or 0)
     assert (first.seed, second.seed) == (7, 8)  # the same seed twice would say the same twice
-    assert (first.temperature, first.top_p, first.top_k) == (0.3, 0.5, 4)
+    assert (first.temperature, first.top_p, first.shaping.top_k) == (0.3, 0.5, 4)
     server.messages(top_k=3)
-    assert server.backend.requests[-1].top_k == 3
+    assert server.backend.requests[-1].shaping.top_k == 3
 
 
 def test_usage_counts_cached_and_reasoning_tokens(server: Server):

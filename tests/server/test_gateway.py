@@ -80,6 +80,24 @@ def test_both_ways_give_the_engine_the_same_prompt(gateway: Gateway, upstream: S
     assert usage["prompt_tokens_details"]["cached_tokens"] > 0
 
 
+SHAPING = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "frequency_penalty": -0.5,
+           "presence_penalty": 0.5, "logit_bias": {"7": -100, "8": 2.5}}  # fmt: skip
+
+
+def test_what_shapes_the_choice_of_tokens_goes_upstream(gateway: Gateway, upstream: Server):
+    """To both parts of a forced call, too, and only what was asked for."""
+    upstream.say("x</think>y")
+    assert "x-fathom-notice" not in gateway.chat(**SHAPING).headers
+    said = {**SHAPING, "logit_bias": {7: -100.0, 8: 2.5}}
+    assert upstream.backend.requests[-1].shaping.changes() == said
+    gateway.chat(tools=[BASH], tool_choice="required", **SHAPING)
+    assert [r.shaping.changes() for r in upstream.backend.requests[-2:]] == [said, said]
+    gateway.chat()
+    assert upstream.backend.requests[-1].shaping.changes() == {}
+    plain = GatewayBackend("http://x", model="m")._body(upstream.backend.requests[-1])
+    assert not plain.keys() & SHAPING.keys()
+
+
 def test_special_tokens_of_users_stay_harmless(gateway: Gateway, upstream: Server):
     upstream.say("x</think>y")
     special = upstream.backend.tokenizer.special_ids

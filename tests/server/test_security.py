@@ -218,7 +218,7 @@ def test_a_large_body_without_stated_length_is_cut_off(small: Server):
         ({"messages": [{"role": "user", "content": "word " * 2000}]}, "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "x"}], "n": 3}, "request_invalid"),
         ({"messages": [{"role": "user", "content": "x"}], "stop": ["x" * 300]}, "too_many_items"),
-        ({"messages": [{"role": "user", "content": "x"}], "top_k": -5}, "invalid_value"),
+        ({"messages": [{"role": "user", "content": "x"}], "top_k": -5}, "request_invalid"),
     ],
 )
 def test_counts_are_bounded(small: Server, body: dict[str, Any], code: str):

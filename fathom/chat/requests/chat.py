@@ -15,6 +15,7 @@ from fathom.chat.quick import TASKS
 from fathom.chat.requests.common import (
     read_format,
     read_sampling,
+    read_shaping,
     read_stop,
     take_metadata,
     warn_unknown,
@@ -77,6 +78,7 @@ def read_chat(body: Mapping[str, Any], options: RequestOptions | None = None) ->
         response_format=response_format,
         stop=read_stop(fields, "stop"),
         sampling=read_sampling(fields),
+        shaping=read_shaping(fields),
         max_tokens=fields.integer("max_tokens", 1, MOST_TOKENS) if limit is None else limit,
         n=fields.integer("n", 1, options.most_choices) or 1,
         top_logprobs=(top_logprobs or 0) if logprobs or top_logprobs else None,

@@ -5,15 +5,20 @@ Paper: none (a matter of the APIs).
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from fathom.chat.generation import Shaping
 from fathom.chat.messages import as_mapping
 from fathom.chat.reply import Sampling
 from fathom.chat.requests.fields import Fields
 from fathom.chat.requests.types import ResponseFormat
 
 _LARGEST_SEED = (1 << 63) - 1
+_LARGEST_TOP_K = (1 << 31) - 1
 _MOST_STOPS = 16
+_MOST_BIASES = 1024
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def read_sampling(body: Fields) -> Sampling:
@@ -23,6 +28,46 @@ def read_sampling(body: Fields) -> Sampling:
         top_p=body.number("top_p", 0, 1, above=True),
         seed=body.integer("seed", 0, _LARGEST_SEED),
     )
+
+
+def read_shaping(body: Fields) -> Shaping:
+    """Return what else the request says of drawing; whether its tokens exist is not known here."""
+
+    def number(name: str, low: float, high: float, default: float) -> float:
+        value = body.number(name, low, high)
+        return default if value is None else value
+
+    top_k = None
+    if body.take("top_k") != -1:  # some clients' way to say "all"
+        top_k = body.integer("top_k", 0, _LARGEST_TOP_K)
+    return Shaping(
+        top_k=top_k or 0,
+        min_p=number("min_p", 0, 1, 0.0),
+        # A smaller one would take logits out of the range of float32.
+        repetition_penalty=number("repetition_penalty", 0.01, 100, 1.0),
+        frequency_penalty=number("frequency_penalty", -2, 2, 0.0),
+        presence_penalty=number("presence_penalty", -2, 2, 0.0),
+        logit_bias=_read_biases(body),
+    )
+
+
+def _read_biases(body: Fields) -> dict[int, float]:
+    name = "logit_bias"
+    given = body.object(name)
+    if given is None:
+        return {}
+    if len(given.mapping) > _MOST_BIASES:
+        body.fail(name, f"holds {len(given.mapping)} tokens: at most {_MOST_BIASES} are allowed")
+    biases: dict[int, float] = {}
+    for token, bias in given.mapping.items():
+        if not _TOKEN_ID.fullmatch(token):
+            body.fail(name, f"must have token ids as names: got {token!r:.40}")
+        number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not number or not -100 <= bias <= 100:
+            body.fail(name, f"must give token {token} a number from -100 to 100: got {bias!r:.40}")
+        if bias:
+            biases[int(token)] = float(bias)
+    return biases
 
 
 def read_stop(body: Fields, name: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from fathom.chat.requests.carrier import unpack_reasoning
 from fathom.chat.requests.common import (
     read_format,
     read_sampling,
+    read_shaping,
     read_stop,
     take_metadata,
     warn_unknown,
@@ -78,6 +79,7 @@ def read_messages(body: Mapping[str, Any], options: RequestOptions | None = None
         response_format=read_format(form, ""),
         stop=read_stop(fields, "stop_sequences"),
         sampling=read_sampling(fields),
+        shaping=read_shaping(fields),
         max_tokens=None if limit is None else min(limit, MOST_TOKENS),
         n=1,
         top_logprobs=None,

@@ -12,7 +12,13 @@ from typing import Any
 
 from fathom.chat.messages import Message, ToolCall, as_mapping
 from fathom.chat.requests.carrier import unpack_reasoning
-from fathom.chat.requests.common import read_format, read_sampling, take_metadata, warn_unknown
+from fathom.chat.requests.common import (
+    read_format,
+    read_sampling,
+    read_shaping,
+    take_metadata,
+    warn_unknown,
+)
 from fathom.chat.requests.effort import read_switch, read_thinking
 from fathom.chat.requests.fields import Fields
 from fathom.chat.requests.history import (
@@ -98,6 +104,7 @@ def read_responses(
         response_format=response_format,
         stop=(),
         sampling=read_sampling(fields),
+        shaping=read_shaping(fields),
         max_tokens=fields.integer("max_output_tokens", 1, MOST_TOKENS),
         n=1,
         top_logprobs=fields.integer("top_logprobs", 0, 20),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fathom.chat.encode import encode_segments
+from fathom.chat.generation import Shaping
 from fathom.chat.messages import Message
 from fathom.chat.protocol import JSON_OBJECT_FORMAT
 from fathom.chat.reply import Sampling
@@ -137,6 +138,7 @@ class PromptRequest:
     response_format: ResponseFormat
     stop: tuple[str, ...]
     sampling: Sampling
+    shaping: Shaping
     max_tokens: int | None
     n: int
     top_logprobs: int | None

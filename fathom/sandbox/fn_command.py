@@ -12,9 +12,15 @@ from fathom.errors import SandboxError
 from fathom.sandbox.request import PATH, Request
 from fathom.sandbox.types import ExecResult
 
-# Runs a command in the process of a call. Output beyond the cap is read and dropped.
+# Runs a command in the process of a call. Output beyond the cap is read and dropped. What it leaves
+# in the background may hold its output open: what was written until its own end counts, no more.
 CODE = """
-import base64, os, subprocess, threading
+import array, base64, fcntl, os, subprocess, termios, threading, time
+
+def unread(pipe):
+    count = array.array("i", [0])
+    fcntl.ioctl(pipe, termios.FIONREAD, count)
+    return count[0]
 
 def main(order):
     os.chdir(order["cwd"])
@@ -28,19 +34,20 @@ def main(order):
         code = 127 if isinstance(error, FileNotFoundError) else 126
         said = base64.b64encode(str(error).encode()).decode()
         return {"code": code, "out": "", "err": said, "truncated": False}
-    cap, kept, threads = order["cap"], {}, []
+    cap, cut, threads = order["cap"], set(), []
+    kept = {"out": bytearray(), "err": bytearray()}
 
     def drain(name, pipe):
-        data, cut = b"", False
         while piece := pipe.read1(65536):
-            cut = cut or len(data) + len(piece) > cap
-            data += piece[:cap - len(data)]
-        kept[name] = data, cut
+            if len(kept[name]) + len(piece) > cap:
+                cut.add(name)
+            kept[name] += piece[:cap - len(kept[name])]
 
     for name, pipe in (("out", process.stdout), ("err", process.stderr)):
         if pipe is not None:
-            threads.append(threading.Thread(target=drain, args=(name, pipe), daemon=True))
-            threads[-1].start()
+            thread = threading.Thread(target=drain, args=(name, pipe), daemon=True)
+            thread.start()
+            threads.append((thread, pipe))
     if given is not None:
         try:
             with process.stdin:
@@ -48,12 +55,13 @@ def main(order):
         except BrokenPipeError:
             pass
     code = process.wait()
-    for thread in threads:
-        thread.join(1)
-    shown = {name: base64.b64encode(kept.get(name, (b"", False))[0]).decode()
-        for name in ("out", "err")}
-    return {"code": 128 - code if code < 0 else code, "truncated": any(c for _, c in kept.values()),
-        **shown}
+    end = time.monotonic() + 1
+    for thread, pipe in threads:
+        while thread.is_alive() and time.monotonic() < end and unread(pipe):
+            thread.join(0.01)
+        thread.join(0.05)
+    shown = {name: base64.b64encode(bytes(kept[name])).decode() for name in kept}
+    return {"code": 128 - code if code < 0 else code, "truncated": bool(cut), **shown}
 """
 
 

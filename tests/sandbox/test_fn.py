@@ -522,6 +522,11 @@ def test_the_filter_of_calls_is_there_for_each_machine(machine: str):
 def test_one_parameter_switches_to_functions(client: SyncClient):
     with client.create(Fn(workers=1, maximum=1)) as made:
         assert made.exec("echo $0 there", timeout=10).stdout == "/bin/sh there\n"
+        # What stays in the background holds the output open, and takes nothing of it along.
+        left = made.exec("echo said; echo wrong >&2; sleep 4326 & exit 3", timeout=10)
+        assert (left.exit_code, left.stdout, left.stderr) == (3, "said\n", "wrong\n")
+        long = made.exec("head -c 300000 /dev/zero | tr '\\0' x", timeout=10, cap=100_000)
+        assert (len(long.stdout), long.truncated) == (100_000, True)
         assert made.caps.snapshot == made.caps.fork == ""
         with pytest.raises(Unsupported, match="layers"):
             made.pack_diff(name="x/y")

@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from fathom.errors import ProcessClosed, SandboxError
-from fathom.sandbox import Client, Container, SyncClient, SyncSandbox
+from fathom.sandbox import Client, Container, SyncSandbox
 from fathom.sandbox import process as processes
 from fathom.sandbox.process import Process
 
@@ -112,7 +112,8 @@ def test_closing_wakes_a_reader_and_leaves_the_client_whole(options: dict[str, P
     anyio.run(scenario)
 
 
-def test_closing_from_another_thread(client: SyncClient, sandbox: SyncSandbox):
+@pytest.mark.parametrize("stopped", [False, True], ids=["closed", "sandbox stopped"])
+def test_what_ends_a_process_wakes_its_readers(sandbox: SyncSandbox, stopped: bool):
     process = sandbox.run("sleep 30", timeout=40)
     found: list[BaseException] = []
 
@@ -125,29 +126,17 @@ def test_closing_from_another_thread(client: SyncClient, sandbox: SyncSandbox):
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     time.sleep(0.3)
-    process.close()
+    if stopped:
+        sandbox.stop()
+    else:
+        process.close()
     reader.join(5)
-    assert [type(error) for error in found] == [ProcessClosed]
-    assert [sandbox.exec("echo x", timeout=5).stdout for _ in range(6)] == ["x\n"] * 6
-
-
-def test_stopping_the_sandbox_wakes_readers(client: SyncClient, sandbox: SyncSandbox):
-    process = sandbox.run("sleep 30", timeout=40)
-    found: list[BaseException] = []
-
-    def read() -> None:
-        try:
-            list(process)
-        except BaseException as error:
-            found.append(error)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    time.sleep(0.3)
-    sandbox.stop()
-    reader.join(5)
-    assert [getattr(error, "code", None) for error in found] == ["sandbox_lost"]
-    process.close()
+    if stopped:
+        assert [getattr(error, "code", None) for error in found] == ["sandbox_lost"]
+        process.close()
+    else:
+        assert [type(error) for error in found] == [ProcessClosed]
+        assert [sandbox.exec("echo x", timeout=5).stdout for _ in range(6)] == ["x\n"] * 6
 
 
 def test_output_that_nobody_reads_does_not_fill_the_writers_memory(

@@ -35,9 +35,17 @@ MOST_GROUPS = 2048  # maxima that _threshold holds
 
 @triton.jit
 def sortable(score):
-    """float32 as an int32 of the same order; adding zero makes the two zeros equal."""
+    """float32 as an int32 of the same order, NaN above all; adding zero makes the two zeros equal,
+    and of any NaN the device's, which is positive.
+    """
     bits = (score + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger of two numbers, NaN where one is: `sortable` puts it above all."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -71,12 +79,13 @@ def _scores(
         keys = pool + page.to(tl.int64) * page_stride + index_offset
         key, unit = index_keys.operand(keys, entry % PAGE, live, col, word, PAGE, DIM, FP8, BF16)
         products = tl.dot(key, own, input_precision="ieee")
-        value = tl.sum(tl.maximum(products, 0.0) * w[None, :], axis=1)
+        positive = tl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.sum(positive * w[None, :], axis=1)
         if FP8:  # a scale is positive, so it may wait until here
             value *= unit
         value = tl.where(live, value, -float("inf"))
         tl.store(value_at + part * BLOCK + inside, value)
-        largest = tl.max(tl.reshape(value, [BLOCK // GROUP, GROUP]), axis=1)
+        largest = tl.reduce(tl.reshape(value, [BLOCK // GROUP, GROUP]), 1, _larger)
         tl.store(group_at + part * (BLOCK // GROUP) + group, largest)
     for part in range(seen, BLOCKS):
         tl.store(value_at + part * BLOCK + inside, tl.full([BLOCK], -float("inf"), tl.float32))

@@ -22,11 +22,11 @@ def rounded(values, FP8: tl.constexpr):
     HEADS: tl.constexpr = values.shape[0]
     COLS: tl.constexpr = values.shape[1]
     if FP8:
-        amax = tl.maximum(tl.max(tl.abs(values), axis=1), f.FP8_FLOOR)
+        amax = f.largest_magnitude(values, 1, f.FP8_FLOOR)
         unit, inverse = f.power_of_two_scale(amax, f.E4M3_RECIPROCAL)
         return f.round_e4m3(values * inverse[:, None]) * unit[:, None]
     groups = tl.reshape(values, [HEADS, COLS // 32, 32])
-    amax = tl.maximum(tl.max(tl.abs(groups), axis=2), f.FP4_FLOOR)
+    amax = f.largest_magnitude(groups, 2, f.FP4_FLOOR)
     unit, inverse = f.power_of_two_scale(amax, f.E2M1_RECIPROCAL)
     return tl.reshape(f.round_e2m1(groups * inverse[:, :, None]) * unit[:, :, None], [HEADS, COLS])
 
@@ -35,14 +35,14 @@ def rounded(values, FP8: tl.constexpr):
 def store(value, keys, place, PAGE: tl.constexpr, COLS: tl.constexpr, FP8: tl.constexpr):
     """Pack one key [COLS] float32 as the `place`-th of a page's at `keys`."""
     if FP8:
-        amax = tl.maximum(tl.max(tl.abs(value), axis=0), f.FP8_FLOOR)
+        amax = f.largest_magnitude(value, 0, f.FP8_FLOOR)
         unit, inverse = f.power_of_two_scale(amax, f.E4M3_RECIPROCAL)
         codes = f.encode_e4m3(f.round_e4m3(value * inverse), value)
         tl.store(keys + place * COLS + tl.arange(0, COLS), codes)
         tl.store((keys + PAGE * COLS).to(tl.pointer_type(tl.float32)) + place, unit)
     else:
         groups = tl.reshape(value, [COLS // 32, 32])
-        amax = tl.maximum(tl.max(tl.abs(groups), axis=1), f.FP4_FLOOR)
+        amax = f.largest_magnitude(groups, 1, f.FP4_FLOOR)
         unit, inverse = f.power_of_two_scale(amax, f.E2M1_RECIPROCAL)
         codes = f.encode_e2m1(f.round_e2m1(groups * inverse[:, None]), groups)
         even, odd = tl.split(tl.reshape(codes, [COLS // 2, 2]))
@@ -75,7 +75,7 @@ def load(
         keys + PAGE * (DIM // 2) + (place * (DIM // 32))[:, None] + byte[None, :] // 16,
         mask=live[:, None], other=0,
     )  # fmt: skip
-    unit = f.decode_e8m0(unit) * f.E2M1_UNIT
+    unit = f.decode_unit(unit) * f.E2M1_UNIT
     low = f.decode_e2m1(packed & 15).to(tl.float32) * unit
     high = f.decode_e2m1(packed >> 4).to(tl.float32) * unit
     return tl.reshape(tl.join(low, high), [place.shape[0], DIM])

@@ -23,9 +23,8 @@ import triton.language as tl
 from fathom.kernels.registry import register
 from fathom.kernels.triton import index_keys
 
-BLOCK = 64  # entries that _scores takes at once, or as many as have one maximum
-LONG = 32768  # entries from which on its programs take several blocks after another
-BLOCKS_OF_LONG = 2
+BLOCK = 64  # entries that _scores takes at once
+PROGRAMS = 512
 SCORE_WARPS, STAGES = 4, 1
 COLLECT = 1024  # of one program of _collect
 SORTED = 2048  # candidates that _choose sorts at once
@@ -41,47 +40,74 @@ def sortable(score):
 
 
 @triton.jit
+def _page(block, visible, pages, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """The page of a block; pages: the sequence's row of the table."""
+    return tl.load(pages + block * BLOCK // PAGE, mask=block * BLOCK < visible, other=0)
+
+
+@triton.jit
+def _fetched(
+    block, page, visible, pool, page_stride, index_offset, PAGE: tl.constexpr, DIM: tl.constexpr,
+    BLOCK: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    keys = pool + page.to(tl.int64) * page_stride + index_offset
+    first = block * BLOCK
+    return index_keys.fetched(keys, first % PAGE, visible - first, BLOCK, PAGE, DIM, FP8)
+
+
+@triton.jit
 def _scores(
     query, weights, weights_stride, weights_first, rows, tokens, pool, page_stride, index_offset,
     table, pages, scores, maxima, most, factor,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, RATIO: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr, BF16: tl.constexpr,
-    FP8: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, BF16: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
+    """A program takes every so many blocks; a block's keys are on their way while the block before
+    it is multiplied.
+    """
     token = tl.program_id(1).to(tl.int64)
     visible = (tl.load(rows + token) + 1) // RATIO
     slot = tl.load(rows + tokens + token).to(tl.int64)
-    head, col, word = tl.arange(0, HEADS), tl.arange(0, 128), tl.arange(0, 16)
+    own_pages = table + slot * pages
+    step = tl.num_programs(0)
+    first = tl.program_id(0)
+    page = _page(first, visible, own_pages, PAGE, BLOCK)
+    next_page = _page(first + step, visible, own_pages, PAGE, BLOCK)
+    codes, scale = _fetched(
+        first, page, visible, pool, page_stride, index_offset, PAGE, DIM, BLOCK, FP8
+    )
+    head, col = tl.arange(0, HEADS), tl.arange(0, 128)
     own_at = query + (token * HEADS + head[:, None]) * DIM + col[None, :]
     own = tl.load(own_at, mask=(col < DIM)[None, :], other=0.0)  # a narrower key: with zeros
     own = index_keys.turned_query(own, FP8)
     w = tl.load(weights + token * weights_stride + weights_first + head)
-    w = w.to(query.dtype.element_ty).to(tl.float32) * factor
+    w = w.to(query.dtype.element_ty).to(tl.float32) * (0.5 * factor)
     if BF16 and not FP8:
         w *= 4611686018427387904.0  # 2**62, by which unpacked codes are too small
-    first = tl.program_id(0) * BLOCKS
-    seen = tl.minimum(tl.maximum(tl.cdiv(visible, BLOCK) - first, 0), BLOCKS)
     inside, group = tl.arange(0, BLOCK), tl.arange(0, BLOCK // GROUP)
-    value_at = scores + token * most + first * BLOCK
-    group_at = maxima + token * (most // GROUP) + first * (BLOCK // GROUP)
-    for part in range(seen):
-        entry = (first + part) * BLOCK + inside
-        live = entry < visible
-        page = tl.load(table + slot * pages + entry // PAGE, mask=live, other=0)
-        keys = pool + page.to(tl.int64) * page_stride + index_offset
-        key, unit = index_keys.operand(keys, entry % PAGE, live, col, word, PAGE, DIM, FP8, BF16)
+    value_at = scores + token * most
+    group_at = maxima + token * (most // GROUP)
+    for block in range(first, tl.cdiv(visible, BLOCK), step):
+        next_codes, next_scale = _fetched(
+            block + step, next_page, visible, pool, page_stride, index_offset, PAGE, DIM, BLOCK, FP8
+        )
+        next_page = _page(block + 2 * step, visible, own_pages, PAGE, BLOCK)
+        key = index_keys.operand(codes, scale, FP8, BF16)
         products = tl.dot(key, own, input_precision="ieee")
-        value = tl.sum(tl.maximum(products, 0.0) * w[None, :], axis=1)
+        # Twice what is positive: additions have twice the throughput of a maximum.
+        value = tl.sum((products + tl.abs(products)) * w[None, :], axis=1)
         if FP8:  # a scale is positive, so it may wait until here
-            value *= unit
-        value = tl.where(live, value, -float("inf"))
-        tl.store(value_at + part * BLOCK + inside, value)
+            value *= scale
+        value = tl.where(block * BLOCK + inside < visible, value, -float("inf"))
+        tl.store(value_at + block * BLOCK + inside, value)
         largest = tl.max(tl.reshape(value, [BLOCK // GROUP, GROUP]), axis=1)
-        tl.store(group_at + part * (BLOCK // GROUP) + group, largest)
-    for part in range(seen, BLOCKS):
-        tl.store(value_at + part * BLOCK + inside, tl.full([BLOCK], -float("inf"), tl.float32))
+        tl.store(group_at + block * (BLOCK // GROUP) + group, largest)
+        codes, scale = next_codes, next_scale
+    unseen = first + tl.cdiv(tl.maximum(tl.cdiv(visible, BLOCK) - first, 0), step) * step
+    for block in range(unseen, most // BLOCK, step):
+        tl.store(value_at + block * BLOCK + inside, tl.full([BLOCK], -float("inf"), tl.float32))
         nothing = tl.full([BLOCK // GROUP], -float("inf"), tl.float32)
-        tl.store(group_at + part * (BLOCK // GROUP) + group, nothing)
+        tl.store(group_at + block * (BLOCK // GROUP) + group, nothing)
 
 
 @triton.jit
@@ -168,8 +194,9 @@ def _choose(
 
 
 def group_size(most: int) -> int:
-    """Entries of one maximum: as few as let all maxima be held at once."""
-    return triton.next_power_of_2(triton.cdiv(most, MOST_GROUPS))
+    """Entries of one maximum."""
+    few = triton.cdiv(most, 16384)
+    return triton.next_power_of_2(max(few, min(16, triton.cdiv(most, 2048))))
 
 
 @register("index_scores_paged", "triton")
@@ -196,13 +223,13 @@ def index_scores_paged(
     group = group_size(most)
     scores = torch.empty(tokens, most, dtype=torch.float32, device=query.device)
     maxima = torch.empty(tokens, most // group, dtype=torch.float32, device=query.device)
-    blocks, block = BLOCKS_OF_LONG if most >= LONG else 1, max(BLOCK, group)
-    _scores[(most // block // blocks, tokens)](
+    assert page_entries % BLOCK == 0
+    programs = min(most // BLOCK, PROGRAMS)
+    _scores[(programs, tokens)](
         query, weights, weights.stride(0), weights.shape[1] - heads, rows, tokens, pool,
         pool.stride(0), index_offset, table, table.stride(0), scores, maxima, most,
         dim**-0.5 * heads**-0.5,
-        HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=block, BLOCKS=blocks,
-        GROUP=group,
+        HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=BLOCK, GROUP=group,
         BF16=query.dtype != torch.float32, FP8=key_format == "fp8", num_warps=SCORE_WARPS,
         num_stages=STAGES,
     )  # fmt: skip

@@ -141,9 +141,10 @@ def test_topk_of_a_long_context(entries: int, shape: str, monkeypatch: pytest.Mo
     k = 512 if GPU else 32
     if not GPU:  # sorting thousands takes the interpreter a minute
         monkeypatch.setattr(index, "SORTED", 64)
-        monkeypatch.setattr(index, "COLLECT", 256)
+        monkeypatch.setattr(index, "COARSE", 64)
+        monkeypatch.setattr(index, "TILE", 32)
     d = Draw(entries, torch.float32, DEVICE)
-    room = -(-entries // index.COLLECT) * index.COLLECT
+    room = -(-entries // index.ROUNDED) * index.ROUNDED
     scores = d.normal(2, room)
     if shape == "ties":
         scores = (scores * 8).round() / 8

@@ -26,10 +26,12 @@ from fathom.kernels.triton import index_keys
 BLOCK = 64  # entries that _scores takes at once
 PROGRAMS = 512
 SCORE_WARPS, STAGES = 4, 1
-COLLECT = 1024  # of one program of _collect
-SORTED = 2048  # candidates that _choose sorts at once
-FEW_GROUPS = 1024  # that a warp alone is quickest with
-MOST_GROUPS = 2048  # maxima that _threshold holds
+ROUNDED = 1024  # of which the room for scores is a multiple
+COARSE = 2048  # numbers among which _choose looks for its bound
+MOST_GROUPS = 16384  # maxima that it holds
+TILE = 1024  # groups of scores, or parts of them, that it looks at together
+SORTED = 1024  # candidates that it sorts
+CHOICE_WARPS = 16
 
 
 @triton.jit
@@ -111,92 +113,154 @@ def _scores(
 
 
 @triton.jit
-def _threshold(maxima, bound, found, groups, k, GROUPS: tl.constexpr):
-    """The k-th largest group maximum, as a sortable integer; the smallest where there are fewer."""
-    token = tl.program_id(0)
-    i = tl.arange(0, GROUPS)
-    value = tl.load(maxima + token.to(tl.int64) * groups + i, mask=i < groups, other=-float("inf"))
-    key = sortable(value)
-    # Bit by bit from the top; the first step, the sign's, wraps from the smallest number to zero.
-    low = tl.full([], -0x7FFFFFFF - 1, tl.int32)
-    for step in range(32):
-        middle = low + (tl.full([], 1, tl.int32) << (31 - step))
-        enough = tl.sum((key >= middle).to(tl.int32), axis=0) >= k
+def _bound(key, k):
+    """A number that at least k of `key` [n] int32 reach, and few more; the smallest where there are
+    fewer than k.
+    """
+    nothing = -2139095041  # sortable(-inf)
+    high = tl.max(key, axis=0)
+    low = tl.min(tl.where(key > nothing, key, high), axis=0)
+    amount = tl.sum((key >= low).to(tl.int32), axis=0)
+    low = tl.where(amount >= k, low, nothing)
+    while (low < high) & (amount > k + k // 8):
+        apart = (high - low).to(tl.uint32, bitcast=True)
+        middle = low + (apart - apart // 2).to(tl.int32, bitcast=True)
+        count = tl.sum((key >= middle).to(tl.int32), axis=0)
+        enough = count >= k
+        amount = tl.where(enough, count, amount)
         low = tl.where(enough, middle, low)
-    tl.store(bound + token, low)
-    tl.store(found + token, 0)
+        high = tl.where(enough, high, middle - 1)
+    return low
 
 
 @triton.jit
-def _collect(
-    scores, bound, found, candidates, rows, most, room, RATIO: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _packed(score, entry):
+    """Score and position as one number: of equal scores the lower position is the larger number."""
+    return (sortable(score).to(tl.int64) << 32) | (0x7FFFFFFF - entry).to(tl.int64)
+
+
+@triton.jit
+def _marked(passed):
+    """[rows, at most 16 cols] bool -> the columns of each row that passed as bits, and how many."""
+    col = tl.arange(0, passed.shape[1])[None, :]
+    both = tl.sum(passed.to(tl.int32) * (65536 + (1 << col)), axis=1)
+    return both & 0xFFFF, both >> 16
+
+
+@triton.jit
+def _lowest(bits):
+    """The number of the lowest bit that is set: the exponent of its value."""
+    return ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def _candidates(
+    scores, maxima, groups, near, visible, group_count, k,
+    GROUP: tl.constexpr, COARSE: tl.constexpr, FOLDS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    block, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    visible = (tl.load(rows + token) + 1) // RATIO
-    entry = block * BLOCK + tl.arange(0, BLOCK)
-    score = tl.load(scores + token * most + entry, mask=entry < visible, other=-float("inf"))
-    key = sortable(score)
-    passed = (key >= tl.load(bound + token)) & (entry < visible)
-    count = passed.to(tl.int32)
+    """Gather what may be among the best k at `near`, in no order; how many.
+
+    groups: room for the numbers of the groups in which they are.
+    """
+    # A row has one of every COARSE groups: all rows have some, also when few are visible.
+    i = tl.arange(0, COARSE)
+    group = tl.arange(0, FOLDS)[None, :] * COARSE + i[:, None]
+    key = sortable(tl.load(maxima + group, mask=group < group_count, other=-float("inf")))
+    low = _bound(tl.max(key, axis=1), k)
+    bits, count = _marked((key >= low) & (group * GROUP < visible))
     place = tl.cumsum(count, axis=0) - count
-    amount = tl.sum(count, axis=0)
-    if amount > 0:
-        first = tl.atomic_add(found + token, amount)
-        # Of equal scores the lower position is the larger number.
-        packed = (key.to(tl.int64) << 32) | (0x7FFFFFFF - entry).to(tl.int64)
-        tl.store(candidates + token * room + first + place, packed, mask=passed)
+    for _ in range(tl.max(count, axis=0)):
+        tl.store(groups + place, _lowest(bits) * COARSE + i, mask=bits != 0)
+        bits, place = bits & (bits - 1), place + 1
+    tl.debug_barrier()
+
+    PART: tl.constexpr = min(GROUP, 16)
+    PARTS: tl.constexpr = GROUP // PART
+    parts = tl.sum(count, axis=0) * PARTS
+    found = tl.full([], 0, tl.int32)
+    for first in range(0, parts, TILE):
+        part = first + tl.arange(0, TILE)
+        own = tl.load(groups + part // PARTS, mask=part < parts, other=0)
+        begin = own * GROUP + part % PARTS * PART
+        entry = begin[:, None] + tl.arange(0, PART)[None, :]
+        seen = (part < parts)[:, None] & (entry < visible)
+        score = tl.load(scores + entry, mask=seen, other=-float("inf"))
+        chosen, amount = _marked(seen & (sortable(score) >= low))
+        at = found + tl.cumsum(amount, axis=0) - amount
+        for _ in range(tl.max(amount, axis=0)):
+            best = begin + _lowest(chosen)
+            again = tl.load(scores + best, mask=chosen != 0, other=0.0)
+            tl.store(near + at, _packed(again, best), mask=chosen != 0)
+            chosen, at = chosen & (chosen - 1), at + 1
+        found += tl.sum(amount, axis=0)
+    tl.debug_barrier()
+    return found
 
 
 @triton.jit
-def _store_best(own, count, picks, SIZE: tl.constexpr, K: tl.constexpr):
-    """Sort `count` candidates, at most SIZE, and store the positions of the best K."""
-    i = tl.arange(0, SIZE)
-    smallest = tl.full([SIZE], -0x7FFFFFFFFFFFFFFF - 1, tl.int64)
-    best = tl.load(own + i, mask=i < count, other=-0x7FFFFFFFFFFFFFFF - 1)
+def _store_best(best, picks, K: tl.constexpr):
+    """Sort packed candidates and store the positions of the best K; -1 where there are fewer."""
+    smallest = -0x7FFFFFFFFFFFFFFF - 1
     best = tl.sort(best, descending=True)
     position = (0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
+    i = tl.arange(0, best.shape[0])
     tl.store(picks + i, tl.where(best == smallest, -1, position), mask=i < K)
 
 
 @triton.jit
-def _choose(
-    candidates, found, picks, room, k, SORTED: tl.constexpr, K: tl.constexpr
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    count = tl.load(found + token)
-    own = candidates + token * room
-    if count > SORTED:
-        # The k-th largest number, bit by bit from the top; all numbers differ.
-        i = tl.arange(0, SORTED)
-        low = tl.full([], -0x7FFFFFFFFFFFFFFF - 1, tl.int64)
-        for step in range(64):
-            middle = low + (tl.full([], 1, tl.int64) << (63 - step))
-            above = tl.zeros([SORTED], tl.int32)
-            for first in range(0, count, SORTED):
-                value = tl.load(own + first + i, mask=first + i < count, other=0)
-                above += ((value >= middle) & (first + i < count)).to(tl.int32)
-            low = tl.where(tl.sum(above, axis=0) >= k, middle, low)
-        kept = tl.full([], 0, tl.int32)
+def _reduced(own, count, k, SORTED: tl.constexpr):
+    """Leave those of `count` packed candidates that are among the best k; how many there are."""
+    # The k-th largest number, bit by bit from the top; all numbers differ.
+    i = tl.arange(0, SORTED)
+    low = tl.full([], -0x7FFFFFFFFFFFFFFF - 1, tl.int64)
+    for step in range(64):
+        middle = low + (tl.full([], 1, tl.int64) << (63 - step))
+        above = tl.zeros([SORTED], tl.int32)
         for first in range(0, count, SORTED):
             value = tl.load(own + first + i, mask=first + i < count, other=0)
-            chosen = (value >= low) & (first + i < count)
-            tl.debug_barrier()  # all of this piece is read before its front part is overwritten
-            place = kept + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-            tl.store(own + place, value, mask=chosen)
-            kept += tl.sum(chosen.to(tl.int32), axis=0)
-        tl.debug_barrier()
-        count = kept
-    if count <= SORTED // 2:  # as nearly always: a sort of half as many takes half as long
-        _store_best(own, count, picks + token * K, SORTED // 2, K)
+            above += ((value >= middle) & (first + i < count)).to(tl.int32)
+        low = tl.where(tl.sum(above, axis=0) >= k, middle, low)
+    kept = tl.full([], 0, tl.int32)
+    for first in range(0, count, SORTED):
+        value = tl.load(own + first + i, mask=first + i < count, other=0)
+        chosen = (value >= low) & (first + i < count)
+        tl.debug_barrier()  # all of this piece is read before its front part is overwritten
+        place = kept + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+        tl.store(own + place, value, mask=chosen)
+        kept += tl.sum(chosen.to(tl.int32), axis=0)
+    tl.debug_barrier()
+    return kept
+
+
+@triton.jit
+def _choose(
+    scores, maxima, groups, candidates, picks, rows, most, group_count, k,
+    RATIO: tl.constexpr, GROUP: tl.constexpr, COARSE: tl.constexpr, FOLDS: tl.constexpr,
+    TILE: tl.constexpr, SORTED: tl.constexpr, K: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    visible = (tl.load(rows + token) + 1) // RATIO
+    i = tl.arange(0, SORTED)
+    smallest = -0x7FFFFFFFFFFFFFFF - 1
+    if ALL:  # few enough entries to be sorted without a choice
+        score = tl.load(scores + token * most + i, mask=i < visible, other=0.0)
+        best = tl.where(i < visible, _packed(score, i), smallest)
     else:
-        _store_best(own, count, picks + token * K, SORTED, K)
+        near = candidates + token * most
+        count = _candidates(
+            scores + token * most, maxima + token * group_count, groups + token * group_count,
+            near, visible, group_count, k, GROUP, COARSE, FOLDS, TILE,
+        )  # fmt: skip
+        if count > SORTED:
+            count = _reduced(near, count, k, SORTED)
+        best = tl.load(near + i, mask=i < count, other=smallest)
+    _store_best(best, picks + token * K, K)
 
 
 def group_size(most: int) -> int:
     """Entries of one maximum."""
-    few = triton.cdiv(most, 16384)
-    return triton.next_power_of_2(max(few, min(16, triton.cdiv(most, 2048))))
+    few = triton.cdiv(most, COARSE)
+    return triton.next_power_of_2(max(min(few, 16), triton.cdiv(most, MOST_GROUPS)))
 
 
 @register("index_scores_paged", "triton")
@@ -219,7 +283,7 @@ def index_scores_paged(
     """
     tokens, heads, dim = query.shape
     assert dim <= 128 and dim % 32 == 0  # noqa: PT018
-    most = triton.cdiv(most_entries, COLLECT) * COLLECT
+    most = triton.cdiv(most_entries, ROUNDED) * ROUNDED
     group = group_size(most)
     scores = torch.empty(tokens, most, dtype=torch.float32, device=query.device)
     maxima = torch.empty(tokens, most // group, dtype=torch.float32, device=query.device)
@@ -245,23 +309,14 @@ def topk_positions(
     """
     tokens, most = scores.shape
     groups = maxima.shape[1]
-    assert k <= SORTED // 2 and groups <= MOST_GROUPS  # noqa: PT018
-    bound = torch.empty(tokens, dtype=torch.int32, device=scores.device)
-    found = torch.empty(tokens, dtype=torch.int32, device=scores.device)
-    candidates = torch.empty(tokens, most, dtype=torch.int64, device=scores.device)
+    group, room = most // groups, triton.next_power_of_2(groups)
+    assert k <= SORTED and groups <= MOST_GROUPS and groups * group == most  # noqa: PT018
     picks = torch.empty(tokens, k, dtype=torch.int32, device=scores.device)
-    _threshold[(tokens,)](
-        maxima,
-        bound,
-        found,
-        groups,
-        k,
-        GROUPS=max(32, triton.next_power_of_2(groups)),
-        num_warps=1 if groups <= FEW_GROUPS else 4,
-    )
-    _collect[(triton.cdiv(most, COLLECT), tokens)](
-        scores, bound, found, candidates, rows, most, most, RATIO=ratio, BLOCK=COLLECT,
-        num_warps=4,
+    passed = torch.empty(tokens, groups, dtype=torch.int32, device=scores.device)
+    candidates = torch.empty(tokens, most, dtype=torch.int64, device=scores.device)
+    _choose[(tokens,)](
+        scores, maxima, passed, candidates, picks, rows, most, groups, k, RATIO=ratio, GROUP=group,
+        COARSE=min(COARSE, room), FOLDS=max(1, room // COARSE), TILE=TILE,
+        SORTED=SORTED, K=k, ALL=most <= SORTED, num_warps=CHOICE_WARPS,
     )  # fmt: skip
-    _choose[(tokens,)](candidates, found, picks, most, k, SORTED=SORTED, K=k, num_warps=8)
     return picks

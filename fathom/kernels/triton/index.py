@@ -58,6 +58,20 @@ def _fetched(
 
 
 @triton.jit
+def _store_by_warps(at, value):
+    """Store numbers [n]. Each of four warps has a quarter of them, as of the rows of a matrix
+    product: in lines as long as a warp they stay there, without an exchange among warps.
+    """
+    EACH: tl.constexpr = value.shape[0] // 4
+    if EACH > 0:
+        value = tl.broadcast_to(tl.reshape(value, [4, 1, EACH]), [4, 32 // EACH, EACH])
+        warp, lane = tl.arange(0, 4)[:, None], tl.arange(0, 32)[None, :]
+        tl.store(at + warp * EACH + lane, tl.reshape(value, [4, 32]), mask=lane < EACH)
+    else:
+        tl.store(at + tl.arange(0, value.shape[0]), value)
+
+
+@triton.jit
 def _scores(
     query, weights, weights_stride, weights_first, rows, tokens, pool, page_stride, index_offset,
     table, pages, scores, maxima, most, factor,
@@ -101,9 +115,9 @@ def _scores(
         if FP8:  # a scale is positive, so it may wait until here
             value *= scale
         value = tl.where(block * BLOCK + inside < visible, value, -float("inf"))
-        tl.store(value_at + block * BLOCK + inside, value)
+        _store_by_warps(value_at + block * BLOCK, value)
         largest = tl.max(tl.reshape(value, [BLOCK // GROUP, GROUP]), axis=1)
-        tl.store(group_at + block * (BLOCK // GROUP) + group, largest)
+        _store_by_warps(group_at + block * (BLOCK // GROUP), largest)
         codes, scale = next_codes, next_scale
     unseen = first + tl.cdiv(tl.maximum(tl.cdiv(visible, BLOCK) - first, 0), step) * step
     for block in range(unseen, most // BLOCK, step):

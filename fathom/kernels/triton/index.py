@@ -1,15 +1,15 @@
 """The lightning indexer over paged FP4 or FP8 keys, and the choice of the best entries without
 full sorts.
 
-Four launches. `_scores` also keeps the largest score of every small group of entries. There are at
-least k scores not below the k-th largest of those maxima, so `_threshold`, which looks at the
-maxima alone, bounds the answer from below; about k entries pass it, and `_collect` gathers them.
-`_choose` sorts what was gathered as 64-bit numbers, score first and then the lower position: exact,
-also for ties, whatever order they were gathered in. Where very many pass (they sit in few groups),
-`_choose` first raises the bound bit by bit.
+Two launches. `_scores` also keeps the largest score of every small group of entries. `_choose`, one
+program for a token, looks at those maxima alone for a number that at least k of them reach, and few
+more: so many scores do, and the best k are among the scores that do. Only the groups that reach it
+are read. What passes, about k entries, is sorted as 64-bit numbers, score first and then the lower
+position: exact, also for ties, whatever order they were gathered in. Where very many pass (of equal
+scores, say), the bound is first raised bit by bit.
 
 Bytes for one token at 1M tokens: 262,144 keys of 68 bytes as FP4, 17.8 MB, of 132 as FP8, 34.6 MB;
-scores 1 MB written and read.
+scores 1 MB written, maxima of 16 scores 64 KB written and read.
 
 Paper: §2.3.1, eq. 13-17; §3.4 (FP4 indexer).
 """
@@ -272,9 +272,12 @@ def _choose(
 
 
 def group_size(most: int) -> int:
-    """Entries of one maximum."""
-    few = triton.cdiv(most, COARSE)
-    return triton.next_power_of_2(max(min(few, 16), triton.cdiv(most, MOST_GROUPS)))
+    """Entries of one maximum, so few that a step's choice among them is narrow.
+
+    A graph serves steps that see from a quarter of `most` entries on: those then have 1,024 groups.
+    """
+    enough = min(16, triton.cdiv(most, 2 * COARSE))
+    return triton.next_power_of_2(max(enough, triton.cdiv(most, MOST_GROUPS)))
 
 
 @register("index_scores_paged", "triton")

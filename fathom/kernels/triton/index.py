@@ -24,7 +24,7 @@ from fathom.kernels.registry import register
 from fathom.kernels.triton import index_keys
 
 BLOCK = 64  # entries that _scores takes at once
-PROGRAMS = 512
+PROGRAMS = 512  # of one token's scores, at most: four for each of about 130 multiprocessors
 SCORE_WARPS, STAGES = 4, 1
 ROUNDED = 1024  # of which the room for scores is a multiple
 COARSE = 2048  # numbers among which _choose looks for its bound

@@ -4,8 +4,8 @@
 registers, multiplies them with the next site's `fn`; programs own slices of the hidden dimension.
 `_read` adds those partial products in a fixed order, reads the next sublayer's input out of the
 streams and normalises it, and in a second program runs Sinkhorn. It is alone on the device and
-waits for memory once: all its loads stand before its first sum. The output head reads the streams in
-the same way with `_merge`.
+waits for memory once: all its loads stand before its first sum. The output head reads the streams
+in the same way with `_merge`.
 
 Bytes for one token of V4-Flash: fn 24 x 16384 x 4 = 1.5 MB, streams 3 x 32 KB.
 

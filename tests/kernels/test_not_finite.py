@@ -111,9 +111,7 @@ def test_mhc_boundary(backend: str, op: str, what: str) -> None:
 
     def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         own, rest = (x, kwargs) if what == "streams" else (streams, {**kwargs, what: x})
-        new, *others = operation(op)(
-            own, *site, iterations=20, eps=1e-6, norm_eps=1e-6, **rest
-        )
+        new, *others = operation(op)(own, *site, iterations=20, eps=1e-6, norm_eps=1e-6, **rest)
         return (new[:, :, 3], *others)
 
     at = {"streams": (2, 3), "y": 3, "pairs": (1, 3)}[what]
@@ -239,7 +237,10 @@ def only_this_entry(
     assert own.isnan().all()
     assert torch.equal(others, stored(clean.pool[page], clean.page_entries, place, S)[1])
     if form is not None:
-        keys, before = keys_of(found.pool[page], found, form), keys_of(clean.pool[page], clean, form)
+        keys, before = (
+            keys_of(found.pool[page], found, form),
+            keys_of(clean.pool[page], clean, form),
+        )
         assert keys[place].isnan().all()
         rest = torch.arange(len(keys), device=DEVICE) != place
         assert torch.equal(keys[rest], before[rest])

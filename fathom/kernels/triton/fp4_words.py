@@ -4,8 +4,8 @@ Codes become BF16 (or float32) in registers, in an order that suits the operand 
 there: of every 128 columns, those of the lowest place in a word of eight codes first, and words so
 that a thread of the matrix units has one of each four. Inputs lie in the same order.
 
-In BF16 a scale may be 2**-71 to 2**63 (bytes 56 to 190): codes of smaller ones become zero, of
-larger ones infinity (and NaN, where they are zero). In float32 any scale is exact, and NaN stays NaN.
+In BF16 a scale may be 2**-67 to 2**63 (bytes 60 to 190): with smaller ones codes become zero, with
+larger ones infinity, or NaN where they are zero. In float32 every scale is exact.
 
 Paper: §3.4 (FP4 experts and indexer).
 """

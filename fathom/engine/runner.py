@@ -65,7 +65,6 @@ class Runner(Protocol):
         """With `export`: entries picked, [layers, rows, index_topk] int32, -1 = none."""
         ...
 
-
     def close(self) -> None:
         """Let go of what only running needs; a runner that runs again makes it anew."""
         ...

@@ -9,6 +9,7 @@ Paper: §5.3.1 (evaluation samples at temperature 1.0).
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -198,7 +199,7 @@ class Sampler:
     def _told(self, summary: np.ndarray) -> Drawn:
         """What a summary says; summary: [6]."""
         high, best, normal, drawn, logit, _ = summary.tolist()
-        if not np.isfinite(high):
+        if not math.isfinite(high):
             raise GenerationError(NOT_FINITE)
         if self.params.temperature == 0:
             drawn, logit = best, high

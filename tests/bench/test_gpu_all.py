@@ -81,3 +81,9 @@ def test_its_own_parts() -> None:
                 assert (gpu_all.CHECKOUT / word).is_file()
     with pytest.raises(SystemExit):
         gpu_all.main(["somewhere", "--only", "nothing"])
+
+
+def test_the_limits_of_all_parts_fit() -> None:
+    alone = sum(part.limit for part in gpu_all.PARTS if part.alone)
+    together = max(part.limit for part in gpu_all.PARTS if not part.alone)
+    assert alone + together + gpu_all.END <= gpu_all.SECONDS

@@ -95,7 +95,11 @@ def test_the_whole_way_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_the_whole_way_of_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, value in {"CONTEXT": 9, "BATCHES": (2,), "PROMPTS": (9,)}.items():
+    """But for the compilation, which tests/kernels/test_ahead.py knows."""
+    for name, value in {
+        "CONTEXT": 9, "BATCHES": (2,), "SAMPLED": 3, "PROMPTS": (9,),
+        "compile_ahead": lambda tell: tell("kernels: none here"),
+    }.items():  # fmt: skip
         monkeypatch.setattr(bench_gpu_engine, name, value)
     drafting = stored_model(num_nextn_predict_layers=1)
     monkeypatch.setattr("fathom.checkpoint.load_model", lambda *_, **__: drafting)
@@ -105,5 +109,9 @@ def test_the_whole_way_of_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     report = json.loads(out.read_text())
-    assert [(row["batch"], row["drafts"]) for row in report["decode"]] == [(2, 0), (2, 0), (1, 1)]
+    rows = [(row["batch"], row["temperature"], row["drafts"]) for row in report["decode"]]
+    assert rows == [(2, 0.0, 0), (3, 1.0, 0), (2, 0.0, 0), (3, 1.0, 0), (1, 0.0, 1)]
+    told = [line for line in result.stderr.splitlines() if " s  " in line]
+    assert "none here" in told[1]
+    assert sum(" a step " in line or " one chunk " in line for line in told) == 6
     assert [row["rows"] for row in report["prompts"]] == [8, 64, 0] * 2

@@ -21,7 +21,8 @@ from fathom.kernels.triton import (
     entries,
     index,
 )
-from tests.kernels.sass import Launch, examine, listing, recorded
+from fathom.kernels.triton.ahead import Launch, recorded
+from tests.kernels.sass import examine, listing
 
 BF16, U8 = torch.bfloat16, torch.uint8
 HIDDEN, INNER, EXPERTS, HEADS, HEAD_DIM = 4096, 2048, 8, 64, 512

@@ -81,6 +81,8 @@ def compile_ahead(tell: Callable[[str], None]) -> None:
             tell(f"kernels: {error}")
     except Exception as error:
         tell(f"kernels: not compiled ahead: {error!r}")
+        for worker in multiprocessing.active_children():  # one that hangs must not be waited for
+            worker.kill()
     finally:
         pool.shutdown(cancel_futures=True)
 

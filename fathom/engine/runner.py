@@ -82,6 +82,14 @@ class Summarising(Protocol):
         """As `head` of Runner, likewise."""
         ...
 
+    def draft_summarised(
+        self, batch: Batch, given: list[int], which: list[int], wanted: Sequence[Wanted]
+    ) -> Summarised:
+        """As `draft` of Runner, from the streams of rows `given` of whatever ran last; of its own
+        rows those that `which` says.
+        """
+        ...
+
 
 class Summarised(NamedTuple):
     """hidden: [rows, hidden], or None where no row wanted it; logits: [vocab] of each row, or None
@@ -106,6 +114,16 @@ def head_summarised(runner: Runner, hidden: np.ndarray, wanted: Sequence[Wanted]
     if isinstance(runner, Summarising):
         return runner.head_summarised(hidden, wanted)
     return Summarised(hidden, runner.head(hidden), None)
+
+
+def draft_summarised(
+    runner: Runner, batch: Batch, given: list[int], which: list[int], wanted: Sequence[Wanted]
+) -> Summarised:
+    """The MTP block behind rows of whatever ran last: what is wanted of some of its rows."""
+    if isinstance(runner, Summarising):
+        return runner.draft_summarised(batch, given, which, wanted)
+    logits = runner.draft(batch, np.stack([runner.streams(row) for row in given]))
+    return Summarised(None, logits[which], None)
 
 
 def make_runner(model: Transformer | StoredModel, memory: Memory, max_rows: int) -> Runner:

@@ -205,8 +205,16 @@ class Sampler:
             drawn, logit = best, high
         return Drawn(token=int(drawn), logprob=logit - normal)
 
-    def guess(self, logits: np.ndarray, ahead: int) -> int:
-        """The token that these logits [vocab] would give `ahead` draws after the next one."""
+    def guess(
+        self, logits: np.ndarray | None, ahead: int, summary: np.ndarray | None = None
+    ) -> int:
+        """The token that these logits [vocab] would give `ahead` draws after the next one.
+
+        summary: [6], as for `pick`.
+        """
+        if logits is None:
+            assert summary is not None
+            return int(summary[1] if self.params.temperature == 0 else summary[3])
         return self._choose(self._shaped(logits, None), ahead)
 
     def _shaped(self, logits: np.ndarray, mask: TokenMask | None) -> np.ndarray:

@@ -148,14 +148,25 @@ class StoredRunner:
 
         Returns logits [rows, vocab] float32; `streams` of its rows are then the block's own.
         """
-        given = self._upload(torch.from_numpy(streams))
-        self._given[: len(given)] = given
+        self._draft(batch, self._upload(torch.from_numpy(streams)))
+        return self._read_whole(list(range(len(streams))), self._stored.mtp[0].merge)[1]
+
+    @torch.inference_mode()
+    def draft_summarised(
+        self, batch: Batch, given: list[int], which: list[int], wanted: Sequence[Wanted]
+    ) -> Summarised:
+        """The same from the streams of rows that are here already."""
+        rows = self._upload(torch.tensor(given))
+        self._draft(batch, self._streams.index_select(0, rows))
+        return self._read(which, wanted, self._stored.mtp[0].merge)
+
+    def _draft(self, batch: Batch, streams: torch.Tensor) -> None:
+        self._given[: len(streams)] = streams
         spans, row = [], 0
         for piece in batch.pieces:
             spans.append(Span(piece, 0, len(piece.tokens), row))
             row += len(piece.tokens)
         self._steps(spans, self._draft_step)
-        return self._read_whole(list(range(row)), self._stored.mtp[0].merge)[1]
 
     @torch.inference_mode()
     def logits(self, which: list[int]) -> tuple[np.ndarray, np.ndarray]:

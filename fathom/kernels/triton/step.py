@@ -145,6 +145,7 @@ def _choice(
     largest = tl.max(high, axis=0)
     place = tl.load(places + at, mask=live, other=0)
     place = tl.min(tl.where((high == largest) & live, place, vocab), axis=0)
+    place = tl.minimum(place, vocab - 1)  # among NaN none is the largest; a draft looks it up
     total = tl.sum(tl.load(sums + at, mask=live, other=0.0), axis=0)
     finite = total == total  # a NaN among the logits, or an infinity, makes the sum one
     highest = tl.where(finite, largest, float("nan")).to(tl.float64)

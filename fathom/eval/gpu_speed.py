@@ -27,9 +27,9 @@ from fathom.model.stored_work import Chunk, Step
 from fathom.quant import kv_pack
 from fathom.quant.kv_pack import IndexerFormat
 
-_head_logits = operation("head_logits")
 _index_scores_paged = operation("index_scores_paged")
 _topk_positions = operation("topk_positions")
+_head_logits = operation("head_logits")
 
 SLABS_AT_ONCE = 256  # of a cache that are drawn together
 

@@ -80,7 +80,9 @@ class Model:
         context: int,
         head: torch.Tensor | None = None,
     ) -> Model:
-        """For one token behind `context` - 1 others, which chooses as many experts as any."""
+        """For one token behind `context` - 1 others, which chooses as many experts as any. head:
+        [vocab, hidden].
+        """
         found = cls(config, context, cache.key_format)
         share = config.num_experts_per_tok / config.n_routed_experts
         for layer in layers:

@@ -322,8 +322,8 @@ def writing(
     streams: torch.Tensor,
     out: torch.Tensor | None = None,
 ) -> Callable[[], None]:
-    """A call of all layers with the last one's write into `out`, [tokens, streams, hidden] as the
-    given streams.
+    """A call of all layers with the last one's write. streams: [tokens, streams, hidden]; out:
+    [rows, streams, hidden], of which the first tokens' are written, by default new memory.
     """
     target = torch.empty_like(streams) if out is None else out
     places = torch.arange(len(streams), dtype=torch.int32, device="cuda")

@@ -29,61 +29,97 @@ from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
 from fathom.kernels.triton.chunk_linear import FEW, chunk_linear, float_product, rounded_rows
 from fathom.kernels.triton.few_experts import stored_moe
-from fathom.kernels.triton.fp4_words import factors_of_words, ordered, settled, unpacked
+from fathom.kernels.triton.fp4_words import factors_of_words, ordered, unpacked
 
-ROWS, TOKENS = 128, 256  # of one program's tile
+HALF, TOKENS = 128, 128  # half of the rows and all pairs of one program's tile
 WARPS, STAGES = 8, 3
 
 
 @triton.jit
-def _grouped(
-    x, codes, scale, out, order, starts, tile_expert, tile_first, rows, out_stride, experts,
-    SCATTER: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    BF16: tl.constexpr,
+def _weight(words, scales, BF16: tl.constexpr):
+    """128 columns of rows whose words and scales are pointed to, as an operand in registers."""
+    return unpacked(ordered(tl.load(words)), factors_of_words(tl.load(scales), BF16), BF16)
+
+
+@triton.jit
+def _products(
+    x, first, words, scales, out, live, HALF: tl.constexpr, COLS: tl.constexpr,
+    TOKENS: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """out[place] = x[place] times the expert's matrix [rows, COLS]; a place is a pair's in the
-    order by expert. SCATTER: out[pair] instead. x: a descriptor of [pairs, COLS], of tiles
-    [TOKENS, 128].
+    """Store the products of TOKENS inputs from `first` on with twice HALF rows.
+
+    words, scales: pointers [HALF, 16] and [HALF] to the first rows; out: pointers [TOKENS] to each
+    one's first result. The halves have sums of their own, so that one half's products run while the
+    other's operand is unpacked.
 
     COLS is a constant for speed: with a loop that might not run at all, the assembler would wait
     for every product before it issues the next.
+    """
+    low_words, low_scales = words + HALF * (COLS // 8), scales + HALF * (COLS // 128)
+    high = tl.zeros([HALF, TOKENS], tl.float32)
+    low = tl.zeros([HALF, TOKENS], tl.float32)
+    for k in range(COLS // 128):
+        # Behind the expert's last place are another's inputs: their products are not stored.
+        value = tl.trans(x.load([first, k * 128]))
+        weight = _weight(words + k * 16, scales + k, BF16)
+        high = tl.dot(weight, value, high, input_precision="ieee")
+        weight = _weight(low_words + k * 16, low_scales + k, BF16)
+        low = tl.dot(weight, value, low, input_precision="ieee")
+    if BF16:
+        high *= 4611686018427387904.0  # 2**62
+        low *= 4611686018427387904.0
+    at = out[:, None] + tl.arange(0, HALF)[None, :]
+    tl.store(at, tl.trans(high.to(out.dtype.element_ty)), mask=live[:, None])
+    tl.store(at + HALF, tl.trans(low.to(out.dtype.element_ty)), mask=live[:, None])
+
+
+@triton.jit
+def _grouped(
+    x, few_x, codes, scale, out, order, starts, tile_expert, tile_first, rows, out_stride, experts,
+    SCATTER: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, TOKENS: tl.constexpr,
+    BF16: tl.constexpr,
+):  # fmt: skip
+    """out[place] = x[place] times the expert's matrix [rows, COLS]; a place is a pair's in the
+    order by expert. SCATTER: out[pair] instead. x, few_x: descriptors of [pairs, COLS], of tiles
+    [TOKENS, 128] and of half as many pairs, which the last tile of an expert may do with.
     """
     # Row blocks of one tile follow one another, since they read the same inputs.
     block, tile = tl.program_id(0), tl.program_id(1)
     expert = tl.load(tile_expert + tile)
     if expert < experts:
         first = tl.load(tile_first + tile)
-        row, place = tl.arange(0, ROWS), tl.arange(0, TOKENS)
-        start = expert.to(tl.int64) * rows + block * ROWS
+        row = tl.arange(0, HALF)
+        start = expert.to(tl.int64) * rows + block * 2 * HALF
         words = codes.to(tl.pointer_type(tl.int32)) + start * (COLS // 8)
         words = words + row[:, None] * (COLS // 8) + tl.arange(0, 16)[None, :]
         scales = scale.to(tl.pointer_type(tl.int32)) + start * (COLS // 128)
         scales = scales + row * (COLS // 128)
-        total = tl.zeros([ROWS, TOKENS], tl.float32)
-        for k in range(COLS // 128):
-            word = ordered(tl.load(words + k * 16))
-            factor = factors_of_words(tl.load(scales + k), BF16)
-            weight = unpacked(word, factor, BF16)
-            # Behind the expert's last place are another's inputs: their products are not stored.
-            value = x.load([first, k * 128])
-            total = tl.dot(weight, tl.trans(value), total, input_precision="ieee")
-            total = settled(total, BF16)
-        if BF16:
-            total *= 4611686018427387904.0  # 2**62
-        place += first
-        live = place < tl.load(starts + expert + 1)
-        target = place
-        if SCATTER:
-            target = tl.load(order + place, mask=live, other=0)
-        own = block * ROWS + row
-        at = out + target[:, None].to(tl.int64) * out_stride + own[None, :]
-        tl.store(at, tl.trans(total.to(out.dtype.element_ty)), mask=live[:, None])
+        last = tl.load(starts + expert + 1)
+        own = out + block * 2 * HALF
+        if last - first > TOKENS // 2:
+            place = first + tl.arange(0, TOKENS)
+            live = place < last
+            target = place
+            if SCATTER:
+                target = tl.load(order + place, mask=live, other=0)
+            at = own + target.to(tl.int64) * out_stride
+            _products(x, first, words, scales, at, live, HALF, COLS, TOKENS, BF16)
+        else:
+            few_place = first + tl.arange(0, TOKENS // 2)
+            few_live = few_place < last
+            few_target = few_place
+            if SCATTER:
+                few_target = tl.load(order + few_place, mask=few_live, other=0)
+            few_at = own + few_target.to(tl.int64) * out_stride
+            _products(
+                few_x, first, words, scales, few_at, few_live, HALF, COLS, TOKENS // 2, BF16
+            )
 
 
 @triton.jit
 def _swiglu_rounded(
     both, weights, order, out, groups, limit,
-    WEIGHED: tl.constexpr, PLANES: tl.constexpr, GROUPS: tl.constexpr,
+    WEIGHED: tl.constexpr, ORDER: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Rows of gate | up -> silu(min(gate, limit)) * clamp(up) * weight, rounded to FP8."""
     row = tl.program_id(0).to(tl.int64)
@@ -96,7 +132,7 @@ def _swiglu_rounded(
     if WEIGHED:
         values *= tl.load(weights + tl.load(order + row))
     values = values.to(out.dtype.element_ty).to(tl.float32)
-    f.store_groups(out + row * groups * 128, f.round_group(values), group, live, PLANES)
+    f.store_groups(out + row * groups * 128, f.round_group(values), group, live, ORDER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +182,14 @@ def grouped_fp4(
     codes: [experts, rows, cols / 2] uint8; scale: [experts, rows, cols / 32] uint8; out: [tokens,
     rows], rows apart by any stride, one for each pair by place or (scatter) by pair.
     """
-    experts, rows, half = codes.shape
+    experts, rows, half_cols = codes.shape
     small = x.dtype == torch.float32
-    tile = min(64, rows) if small else ROWS
-    _grouped[(rows // tile, len(plan.tile_expert))](
-        TensorDescriptor.from_tensor(x, [plan.tile_tokens, 128]), codes, scale, out, plan.order,
-        plan.starts, plan.tile_expert, plan.tile_first, rows, out.stride(0), experts,
-        SCATTER=scatter, COLS=2 * half, ROWS=tile, TOKENS=plan.tile_tokens, BF16=not small,
-        num_warps=WARPS, num_stages=STAGES,
+    half = min(32 if small else HALF, (rows & -rows) // 2)
+    tiles = [TensorDescriptor.from_tensor(x, [n, 128]) for n in (plan.tile_tokens, plan.tile_tokens // 2)]
+    _grouped[(rows // (2 * half), len(plan.tile_expert))](
+        *tiles, codes, scale, out, plan.order, plan.starts, plan.tile_expert, plan.tile_first,
+        rows, out.stride(0), experts, SCATTER=scatter, HALF=half, COLS=2 * half_cols,
+        TOKENS=plan.tile_tokens, BF16=not small, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
 
 
@@ -170,7 +206,8 @@ def _rounded_act(
     out = torch.empty(rows, cols, dtype=both.dtype, device=both.device)
     _swiglu_rounded[(rows,)](
         both, weights if weights is not None else both, order if order is not None else both, out,
-        cols // 128, limit, WEIGHED=weights is not None, PLANES=weights is not None,
+        cols // 128, limit, WEIGHED=weights is not None,
+        ORDER="columns" if weights is None else "ordered",
         GROUPS=triton.next_power_of_2(cols // 128), num_warps=4,
     )  # fmt: skip
     return out

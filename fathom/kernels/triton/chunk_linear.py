@@ -36,7 +36,7 @@ SCALES_ALIGNED = 4  # it wants a row of scales to be a multiple of this
 @triton.jit
 def _round_rows(
     x, x_stride, source, norm, out, groups, eps,
-    NORM: tl.constexpr, SOURCE: tl.constexpr, PLANES: tl.constexpr, GROUPS: tl.constexpr,
+    NORM: tl.constexpr, SOURCE: tl.constexpr, ORDER: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     group, col = tl.arange(0, GROUPS), tl.arange(0, 128)
@@ -51,7 +51,7 @@ def _round_rows(
         weight = tl.load(norm + at, mask=live[:, None], other=0.0).to(tl.float32)
         values = values * (1.0 / tl.sqrt(mean + eps)) * weight
         values = values.to(x.dtype.element_ty).to(tl.float32)
-    f.store_groups(out + row * groups * 128, f.round_group(values), group, live, PLANES)
+    f.store_groups(out + row * groups * 128, f.round_group(values), group, live, ORDER)
 
 
 @triton.jit
@@ -112,7 +112,8 @@ def rounded_rows(
     _round_rows[(tokens,)](
         x, x.stride(0), source if source is not None else x, norm if norm is not None else x, out,
         groups, norm_eps,
-        NORM=norm is not None, SOURCE=source is not None, PLANES=planes,
+        NORM=norm is not None, SOURCE=source is not None,
+        ORDER="ordered" if planes else "columns",
         GROUPS=triton.next_power_of_2(groups), num_warps=ROUNDED_ROWS,
     )  # fmt: skip
     return out

@@ -1,8 +1,10 @@
 """Words of eight FP4 codes on their way into the matrix units.
 
 Codes become BF16 (or float32) in registers, in an order that suits the operand which may come from
-there: of every 128 columns, those of the lowest place in a word of eight codes first, and words so
-that a thread of the matrix units has one of each four. Inputs lie in the same order.
+there: of every 128 columns, those of the lowest place in a word of eight codes first. Inputs lie in
+the same order. Words are taken as they are stored where a thread of the matrix units holds four
+neighbours of the operand, which are then the words of one scale (`stored_factors`), or else so that
+a thread has one of each four (`ordered`, `factors_of_words`).
 
 Paper: §3.4 (FP4 experts and indexer).
 """
@@ -16,22 +18,25 @@ from fathom.kernels.triton import formats as f
 
 
 def _two_places(byte: int) -> str:
-    """The codes in one byte of two words: the low one's and the high one's pair of BF16."""
+    """The codes in one byte of two words: the low one's and the high one's pair of BF16.
+
+    A product puts a code's four bits at 6 to 9 and at 12 to 15 at once: its exponent and mantissa,
+    its sign.
+    """
     return f"""
 prmt.b32 a, $8, $9, 0x{4 + byte}{4 + byte}{byte}{byte};
-shr.b32 t, a, 2;
-shl.b32 s, a, 4;
-and.b32 t, t, 0x01C001C0;
-lop3.b32 t, s, 0x80008000, t, 0xEA;
+and.b32 t, a, 0x000F000F;
+mul.lo.u32 t, t, 0x1040;
+and.b32 t, t, 0x81C081C0;
 mul.rn.bf16x2 ${2 * byte}, t, $10;
-shr.b32 t, a, 6;
-and.b32 t, t, 0x01C001C0;
-lop3.b32 t, a, 0x80008000, t, 0xEA;
+and.b32 t, a, 0x00F000F0;
+mul.lo.u32 t, t, 0x104;
+and.b32 t, t, 0x81C081C0;
 mul.rn.bf16x2 ${2 * byte + 1}, t, $10;"""
 
 
 _PLANES = tl.constexpr(
-    "{\n.reg .b32 a, s, t;" + "".join(_two_places(byte) for byte in range(4)) + "\n}"
+    "{\n.reg .b32 a, t;" + "".join(_two_places(byte) for byte in range(4)) + "\n}"
 )
 
 
@@ -104,6 +109,28 @@ def factors_of_words(scales, BF16: tl.constexpr):
     unit = tl.reshape(unit, [scales.shape[0], 2, 1, 2])
     unit = tl.broadcast_to(unit, [scales.shape[0], 2, 4, 2])
     return tl.reshape(unit, [scales.shape[0], 16])
+
+
+@triton.jit
+def byte_shifts(address, none):
+    """0, 8, 16, 24. address: any pointer; none: zero, though the compiler cannot know.
+
+    For the compiler these numbers were loaded: it leaves an operand in registers only where all
+    that the operand is made of came from memory.
+    """
+    four = tl.arange(0, 4)
+    return tl.load(address + four, mask=four < none, other=8 * four)
+
+
+@triton.jit
+def stored_factors(scales, shifts, BF16: tl.constexpr):
+    """Four scale bytes of each row -> a factor for each of 16 words as stored: [rows, 16].
+
+    shifts: as `byte_shifts` gives them.
+    """
+    factor = _factor((scales[:, None] >> shifts[None, :]) & 0xFF, BF16)
+    factor = tl.broadcast_to(factor[:, :, None], [scales.shape[0], 4, 4])
+    return tl.reshape(factor, [scales.shape[0], 16])
 
 
 @triton.jit

@@ -102,12 +102,14 @@ def prefill_picks(key_format: str) -> None:
 def prefill_experts() -> None:
     pairs = 2048
     plan = chunk_experts.ExpertOrder(
-        integers(pairs), integers(EXPERTS + 1), integers(16), integers(16), chunk_experts.TOKENS
+        integers(pairs), integers(pairs), integers(EXPERTS + 1), integers(16), integers(16),
+        chunk_experts.TOKENS,
     )
     chunk_experts.grouped_fp4(
-        numbers(pairs, HIDDEN, dtype=BF16), numbers(EXPERTS, INNER, HIDDEN // 2, dtype=U8),
-        numbers(EXPERTS, INNER, HIDDEN // 32, dtype=U8), plan, numbers(pairs, INNER, dtype=BF16),
-        scatter=False,
+        numbers(pairs, HIDDEN, dtype=BF16), (
+            numbers(EXPERTS, INNER, HIDDEN // 2, dtype=U8),
+            numbers(EXPERTS, INNER, HIDDEN // 32, dtype=U8),
+        ), plan, numbers(pairs, INNER, dtype=BF16), scatter=False,
     )  # fmt: skip
 
 

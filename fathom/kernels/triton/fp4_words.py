@@ -134,6 +134,23 @@ def stored_factors(scales, shifts, BF16: tl.constexpr):
 
 
 @triton.jit
+def paired(words):
+    """Words [rows, 16] as stored so that a thread of a product's operand that takes two neighbours
+    at a time has the four words of one scale: word 4a + 2b + c goes to place 8b + 2a + c.
+    """
+    words = tl.reshape(words, [words.shape[0], 4, 2, 2])
+    return tl.reshape(tl.permute(words, (0, 2, 1, 3)), [words.shape[0], 16])
+
+
+@triton.jit
+def paired_factors(scales, shifts, BF16: tl.constexpr):
+    """As `stored_factors`, for words as `paired`."""
+    factor = _factor((scales[:, None] >> shifts[None, :]) & 0xFF, BF16)
+    factor = tl.broadcast_to(factor[:, None, :, None], [scales.shape[0], 2, 4, 2])
+    return tl.reshape(factor, [scales.shape[0], 16])
+
+
+@triton.jit
 def settled(total, BF16: tl.constexpr):
     """The same numbers, once the products that make them are complete.
 

@@ -102,7 +102,11 @@ def prefill_picks(key_format: str) -> None:
 def prefill_experts() -> None:
     pairs = 2048
     plan = chunk_experts.ExpertOrder(
-        integers(pairs), integers(pairs), integers(EXPERTS + 1), integers(16), integers(16),
+        integers(pairs),
+        integers(pairs),
+        integers(EXPERTS + 1),
+        integers(16),
+        integers(16),
         chunk_experts.TOKENS,
     )
     chunk_experts.grouped_fp4(

@@ -1,16 +1,16 @@
 """Routed experts in their stored FP4 form, and the shared one, for many tokens.
 
 (token, choice) pairs are sorted by expert, and their inputs, rounded to FP8 (exact in BF16), are
-laid out in that order. A program of `_grouped` owns ROWS rows of one expert's matrix and up to
-TOKENS of its pairs: FP4 codes become BF16 on their way into the matrix units, as the operand that
-may come from registers, so that no widened weight is ever stored and, with at most TOKENS pairs on
-an expert, every code is unpacked once. Columns of inputs are in the order in which codes are
-unpacked: of every 128, those of the lowest place in a word of eight codes first, and words in the
-order that suits the operand's registers.
+laid out in that order, columns in the order in which codes are unpacked (fp4_words.py). A program
+of `_grouped` owns 256 rows of one expert's matrix, in two halves, and up to 128 of its pairs: FP4
+codes become BF16 on their way into the matrix units, as the operand that may come from registers,
+so that no widened weight is ever stored. While the matrix units multiply one half, the other half's
+codes are unpacked. That no register of a product under way is written to meanwhile is not promised
+by anybody; tests/kernels/test_sass.py reads it from the machine code.
 
-FLOP at 8,192 tokens of V4-Flash: 8,192 x 6 x 3 x 2 x 4,096 x 2,048 = 2.5e12, 3.2 ms at 770 TFLOP/s;
-uniform routing gives an expert 192 pairs, which fill three quarters of a tile. Bytes: 3.4 GB of
-weights, 1.1 ms; 2.4 GB of inputs, activations and outputs, 0.8 ms.
+FLOP at 8,192 tokens of V4-Flash: 8,192 x 6 x 3 x 2 x 4,096 x 2,048 = 2.5e12, 3.2 ms at 770 TFLOP/s.
+Uniform routing gives an expert 192 pairs: a tile of 128, then one of 64 or of 128, which are full
+to 86%. Bytes: 3.4 GB of weights, 1.1 ms; 2.4 GB of inputs, activations and outputs, 0.8 ms.
 
 Paper: §2.1 (DeepSeekMoE: sqrt-softplus affinity, hash routing); §3.4 (FP4 experts).
 """
@@ -29,28 +29,28 @@ from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
 from fathom.kernels.triton.chunk_linear import FEW, chunk_linear, float_product
 from fathom.kernels.triton.few_experts import stored_moe
-from fathom.kernels.triton.fp4_words import byte_shifts, paired, paired_factors, unpacked
+from fathom.kernels.triton.fp4_words import factors_of_words, ordered, unpacked
 
 HALF, TOKENS = 128, 128  # half of the rows and all pairs of one program's tile
 WARPS, STAGES = 8, 3
 
 
 @triton.jit
-def _weight(words, scales, shifts, BF16: tl.constexpr):
+def _weight(words, scales, BF16: tl.constexpr):
     """128 columns of rows whose words and scales are pointed to, as an operand in registers."""
-    return unpacked(paired(tl.load(words)), paired_factors(tl.load(scales), shifts, BF16), BF16)
+    return unpacked(ordered(tl.load(words)), factors_of_words(tl.load(scales), BF16), BF16)
 
 
 @triton.jit
 def _products(
-    x, first, words, scales, shifts, out, live, HALF: tl.constexpr, COLS: tl.constexpr,
-    TOKENS: tl.constexpr, BF16: tl.constexpr,
+    x, words, scales, out, out_cols, order, first, last,
+    SCATTER: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, TOKENS: tl.constexpr,
+    BF16: tl.constexpr,
 ):  # fmt: skip
-    """Store the products of TOKENS inputs from `first` on with twice HALF rows.
+    """The products of twice HALF rows with TOKENS inputs from `first` on, stored up to `last`.
 
-    words, scales: pointers [HALF, 16] and [HALF] to the first rows; out: pointers [TOKENS] to each
-    one's first result. The halves have sums of their own, so that one half's products run while the
-    other's operand is unpacked.
+    words, scales: pointers [HALF, 16] and [HALF] to the first rows. The halves have sums of their
+    own, so that one half's products run while the other's operand is unpacked.
 
     COLS is a constant for speed: with a loop that might not run at all, the assembler would wait
     for every product before it issues the next.
@@ -61,14 +61,19 @@ def _products(
     for k in range(COLS // 128):
         # Behind the expert's last place are another's inputs: their products are not stored.
         value = tl.trans(x.load([first, k * 128]))
-        weight = _weight(words + k * 16, scales + k, shifts, BF16)
+        weight = _weight(words + k * 16, scales + k, BF16)
         high = tl.dot(weight, value, high, input_precision="ieee")
-        weight = _weight(low_words + k * 16, low_scales + k, shifts, BF16)
+        weight = _weight(low_words + k * 16, low_scales + k, BF16)
         low = tl.dot(weight, value, low, input_precision="ieee")
     if BF16:
         high *= 4611686018427387904.0  # 2**62
         low *= 4611686018427387904.0
-    at = out[:, None] + tl.arange(0, HALF)[None, :]
+    place = first + tl.arange(0, TOKENS)
+    live = place < last
+    target = place
+    if SCATTER:
+        target = tl.load(order + place, mask=live, other=0)
+    at = out + target[:, None].to(tl.int64) * out_cols + tl.arange(0, HALF)[None, :]
     tl.store(at, tl.trans(high.to(out.dtype.element_ty)), mask=live[:, None])
     tl.store(at + HALF, tl.trans(low.to(out.dtype.element_ty)), mask=live[:, None])
 
@@ -76,7 +81,8 @@ def _products(
 @triton.jit
 def _grouped(
     x, few_x, codes, scale, more_codes, more_scale, out, order, starts, tile_expert, tile_first,
-    rows, out_cols, experts, SCATTER: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, TOKENS: tl.constexpr,
+    rows, out_cols, experts,
+    SCATTER: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, TOKENS: tl.constexpr,
     BF16: tl.constexpr,
 ):  # fmt: skip
     """out[place] = x[place] times the expert's matrix [rows, COLS], and behind that times another's
@@ -88,9 +94,8 @@ def _grouped(
     first_row, tile = tl.program_id(0) * 2 * HALF, tl.program_id(1)
     expert = tl.load(tile_expert + tile)
     if expert < experts:
-        first = tl.load(tile_first + tile)
+        first, last = tl.load(tile_first + tile), tl.load(starts + expert + 1)
         row = tl.arange(0, HALF)
-        shifts = byte_shifts(starts, tl.minimum(expert, 0))
         if first_row >= rows:
             codes, scale = more_codes, more_scale
         start = expert.to(tl.int64) * rows + first_row % rows
@@ -98,26 +103,16 @@ def _grouped(
         words = words + row[:, None] * (COLS // 8) + tl.arange(0, 16)[None, :]
         scales = scale.to(tl.pointer_type(tl.int32)) + start * (COLS // 128)
         scales = scales + row * (COLS // 128)
-        last = tl.load(starts + expert + 1)
-        own = out + first_row
         if last - first > TOKENS // 2:
-            place = first + tl.arange(0, TOKENS)
-            live = place < last
-            target = place
-            if SCATTER:
-                target = tl.load(order + place, mask=live, other=0)
-            at = own + target.to(tl.int64) * out_cols
-            _products(x, first, words, scales, shifts, at, live, HALF, COLS, TOKENS, BF16)
-        else:
-            few_place = first + tl.arange(0, TOKENS // 2)
-            few_live = few_place < last
-            few_target = few_place
-            if SCATTER:
-                few_target = tl.load(order + few_place, mask=few_live, other=0)
-            few_at = own + few_target.to(tl.int64) * out_cols
             _products(
-                few_x, first, words, scales, shifts, few_at, few_live, HALF, COLS, TOKENS // 2, BF16
-            )
+                x, words, scales, out + first_row, out_cols, order, first, last,
+                SCATTER, HALF, COLS, TOKENS, BF16,
+            )  # fmt: skip
+        else:
+            _products(
+                few_x, words, scales, out + first_row, out_cols, order, first, last,
+                SCATTER, HALF, COLS, TOKENS // 2, BF16,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -130,7 +125,7 @@ def _lay_out(x, x_stride, places, out, groups, topk, GROUPS: tl.constexpr):
     values = f.round_group(tl.load(at, mask=live[:, None], other=0.0).to(tl.float32))
     for choice in range(topk):
         place = tl.load(places + row * topk + choice).to(tl.int64)
-        f.store_groups(out + place * groups * 128, values, group, live, "paired")
+        f.store_groups(out + place * groups * 128, values, group, live, "ordered")
 
 
 @triton.jit
@@ -215,9 +210,10 @@ def grouped_fp4(
 ) -> None:
     """Each pair's input times its expert's matrix, or its expert's two matrices.
 
-    x: [pairs, cols], by place, rounded, its columns in the order of planes; matrices: codes
-    [experts, rows, cols / 2] uint8 and scales [experts, rows, cols / 32] uint8, once or twice; out:
-    [pairs, rows] or [pairs, 2 * rows] contiguous, by place or (scatter) by pair.
+    x: [tokens, cols], one for each pair by place, rounded, its columns in the order of planes;
+    matrices: codes [experts, rows, cols / 2] uint8 and scales [experts, rows, cols / 32] uint8,
+    once or twice; out: [tokens, rows] or [tokens, 2 * rows] contiguous, one for each pair by place
+    or (scatter) by pair.
     """
     codes, scale = matrices[:2]
     experts, rows, half_cols = codes.shape
@@ -247,7 +243,7 @@ def _rounded_act(
     _swiglu_rounded[(rows,)](
         both, weights if weights is not None else both, order if order is not None else both, out,
         cols // 128, limit, WEIGHED=weights is not None,
-        ORDER="columns" if weights is None else "paired",
+        ORDER="columns" if weights is None else "ordered",
         GROUPS=triton.next_power_of_2(cols // 128), num_warps=4,
     )  # fmt: skip
     return out

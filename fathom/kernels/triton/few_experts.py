@@ -24,23 +24,11 @@ from fathom.kernels.triton.fp4_words import byte_shifts, stored_factors, unpacke
 from fathom.kernels.triton.route import TILE, Routing, routing
 
 ROWS, WARPS, STAGES = 64, 4, 3
-AT_ONCE = 2  # tiles of 128 columns that a program fetches at once, where they divide so
+# Tiles of 128 columns that a program fetches at once, where they divide so: for few tokens, whose
+# programs should all fit into the multiprocessors together, and for many.
+AT_ONCE = (2, 4)
+MANY_TOKENS = 16
 SHARED_ROWS, SHARED_TOKENS = 16, 16  # of a program of the shared expert's
-
-
-@triton.jit
-def _halves(values):
-    """[rows, 2 * n] -> its first and its last n columns."""
-    parts = tl.reshape(values, [values.shape[0], 2, values.shape[1] // 2])
-    return tl.split(tl.permute(parts, (0, 2, 1)))
-
-
-@triton.jit
-def _add_tile(total, words, scales, shifts, value_at, live, BF16: tl.constexpr):
-    """total plus 128 columns' products. words: [rows, 16]; scales: [rows] int32 of four each."""
-    weight = unpacked(words, stored_factors(scales, shifts, BF16), BF16)
-    value = tl.load(value_at, mask=live[None, :], other=0.0)
-    return tl.dot(weight, value, total, input_precision="ieee")
 
 
 @triton.jit
@@ -53,50 +41,19 @@ def _fp4_products(
     """
     row, col = tl.arange(0, ROWS), tl.arange(0, 128)
     words = codes.to(tl.pointer_type(tl.int32)) + row[:, None] * (COLS // 8)
-    words = words + tl.arange(0, AT_ONCE * 16)[None, :]
-    scales = scale.to(tl.pointer_type(tl.int32)) + row[:, None] * (COLS // 128)
-    scales = scales + tl.arange(0, AT_ONCE)[None, :]
+    words = words + tl.arange(0, 16)[None, :]
+    scales = scale.to(tl.pointer_type(tl.int32)) + row * (COLS // 128)
     value_at = x[None, :] + col[:, None]
     total = tl.zeros([ROWS, x.shape[0]], tl.float32)
     for k in range(0, COLS // 128, AT_ONCE):
-        word, scale_word, at = tl.load(words + k * 16), tl.load(scales + k), value_at + k * 128
-        if AT_ONCE == 2:
-            first, second = _halves(word)
-            first_scale, second_scale = tl.split(scale_word)
-            total = _add_tile(total, first, first_scale, shifts, at, live, BF16)
-            total = _add_tile(total, second, second_scale, shifts, at + 128, live, BF16)
-        elif AT_ONCE == 4:
-            low, high = _halves(word)
-            first, second = _halves(low)
-            third, fourth = _halves(high)
-            low_scale, high_scale = _halves(scale_word)
-            first_scale, second_scale = tl.split(low_scale)
-            third_scale, fourth_scale = tl.split(high_scale)
-            total = _add_tile(total, first, first_scale, shifts, at, live, BF16)
-            total = _add_tile(total, second, second_scale, shifts, at + 128, live, BF16)
-            total = _add_tile(total, third, third_scale, shifts, at + 256, live, BF16)
-            total = _add_tile(total, fourth, fourth_scale, shifts, at + 384, live, BF16)
-        else:
-            only = tl.reshape(scale_word, [ROWS])
-            total = _add_tile(total, word, only, shifts, at, live, BF16)
+        for i in tl.static_range(AT_ONCE):
+            factor = stored_factors(tl.load(scales + k + i), shifts, BF16)
+            weight = unpacked(tl.load(words + (k + i) * 16), factor, BF16)
+            value = tl.load(value_at + (k + i) * 128, mask=live[None, :], other=0.0)
+            total = tl.dot(weight, value, total, input_precision="ieee")
     if BF16:
         total *= 4611686018427387904.0  # 2**62, see fp4_words.py
     return total
-
-
-@triton.jit
-def _chosen(
-    pairs, tile_expert, tile_first, tile_last, tiles, tile, TILE: tl.constexpr
-):  # fmt: skip
-    """(whether there is such a tile, its expert, its pairs [TILE], which of them are alive).
-
-    Everything is read before anything is looked at, so that a program waits for memory twice.
-    """
-    exists, expert = tile < tl.load(tiles), tl.load(tile_expert + tile).to(tl.int64)
-    first, last = tl.load(tile_first + tile), tl.load(tile_last + tile)
-    place = tl.where(exists, first, 0) + tl.arange(0, TILE)
-    live = place < tl.where(exists, last, 0)
-    return exists, expert, tl.load(pairs + place, mask=live, other=0), live
 
 
 @triton.jit
@@ -107,11 +64,13 @@ def _up(
 ):  # fmt: skip
     """gate | up of each pair: both [pairs, 2 * inner]."""
     block, tile = tl.program_id(0), tl.program_id(1)
-    exists, expert, pair, live = _chosen(
-        pairs, tile_expert, tile_first, tile_last, tiles, tile, TILE
-    )
-    if exists:
-        shifts = byte_shifts(tiles, tl.minimum(tile, 0))
+    count = tl.load(tiles)
+    if tile < count:
+        shifts = byte_shifts(tiles, tl.minimum(count, 0))
+        expert = tl.load(tile_expert + tile).to(tl.int64)
+        place = tl.load(tile_first + tile) + tl.arange(0, TILE)
+        live = place < tl.load(tile_last + tile)
+        pair = tl.load(pairs + place, mask=live, other=0)
         first = block * ROWS
         codes, scale = w1, s1
         if first >= inner:
@@ -145,9 +104,7 @@ def _swiglu(
     dtype: tl.constexpr = both.dtype.element_ty
     if row < count:
         values = (values * tl.load(weights + row)).to(dtype).to(tl.float32)
-        f.store_groups(
-            planes + row * groups * 128, f.round_group(values), group, live, "words"
-        )
+        f.store_groups(planes + row * groups * 128, f.round_group(values), group, live, "words")
     else:
         values = values.to(dtype).to(tl.float32)
         few.store_codes(
@@ -163,10 +120,8 @@ def _down(
     TOKENS: tl.constexpr, BF16: tl.constexpr, AT_ONCE: tl.constexpr, SHARED_PARTS: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0)
-    tile = tl.maximum(number - shared_blocks, 0) // blocks
-    exists, expert, pair, live = _chosen(
-        pairs, tile_expert, tile_first, tile_last, tiles, tile, TILE
-    )
+    tile = (number - shared_blocks) // blocks
+    count = tl.load(tiles)
     if number < shared_blocks:
         own = number % (hidden // SHARED_ROWS) * SHARED_ROWS
         begin = number // (hidden // SHARED_ROWS) * TOKENS
@@ -180,22 +135,26 @@ def _down(
         shared_at = shared_at + (own + tl.arange(0, SHARED_ROWS))[:, None]
         live_token = (token < tokens)[None, :]
         tl.store(shared_at, shared.to(shared_out.dtype.element_ty), mask=live_token)
-    elif exists:
-        shifts = byte_shifts(tiles, tl.minimum(tile, 0))
+    elif tile < count:
+        shifts = byte_shifts(tiles, tl.minimum(count, 0))
+        expert = tl.load(tile_expert + tile).to(tl.int64)
+        place = tl.load(tile_first + tile) + tl.arange(0, TILE)
+        live = place < tl.load(tile_last + tile)
+        pair = tl.load(pairs + place, mask=live, other=0)
         first = (number - shared_blocks) % blocks * ROWS
         start = expert * hidden + first
         total = _fp4_products(
-            w2 + start * (COLS // 2), s2 + start * (COLS // 32), act + pair * COLS, live, shifts,
-            COLS, ROWS, BF16, AT_ONCE,
+            w2 + start * (COLS // 2), s2 + start * (COLS // 32), act + pair * COLS, live,
+            shifts, COLS, ROWS, BF16, AT_ONCE,
         )  # fmt: skip
         at = out + pair[:, None] * hidden + (first + tl.arange(0, ROWS))[None, :]
         tl.store(at, tl.trans(total.to(out.dtype.element_ty)), mask=live[:, None])
 
 
-def at_once(cols: int) -> int:
-    """Tiles of 128 columns that a program fetches at once."""
+def at_once(cols: int, tokens: int) -> int:
+    """Tiles of 128 columns that a program fetches at once; sums have the same order with any."""
     tiles = cols // 128
-    return min(AT_ONCE, tiles & -tiles)
+    return min(AT_ONCE[tokens >= MANY_TOKENS], tiles & -tiles)
 
 
 def _experts(
@@ -219,7 +178,7 @@ def _experts(
     both = torch.empty(count, 2 * inner, **make)
     _up[(2 * inner // rows, r.most)](
         x, w1, s1, w3, s3, *lists, both, inner, topk, COLS=hidden, ROWS=rows, TILE=TILE, BF16=bf16,
-        AT_ONCE=at_once(hidden), num_warps=WARPS, num_stages=STAGES,
+        AT_ONCE=at_once(hidden, tokens), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     act = torch.empty(count, inner, **make)
     codes = torch.empty(tokens, inner, dtype=values.codes.dtype, device=x.device)
@@ -236,7 +195,7 @@ def _experts(
     _down[(shared_blocks + blocks * r.most,)](
         act, w2, s2, *lists, out, *shared[2:], codes, unit, shared_out, tokens, hidden,
         shared_blocks, blocks, COLS=inner, ROWS=rows, SHARED_ROWS=SHARED_ROWS, TILE=TILE,
-        TOKENS=SHARED_TOKENS, BF16=bf16, AT_ONCE=at_once(inner),
+        TOKENS=SHARED_TOKENS, BF16=bf16, AT_ONCE=at_once(inner, tokens),
         SHARED_PARTS=few.column_parts(inner), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out, shared_out

@@ -2,9 +2,10 @@
 
 Codes become BF16 (or float32) in registers, in an order that suits the operand which may come from
 there: of every 128 columns, those of the lowest place in a word of eight codes first. Inputs lie in
-the same order. Words are taken as they are stored where a thread of the matrix units holds four
-neighbours of the operand, which are then the words of one scale (`stored_factors`), or else so that
-a thread has one of each four (`ordered`, `factors_of_words`).
+the same order. Where a thread of the matrix units takes four neighbours of the operand at a time
+(small products), words stay as they are stored, and it holds the four words of one scale
+(`stored_factors`); where it takes two (asynchronous products of 64 rows), they come as `ordered`,
+and it has one word of each four (`factors_of_words`).
 
 Paper: §3.4 (FP4 experts and indexer).
 """
@@ -131,34 +132,3 @@ def stored_factors(scales, shifts, BF16: tl.constexpr):
     factor = _factor((scales[:, None] >> shifts[None, :]) & 0xFF, BF16)
     factor = tl.broadcast_to(factor[:, :, None], [scales.shape[0], 4, 4])
     return tl.reshape(factor, [scales.shape[0], 16])
-
-
-@triton.jit
-def paired(words):
-    """Words [rows, 16] as stored so that a thread of a product's operand that takes two neighbours
-    at a time has the four words of one scale: word 4a + 2b + c goes to place 8b + 2a + c.
-    """
-    words = tl.reshape(words, [words.shape[0], 4, 2, 2])
-    return tl.reshape(tl.permute(words, (0, 2, 1, 3)), [words.shape[0], 16])
-
-
-@triton.jit
-def paired_factors(scales, shifts, BF16: tl.constexpr):
-    """As `stored_factors`, for words as `paired`."""
-    factor = _factor((scales[:, None] >> shifts[None, :]) & 0xFF, BF16)
-    factor = tl.broadcast_to(factor[:, None, :, None], [scales.shape[0], 2, 4, 2])
-    return tl.reshape(factor, [scales.shape[0], 16])
-
-
-@triton.jit
-def settled(total, BF16: tl.constexpr):
-    """The same numbers, once the products that make them are complete.
-
-    Without this the compiler lets up to seven products run on into the next step, while it hands
-    their operand's registers to that step's unpacking: some of them then read other values.
-    """
-    if BF16:
-        total = tl.inline_asm_elementwise(
-            "", "=r,0", [total], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return total

@@ -1,7 +1,9 @@
-"""Exact-shape synthetic layers: official names, shapes and formats, seeded, made on any device.
+"""An exact-shape synthetic checkpoint: official names, shapes and formats, of any number of layers.
 
-For measuring at sizes whose weights cannot be had or do not fit. Nothing in them was learned: every
-figure from them is about bytes and operations, never about quality.
+Seeded, and made on the device where it is needed: `synthetic_checkpoint` all of it,
+`synthetic_layer` one block. For measuring at sizes whose weights cannot be had or do not fit.
+Nothing in them was learned: every figure from them is about bytes and operations, never about
+quality.
 
 Paper: none (measurement material).
 """
@@ -9,7 +11,7 @@ Paper: none (measurement material).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -20,6 +22,7 @@ from fathom.model.config import ModelConfig
 PROFILES = ("uniform", "log-normal", "zipf")  # of how often experts are chosen
 LOG_NORMAL_SIGMA, ZIPF_EXPONENT = 1.46, 0.87
 _EXPERT = re.compile(r"ffn\.experts\.(\d+)\.(w[123])\.(weight|scale)")
+_STACKED = re.compile(r"(.*\.ffn\.experts\.)(w[123]\.(?:weight|scale))")
 
 
 def synthetic_layer(
@@ -32,9 +35,49 @@ def synthetic_layer(
     of device.
     """
     generator = torch.Generator(device).manual_seed(seed * 1000 + index)
+    return _drawn(_stacked(config, f"layers.{index}."), config, generator)
+
+
+def synthetic_checkpoint(
+    config: ModelConfig, *, seed: int, device: torch.device | str
+) -> dict[str, torch.Tensor]:
+    """Every tensor of `manifest(config)` by its official name, but for the routed experts, which
+    come stacked, [experts, rows, cols], as in `synthetic_layer`; its layers are those of
+    `synthetic_layer`.
+
+    `unstacked` gives what files hold. Equal arguments give equal bits on one kind of device.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for index in range(config.num_hidden_layers):
+        layer = synthetic_layer(config, index, seed=seed, device=device)
+        tensors |= {f"layers.{index}.{name}": tensor for name, tensor in layer.items()}
+    generator = torch.Generator(device).manual_seed(seed * 1000 + 999)
+    for index in range(config.num_mtp_layers):
+        block = _drawn(_stacked(config, f"mtp.{index}."), config, generator)
+        tensors |= {f"mtp.{index}.{name}": tensor for name, tensor in block.items()}
+    rest = (s for s in manifest(config) if not s.name.startswith(("layers.", "mtp.")))
+    return tensors | _drawn(rest, config, generator)
+
+
+def unstacked(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(official name, tensor) as in files. tensors: stacked experts [experts, rows, cols] come as
+    [rows, cols] each, all others in any shape.
+    """
+    for name, tensor in tensors.items():
+        stacked = _STACKED.fullmatch(name)
+        if stacked is None:
+            yield name, tensor
+        else:
+            yield from ((f"{stacked[1]}{e}.{stacked[2]}", own) for e, own in enumerate(tensor))
+
+
+def _drawn(
+    specs: Iterable[TensorSpec], config: ModelConfig, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Tensors of these specifications; a scale's comes right behind its weight's."""
     tensors: dict[str, torch.Tensor] = {}
     weight = TensorSpec("", (), "")
-    for spec in _layer_specs(config, index):
+    for spec in specs:
         if spec.name.endswith(".scale"):
             tensors[spec.name] = random_scale(spec, weight, generator)
         else:
@@ -43,9 +86,8 @@ def synthetic_layer(
     return tensors
 
 
-def _layer_specs(config: ModelConfig, index: int) -> Iterator[TensorSpec]:
-    """The layer's part of the manifest, with one stacked tensor in place of each expert's own."""
-    start = f"layers.{index}."
+def _stacked(config: ModelConfig, start: str) -> Iterator[TensorSpec]:
+    """A block's part of the manifest, with one stacked tensor in place of each expert's own."""
     for spec in manifest(config):
         if not spec.name.startswith(start):
             continue

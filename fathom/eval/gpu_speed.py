@@ -26,6 +26,7 @@ from fathom.model.stored_work import Step
 from fathom.quant import kv_pack
 from fathom.quant.kv_pack import IndexerFormat
 
+_index_scores_paged = operation("index_scores_paged")
 _topk_positions = operation("topk_positions")
 
 NAMES = {0: "SWA", 4: "CSA", 128: "HCA"}
@@ -280,10 +281,18 @@ def decode_step(config: ModelConfig, tokens: int, context: int) -> Step:
 def topk_time(entries: int, k: int, repeat: int = 50) -> float:
     """Microseconds of the choice of the k best of random scores of one token, as one graph."""
     scores = torch.randn(1, entries, device="cuda")
-    # Maxima of groups as the scores' kernel leaves them: at most 2,048.
-    group = max(1, entries // 2048)
-    maxima = scores.view(1, -1, group).amax(-1)
     rows = torch.zeros(4, 1, dtype=torch.int32, device="cuda")
+    # A step that sees no entries says of groups of what size the scores' kernel leaves maxima.
+    rows[0] = -1
+    _, none = _index_scores_paged(
+        torch.zeros(1, 64, 128, device="cuda", dtype=torch.bfloat16),
+        torch.zeros(1, 64, device="cuda"),
+        rows,
+        torch.zeros(1, 64 * kv_pack.indexer_entry_bytes("fp4", 128), device="cuda").byte(),
+        torch.zeros(1, entries, dtype=torch.int32, device="cuda"),
+        index_offset=0, page_entries=64, ratio=CSA_RATIO, most_entries=entries,
+    )  # fmt: skip
+    maxima = scores.view(1, none.shape[1], -1).amax(-1)
     rows[0] = CSA_RATIO * entries - 1
     graph, _ = captured(lambda: _topk_positions(scores, maxima, rows, k=k, ratio=CSA_RATIO))
     return 1e3 * statistics.median(times_ms(graph.replay, repeat))

@@ -357,7 +357,8 @@ def test_topk(s: Sizes, dtype: torch.dtype, shape: str, monkeypatch: pytest.Monk
     d = Draw(1, torch.float32, DEVICE)
     if not GPU:  # sorting thousands takes the interpreter a minute
         monkeypatch.setattr(index, "SORTED", 64)
-        monkeypatch.setattr(index, "COLLECT", 256)
+        monkeypatch.setattr(index, "COARSE", 64)
+        monkeypatch.setattr(index, "TILE", 32)
     entries = 8192 if GPU else 1024
     scores = d.normal(2, entries)
     visible = entries - 100

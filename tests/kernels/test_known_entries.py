@@ -1,5 +1,5 @@
 """Compressed entries of a known beginning, which sequences share, stay as they are: in decode steps
-and in prompts' chunks. And dimensions that are no powers of two, as far as the interpreter is quick.
+and in prompts' chunks; also with dimensions that are no powers of two.
 """
 
 from __future__ import annotations

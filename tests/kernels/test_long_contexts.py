@@ -53,7 +53,7 @@ def scored(
 def shorten(monkeypatch: pytest.MonkeyPatch, held: int) -> None:
     """Groups of several entries, and programs of several blocks, with few entries already."""
     monkeypatch.setattr(index, "MOST_GROUPS", held)
-    monkeypatch.setattr(index, "LONG", 1024)
+    monkeypatch.setattr(index, "PROGRAMS", 4)
 
 
 # Entries, and in the interpreter how many maxima may be held: groups of 4 and of 32 entries.

@@ -46,7 +46,8 @@ def _own_kernels_with_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunk_linear, "FEW", 0)
     monkeypatch.setattr(chunk_experts, "TOKENS", 16)
     monkeypatch.setattr(few_experts, "ROWS", 128)
-    monkeypatch.setattr(index, "SORTED", 64)
+    for name, size in {"SORTED": 64, "COARSE": 64, "TILE": 32}.items():
+        monkeypatch.setattr(index, name, size)
 
 
 def filled_cache(ratio: int) -> StoredCache:

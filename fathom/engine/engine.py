@@ -73,9 +73,7 @@ class Engine:
         self.wal = WriteAheadLog(config.wal, root) if config.wal else None
         self.metrics = Metrics()
         self.residence = Residence(self.memory, self.cache, self.metrics, config.checkpoint_spacing)
-        self.scheduler = Scheduler(
-            config.budget, self._admit, self.residence.grow, self.residence.set_back
-        )
+        self.scheduler = Scheduler(config.budget, self.residence.grow, self.residence.set_back)
         self.drafter = Drafter(
             self.runner, self.memory, config.drafts, self.metrics, config.drafts_adaptive
         )
@@ -135,7 +133,7 @@ class Engine:
     def step(self) -> list[tuple[Request, list[Drawn]]]:
         """Compute one batch; the tokens that each request gained. Nothing to do: an empty list."""
         started = time.perf_counter()
-        shares = self.scheduler.schedule()
+        shares = self.scheduler.schedule(self._admit)
         self.metrics.last_batch = 0
         if not shares:
             return []
@@ -306,8 +304,11 @@ class Engine:
             return self.metrics.text(self.scheduler, self.memory, self.cache)
 
     def close(self) -> None:
-        """Close logs; requests that had not finished can be recovered by another engine."""
+        """Close logs and let go of graphs; requests that had not finished can be recovered by
+        another engine.
+        """
         with self.lock:
+            self.runner.close()
             if self.wal is not None:
                 self.wal.close()
 

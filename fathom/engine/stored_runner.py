@@ -4,7 +4,8 @@ A batch is cut into decode steps of up to 64 rows, of a sequence at most as many
 spare room for; the host uploads one small table for all of them, and each step is a replay of one
 CUDA graph, captured once for a number of rows and a bound on positions. Rows that fill a step up
 repeat its first one: they write the same bytes to the same places. A row's bits depend on its
-sequence alone.
+sequence alone. Logits stay on the device, which sums them up and draws from them; a row leaves it
+where somebody needs the whole of it.
 
 `batch_invariant` (the default): every row of every prompt goes through decode steps too. Otherwise
 prompts go through the layers as chunks, many times as fast, and what they leave depends, within the
@@ -24,7 +25,10 @@ import numpy as np
 import torch
 
 from fathom.engine.batch import Batch, Memory
+from fathom.engine.graphs import Graphs
 from fathom.engine.kv_cache import SLAB_TOKENS
+from fathom.engine.runner import Summarised
+from fathom.engine.sampler import SURE, Wanted
 from fathom.engine.state_cache import DRAFT_ROOM
 from fathom.engine.stored_steps import (
     PLACE,
@@ -139,27 +143,6 @@ def bounds(most: int) -> list[int]:
     return [*(bound for bound in found if bound < most), most]
 
 
-class _Replayed:
-    """A computation at fixed addresses: run once, then captured, then replayed."""
-
-    def __init__(self, call: Callable[[], Any], pool: Any) -> None:
-        self._call, self._pool = call, pool
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._result: Any = None
-
-    def __call__(self) -> Any:
-        if self._graph is not None:
-            self._graph.replay()
-            return self._result
-        found = self._call()  # compiles what has to be compiled
-        if self._pool is not None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._result = self._call()
-            self._graph = graph
-        return found
-
-
 @register("runner", "triton", accepts=_accepts)
 class StoredRunner:
     """Runs batches over an engine's memory with the operations of stored formats.
@@ -178,7 +161,6 @@ class StoredRunner:
             )
         self.model, self.memory = model, memory
         self.export, self.batch_invariant = False, True
-        self.summaries: np.ndarray | None = None
         self._config, self._device = model.config, device.device
         self._main, self._own = views(memory, self._config)
         self._frequencies = frequencies(self._config, self._device)
@@ -188,9 +170,7 @@ class StoredRunner:
         self._given = torch.zeros_like(self._streams) if model.mtp else self._streams[:0]
         self._experts, self._picks = (torch.empty(0, device=self._device) for _ in range(2))
         self._bounds = bounds(memory.tables.shape[1] * SLAB_TOKENS)
-        cuda = self._device.type == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if cuda else None
-        self._graphs: dict[tuple[Any, ...], tuple[torch.Tensor, _Replayed]] = {}
+        self._graphs = Graphs(self._device)
         self.reload()
 
     def reload(self) -> None:
@@ -198,6 +178,10 @@ class StoredRunner:
         model = self.model
         self._graphs.clear()
         self._stored = model if isinstance(model, StoredModel) else StoredModel.of(model)
+
+    def close(self) -> None:
+        """Let go of the graphs; what runs again captures them again."""
+        self._graphs.clear()
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> None:
@@ -220,27 +204,48 @@ class StoredRunner:
 
         Returns logits [rows, vocab] float32; `streams` of its rows are then the block's own.
         """
-        given = self._upload(torch.from_numpy(streams))
-        self._given[: len(given)] = given
+        self._draft(batch, self._upload(torch.from_numpy(streams)))
+        return self._read_whole(list(range(len(streams))), self._stored.mtp[0].merge)[1]
+
+    @torch.inference_mode()
+    def draft_summarised(
+        self, batch: Batch, given: list[int], which: list[int], wanted: Sequence[Wanted]
+    ) -> Summarised:
+        """The same from the streams of rows that are here already."""
+        rows = self._upload(torch.tensor(given))
+        self._draft(batch, self._streams.index_select(0, rows))
+        return self._read(which, wanted, self._stored.mtp[0].merge)
+
+    def _draft(self, batch: Batch, streams: torch.Tensor) -> None:
+        self._given[: len(streams)] = streams
         spans, row = [], 0
         for piece in batch.pieces:
             spans.append(Span(piece, 0, len(piece.tokens), row))
             row += len(piece.tokens)
         self._steps(spans, self._draft_step)
-        return self._read(list(range(row)), self._stored.mtp[0].merge)[1]
 
     @torch.inference_mode()
     def logits(self, which: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """For rows of the last batch: final hidden states [rows, hidden], logits [rows, vocab]."""
-        return self._read(which, self._stored.merge)
+        return self._read_whole(which, self._stored.merge)
 
-    @torch.inference_mode()
     def head(self, hidden: np.ndarray) -> np.ndarray:
         """The logits [rows, vocab] of hidden states [rows, hidden] that `logits` returned."""
-        given = self._upload(torch.from_numpy(np.array(hidden, np.float32)))
-        logits = _head_logits(given, self._stored.head)
-        found, self.summaries = self._download(logits, _logit_summary(logits))
-        return found
+        return _stacked(self.head_summarised(hidden, [Wanted(whole=True)] * len(hidden)).logits)
+
+    @torch.inference_mode()
+    def summarised(self, which: list[int], wanted: Sequence[Wanted]) -> Summarised:
+        """As `Summarising` of fathom.engine.runner, for rows of the last batch."""
+        return self._read(which, wanted, self._stored.merge)
+
+    @torch.inference_mode()
+    def head_summarised(self, hidden: np.ndarray, wanted: Sequence[Wanted]) -> Summarised:
+        """The same for hidden states [rows, hidden] that were kept."""
+        draws = self._upload(torch.from_numpy(_draws(wanted, len(wanted))))
+        logits = _head_logits(
+            self._upload(torch.from_numpy(np.array(hidden, np.float32))), self._stored.head
+        )
+        return self._leave(None, logits, _logit_summary(logits, draws), wanted)
 
     def streams(self, row: int) -> np.ndarray:
         """A row's residual streams after the last layer that ran: [streams, hidden] float32."""
@@ -275,20 +280,10 @@ class StoredRunner:
         for table, bound in zip(tables, bounds, strict=True):
             given = uploaded[:, at : at + table.shape[1]]
             at += table.shape[1]
-            choices = self._run(call, given, bound)
+            key = call.__name__, given.shape, bound
+            choices = self._graphs.run(key, call, given, bound)
             if self.export and choices is not None:
                 self._keep_choices(choices, given[PLACE])
-
-    def _run(self, call: Callable[..., Any], given: torch.Tensor, bound: int = 0) -> Any:
-        """Replay a call's graph on a table [lines, tokens] int32, or on places [tokens]."""
-        key = (call.__name__, given.shape, bound)
-        if key not in self._graphs:
-            fixed = torch.empty(given.shape, dtype=given.dtype, device=given.device)
-            arguments = (fixed, bound) if bound else (fixed,)
-            self._graphs[key] = fixed, _Replayed(lambda: call(*arguments), self._pool)
-        fixed, replayed = self._graphs[key]
-        fixed.copy_(given)
-        return replayed()
 
     def _bound(self, positions: int) -> int:
         return next(bound for bound in self._bounds if bound >= positions)
@@ -344,41 +339,89 @@ class StoredRunner:
 
     # Results.
 
-    def _merge(self, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self._merged(places, self._stored.merge)
+    def _merge(self, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._merged(given, self._stored.merge)
 
-    def _merge_draft(self, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self._merged(places, self._stored.mtp[0].merge)
+    def _merge_draft(self, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._merged(given, self._stored.mtp[0].merge)
 
-    def _merged(self, places: torch.Tensor, site: MergeSite) -> tuple[torch.Tensor, ...]:
-        c = self._config
+    def _merged(self, given: torch.Tensor, site: MergeSite) -> tuple[torch.Tensor, ...]:
+        """given: [rows * 20] uint8, what is drawn [2, rows] float64 and rows' places [rows] int32.
+        Returns hidden states [rows, hidden], logits [rows, vocab] and summaries [rows, 6].
+        """
+        c, split = self._config, len(given) // 20 * 16
+        draws = given[:split].view(torch.float64).unflatten(0, (2, -1))
         weights = (site.fn, site.base, site.scale, site.norm)
         hidden = _stream_head(
-            self._streams, places, *weights, eps=c.hc_eps, norm_eps=c.rms_norm_eps
+            self._streams,
+            given[split:].view(torch.int32),
+            *weights,
+            eps=c.hc_eps,
+            norm_eps=c.rms_norm_eps,
         )
         logits = _head_logits(hidden, self._stored.head)
-        return hidden, logits, _logit_summary(logits)
+        return hidden, logits, _logit_summary(logits, draws)
 
-    def _read(self, which: list[int], site: MergeSite) -> tuple[np.ndarray, np.ndarray]:
-        """Hidden states and logits of kept rows."""
+    def _read_whole(self, which: list[int], site: MergeSite) -> tuple[np.ndarray, np.ndarray]:
+        """Hidden states [rows, hidden] and logits [rows, vocab] of kept rows."""
+        if not which:
+            c = self._config
+            return np.empty((0, c.hidden_size), np.float32), np.empty((0, c.vocab_size), np.float32)
+        found = self._read(which, [Wanted(whole=True, hidden=True)] * len(which), site)
+        assert found.hidden is not None
+        return found.hidden, _stacked(found.logits)
+
+    def _read(self, which: list[int], wanted: Sequence[Wanted], site: MergeSite) -> Summarised:
+        """What is wanted of kept rows."""
         call = self._merge if site is self._stored.merge else self._merge_draft
-        found = []
+        parts = []
         for first in range(0, len(which), MOST_TOKENS):
-            some = which[first : first + MOST_TOKENS]
+            some, own = which[first : first + MOST_TOKENS], wanted[first : first + MOST_TOKENS]
             size = bucket(len(some))
-            places = torch.tensor(some + some[:1] * (size - len(some)), dtype=torch.int32)
-            both = self._run(call, self._upload(places))
-            found.append(self._download(*(value[: len(some)] for value in both)))
-        c = self._config
-        if not found:
-            self.summaries = np.empty((0, 3))
-            empty = (np.empty((0, size), np.float32) for size in (c.hidden_size, c.vocab_size))
-            return next(empty), next(empty)
-        hidden, logits, self.summaries = (
-            parts[0] if len(parts) == 1 else np.concatenate(parts)
-            for parts in zip(*found, strict=True)
+            places = np.array(some + some[:1] * (size - len(some)), np.int32)
+            given = np.frombuffer(_draws(own, size).tobytes() + places.tobytes(), np.uint8).copy()
+            key = call.__name__, size
+            found = self._graphs.run(key, call, self._upload(torch.from_numpy(given)))
+            hidden, logits, summaries = (value[: len(some)] for value in found)
+            parts.append(self._leave(hidden, logits, summaries, own))
+        if len(parts) == 1:
+            return parts[0]
+        hidden = [part.hidden for part in parts if part.hidden is not None]
+        return Summarised(
+            np.concatenate(hidden) if len(hidden) == len(parts) else None,
+            [row for part in parts for row in part.logits],
+            np.concatenate([part.summaries for part in parts if part.summaries is not None]),
         )
-        return hidden, logits
+
+    def _leave(
+        self,
+        hidden: torch.Tensor | None,
+        logits: torch.Tensor,
+        summaries: torch.Tensor,
+        wanted: Sequence[Wanted],
+    ) -> Summarised:
+        """Copy what is wanted to the host, waiting once; a draw that is not sure takes its row."""
+        if hidden is not None and not any(w.hidden for w in wanted):
+            hidden = None
+        runs = _runs([number for number, w in enumerate(wanted) if w.whole])
+        leaving = [summaries, *(logits[a:b] for a, b in runs)]
+        told, *found = self._download(*leaving, *([] if hidden is None else [hidden]))
+        states = None if hidden is None else found.pop()
+        if runs == [(0, len(wanted))]:
+            return Summarised(states, found[0], told)
+        unsure = [
+            number
+            for number, w in enumerate(wanted)
+            if w.temperature > 0 and not w.whole and not told[number, 5] > SURE
+        ]
+        if unsure:  # seldom: two draws in a billion for every token that is not unlikely
+            late = _runs(unsure)
+            found += self._download(*(logits[a:b] for a, b in late))
+            runs += late
+        rows: list[np.ndarray | None] = [None] * len(wanted)
+        for (first, end), values in zip(runs, found, strict=True):
+            rows[first:end] = list(values)
+        return Summarised(states, rows, told)
 
     def _upload(self, values: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu":
@@ -408,3 +451,28 @@ class StoredRunner:
             self._experts[layer, where] = experts
             if picks is not None:
                 self._picks[layer, where] = picks
+
+
+def _draws(wanted: Sequence[Wanted], size: int) -> np.ndarray:
+    """What to draw [2, size] float64; nothing for rows that leave the device as a whole."""
+    draws = np.zeros((2, size))
+    for number, w in enumerate(wanted):
+        if not w.whole:
+            draws[:, number] = w.temperature, w.number
+    return draws
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as (first, end) of those that follow one another."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number:
+            runs[-1] = runs[-1][0], number + 1
+        else:
+            runs.append((number, number + 1))
+    return runs
+
+
+def _stacked(rows: Sequence[np.ndarray | None] | np.ndarray) -> np.ndarray:
+    """Rows [vocab] that are all there, as [rows, vocab]."""
+    return rows if isinstance(rows, np.ndarray) else np.stack([r for r in rows if r is not None])

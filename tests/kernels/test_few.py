@@ -141,9 +141,10 @@ def test_topk_of_a_long_context(entries: int, shape: str, monkeypatch: pytest.Mo
     k = 512 if GPU else 32
     if not GPU:  # sorting thousands takes the interpreter a minute
         monkeypatch.setattr(index, "SORTED", 64)
-        monkeypatch.setattr(index, "COLLECT", 256)
+        monkeypatch.setattr(index, "COARSE", 64)
+        monkeypatch.setattr(index, "TILE", 32)
     d = Draw(entries, torch.float32, DEVICE)
-    room = -(-entries // index.COLLECT) * index.COLLECT
+    room = -(-entries // index.ROUNDED) * index.ROUNDED
     scores = d.normal(2, room)
     if shape == "ties":
         scores = (scores * 8).round() / 8
@@ -151,10 +152,11 @@ def test_topk_of_a_long_context(entries: int, shape: str, monkeypatch: pytest.Mo
         scores = (scores > 3).float()
     elif shape == "signs of zero":  # which are equal
         scores = torch.where(scores > 0, 0.0, -0.0)
-    scores[0, entries:] = scores[1, entries - 5 :] = -torch.inf
+    seen = entries // 4  # a graph serves as few
+    scores[0, entries:] = scores[1, seen:] = -torch.inf
     maxima = scores.view(2, -1, index.group_size(room)).amax(-1).contiguous()
     rows = torch.zeros(4, 2, dtype=torch.int32, device=DEVICE)
-    rows[0] = torch.tensor([4 * entries, 4 * (entries - 5)])
+    rows[0] = torch.tensor([4 * entries, 4 * seen])
     expected, found = both("topk_positions", scores, maxima, rows, k=k, ratio=4)
     assert torch.equal(found, expected)
 

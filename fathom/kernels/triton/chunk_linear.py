@@ -35,23 +35,19 @@ SCALES_ALIGNED = 4  # it wants a row of scales to be a multiple of this
 
 @triton.jit
 def _round_rows(
-    x, x_stride, source, norm, out, groups, eps,
-    NORM: tl.constexpr, SOURCE: tl.constexpr, PLANES: tl.constexpr, GROUPS: tl.constexpr,
+    x, x_stride, norm, out, groups, eps, NORM: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     group, col = tl.arange(0, GROUPS), tl.arange(0, 128)
     live = group < groups
     at = group[:, None] * 128 + col[None, :]
-    own = row
-    if SOURCE:
-        own = tl.load(source + row).to(tl.int64)
-    values = tl.load(x + own * x_stride + at, mask=live[:, None], other=0.0).to(tl.float32)
+    values = tl.load(x + row * x_stride + at, mask=live[:, None], other=0.0).to(tl.float32)
     if NORM:
         mean = tl.sum(tl.sum(values * values, axis=1), axis=0) / (groups * 128)
         weight = tl.load(norm + at, mask=live[:, None], other=0.0).to(tl.float32)
         values = values * (1.0 / tl.sqrt(mean + eps)) * weight
         values = values.to(x.dtype.element_ty).to(tl.float32)
-    f.store_groups(out + row * groups * 128, f.round_group(values), group, live, PLANES)
+    f.store_groups(out + row * groups * 128, f.round_group(values), group, live, "columns")
 
 
 @triton.jit
@@ -94,26 +90,17 @@ def rounded_rows(
     x: torch.Tensor,
     norm: torch.Tensor | None = None,
     norm_eps: float = 1e-6,
-    *,
-    planes: bool = False,
-    source: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x rounded to FP8 in groups of 128 columns, normalised first where `norm` [cols] is given.
 
-    x: [tokens, cols], rows apart by any stride; planes: in the order in which FP4 columns are
-    unpacked, of every 128 the 16 of each place in a word of eight; source: [rows], the row of x
-    of each row. Returns [rows or tokens, cols] contiguous in x's dtype.
+    x: [tokens, cols], rows apart by any stride. Returns [tokens, cols] contiguous in x's dtype.
     """
     tokens, cols = x.shape
-    if source is not None:
-        tokens = source.shape[0]
     out = torch.empty(tokens, cols, dtype=x.dtype, device=x.device)
     groups = cols // 128
     _round_rows[(tokens,)](
-        x, x.stride(0), source if source is not None else x, norm if norm is not None else x, out,
-        groups, norm_eps,
-        NORM=norm is not None, SOURCE=source is not None, PLANES=planes,
-        GROUPS=triton.next_power_of_2(groups), num_warps=ROUNDED_ROWS,
+        x, x.stride(0), norm if norm is not None else x, out, groups, norm_eps,
+        NORM=norm is not None, GROUPS=triton.next_power_of_2(groups), num_warps=ROUNDED_ROWS,
     )  # fmt: skip
     return out
 

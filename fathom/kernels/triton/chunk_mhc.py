@@ -21,9 +21,24 @@ import triton.language as tl
 
 from fathom.kernels.registry import register
 from fathom.kernels.triton import mhc
-from fathom.kernels.triton.mhc import normed, sigmoid, sinkhorn
+from fathom.kernels.triton.mhc import normed, sigmoid
 
 PARTS = 3  # BF16 matrices whose sum is a float32 one: 24 bits of mantissa in three times eight
+
+
+@triton.jit
+def _sinkhorn(m, eps, ROUNDS: tl.constexpr):
+    """Logits [N, N] to a matrix whose rows and columns sum to one.
+
+    A step's (mhc.py) has a thread do all of it: quicker alone, more work for thousands of tokens.
+    """
+    m = tl.exp(m - tl.max(m, axis=1)[:, None])
+    m = m / tl.sum(m, axis=1)[:, None] + eps
+    m = m / (tl.sum(m, axis=0) + eps)[None, :]
+    for _ in range(ROUNDS - 1):
+        m = m / (tl.sum(m, axis=1) + eps)[:, None]
+        m = m / (tl.sum(m, axis=0) + eps)[None, :]
+    return m
 
 
 @triton.jit
@@ -54,7 +69,7 @@ def _read(
     n = tl.arange(0, N)
     cell = n[:, None] * N + n[None, :]
     m = _mixes(logits, 2 * N + cell, r, SUMMANDS, MIXES)
-    m = sinkhorn(m * tl.load(scale + 2) + tl.load(base + 2 * N + cell), eps, ROUNDS)
+    m = _sinkhorn(m * tl.load(scale + 2) + tl.load(base + 2 * N + cell), eps, ROUNDS)
     tl.store(comb + token * N * N + cell, m)
     write = _mixes(logits, N + n, r, SUMMANDS, MIXES) * tl.load(scale + 1) + tl.load(base + N + n)
     tl.store(post + token * N + n, 2 * sigmoid(write))
@@ -63,7 +78,8 @@ def _read(
         logit = _mixes(logits, j, r, SUMMANDS, MIXES) * tl.load(scale) + tl.load(base + j)
         stream = tl.load(own + j * hidden, mask=live, other=0.0).to(tl.float32)
         value += (sigmoid(logit) + eps) * stream
-    value = normed(value, norm, col, live, hidden, norm_eps, dtype)
+    weight = tl.load(norm + col, mask=live, other=0.0).to(tl.float32)
+    value = normed(value, weight, hidden, norm_eps, dtype)
     tl.store(x + token * hidden + col, value, mask=live)
 
 

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from fathom.kernels.triton import formats as f
-from fathom.kernels.triton.fp4_words import factors_of_words, ordered, unpacked
 
 
 @triton.jit
@@ -83,48 +82,162 @@ def load(
 
 @triton.jit
 def turned_query(query, FP8: tl.constexpr):
-    """A query [heads, 128] as the operand [128, heads] that meets what `operand` gives: an FP4
-    key's columns come in the order in which its words of codes are unpacked (fp4_words.py).
-    """
+    """A query [heads, 128] as the operand [128, heads] that meets what `operand` gives."""
     HEADS: tl.constexpr = query.shape[0]
-    if not FP8:
-        query = tl.permute(tl.reshape(query, [HEADS, 2, 2, 4, 8]), (0, 4, 1, 3, 2))
+    if FP8:
+        query = tl.permute(tl.reshape(query, [HEADS, 4, 16, 2]), (0, 2, 1, 3))
+    else:
+        query = tl.permute(tl.reshape(query, [HEADS, 4, 4, 2, 4]), (0, 2, 4, 1, 3))
     return tl.trans(tl.reshape(query, [HEADS, 128]))
 
 
 @triton.jit
-def operand(
-    keys, place, live, col, word, PAGE: tl.constexpr, DIM: tl.constexpr, FP8: tl.constexpr,
-    BF16: tl.constexpr,
+def fetched(
+    keys, first, live, ROWS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
+    FP8: tl.constexpr,
 ):  # fmt: skip
-    """Keys for the matrix units, [rows, 128], columns from DIM on zero, and a factor that an FP8
-    key's products still lack, [rows] float32. In BF16 an FP4 key's lack 2**62 (fp4_words.py).
+    """Codes and scales of ROWS keys of the page at `keys`, from its `first` on, as they are stored,
+    for `operand`; 0 beyond the first `live` of them.
 
-    keys: pointers [rows] to pages; col, word: 0 .. 127 and 0 .. 15.
+    A warp of the matrix units holds 16 rows, a warp that loads 8 of every 32. The codes' rows are
+    in an order, undone by `operand`, in which keys are loaded by the warps that multiply them.
+    Codes are words: FP4 [rows, 16], FP8 [rows, 16, 2], the first and the last four of every eight.
     """
-    ROWS: tl.constexpr = place.shape[0]
+    row, word = tl.arange(0, ROWS), tl.arange(0, 16)
+    own = (row & -64) + ((row >> 3) & 3) * 16 + ((row >> 5) & 1) * 8 + (row & 7)
+    words = keys.to(tl.pointer_type(tl.int32))
     if FP8:
-        codes = tl.load(
-            keys[:, None] + (place * DIM)[:, None] + col[None, :],
-            mask=live[:, None] & (col < DIM)[None, :], other=0,
-        )  # fmt: skip
+        word = word // 4 * 8 + word % 4
+        words += ((first + own) * (DIM // 4))[:, None] + word[None, :]
+        mask = (own < live)[:, None] & (word < DIM // 4)[None, :]
+        codes = tl.join(tl.load(words, mask=mask, other=0), tl.load(words + 4, mask=mask, other=0))
         units = (keys + PAGE * DIM).to(tl.pointer_type(tl.float32))
-        unit = tl.load(units + place, mask=live, other=0.0)
-        key = f.decode_e4m3_exactly(codes, BF16)
-        if BF16:
-            key = key.to(tl.bfloat16)  # exact: e4m3 has fewer bits
-        return key, unit
-    words = tl.load(
-        keys.to(tl.pointer_type(tl.int32))[:, None] + (place * (DIM // 8))[:, None]
-        + word[None, :], mask=live[:, None] & (word < DIM // 8)[None, :], other=0,
-    )  # fmt: skip
-    scales = keys + PAGE * (DIM // 2)
-    if DIM == 128:
-        scale = tl.load(scales.to(tl.pointer_type(tl.int32)) + place, mask=live, other=0)
+        scale = tl.load(units + first + row, mask=row < live, other=0.0)
     else:
-        scale = tl.zeros([ROWS], tl.int32)
-        for i in tl.static_range(DIM // 32):
-            byte = tl.load(scales + place * (DIM // 32) + i, mask=live, other=0)
-            scale |= byte.to(tl.int32) << (8 * i)
-    key = unpacked(ordered(words), factors_of_words(scale, BF16), BF16)
-    return key, tl.full([ROWS], 1.0, tl.float32)
+        words += ((first + own) * (DIM // 8))[:, None] + word[None, :]
+        mask = (own < live)[:, None] & (word < DIM // 8)[None, :]
+        codes = tl.load(words, mask=mask, other=0)
+        scales = keys + PAGE * (DIM // 2) + (first + own) * (DIM // 32)
+        if DIM == 128:
+            scale = tl.load(scales.to(tl.pointer_type(tl.int32)), mask=own < live, other=0)
+        else:
+            scale = tl.zeros([ROWS], tl.int32)
+            for i in tl.static_range(DIM // 32):
+                byte = tl.load(scales + i, mask=own < live, other=0)
+                scale |= byte.to(tl.int32) << (8 * i)
+    return codes, scale
+
+
+@triton.jit
+def operand(codes, scale, FP8: tl.constexpr, BF16: tl.constexpr):
+    """What `fetched` returned as keys for the matrix units, [rows, 128], rows in the order of
+    entries, columns from DIM on zero. An FP8 key's products still lack its scale; in BF16 an FP4
+    key's lack 2**62.
+
+    A thread of the matrix units takes two columns of every eight. They are ordered so that all it
+    takes of a key lay together, and in FP4 have one scale: four words of FP4, eight of FP8.
+    """
+    if FP8:
+        key = _of_bytes(codes, BF16)
+    else:
+        group = tl.arange(0, 16) // 4
+        byte = (scale[:, None] >> (8 * group)[None, :]) & 0xFF
+        key = _of_nibbles(codes, byte, BF16)
+    ROWS: tl.constexpr = codes.shape[0]
+    key = tl.reshape(key, [ROWS // 64, 2, 4, 8, 128])
+    return tl.reshape(tl.permute(key, (0, 2, 1, 3, 4)), [ROWS, 128])
+
+
+# Eight codes of e2m1 as BF16, each place of a word's lower half with that of its upper: a code's
+# sign and its other three bits come to where BF16 has its sign, its lowest two exponent bits and
+# its first bit of mantissa, both by one multiplication. That is 2**126 too small.
+_NIBBLES = tl.constexpr("""{
+.reg .b32 w, a, b, c, d;
+shr.u32 w, $8, 8;
+and.b32 a, $8, 0x000F000F;
+and.b32 b, $8, 0x00F000F0;
+and.b32 c, w, 0x000F000F;
+and.b32 d, w, 0x00F000F0;
+mul.lo.u32 a, a, 0x1040;
+mul.lo.u32 b, b, 0x0104;
+mul.lo.u32 c, c, 0x1040;
+mul.lo.u32 d, d, 0x0104;
+and.b32 a, a, 0x81C081C0;
+and.b32 b, b, 0x81C081C0;
+and.b32 c, c, 0x81C081C0;
+and.b32 d, d, 0x81C081C0;
+mul.rn.bf16x2 a, a, $9;
+mul.rn.bf16x2 b, b, $9;
+mul.rn.bf16x2 c, c, $9;
+mul.rn.bf16x2 d, d, $9;
+mov.b32 {$0, $4}, a;
+mov.b32 {$1, $5}, b;
+mov.b32 {$2, $6}, c;
+mov.b32 {$3, $7}, d;
+}""")
+# Four codes of e4m3 as BF16, which holds each exactly.
+_BYTES = tl.constexpr("""{
+.reg .b16 l, h, a, b, c, d;
+.reg .b32 x, y;
+.reg .f32 p, q, r, s;
+mov.b32 {l, h}, $4;
+cvt.rn.f16x2.e4m3x2 x, l;
+cvt.rn.f16x2.e4m3x2 y, h;
+mov.b32 {a, b}, x;
+mov.b32 {c, d}, y;
+cvt.f32.f16 p, a;
+cvt.f32.f16 q, b;
+cvt.f32.f16 r, c;
+cvt.f32.f16 s, d;
+cvt.rn.bf16x2.f32 x, q, p;
+cvt.rn.bf16x2.f32 y, s, r;
+mov.b32 {$0, $1}, x;
+mov.b32 {$2, $3}, y;
+}""")
+
+
+@triton.jit
+def _of_nibbles(words, byte, BF16: tl.constexpr):
+    """Words of eight codes and their scale bytes, [rows, 16] each, as [rows, 128]."""
+    if BF16:
+        # 2**64 too large, against the 2**126 that codes are too small; 2**62 is left for the end.
+        factor = tl.minimum(byte + 64, 254) * 0x00800080
+        p0, p1, p2, p3, p4, p5, p6, p7 = tl.inline_asm_elementwise(
+            _NIBBLES, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [words, factor], dtype=(tl.bfloat16,) * 8,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        unit = f.decode_e8m0(byte) * f.E2M1_UNIT
+        p0, p1 = _nibble(words, unit, 0), _nibble(words, unit, 1)
+        p2, p3 = _nibble(words, unit, 2), _nibble(words, unit, 3)
+        p4, p5 = _nibble(words, unit, 4), _nibble(words, unit, 5)
+        p6, p7 = _nibble(words, unit, 6), _nibble(words, unit, 7)
+    even = tl.join(tl.join(p0, p4), tl.join(p2, p6))
+    odd = tl.join(tl.join(p1, p5), tl.join(p3, p7))
+    codes = tl.reshape(tl.join(even, odd), [words.shape[0], 4, 4, 2, 4])
+    return tl.reshape(tl.permute(codes, (0, 2, 4, 1, 3)), [words.shape[0], 128])
+
+
+@triton.jit
+def _nibble(words, unit, place: tl.constexpr):
+    return f.decode_e2m1((words >> (4 * place)) & 15).to(tl.float32) * unit
+
+
+@triton.jit
+def _of_bytes(words, BF16: tl.constexpr):
+    """Words of four codes [rows, 16, 2] as [rows, 128]."""
+    if BF16:
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            _BYTES, "=h,=h,=h,=h,r", [words], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=1
+        )
+    else:
+        p0, p1 = _byte(words, 0), _byte(words, 1)
+        p2, p3 = _byte(words, 2), _byte(words, 3)
+    codes = tl.join(tl.join(p0, p2), tl.join(p1, p3))
+    codes = tl.reshape(codes, [words.shape[0], 4, 4, 2, 2, 2])
+    return tl.reshape(tl.permute(codes, (0, 3, 2, 4, 1, 5)), [words.shape[0], 128])
+
+
+@triton.jit
+def _byte(words, place: tl.constexpr):
+    return f.decode_e4m3_exactly(((words >> (8 * place)) & 0xFF).to(tl.uint8), False)

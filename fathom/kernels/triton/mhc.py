@@ -3,7 +3,8 @@
 `_write_and_mix` writes the last sublayer's output into the streams and, while they are in
 registers, multiplies them with the next site's `fn`; programs own slices of the hidden dimension.
 `_read` adds those partial products in a fixed order, reads the next sublayer's input out of the
-streams and normalises it, and in a second program runs Sinkhorn. The output head reads the streams
+streams and normalises it, and in a second program runs Sinkhorn. It is alone on the device and
+waits for memory once: all its loads stand before its first sum. The output head reads the streams
 in the same way with `_merge`.
 
 Bytes for one token of V4-Flash: fn 24 x 16384 x 4 = 1.5 MB, streams 3 x 32 KB.
@@ -22,6 +23,7 @@ from fathom.kernels.registry import register
 SLICE = 64  # hidden columns of one program
 MIXES = 32  # 24 mixing logits and the square sum, padded to a power of two
 WRITTEN = 1024  # hidden columns of one program of _write
+READ_WARPS = 4  # of a program of _read
 
 
 @triton.jit
@@ -58,23 +60,58 @@ def written_stream(
 
 
 @triton.jit
-def sinkhorn(m, eps, ROUNDS: tl.constexpr):
-    """Logits [N, N] to a matrix whose rows and columns sum to one."""
-    m = tl.exp(m - tl.max(m, axis=1)[:, None])
-    m = m / tl.sum(m, axis=1)[:, None] + eps
-    m = m / (tl.sum(m, axis=0) + eps)[None, :]
+def _rows_scaled(m, eps, N: tl.constexpr):
+    """Every row of a matrix over its sum; m: its numbers, row after row."""
+    out = ()
+    for i in tl.static_range(N):
+        total = m[i * N]
+        for j in tl.static_range(1, N):
+            total += m[i * N + j]
+        inverse = 1.0 / (total + eps)
+        for j in tl.static_range(N):
+            out += (m[i * N + j] * inverse,)
+    return out
+
+
+@triton.jit
+def _transposed(m, N: tl.constexpr):
+    out = ()
+    for i in tl.static_range(N):
+        for j in tl.static_range(N):
+            out += (m[j * N + i],)
+    return out
+
+
+@triton.jit
+def _sinkhorn(logits, eps, N: tl.constexpr, ROUNDS: tl.constexpr):
+    """A matrix of logits to one whose rows and columns sum to one, both as N * N numbers.
+
+    Every thread has all of them: as a tensor's, each of 40 sums would wait for other warps.
+    """
+    m = ()
+    for i in tl.static_range(N):
+        high = logits[i * N]
+        for j in tl.static_range(1, N):
+            high = tl.maximum(high, logits[i * N + j])
+        for j in tl.static_range(N):
+            m += (tl.exp(logits[i * N + j] - high),)
+    m = _rows_scaled(m, 0.0, N)
+    shifted = ()
+    for c in tl.static_range(N * N):
+        shifted += (m[c] + eps,)
+    m = _transposed(_rows_scaled(_transposed(shifted, N), eps, N), N)
     for _ in range(ROUNDS - 1):
-        m = m / (tl.sum(m, axis=1) + eps)[:, None]
-        m = m / (tl.sum(m, axis=0) + eps)[None, :]
+        m = _rows_scaled(m, eps, N)
+        m = _transposed(_rows_scaled(_transposed(m, N), eps, N), N)
     return m
 
 
 @triton.jit
-def normed(value, norm, col, live, hidden, eps, dtype: tl.constexpr):
+def normed(value, weight, hidden, eps, dtype: tl.constexpr):
     """RMSNorm of a merged row, rounded before and after it to the streams' dtype."""
     value = value.to(dtype).to(tl.float32)
     r = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / hidden + eps)
-    return (value * r * tl.load(norm + col, mask=live, other=0.0).to(tl.float32)).to(dtype)
+    return (value * r * weight).to(dtype)
 
 
 @triton.jit
@@ -116,27 +153,48 @@ def _write_and_mix(
 
 
 @triton.jit
-def _inverse_norm(
-    partial, token, hidden, eps, N: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr
+def _logits(
+    partial, scale, base, token, hidden, eps, N: tl.constexpr, COUNT: tl.constexpr,
+    SLICES: tl.constexpr, MIXES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.arange(0, SLICES) * MIXES + token * SLICES * MIXES
-    square = tl.sum(tl.load(partial + row + MIXES - 1), axis=0)
-    return 1.0 / tl.sqrt(square / (N * hidden) + eps)
+    """A token's COUNT mixing logits [MIXES], each with its scale and base."""
+    slice_, mix = tl.arange(0, SLICES), tl.arange(0, MIXES)
+    used = mix < COUNT
+    which = tl.where(mix < N, 0, tl.where(mix < 2 * N, 1, 2))
+    every = tl.load(partial + (token * SLICES + slice_[:, None]) * MIXES + mix[None, :])
+    scale = tl.load(scale + which, mask=used, other=0.0)
+    base = tl.load(base + mix, mask=used, other=0.0)
+    total = tl.sum(every, axis=0)
+    square = tl.sum(tl.where(mix == MIXES - 1, total, 0.0), axis=0)
+    return total * (1.0 / tl.sqrt(square / (N * hidden) + eps)) * scale + base
+
+
+@triton.jit
+def _picked(values, places, MIXES: tl.constexpr):
+    """Of [MIXES] those at places [count]."""
+    here = tl.arange(0, MIXES)[None, :] == places[:, None]
+    return tl.sum(tl.where(here, values[None, :], 0.0), axis=1)
 
 
 @triton.jit
 def _merged(
-    streams, partial, base, scale, token, r, col, live, hidden, eps,
-    N: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr,
+    streams, partial, base, scale, norm, token, hidden, eps, norm_eps, N: tl.constexpr,
+    COUNT: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """The streams weighed by the first N mixing logits; streams: the token's own."""
-    row = tl.arange(0, SLICES) * MIXES + token * SLICES * MIXES
-    value = tl.zeros(col.shape, tl.float32)
+    """The streams weighed by the first N mixing logits, normed; streams: the token's own."""
+    mix, col = tl.arange(0, MIXES), tl.arange(0, HIDDEN)
+    live = col < hidden
+    # All loads before the first sum, so that they are under way at once.
+    every = ()
     for j in tl.static_range(N):
-        logit = tl.sum(tl.load(partial + row + j), axis=0) * r
-        pre = sigmoid(logit * tl.load(scale) + tl.load(base + j)) + eps
-        value += pre * tl.load(streams + j * hidden + col, mask=live, other=0.0).to(tl.float32)
-    return value
+        every += (tl.load(streams + j * hidden + col, mask=live, other=0.0),)
+    weight = tl.load(norm + col, mask=live, other=0.0).to(tl.float32)
+    logits = _logits(partial, scale, base, token, hidden, norm_eps, N, COUNT, SLICES, MIXES)
+    pre = sigmoid(logits) + eps
+    value = tl.zeros([HIDDEN], tl.float32)
+    for j in tl.static_range(N):
+        value += tl.sum(tl.where(mix == j, pre, 0.0), axis=0) * every[j].to(tl.float32)
+    return normed(value, weight, hidden, norm_eps, streams.dtype.element_ty)
 
 
 @triton.jit
@@ -145,29 +203,26 @@ def _read(
     N: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr, ROUNDS: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(1)
-    r = _inverse_norm(partial, token, hidden, norm_eps, N, SLICES, MIXES)
+    token, n = tl.program_id(1), tl.arange(0, N)
+    COUNT: tl.constexpr = N * (N + 2)
     if tl.program_id(0) == 0:
-        col = tl.arange(0, HIDDEN)
-        live = col < hidden
-        dtype: tl.constexpr = streams.dtype.element_ty
         own = streams + token.to(tl.int64) * N * hidden
+        col = tl.arange(0, HIDDEN)
         value = _merged(
-            own, partial, base, scale, token, r, col, live, hidden, eps, N, SLICES, MIXES
-        )
-        value = normed(value, norm, col, live, hidden, norm_eps, dtype)
-        tl.store(x + token * hidden + col, value, mask=live)
+            own, partial, base, scale, norm, token, hidden, eps, norm_eps, N, COUNT, SLICES, MIXES,
+            HIDDEN,
+        )  # fmt: skip
+        tl.store(x + token * hidden + col, value, mask=col < hidden)
     else:
         # Needed only by the next write: another program does it meanwhile.
-        n = tl.arange(0, N)
-        cell = n[:, None] * N + n[None, :]
-        row = tl.arange(0, SLICES) * MIXES + token * SLICES * MIXES
-        mixes = tl.sum(tl.load(partial + row[:, None, None] + 2 * N + cell[None]), axis=0) * r
-        m = sinkhorn(mixes * tl.load(scale + 2) + tl.load(base + 2 * N + cell), eps, ROUNDS)
-        tl.store(comb + token * N * N + cell, m)
-        write = tl.sum(tl.load(partial + row[:, None] + N + n[None, :]), axis=0) * r
-        write = 2 * sigmoid(write * tl.load(scale + 1) + tl.load(base + N + n))
-        tl.store(post + token * N + n, write)
+        logits = _logits(partial, scale, base, token, hidden, norm_eps, N, COUNT, SLICES, MIXES)
+        tl.store(post + token * N + n, 2 * sigmoid(_picked(logits, N + n, MIXES)))
+        numbers, mix = (), tl.arange(0, MIXES)
+        for c in tl.static_range(N * N):
+            numbers += (tl.sum(tl.where(mix == 2 * N + c, logits, 0.0), axis=0),)
+        m = _sinkhorn(numbers, eps, N, ROUNDS)
+        for c in tl.static_range(N * N):
+            tl.store(comb + token * N * N + c, m[c])
 
 
 @triton.jit
@@ -175,14 +230,12 @@ def _merge(
     streams, places, partial, base, scale, norm, out, hidden, eps, norm_eps,
     N: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0)
-    r = _inverse_norm(partial, token, hidden, norm_eps, N, SLICES, MIXES)
-    col = tl.arange(0, HIDDEN)
-    live = col < hidden
+    token, col = tl.program_id(0), tl.arange(0, HIDDEN)
     own = streams + tl.load(places + token).to(tl.int64) * N * hidden
-    value = _merged(own, partial, base, scale, token, r, col, live, hidden, eps, N, SLICES, MIXES)
-    value = normed(value, norm, col, live, hidden, norm_eps, streams.dtype.element_ty)
-    tl.store(out + token * hidden + col, value.to(tl.float32), mask=live)
+    value = _merged(
+        own, partial, base, scale, norm, token, hidden, eps, norm_eps, N, N, SLICES, MIXES, HIDDEN
+    )
+    tl.store(out + token * hidden + col, value.to(tl.float32), mask=col < hidden)
 
 
 @triton.jit
@@ -272,7 +325,8 @@ def stream_head(
     out = torch.empty(tokens, hidden, **make)
     _merge[(tokens,)](
         streams, places, partial, base, scale, norm, out, hidden, eps, norm_eps,
-        N=n, SLICES=slices, MIXES=MIXES, HIDDEN=triton.next_power_of_2(hidden), num_warps=8,
+        N=n, SLICES=slices, MIXES=MIXES, HIDDEN=triton.next_power_of_2(hidden),
+        num_warps=READ_WARPS,
     )  # fmt: skip
     return out
 
@@ -314,6 +368,6 @@ def mhc_boundary(
     _read[(2, tokens)](
         new, partial, base, scale, norm, x, post, comb, hidden, eps, norm_eps,
         N=n, SLICES=slices, MIXES=MIXES, ROUNDS=iterations,
-        HIDDEN=triton.next_power_of_2(hidden), num_warps=8,
+        HIDDEN=triton.next_power_of_2(hidden), num_warps=READ_WARPS,
     )  # fmt: skip
     return new, x, post, comb

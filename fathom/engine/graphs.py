@@ -49,9 +49,9 @@ class Graphs:
     def run(self, key: Hashable, call: Callable[..., Any], given: torch.Tensor, *more: Any) -> Any:
         """`call(given, *more)`, whose result is valid until the next run of any key.
 
-        given: a table [lines, tokens] or [bytes], of one shape for a key. `more` and what `call`
-        reads besides must be the same whenever `key` is. The first time it is computed as it stands
-        and captured afterwards: if that fails, nothing of it is lost.
+        given: a table [6, tokens] or bytes [tokens * 20], of one shape for a key. `more` and what
+        `call` reads besides must be the same whenever `key` is. The first time it is computed as it
+        stands and captured afterwards: if that fails, nothing of it is lost.
         """
         if not self._used:
             return call(given, *more)

@@ -374,7 +374,7 @@ class StoredRunner:
     def _read(self, which: list[int], wanted: Sequence[Wanted], site: MergeSite) -> Summarised:
         """What is wanted of kept rows."""
         call = self._merge if site is self._stored.merge else self._merge_draft
-        parts = []
+        parts, keep = [], any(w.hidden for w in wanted)
         for first in range(0, len(which), MOST_TOKENS):
             some, own = which[first : first + MOST_TOKENS], wanted[first : first + MOST_TOKENS]
             size = bucket(len(some))
@@ -383,12 +383,13 @@ class StoredRunner:
             key = call.__name__, size
             found = self._graphs.run(key, call, self._upload(torch.from_numpy(given)))
             hidden, logits, summaries = (value[: len(some)] for value in found)
-            parts.append(self._leave(hidden, logits, summaries, own))
+            parts.append(self._leave(hidden if keep else None, logits, summaries, own))
         if len(parts) == 1:
             return parts[0]
-        hidden = [part.hidden for part in parts if part.hidden is not None]
         return Summarised(
-            np.concatenate(hidden) if len(hidden) == len(parts) else None,
+            np.concatenate([part.hidden for part in parts if part.hidden is not None])
+            if keep
+            else None,
             [row for part in parts for row in part.logits],
             np.concatenate([part.summaries for part in parts if part.summaries is not None]),
         )
@@ -401,8 +402,6 @@ class StoredRunner:
         wanted: Sequence[Wanted],
     ) -> Summarised:
         """Copy what is wanted to the host, waiting once; a draw that is not sure takes its row."""
-        if hidden is not None and not any(w.hidden for w in wanted):
-            hidden = None
         runs = _runs([number for number, w in enumerate(wanted) if w.whole])
         leaving = [summaries, *(logits[a:b] for a, b in runs)]
         told, *found = self._download(*leaving, *([] if hidden is None else [hidden]))
@@ -429,6 +428,7 @@ class StoredRunner:
         return values.pin_memory().to(self._device, non_blocking=True)
 
     def _download(self, *values: torch.Tensor) -> tuple[np.ndarray, ...]:
+        """On the host, in pinned memory that torch keeps for the next ones of this size."""
         if self._device.type == "cpu":
             return tuple(value.numpy() for value in values)
         found = [torch.empty(v.shape, dtype=v.dtype, pin_memory=True) for v in values]

@@ -16,6 +16,8 @@ import torch
 from fathom.engine.batch import Batch, Piece
 from fathom.engine.engine import Engine
 from fathom.engine.kv_cache import SlabLayout
+from fathom.engine.runner import Summarising
+from fathom.engine.sampler import Wanted
 from fathom.engine.scheduler import Budget
 from fathom.engine.state_cache import SlotLayout
 from fathom.engine.stored_runner import StoredRunner
@@ -416,3 +418,23 @@ def test_logits_are_there_for_whoever_needs_them(net: Transformer) -> None:
         assert [d.token for d in same.output] == [d.token for d in run.output]
     assert all(len(d.top) == 2 for d in shaped[2].output)
     assert [d.token for d in shaped[3].output] == [7] * 4
+
+
+def test_more_rows_than_a_step_holds(net: Transformer) -> None:
+    """Each row gets what it wants, whatever part of the batch it is read with."""
+    served = serve(net)
+    served.memory.tables[0, 0] = 0
+    served.runner.forward(Batch.of([Piece(slot=0, start=0, tokens=prompt(70))]))
+    runner = served.runner
+    assert isinstance(runner, Summarising)
+    hidden, logits = served.runner.logits(list(range(70)))
+    wanted = [Wanted(whole=n in (3, 4, 66), hidden=n == 2) for n in range(70)]
+    found = runner.summarised(list(range(70)), wanted)
+    assert found.hidden is not None
+    assert found.summaries is not None
+    assert np.array_equal(found.hidden, hidden)
+    assert np.array_equal(found.summaries[:, 1], logits.argmax(axis=1))
+    for number, row in enumerate(found.logits):
+        assert (row is not None) == (number in (3, 4, 66))
+        assert row is None or np.array_equal(row, logits[number])
+    assert runner.summarised([1], [Wanted(whole=False)]).hidden is None

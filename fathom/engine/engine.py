@@ -60,8 +60,7 @@ class Engine:
         if config.drafts > 0 and not model.mtp:
             raise ConfigError("this model has no MTP block to draft with: set drafts to 0")
         self.memory = allocate(config, model)
-        rows = config.budget.tokens + config.max_sequences * (1 + config.drafts)
-        self.runner = make_runner(model, self.memory, rows)
+        self.runner = make_runner(model, self.memory, config.max_rows)
         self.runner.batch_invariant = config.batch_invariant
         root = cache_name(self.runner, self.memory, self.model, self.config)
         self.cache = PrefixCache(

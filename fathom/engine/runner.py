@@ -8,6 +8,7 @@ Paper: none (engine).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -21,6 +22,7 @@ from fathom.model.stored import StoredModel
 from fathom.model.transformer import Transformer
 
 _runner = operation("runner")
+_log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -127,16 +129,21 @@ def draft_summarised(
 
 
 def make_runner(model: Transformer | StoredModel, memory: Memory, max_rows: int) -> Runner:
-    """The best runner for a model where it lies.
+    """The best runner for a model where it lies; on a GPU the log says why it is the slow one.
 
     Raises ConfigError for a StoredModel that no operation's tiles fit.
     """
     from fathom.engine import torch_runner  # noqa: F401  (registers the reference)
-    from fathom.engine.stored_runner import StoredRunner
+    from fathom.engine.stored_runner import StoredRunner, refusal
 
+    weight = _weight(model)
     if isinstance(model, StoredModel):  # nothing else computes with one
-        return StoredRunner(_weight(model), model, memory, max_rows)
-    return _runner(_weight(model), model, memory, max_rows)
+        return StoredRunner(weight, model, memory, max_rows)
+    runner = _runner(weight, model, memory, max_rows)
+    if weight.device.type == "cuda" and not isinstance(runner, StoredRunner):
+        reason = refusal(weight.device, model, memory.slabs.layout.kv_format)
+        _log.warning("event=torch_runner reason=%r", reason)
+    return runner
 
 
 def _weight(model: Transformer | StoredModel) -> torch.Tensor:

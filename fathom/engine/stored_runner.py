@@ -42,6 +42,7 @@ from fathom.engine.stored_steps import (
 )
 from fathom.errors import ConfigError
 from fathom.kernels import operation, register
+from fathom.kernels.device import NEEDED, unfit
 from fathom.model.config import ModelConfig
 from fathom.model.stored import MergeSite, StoredModel, unstorable
 from fathom.model.stored_forward import Choices, run_layers
@@ -58,34 +59,88 @@ FIRST_BOUND = 4096  # positions that the smallest graphs reach; every next one f
 
 
 def _accepts(device: torch.Tensor, model: Any, memory: Memory, max_rows: int) -> bool:
-    """Whether the stored formats and the operations' tiles fit this model."""
-    layout = memory.slabs.layout
-    if layout.kv_format != "fp8" or not fits(model.config):
-        return False
-    return isinstance(model, StoredModel) or unstorable(model) is None
+    """Whether a runner from stored formats can serve this model."""
+    return refusal(device.device, model, memory.slabs.layout.kv_format) is None
+
+
+def refusal(
+    device: torch.device, model: StoredModel | Transformer, kv_format: str = "fp8"
+) -> str | None:
+    """Why no runner from stored formats can serve a model on a device, or None."""
+    if kv_format != "fp8":
+        return f"cache entries are {kv_format}, not fp8"
+    reason = unserved(device, model.config, model.dtype)
+    if reason is None and not isinstance(model, StoredModel):
+        reason = unstorable(model)
+    return reason
+
+
+def unserved(device: torch.device, config: ModelConfig, dtype: torch.dtype) -> str | None:
+    """Why a model of such sizes cannot be served from stored formats on a device, or None."""
+    if device.type == "cuda":
+        reason = unfit(device, dtype)
+        if reason is not None:
+            return f"{reason}; the kernels need {NEEDED}"
+    reason = misfit(config)
+    return None if reason is None else f"the kernels' tiles do not fit this model: {reason}"
 
 
 def fits(config: ModelConfig) -> bool:
     """Whether the CUDA operations' tiles divide a model's dimensions."""
+    return misfit(config) is None
+
+
+def misfit(config: ModelConfig) -> str | None:
+    """Which dimension the CUDA operations' tiles do not divide and how, or None."""
     c = config
-    tiles = (
-        c.hidden_size, c.q_lora_rank, c.num_attention_heads * c.head_dim, c.group_width,
-        c.o_groups * c.o_lora_rank, c.moe_intermediate_size,
-    )  # fmt: skip
-    powers = (
-        c.hidden_size // 64, c.num_attention_heads, c.qk_rope_head_dim, c.index_n_heads,
-        c.index_head_dim, c.index_topk, c.hc_mult,
-    )  # fmt: skip
-    return (
-        all(size % 128 == 0 for size in tiles)
-        and all(size > 0 and size & (size - 1) == 0 for size in powers)
-        and (c.head_dim - c.qk_rope_head_dim) % 64 == 0
-        and c.head_dim % 32 == 0
-        and c.o_lora_rank % 32 == 0
-        and c.index_head_dim >= 32
-        and c.index_topk <= 1024
-        and c.hc_mult <= 4
-    )
+    tiles = {
+        "hidden_size": c.hidden_size,
+        "q_lora_rank": c.q_lora_rank,
+        "num_attention_heads * head_dim": c.num_attention_heads * c.head_dim,
+        "num_attention_heads * head_dim / o_groups": c.group_width,
+        "o_groups * o_lora_rank": c.o_groups * c.o_lora_rank,
+        "moe_intermediate_size": c.moe_intermediate_size,
+    }
+    powers = {
+        "hidden_size / 64": c.hidden_size // 64,
+        "num_attention_heads": c.num_attention_heads,
+        "qk_rope_head_dim": c.qk_rope_head_dim,
+        "index_n_heads": c.index_n_heads,
+        "index_head_dim": c.index_head_dim,
+        "index_topk": c.index_topk,
+        "hc_mult": c.hc_mult,
+    }
+    steps = {
+        "head_dim - qk_rope_head_dim": (c.head_dim - c.qk_rope_head_dim, 64),
+        "head_dim": (c.head_dim, 32),
+        "o_lora_rank": (c.o_lora_rank, 32),
+    }
+    ranges = {
+        "index_head_dim": (c.index_head_dim, 32, 128),
+        "index_topk": (c.index_topk, 1, 1024),
+        "hc_mult": (c.hc_mult, 1, 4),
+    }
+    for name, size in tiles.items():
+        if size % 128:
+            return f"{name} is {size}, no multiple of 128"
+    for name, size in powers.items():
+        if size <= 0 or size & (size - 1):
+            return f"{name} is {size}, no power of two"
+    for name, (size, step) in steps.items():
+        if size % step:
+            return f"{name} is {size}, no multiple of {step}"
+    for name, (size, least, most) in ranges.items():
+        if not least <= size <= most:
+            return f"{name} is {size}, not within {least} to {most}"
+    return None
+
+
+def bounds(most: int) -> list[int]:
+    """How many positions graphs reach, ascending; the last is `most`."""
+    found = [FIRST_BOUND]
+    while found[-1] < most:
+        found.append(found[-1] * 4)
+    return [*(bound for bound in found if bound < most), most]
 
 
 @register("runner", "triton", accepts=_accepts)
@@ -98,10 +153,11 @@ class StoredRunner:
     def __init__(
         self, device: torch.Tensor, model: StoredModel | Transformer, memory: Memory, max_rows: int
     ) -> None:
-        if not _accepts(device, model, memory, max_rows):
+        reason = refusal(device.device, model, memory.slabs.layout.kv_format)
+        if reason is not None:
             raise ConfigError(
-                "a stored model needs FP8 matrices, FP4 experts and sizes in whole tiles of 128 "
-                "columns: load it as a Transformer"
+                f"this model cannot be served from its stored formats here: {reason}. Load it as a "
+                "Transformer (load_model)"
             )
         self.model, self.memory = model, memory
         self.export, self.batch_invariant = False, True
@@ -113,7 +169,7 @@ class StoredRunner:
         self._streams = torch.zeros(max_rows, c.hc_mult, c.hidden_size, **make)
         self._given = torch.zeros_like(self._streams) if model.mtp else self._streams[:0]
         self._experts, self._picks = (torch.empty(0, device=self._device) for _ in range(2))
-        self._bound_most = memory.tables.shape[1] * SLAB_TOKENS
+        self._bounds = bounds(memory.tables.shape[1] * SLAB_TOKENS)
         self._graphs = Graphs(self._device)
         self.reload()
 
@@ -230,10 +286,7 @@ class StoredRunner:
                 self._keep_choices(choices, given[PLACE])
 
     def _bound(self, positions: int) -> int:
-        bound = FIRST_BOUND
-        while bound < positions:
-            bound *= 4
-        return min(bound, self._bound_most)
+        return next(bound for bound in self._bounds if bound >= positions)
 
     def _work(self, table: torch.Tensor, bound: int) -> Step:
         rows = table[:TOKEN]
@@ -269,16 +322,19 @@ class StoredRunner:
 
     def _chunk(self, span: Span) -> None:
         """A piece as one chunk, its rows kept where they belong."""
-        piece, stored, choices = span.piece, self._stored, Choices()
+        piece, stored = span.piece, self._stored
+        choices = Choices() if self.export else None
         ids = self._upload(torch.tensor(list(piece.tokens)))
-        chunk = Chunk.create(self._config, self._main, piece.slot, piece.start, ids, piece.known)
+        chunk = Chunk.create(
+            self._config, self._main, piece.slot, piece.start, ids, piece.known, self._frequencies
+        )
         streams = _step_streams(ids, stored.embed.weight, self._config.hc_mult)
         pending = run_layers(self._config, stored.layers, self._main, chunk, streams, choices)
         del streams
         make = {"dtype": torch.int32, "device": self._device}
         places = torch.arange(span.row, span.row + span.count, **make)
         pending.write(places, self._streams)
-        if self.export:
+        if choices is not None:
             self._keep_choices(choices, places)
 
     # Results.

@@ -1,6 +1,6 @@
 """Linear layers over stored weights for many tokens, by the matrix products of torch.
 
-An input is rounded once to FP8 in groups of 128. On cards whose library multiplies such an input
+An input is rounded once to FP8 in groups of 128. Where torch's library multiplies such an input
 with the stored codes, scaling each 1x128 by 128x128 product before the float32 sum, it does so: no
 weight is copied. Elsewhere, and for inputs that are not rounded, the weight is widened for the
 call: rounded inputs and weights times their power-of-two scales are exact in BF16, and so the plain
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from fathom.kernels.device import multiplies_scaled_fp8
 from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
 from fathom.kernels.triton.few_linear import stored_linear
@@ -28,7 +29,6 @@ from fathom.quant import fp8
 
 FEW = 64  # tokens up to which few_linear.py (and few_experts.py) multiplies
 ROUNDED_ROWS = 4  # warps of a program that rounds one row
-SCALED_CARDS = ((9, 0),)  # compute capabilities whose library multiplies FP8 blocks with scales
 PADDED = 16  # rows of such a product are a multiple of this
 SCALES_ALIGNED = 4  # it wants a row of scales to be a multiple of this
 
@@ -157,10 +157,6 @@ def float_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x.float(), weight.float())
 
 
-def _multiplies_fp8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in SCALED_CARDS
-
-
 @register("chunk_linear", "triton")
 def chunk_linear(
     x: torch.Tensor,
@@ -187,7 +183,7 @@ def chunk_linear(
     (rows, cols), each, tokens = codes.shape, codes.shape[0] // groups, x.shape[0]
     scaled = quantize_input and groups == 1 and x.dtype == torch.bfloat16
     scaled = scaled and cols % (128 * SCALES_ALIGNED) == 0
-    if scaled and _multiplies_fp8(x.device):
+    if scaled and multiplies_scaled_fp8(x.device):
         return scaled_product(x, codes, scale, norm, norm_eps), other
     if quantize_input:
         x = rounded_rows(x, norm, norm_eps)

@@ -83,9 +83,9 @@ def unpacked(words, factor, BF16: tl.constexpr):
 def _factor(byte, BF16: tl.constexpr):
     if BF16:
         # 2**64 too large, against the 2**126 that codes are too small; 2**62 is left for the end.
-        return (tl.minimum(byte + 64, 254) << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return (tl.minimum(byte + 64, 255) << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
-        return f.decode_e8m0(byte) * f.E2M1_UNIT
+        return f.decode_unit(byte) * f.E2M1_UNIT
 
 
 @triton.jit

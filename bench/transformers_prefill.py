@@ -3,7 +3,9 @@
 `fathom bench gpu --against transformers`, with or without `--prefill`, starts this module with two
 numbers: the tokens of a prompt, and those of the context in which single tokens are decoded. The
 weights are random BF16 numbers (it has no FP4 path for these layers), the arithmetic is BF16. Where
-the memory does not suffice the prompt is halved. Prints one JSON object.
+the memory does not suffice the prompt is halved. Times are the host's, around eager calls, with
+embeddings, mask, final merge and norm. Prints one JSON object, after every measurement what there
+is by then, and writes it to the file that a third argument names.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +53,7 @@ def build() -> Any:
 
 
 @torch.inference_mode()
-def seconds(model: Any, tokens: int, repeat: int = 2) -> list[float]:
+def seconds(model: Any, tokens: int, repeat: int = 5) -> list[float]:
     """Times of prefills from nothing, after one to warm up."""
     ids = torch.arange(tokens, device="cuda")[None] * 997 % VOCABULARY
     times = []
@@ -78,6 +81,12 @@ def decode_seconds(model: Any, tokens: int, repeat: int = 10) -> list[float]:
     return times[2:]
 
 
+def _tell(report: dict[str, Any]) -> None:
+    print(json.dumps(report), flush=True)
+    if len(sys.argv) > 3:
+        Path(sys.argv[3]).write_text(json.dumps(report))
+
+
 def main() -> None:
     """Measure the numbers of tokens given, or the largest halves of them that fit."""
     import transformers
@@ -98,12 +107,16 @@ def main() -> None:
             "version": transformers.__version__,
             "tokens": tokens,
             "seconds": statistics.median(times),
+            "repeats": len(times),
+            "experts": getattr(model.config, "_experts_implementation", None),
+            "attention": model.config._attn_implementation,
             "weights_bytes": weights,
             "peak_bytes": torch.cuda.max_memory_allocated() - weights,
         }
         report["context"] = min(context, tokens)
+        _tell(report)  # in case that what follows is cut off
         report["seconds_a_token"] = statistics.median(decode_seconds(model, report["context"]))
-        print(json.dumps(report))
+        _tell(report)
         return
     raise SystemExit("no prompt of 128 tokens fits this device")
 

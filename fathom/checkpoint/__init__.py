@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fathom.checkpoint.convert import convert_checkpoint
     from fathom.checkpoint.inspect import CheckpointReport, inspect_checkpoint
     from fathom.checkpoint.load import load_model
+    from fathom.checkpoint.stored import load_stored
     from fathom.checkpoint.reader import Checkpoint, open_checkpoint
     from fathom.checkpoint.writer import save_checkpoint
 
@@ -22,6 +23,7 @@ __all__ = [
     "convert_checkpoint",
     "inspect_checkpoint",
     "load_model",
+    "load_stored",
     "manifest",
     "open_checkpoint",
     "save_checkpoint",
@@ -33,6 +35,7 @@ _HOMES = {
     "convert_checkpoint": "convert",
     "inspect_checkpoint": "inspect",
     "load_model": "load",
+    "load_stored": "stored",
     "open_checkpoint": "reader",
     "save_checkpoint": "writer",
 }

@@ -130,8 +130,17 @@ def read_bytes(folder: Path, tensor: StoredTensor, start: int = 0, stop: int | N
     """
     stop = tensor.nbytes if stop is None else stop
     buffer = torch.empty(stop - start, dtype=torch.uint8)
-    if stop == start:
-        return buffer
+    read_into(folder, tensor, start, buffer)
+    return buffer
+
+
+def read_into(folder: Path, tensor: StoredTensor, start: int, buffer: torch.Tensor) -> None:
+    """Fill a buffer on the host with a tensor's bytes from `start` on: buffer [cols] uint8.
+
+    Raises CheckpointError.
+    """
+    if not len(buffer):
+        return
     view = buffer.numpy().data
     try:
         with open(folder / tensor.file, "rb", buffering=0) as f:
@@ -152,7 +161,6 @@ def read_bytes(folder: Path, tensor: StoredTensor, start: int = 0, stop: int | N
             f"{folder}: tensor {shown(tensor.stored)} in {tensor.file} ends early: the file became "
             "shorter while it was being read"
         )
-    return buffer
 
 
 def _read_raw_header(path: Path) -> tuple[int, bytes]:

@@ -1,11 +1,21 @@
 """`fathom bench gpu --engine`: the engine on one GPU, against its layers alone.
 
+Kernels are compiled for every model and every size of a step: two hundred, minutes of it one after
+the other. So processes compile them side by side first, and what is measured afterwards finds them
+in Triton's cache on disk.
+
 Paper: none (measurement).
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,14 +24,18 @@ from fathom.cli.models import SHIPPED_MODEL, checkpoint_path
 from fathom.cli.output import print_json, print_table
 from fathom.errors import MissingDependency
 
+LAYERS = "three V4-Flash layers"
 CONTEXT = 4096
 BATCHES = (1, 8, 64)
+SAMPLED = 64  # streams that are drawn at temperature 1 too
 PROMPTS = (2048, 8192)
 ROWS = (8, 64, 0)  # of a prompt in a step, batch-invariant, or 0: as chunks
+COMPILERS = 16  # processes at once
+COMPILING = 60  # seconds until what is left is compiled where it is needed
 
 
 def measure_engine(repeat: int, out: Path | None, as_json: bool) -> None:
-    """Measure, write the figures to `out` if given, and print them.
+    """Measure, tell every row on standard error, write the figures to `out` if given, print them.
 
     Raises MissingDependency without a CUDA device.
     """
@@ -29,76 +43,148 @@ def measure_engine(repeat: int, out: Path | None, as_json: bool) -> None:
 
     if not torch.cuda.is_available():
         raise MissingDependency("bench gpu needs a CUDA device, and torch sees none here")
-    report = _measure(torch, repeat, out)
+    started = time.monotonic()
+
+    def tell(text: str) -> None:
+        print(f"{time.monotonic() - started:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+    tell("kernels: compiled side by side")
+    compile_ahead(tell)
+    report = _measure(torch, repeat, out, tell)
     if as_json:
         print_json(report)
     else:
         _print(report)
 
 
-def _measure(torch: Any, repeat: int, out: Path | None) -> dict[str, Any]:
-    """The report; what there is of it is written to `out` after every row."""
+def compile_ahead(tell: Callable[[str], None]) -> None:
+    """Fill Triton's cache. What goes wrong here goes wrong where it is measured, and is told there;
+    what is not done in time is compiled there too.
+    """
+    from fathom.kernels.triton.ahead import compile_kernel
+
+    spawn = multiprocessing.get_context("spawn")
+    end = time.monotonic() + COMPILING
+    pool = ProcessPoolExecutor(min(COMPILERS, os.cpu_count() or 1), mp_context=spawn)
+    try:
+        lists = {pool.submit(_sketches, name): name for name in (LAYERS, SHIPPED_MODEL)}
+        kernels: dict[Any, Future[None]] = {}
+        for found in as_completed(lists, COMPILING):
+            sketches = found.result()
+            for sketch in sketches - kernels.keys():
+                kernels[sketch] = pool.submit(compile_kernel, sketch)
+            tell(f"kernels: {lists[found]} launches {len(sketches)} of them")
+        done, left = wait(kernels.values(), end - time.monotonic())
+        failed = [error for future in done if (error := future.exception()) is not None]
+        tell(f"kernels: {len(done) - len(failed)} compiled, {len(left)} left")
+        for error in failed[:3]:
+            tell(f"kernels: {error}")
+    except Exception as error:
+        tell(f"kernels: not compiled ahead: {error!r}")
+        for worker in multiprocessing.active_children():  # one that hangs must not be waited for
+            worker.kill()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _sketches(name: str) -> set[Any]:
+    """The kernels of all that is measured of a model, in a process whose memory goes with it."""
+    import torch
+
+    from fathom.eval import gpu_engine_speed as speed
+    from fathom.kernels.triton.ahead import Sketch, Zeroed, recorded
+
+    model = _model(name)
+    with Zeroed(), recorded() as launches:
+        for batch in BATCHES:
+            speed.touch_steps(model, batch, CONTEXT)
+        for tokens in (*PROMPTS, CONTEXT):
+            speed.touch_prompts(model, tokens)
+        if model.mtp:
+            speed.touch_drafts(model, CONTEXT)
+    found = {Sketch.of(launch) for launch in launches}
+    del model, launches
+    torch.cuda.empty_cache()
+    return found
+
+
+def _model(name: str) -> Any:
+    import torch
+
     from fathom.checkpoint import load_model
     from fathom.eval import gpu_engine_speed as speed
 
-    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    if name == LAYERS:
+        return speed.three_layer_model(speed.three_layers())
+    return load_model(checkpoint_path(Path(name)), torch.bfloat16, device="cuda")
 
-    def keep() -> None:
+
+def _measure(
+    torch: Any, repeat: int, out: Path | None, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """The report; what there is of it is written to `out` after every row."""
+    from fathom.eval import gpu_engine_speed as speed
+
+    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    report["decode"], report["prompts"] = [], []
+
+    def keep(kind: str, row: dict[str, Any]) -> None:
+        report[kind].append(row)
+        tell(" ".join(_decoded(row) if kind == "decode" else _prompted(row)))
         if out is not None:
             out.write_text(json.dumps(report, indent=1))
 
-    flash = speed.three_layer_model(speed.three_layers())
-    nano = load_model(checkpoint_path(Path(SHIPPED_MODEL)), torch.bfloat16, device="cuda")
-    report["decode"], report["prompts"] = [], []
-    for name, model in (("three V4-Flash layers", flash), (SHIPPED_MODEL, nano)):
-        cases = [(batch, 0) for batch in BATCHES]
+    for name in (LAYERS, SHIPPED_MODEL):
+        model = _model(name)
+        cases = [(batch, 0, 0.0) for batch in BATCHES] + [(SAMPLED, 0, 1.0)]
         if model.mtp:
-            cases.append((1, 1))
-        for batch, drafts in cases:
-            row = speed.decode_time(model, batch, CONTEXT, steps=repeat, drafts=drafts)
-            report["decode"].append({"model": name, **asdict(row), "tokens_per_s": row.rate})
-            keep()
+            cases.append((1, 1, 0.0))
+        for batch, drafts, temperature in cases:
+            row = speed.decode_time(
+                model, batch, CONTEXT, steps=repeat, drafts=drafts, temperature=temperature
+            )
+            keep("decode", {"model": name, **asdict(row), "tokens_per_s": row.rate})
         for tokens in PROMPTS:
             for count in ROWS:
                 prompt = speed.prompt_time(model, tokens, rows=count, repeat=3)
-                report["prompts"].append(
-                    {"model": name, **asdict(prompt), "tokens_per_s": prompt.rate}
-                )
-                keep()
+                keep("prompts", {"model": name, **asdict(prompt), "tokens_per_s": prompt.rate})
+        del model
         torch.cuda.empty_cache()
     return report
 
 
+DECODED = ("model", "streams", "temperature", "drafts", "layers", "runner", "engine", "tok/s",
+           "kernels + copies", "bytes of sequences")  # fmt: skip
+PROMPTED = ("model", "tokens", "rows", "ms", "tok/s")
+
+
 def _print(report: dict[str, Any]) -> None:
     print(f"{report['device']}, torch {report['torch']}; milliseconds of one step\n")
-    rows = [
-        [
-            r["model"],
-            str(r["batch"]),
-            str(r["drafts"]),
-            f"{r['layers']:.3f}",
-            f"{r['runner']:.3f}",
-            f"{r['engine']:.3f}",
-            f"{r['tokens_per_s']:,.0f}",
-            f"{r['launches']} + {r['copies']}",
-            f"{r['memory']:,}",
-        ]
-        for r in report["decode"]
-    ]
-    print_table(
-        ["model", "streams", "drafts", "layers", "runner", "engine", "tok/s", "kernels + copies",
-         "bytes of sequences"],
-        rows,
-    )  # fmt: skip
+    print_table(DECODED, [_decoded(row) for row in report["decode"]])
     print("\nprompts until the first token\n")
-    rows = [
-        [
-            r["model"],
-            f"{r['tokens']:,}",
-            f"{r['rows']} a step" if r["rows"] else "one chunk",
-            f"{r['seconds'] * 1e3:.1f}",
-            f"{r['tokens_per_s']:,.0f}",
-        ]
-        for r in report["prompts"]
+    print_table(PROMPTED, [_prompted(row) for row in report["prompts"]])
+
+
+def _decoded(row: dict[str, Any]) -> list[str]:
+    return [
+        row["model"],
+        str(row["batch"]),
+        f"{row['temperature']:g}",
+        str(row["drafts"]),
+        f"{row['layers']:.3f}",
+        f"{row['runner']:.3f}",
+        f"{row['engine']:.3f}",
+        f"{row['tokens_per_s']:,.0f}",
+        f"{row['launches']} + {row['copies']}",
+        f"{row['memory']:,}",
     ]
-    print_table(["model", "tokens", "rows", "ms", "tok/s"], rows)
+
+
+def _prompted(row: dict[str, Any]) -> list[str]:
+    return [
+        row["model"],
+        f"{row['tokens']:,}",
+        f"{row['rows']} a step" if row["rows"] else "one chunk",
+        f"{row['seconds'] * 1e3:.1f}",
+        f"{row['tokens_per_s']:,.0f}",
+    ]

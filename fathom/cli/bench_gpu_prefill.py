@@ -59,7 +59,8 @@ def _measure(torch: Any, repeat: int, kernels: bool, quiet: bool) -> dict[str, A
     from fathom.model.prefill_memory import MemoryPlan
 
     config = gpu_speed.three_layers(ModelConfig.preset("flash"))
-    matmul, copy = gpu_speed.matmul_rate(), gpu_speed.copy_rate()
+    matmul, fp8, copy = gpu_speed.matmul_rate(), gpu_speed.fp8_rate(), gpu_speed.copy_rate()
+    rates = prefill.Rates(bf16=matmul, fp8=fp8, copy=copy)
     torch.cuda.empty_cache()
     layers = gpu_speed.stored_layers(config)
     report: dict[str, Any] = {
@@ -67,6 +68,7 @@ def _measure(torch: Any, repeat: int, kernels: bool, quiet: bool) -> dict[str, A
         "torch": torch.__version__,
         "copy_bytes_per_s": copy,
         "matmul_flops": matmul,
+        "fp8_flops": fp8,
         "rows": [],
     }
 
@@ -79,7 +81,7 @@ def _measure(torch: Any, repeat: int, kernels: bool, quiet: bool) -> dict[str, A
     for group, prompts in groups:
         for tokens, chunk in prompts:
             row = prefill.prefill_time(
-                config, group, tokens, chunk, (matmul, copy), repeat,
+                config, group, tokens, chunk, rates, repeat,
                 show if len(group) > 1 else None,
             )  # fmt: skip
             report["rows"].append(asdict(row) | {"tokens_per_s": row.rate})
@@ -136,6 +138,8 @@ def measure_other(tokens: int = OTHER_TOKENS, context: int = OTHER_TOKENS) -> di
 def _print(report: dict[str, Any]) -> None:
     copy, matmul = report["copy_bytes_per_s"] / 1e12, report["matmul_flops"] / 1e12
     rates = f"copy {copy:.2f} TB/s, BF16 {matmul:.0f} TFLOP/s"
+    if report["fp8_flops"]:
+        rates += f", FP8 {report['fp8_flops'] / 1e12:.0f} TFLOP/s"
     print(f"\n{report['device']}, torch {report['torch']}: {rates}")
     print("V4-Flash layers, synthetic weights; milliseconds of one prompt, MiB while it runs\n")
     mib = 2**20
@@ -146,8 +150,8 @@ def _print(report: dict[str, Any]) -> None:
             f"{r['chunk']:,}",
             f"{r['median']:.2f}",
             f"{r['least']:.2f}",
-            f"{r['floor']:.2f}",
-            f"{r['floor'] / r['median']:.0%}",
+            f"{r['floor']:.2f}" if r["floor"] is not None else "-",
+            f"{r['floor'] / r['median']:.0%}" if r["floor"] is not None else "-",
             f"{r['tokens_per_s']:,.0f}",
             f"{r['planned'] / mib:,.0f}",
             f"{r['peak'] / mib:,.0f}",

@@ -60,8 +60,7 @@ class Engine:
         if config.drafts > 0 and not model.mtp:
             raise ConfigError("this model has no MTP block to draft with: set drafts to 0")
         self.memory = allocate(config, model)
-        rows = config.budget.tokens + config.max_sequences * (1 + config.drafts)
-        self.runner = make_runner(model, self.memory, rows)
+        self.runner = make_runner(model, self.memory, config.max_rows)
         self.runner.batch_invariant = config.batch_invariant
         root = cache_name(self.runner, self.memory, self.model, self.config)
         self.cache = PrefixCache(
@@ -74,9 +73,7 @@ class Engine:
         self.wal = WriteAheadLog(config.wal, root) if config.wal else None
         self.metrics = Metrics()
         self.residence = Residence(self.memory, self.cache, self.metrics, config.checkpoint_spacing)
-        self.scheduler = Scheduler(
-            config.budget, self._admit, self.residence.grow, self.residence.set_back
-        )
+        self.scheduler = Scheduler(config.budget, self.residence.grow, self.residence.set_back)
         self.drafter = Drafter(
             self.runner, self.memory, config.drafts, self.metrics, config.drafts_adaptive
         )
@@ -136,7 +133,7 @@ class Engine:
     def step(self) -> list[tuple[Request, list[Drawn]]]:
         """Compute one batch; the tokens that each request gained. Nothing to do: an empty list."""
         started = time.perf_counter()
-        shares = self.scheduler.schedule()
+        shares = self.scheduler.schedule(self._admit)
         self.metrics.last_batch = 0
         if not shares:
             return []
@@ -307,8 +304,11 @@ class Engine:
             return self.metrics.text(self.scheduler, self.memory, self.cache)
 
     def close(self) -> None:
-        """Close logs; requests that had not finished can be recovered by another engine."""
+        """Close logs and let go of graphs; requests that had not finished can be recovered by
+        another engine.
+        """
         with self.lock:
+            self.runner.close()
             if self.wal is not None:
                 self.wal.close()
 

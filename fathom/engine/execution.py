@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from fathom.engine.batch import Batch, Piece
-from fathom.engine.request import Exported
-from fathom.engine.runner import Runner
+from fathom.engine.request import Exported, Request
+from fathom.engine.runner import Runner, head_summarised, summarised
+from fathom.engine.sampler import Wanted
 from fathom.engine.scheduler import Share
 from fathom.engine.wal import WriteAheadLog
 
@@ -23,8 +25,8 @@ def execute(runner: Runner, shares: Sequence[Share]) -> int:
         request, end = share.request, share.start + share.count
         if request.remembered is not None:
             share.hidden = request.remembered
-            share.logits = runner.head(request.remembered)
-            share.summaries = runner.summaries
+            found = head_summarised(runner, share.hidden, _wanted(request, range(1)))
+            share.logits, share.summaries = found.logits, found.summaries
             continue
         tokens = request.tokens[share.start : end] + request.draft
         assert request.slot is not None
@@ -40,14 +42,25 @@ def execute(runner: Runner, shares: Sequence[Share]) -> int:
     runner.export = any(share.request.export for share in shares)
     runner.forward(Batch.of(pieces))
     if drawn_from:
-        hidden, logits = runner.logits([row for _, rows in drawn_from for row in rows])
-        at, summaries = 0, runner.summaries
+        wanted = [w for share, rows in drawn_from for w in _wanted(share.request, rows)]
+        hidden, logits, summaries = summarised(
+            runner, [row for _, rows in drawn_from for row in rows], wanted
+        )
+        at = 0
         for share, rows in drawn_from:
-            share.hidden = hidden[at : at + len(rows)]
-            share.logits = logits[at : at + len(rows)]
-            share.summaries = summaries[at : at + len(rows)] if summaries is not None else None
+            own = slice(at, at + len(rows))
+            share.hidden = hidden[own] if hidden is not None else None
+            share.logits = logits[own]
+            share.summaries = summaries[own] if summaries is not None else None
             at += len(rows)
     return count
+
+
+def _wanted(request: Request, rows: range) -> list[Wanted]:
+    """What the draws of a request's last rows need, each for the case that all before it stand."""
+    ends = len(request.tokens) == len(request.prompt)  # there a checkpoint keeps the hidden state
+    masked = request.mask is not None
+    return [request.sampler.wanted(masked, ahead, hidden=ends) for ahead in range(len(rows))]
 
 
 def export(runner: Runner, share: Share) -> Exported | None:
@@ -58,10 +71,18 @@ def export(runner: Runner, share: Share) -> Exported | None:
     rows = slice(share.row, share.row + count)
     return Exported(
         first=share.start,
-        hidden=runner.logits(list(range(rows.start, rows.stop)))[0].copy(),
+        hidden=_hidden(runner, rows),
         routing=runner.routing(rows.stop)[:, rows],
         selection=runner.selection(rows.stop)[:, rows],
     )
+
+
+def _hidden(runner: Runner, rows: slice) -> np.ndarray:
+    """Final hidden states [rows, hidden] of rows of the last batch, without their logits."""
+    which = list(range(rows.start, rows.stop))
+    found = summarised(runner, which, [Wanted(whole=False, hidden=True)] * len(which)).hidden
+    assert found is not None
+    return found.copy()
 
 
 def draw(share: Share, wal: WriteAheadLog | None) -> str | None:

@@ -10,6 +10,7 @@ Paper: none (inference interface).
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,18 +23,23 @@ import torch
 
 from fathom.chat import Tokenizer
 from fathom.chat.generation import TokenMask
-from fathom.checkpoint import load_model
+from fathom.checkpoint import Checkpoint, load_model, load_stored, open_checkpoint
+from fathom.checkpoint.stored import unstorable_checkpoint
 from fathom.engine.engine import Engine, EngineConfig
 from fathom.engine.options import check_tokens
 from fathom.engine.request import Request
 from fathom.engine.sampler import SamplingParams
+from fathom.engine.stored_runner import unserved
 from fathom.errors import ConfigError, GenerationError, TokenizerError
 from fathom.model.config import PRESETS
+from fathom.model.stored import StoredModel
+from fathom.model.stored_prompt import prompt_logits, prompt_mtp_logits
 from fathom.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from fathom.chat.reply import Reply
 
+_log = logging.getLogger(__name__)
 SHIPPED = Path(__file__).resolve().parent.parent / "assets"  # models that come with the package
 
 
@@ -75,17 +81,33 @@ def load(
     dtype: arithmetic of activations, torch.float32 or torch.bfloat16 (default: float32 on the CPU,
     bfloat16 elsewhere). quantized: True performs every quantisation step of the official path,
     False none, None does what the checkpoint was made for. A folder without tokenizer.json loads
-    too; only text needs one. engine: memory, cache folders, drafting. Raises CheckpointError,
-    ConfigError or UnsupportedModelError.
+    too; only text needs one. engine: memory, cache folders, drafting. On a GPU that serves from
+    stored formats, weights are read as they are stored. Raises CheckpointError, ConfigError or UnsupportedModelError.
     """
     folder = _folder(path_or_preset)
     device = torch.device(device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = load_model(folder, dtype=dtype, quantized=quantized, device=device)
+    checkpoint = open_checkpoint(folder)
+    if _read_as_stored(checkpoint, device, dtype, quantized):
+        model = load_stored(checkpoint, device=device, dtype=dtype)
+    else:
+        model = load_model(checkpoint, dtype=dtype, quantized=quantized, device=device)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = Tokenizer.load(folder) if has_tokenizer else None
     return LLM(model, tokenizer, name=folder.name, engine=engine)
+
+
+def _read_as_stored(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, quantized: bool | None
+) -> bool:
+    """Whether a GPU serves a checkpoint's bytes as they are; the log says why it does not."""
+    if device.type != "cuda" or quantized is False:
+        return False
+    reason = unserved(device, checkpoint.config, dtype) or unstorable_checkpoint(checkpoint)
+    if reason is not None:
+        _log.warning("event=dequantised folder=%r reason=%r", str(checkpoint.folder), reason)
+    return reason is None
 
 
 def _folder(path_or_preset: str | Path) -> Path:
@@ -111,7 +133,7 @@ class LLM:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | StoredModel,
         tokenizer: Tokenizer | None,
         name: str = "model",
         engine: EngineConfig | None = None,
@@ -153,7 +175,10 @@ class LLM:
 
         Raises GenerationError for an empty or too long list, or ids outside the vocabulary.
         """
-        return self.model(self._tensor(self._check(token_ids)))[0].cpu()
+        ids = self._tensor(self._check(token_ids))
+        if isinstance(self.model, StoredModel):
+            return prompt_logits(self.model, ids[0])
+        return self.model(ids)[0].cpu()
 
     @torch.inference_mode()
     def mtp_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -164,6 +189,8 @@ class LLM:
         ids = self._check(token_ids)
         if len(ids) < 2:
             raise GenerationError("mtp_logits needs at least two tokens")
+        if isinstance(self.model, StoredModel):
+            return prompt_mtp_logits(self.model, self._tensor(ids)[0])
         return self.model.mtp_logits(self._tensor(ids))[0].cpu()
 
     @overload

@@ -15,8 +15,10 @@ import torch
 from fathom.engine.batch import Memory
 from fathom.engine.kv_cache import SLAB_TOKENS, SlabLayout, SlabPool, slabs_for
 from fathom.engine.runner import Runner
+from fathom.engine.runner_memory import Part, runner_parts
 from fathom.engine.scheduler import Budget
 from fathom.engine.state_cache import DRAFT_ROOM, SlotLayout, SlotPool
+from fathom.engine.stored_runner import refusal
 from fathom.errors import ConfigError, GenerationError
 from fathom.model.config import ModelConfig
 from fathom.model.fingerprint import fingerprint
@@ -77,6 +79,11 @@ class EngineConfig:
                 f"prompt_rows must lie in {DRAFT_ROOM} .. {MOST_TOKENS}, not {self.prompt_rows}"
             )
 
+    @property
+    def max_rows(self) -> int:
+        """The most rows of a batch: a step's tokens, and each sequence's next one with drafts."""
+        return self.budget.tokens + self.max_sequences * (1 + self.drafts)
+
     def slot_room(self, device: torch.device) -> int:
         """Tokens that a slot's rings hold beyond what the next one looks at."""
         if self.prompt_rows is not None:
@@ -113,9 +120,10 @@ def check_tokens(tokens: Sequence[int], config: ModelConfig) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """What an engine allocates for its sequences, known before: `slabs` slabs of compressed
-    entries, `slots` slots of windows and tails, and the tables [slots, columns] that say which slab
-    is whose.
+    """What an engine takes, known before: `slabs` slabs of compressed entries, `slots` slots of
+    windows and tails, and the tables [slots, columns] that say which slab is whose; where a GPU
+    serves from stored formats, what its runner needs beside them (`runner`). `weights` are bytes
+    that are taken already.
     """
 
     slab: SlabLayout
@@ -123,6 +131,8 @@ class MemoryPlan:
     slot: SlotLayout
     slots: int
     columns: int
+    weights: int = 0
+    runner: tuple[Part, ...] = ()
 
     @classmethod
     def of(cls, config: EngineConfig, model: Transformer | StoredModel) -> MemoryPlan:
@@ -130,10 +140,19 @@ class MemoryPlan:
         device, most = model.embed.weight.device, model.config.max_position_embeddings
         slab = SlabLayout.of(model.config, model.quantized, model.dtype, config.indexer)
         slot = SlotLayout(slab, config.drafts > 0, config.slot_room(device))
+        runner: tuple[Part, ...] = ()
+        if device.type == "cuda" and refusal(device, model, slab.kv_format) is None:
+            runner = runner_parts(
+                model,
+                max_rows=config.max_rows,
+                chunk_tokens=0 if config.batch_invariant else config.budget.tokens,
+                columns=Memory.columns(most),
+            )
         count = slabs_for(config.cache_tokens or 0)
         if config.cache_tokens is None:
             wanted = slabs_for(most) + 4 * config.max_sequences
             left = free_bytes(device) - config.max_sequences * slot.slot_bytes
+            left -= sum(part.size for part in runner)
             count = min(wanted, left // 4 // max(1, slab.slab_bytes))
         return cls(
             slab=slab,
@@ -141,11 +160,13 @@ class MemoryPlan:
             slot=slot,
             slots=config.max_sequences,
             columns=Memory.columns(most),
+            weights=sum(t.nbytes for t in model.state_dict().values()),
+            runner=runner,
         )
 
     @property
     def parts(self) -> list[tuple[str, int]]:
-        """(what for, bytes) of everything."""
+        """(what for, bytes) of everything that sequences take."""
         return [
             (
                 f"compressed entries of {self.slabs * SLAB_TOKENS:,} tokens",
@@ -164,19 +185,33 @@ class MemoryPlan:
         """Bytes of all parts."""
         return sum(size for _, size in self.parts)
 
+    @property
+    def needed(self) -> int:
+        """Bytes that must be free: all parts and what the runner needs."""
+        return self.total + sum(part.size for part in self.runner)
+
     def lines(self) -> list[str]:
         """The plan for a reader, to the byte."""
-        return [f"{size:>18,}  {label}" for label, size in [*self.parts, ("total", self.total)]]
+        runner = [(part.label, part.size) for part in self.runner]
+        rows = [*self.parts, *runner, ("total", self.needed)]
+        rows.insert(0, ("weights, there already and not in the total", self.weights))
+        return [f"{size:>18,}  {label}" for label, size in rows]
 
     def check(self, free: int) -> None:
         """Raise ConfigError, naming what to change, where `free` bytes do not hold it."""
-        if self.total <= free:
+        if self.needed <= free:
             return
-        needed = ", ".join(f"{size:,} for {label}" for label, size in self.parts)
-        rows = " or prompt_rows" if self.slot.room > DRAFT_ROOM else ""
+        largest = sorted(self.runner, key=lambda part: -part.size)
+        every = [*self.parts, *((part.label, part.size) for part in largest)]
+        needed = ", ".join(f"{size:,} for {label}" for label, size in every)
+        room = (free - self.needed) // self.slab.slab_bytes + self.slabs
+        what = ["cache_tokens", "max_sequences"]
+        what += ["prompt_rows"] if self.slot.room > DRAFT_ROOM else []
+        what += [part.lower for part in largest if part.lower]
+        fits = f"; cache_tokens={room * SLAB_TOKENS} would do" if room > 0 else ""
         raise ConfigError(
-            f"the engine needs {self.total:,} bytes ({needed}), and {free:,} are free: lower "
-            f"cache_tokens or max_sequences{rows}"
+            f"the engine needs {self.needed:,} bytes ({needed}), and {free:,} are free: lower "
+            f"{' or '.join(dict.fromkeys(what))}{fits}"
         )
 
 

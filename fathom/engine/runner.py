@@ -8,17 +8,21 @@ Paper: none (engine).
 
 from __future__ import annotations
 
-from typing import Protocol
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from fathom.engine.batch import Batch, Memory
+from fathom.engine.sampler import Wanted
 from fathom.kernels import operation
 from fathom.model.stored import StoredModel
 from fathom.model.transformer import Transformer
 
 _runner = operation("runner")
+_log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -26,13 +30,10 @@ class Runner(Protocol):
 
     `batch_invariant`: a row's result depends on its sequence alone. Set to False, a runner that has
     a faster way for prompts may take it. `export`: keep what `routing` and `selection` tell.
-    `summaries`: of the rows that `logits` or `head` returned last, `logit_summary` [rows, 3], where
-    the device has made it.
     """
 
     export: bool
     batch_invariant: bool
-    summaries: np.ndarray | None
 
     def reload(self) -> None:
         """Read the model's weights again."""
@@ -66,18 +67,83 @@ class Runner(Protocol):
         """With `export`: entries picked, [layers, rows, index_topk] int32, -1 = none."""
         ...
 
+    def close(self) -> None:
+        """Let go of what only running needs; a runner that runs again makes it anew."""
+        ...
+
+
+@runtime_checkable
+class Summarising(Protocol):
+    """A runner whose device sums logits up and draws from them: few rows have to leave it."""
+
+    def summarised(self, which: list[int], wanted: Sequence[Wanted]) -> Summarised:
+        """As `logits` of Runner, for each row what is wanted of it."""
+        ...
+
+    def head_summarised(self, hidden: np.ndarray, wanted: Sequence[Wanted]) -> Summarised:
+        """As `head` of Runner, likewise."""
+        ...
+
+    def draft_summarised(
+        self, batch: Batch, given: list[int], which: list[int], wanted: Sequence[Wanted]
+    ) -> Summarised:
+        """As `draft` of Runner, from the streams of rows `given` of whatever ran last; of its own
+        rows those that `which` says.
+        """
+        ...
+
+
+class Summarised(NamedTuple):
+    """hidden: [rows, hidden], or None where no row wanted it; logits: [vocab] of each row, or None
+    where it was not wanted; summaries: [rows, 6] float64, `logit_summary` of each row, or None.
+    """
+
+    hidden: np.ndarray | None
+    logits: Sequence[np.ndarray | None] | np.ndarray
+    summaries: np.ndarray | None
+
+
+def summarised(runner: Runner, which: list[int], wanted: Sequence[Wanted]) -> Summarised:
+    """What is wanted of rows of the last batch; from a runner that sums nothing up, all of it."""
+    if isinstance(runner, Summarising):
+        return runner.summarised(which, wanted)
+    hidden, logits = runner.logits(which)
+    return Summarised(hidden, logits, None)
+
+
+def head_summarised(runner: Runner, hidden: np.ndarray, wanted: Sequence[Wanted]) -> Summarised:
+    """The same for hidden states [rows, hidden] that were kept."""
+    if isinstance(runner, Summarising):
+        return runner.head_summarised(hidden, wanted)
+    return Summarised(hidden, runner.head(hidden), None)
+
+
+def draft_summarised(
+    runner: Runner, batch: Batch, given: list[int], which: list[int], wanted: Sequence[Wanted]
+) -> Summarised:
+    """The MTP block behind rows of whatever ran last: what is wanted of some of its rows."""
+    if isinstance(runner, Summarising):
+        return runner.draft_summarised(batch, given, which, wanted)
+    logits = runner.draft(batch, np.stack([runner.streams(row) for row in given]))
+    return Summarised(None, logits[which], None)
+
 
 def make_runner(model: Transformer | StoredModel, memory: Memory, max_rows: int) -> Runner:
-    """The best runner for a model where it lies.
+    """The best runner for a model where it lies; on a GPU the log says why it is the slow one.
 
     Raises ConfigError for a StoredModel that no operation's tiles fit.
     """
     from fathom.engine import torch_runner  # noqa: F401  (registers the reference)
-    from fathom.engine.stored_runner import StoredRunner
+    from fathom.engine.stored_runner import StoredRunner, refusal
 
+    weight = _weight(model)
     if isinstance(model, StoredModel):  # nothing else computes with one
-        return StoredRunner(_weight(model), model, memory, max_rows)
-    return _runner(_weight(model), model, memory, max_rows)
+        return StoredRunner(weight, model, memory, max_rows)
+    runner = _runner(weight, model, memory, max_rows)
+    if weight.device.type == "cuda" and not isinstance(runner, StoredRunner):
+        reason = refusal(weight.device, model, memory.slabs.layout.kv_format)
+        _log.warning("event=torch_runner reason=%r", reason)
+    return runner
 
 
 def _weight(model: Transformer | StoredModel) -> torch.Tensor:

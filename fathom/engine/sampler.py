@@ -9,6 +9,7 @@ Paper: §5.3.1 (evaluation samples at temperature 1.0).
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from fathom.chat.generation import TokenMask
 from fathom.errors import GenerationError
 
 MOST_TOP_LOGPROBS = 1000
+NOT_FINITE = "the model's logits are not finite: the weights are damaged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,26 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+SURE = 1e-9  # see `Wanted`
+
+
+class Wanted(NamedTuple):
+    """What a draw needs of a row: all its logits, or a summary in which they are drawn from with
+    temperature (0: the best one) and number, which lies in [0, 1); and whether the row's final
+    hidden state is wanted.
+
+    A device adds shares up in another order than `Sampler`. Over a vocabulary of a million both
+    sums are right to 3e-10 of the whole, so both end at the same token unless the number falls
+    closer to one of its two ends. Where `SURE` of the whole does not lie between, whoever made the
+    summary hands over the row as well, and the token is the one that the sampler finds.
+    """
+
+    whole: bool
+    temperature: float = 0.0
+    number: float = 0.0
+    hidden: bool = False
+
+
 class Drawn(NamedTuple):
     """A token, its log-probability by the model alone, and the most probable (id, logprob)."""
 
@@ -112,15 +134,24 @@ class Sampler:
         self._seen = _Occurrences(prompt if repetition else ())
         self.drawn = 0
 
+    def wanted(self, masked: bool, ahead: int = 0, *, hidden: bool = False) -> Wanted:
+        """What the draw `ahead` draws after the next one needs; masked: there is a mask."""
+        params, number = self.params, uniform(self.seed, self.drawn + ahead)
+        narrowed = params.top_k > 0 or params.min_p > 0 or params.top_p < 1.0
+        shaped = masked or len(params.logit_bias) > 0 or self._penalised
+        whole = shaped or params.top_logprobs > 0 or (narrowed and params.temperature > 0)
+        return Wanted(whole, params.temperature, number, hidden)
+
     def pick(
         self,
-        logits: np.ndarray,
+        logits: np.ndarray | None,
         mask: TokenMask | None = None,
         summary: np.ndarray | None = None,
     ) -> Drawn:
         """Draw the next token and take note of it; logits: [vocab] float32.
 
-        summary: [3], the operation `logit_summary` of these logits, where it is known already.
+        summary: [6], the operation `logit_summary` of these logits and of what `wanted` says, where
+        it is known already. The logits may be missing where that does not ask for them.
 
         Raises GenerationError when the logits are not finite or the mask allows nothing.
         """
@@ -137,13 +168,19 @@ class Sampler:
             self._seen.add(token)
 
     def propose(
-        self, logits: np.ndarray, mask: TokenMask | None = None, summary: np.ndarray | None = None
+        self,
+        logits: np.ndarray | None,
+        mask: TokenMask | None = None,
+        summary: np.ndarray | None = None,
     ) -> Drawn:
         """As `pick`, but nothing takes note of the token."""
+        if logits is None:
+            assert summary is not None
+            return self._told(summary)
         params = self.params
         high = float(logits.max() if summary is None else summary[0])
         if not np.isfinite(high):  # a NaN anywhere makes the maximum one
-            raise GenerationError("the model's logits are not finite: the weights are damaged")
+            raise GenerationError(NOT_FINITE)
         if summary is None:
             normal = high + float(np.log(np.exp(logits - np.float32(high)).sum(dtype=np.float64)))
         else:
@@ -159,8 +196,25 @@ class Sampler:
             top = tuple((int(i), float(logits[i]) - normal) for i in best)
         return Drawn(token=token, logprob=float(logits[token]) - normal, top=top)
 
-    def guess(self, logits: np.ndarray, ahead: int) -> int:
-        """The token that these logits [vocab] would give `ahead` draws after the next one."""
+    def _told(self, summary: np.ndarray) -> Drawn:
+        """What a summary says; summary: [6]."""
+        high, best, normal, drawn, logit, _ = summary.tolist()
+        if not math.isfinite(high):
+            raise GenerationError(NOT_FINITE)
+        if self.params.temperature == 0:
+            drawn, logit = best, high
+        return Drawn(token=int(drawn), logprob=logit - normal)
+
+    def guess(
+        self, logits: np.ndarray | None, ahead: int, summary: np.ndarray | None = None
+    ) -> int:
+        """The token that these logits [vocab] would give `ahead` draws after the next one.
+
+        summary: [6], as for `pick`.
+        """
+        if logits is None:
+            assert summary is not None
+            return int(summary[1] if self.params.temperature == 0 else summary[3])
         return self._choose(self._shaped(logits, None), ahead)
 
     def _shaped(self, logits: np.ndarray, mask: TokenMask | None) -> np.ndarray:

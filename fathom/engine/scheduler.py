@@ -11,7 +11,7 @@ Paper: none (engine).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +24,10 @@ class Share:
     """The tokens of one request in a step: `count` from `start` on, then its drafts.
 
     Once it has run, `row` is its first row in the batch (None: nothing had to be computed), and
-    `hidden` [rows, hidden] and `logits` [rows, vocab] belong to its last token and the drafts
-    behind it, if a token can be drawn there; `drafted` counts these and `summaries` are as in
-    Runner. `done`: the request has taken note of it.
+    `logits` (of each row [vocab], or None where its summary is enough) and `summaries` [rows, 6]
+    (None where a runner makes none) belong to its last token and the drafts behind it, if a token
+    can be drawn there; `hidden` [rows, hidden] where the prompt ends; `drafted` counts the drafts.
+    `done`: the request has taken note of it.
     """
 
     request: Request
@@ -34,7 +35,7 @@ class Share:
     count: int
     row: int | None = None
     hidden: np.ndarray | None = None
-    logits: np.ndarray | None = None
+    logits: Sequence[np.ndarray | None] | np.ndarray | None = None
     summaries: np.ndarray | None = None
     drafted: int = 0
     done: bool = False
@@ -49,16 +50,15 @@ class Budget:
 
 
 class Scheduler:
-    """Keeps requests in order. `admit` and `grow` take memory and say whether there was enough."""
+    """Keeps requests in order. `grow` takes memory and says whether there was enough."""
 
     def __init__(
         self,
         budget: Budget,
-        admit: Callable[[Request], bool],
         grow: Callable[[Request, int], bool],
         preempt: Callable[[Request], None],
     ) -> None:
-        self.budget, self._admit, self._grow, self._preempt = budget, admit, grow, preempt
+        self.budget, self._grow, self._preempt = budget, grow, preempt
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.paused: list[Request] = []
@@ -86,9 +86,13 @@ class Scheduler:
             if request in line:
                 line.remove(request)
 
-    def schedule(self) -> list[Share]:
-        """The next step's shares. Admits, and preempts where memory has run out."""
-        self._admit_waiting()
+    def schedule(self, admit: Callable[[Request], bool]) -> list[Share]:
+        """The next step's shares. Admits, and preempts where memory has run out.
+
+        admit: takes memory for a request and says whether there was enough. It is the engine's, and
+        not kept: an engine that nobody holds ought to go at once, with its memory.
+        """
+        self._admit_waiting(admit)
         ranked = sorted(self.running, key=_rank)
         shares = []
         for request in ranked:
@@ -106,11 +110,11 @@ class Scheduler:
                 left -= count
         return [s for s in shares if s.request.status is Status.RUNNING]
 
-    def _admit_waiting(self) -> None:
+    def _admit_waiting(self, admit: Callable[[Request], bool]) -> None:
         for request in list(self.waiting):
             if self._is_being_computed(request):
                 continue
-            if not self._admit(request):
+            if not admit(request):
                 break
             if not request.finished:  # it may be one that can never be served
                 request.status = Status.RUNNING

@@ -19,7 +19,7 @@ import numpy as np
 from fathom.engine.batch import Batch, Memory, Piece
 from fathom.engine.metrics import Metrics
 from fathom.engine.request import Request, Status
-from fathom.engine.runner import Runner
+from fathom.engine.runner import Runner, draft_summarised
 from fathom.engine.scheduler import Share
 
 PROBE = 48  # steps that a trial of either kind lasts
@@ -89,7 +89,9 @@ class Drafter:
         """
         if not self._count or not self.trial.on:
             return
-        pieces, streams, owners = [], [], []
+        pieces: list[Piece] = []
+        given: list[int] = []  # rows whose streams the block reads
+        owners: list[Request] = []
         for share in shares:
             request = share.request
             if share.row is None or request.status is not Status.RUNNING or request.slot is None:
@@ -98,28 +100,28 @@ class Drafter:
             first = max(share.start, end - self._window)
             if first >= end:
                 continue
-            rows = range(share.row + first - share.start, share.row + end - share.start)
+            given += range(share.row + first - share.start, share.row + end - share.start)
             following = request.tokens[first + 1 : end + 1]
             pieces.append(Piece(slot=request.slot, start=first, tokens=following))
-            streams.append(np.stack([self._runner.streams(row) for row in rows]))
             owners.append(request)
         room = {r.id: self._room(r) for r in owners}
         for ahead in range(self._count):
             if not pieces:
                 return
-            logits = self._runner.draft(Batch.of(pieces), np.concatenate(streams))
-            ends = np.cumsum([len(p.tokens) for p in pieces]) - 1
-            following_pieces, following_streams, following_owners = [], [], []
-            for request, end in zip(owners, ends.tolist(), strict=True):
+            ends = (np.cumsum([len(p.tokens) for p in pieces]) - 1).tolist()
+            wanted = [request.sampler.wanted(False, ahead) for request in owners]
+            found = draft_summarised(self._runner, Batch.of(pieces), given, ends, wanted)
+            drafting, (pieces, given, owners) = owners, ([], [], [])
+            for number, request in enumerate(drafting):
                 if ahead >= room[request.id] or request.slot is None:
                     continue
-                token = request.sampler.guess(logits[end], ahead)
+                summary = found.summaries[number] if found.summaries is not None else None
+                token = request.sampler.guess(found.logits[number], ahead, summary)
                 request.draft.append(token)
                 start = request.computed + ahead
-                following_pieces.append(Piece(slot=request.slot, start=start, tokens=[token]))
-                following_streams.append(self._runner.streams(end)[None].copy())
-                following_owners.append(request)
-            pieces, streams, owners = following_pieces, following_streams, following_owners
+                pieces.append(Piece(slot=request.slot, start=start, tokens=[token]))
+                given.append(ends[number])
+                owners.append(request)
 
     def _room(self, request: Request) -> int:
         """How many drafts the request can use."""

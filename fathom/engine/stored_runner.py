@@ -4,7 +4,8 @@ A batch is cut into decode steps of up to 64 rows, of a sequence at most as many
 spare room for; the host uploads one small table for all of them, and each step is a replay of one
 CUDA graph, captured once for a number of rows and a bound on positions. Rows that fill a step up
 repeat its first one: they write the same bytes to the same places. A row's bits depend on its
-sequence alone.
+sequence alone. Logits stay on the device, which sums them up and draws from them; a row leaves it
+where somebody needs the whole of it.
 
 `batch_invariant` (the default): every row of every prompt goes through decode steps too. Otherwise
 prompts go through the layers as chunks, many times as fast, and what they leave depends, within the
@@ -24,7 +25,10 @@ import numpy as np
 import torch
 
 from fathom.engine.batch import Batch, Memory
+from fathom.engine.graphs import Graphs
 from fathom.engine.kv_cache import SLAB_TOKENS
+from fathom.engine.runner import Summarised
+from fathom.engine.sampler import SURE, Wanted
 from fathom.engine.state_cache import DRAFT_ROOM
 from fathom.engine.stored_steps import (
     PLACE,
@@ -38,6 +42,7 @@ from fathom.engine.stored_steps import (
 )
 from fathom.errors import ConfigError
 from fathom.kernels import operation, register
+from fathom.kernels.device import NEEDED, unfit
 from fathom.model.config import ModelConfig
 from fathom.model.stored import MergeSite, StoredModel, unstorable
 from fathom.model.stored_forward import Choices, run_layers
@@ -54,55 +59,88 @@ FIRST_BOUND = 4096  # positions that the smallest graphs reach; every next one f
 
 
 def _accepts(device: torch.Tensor, model: Any, memory: Memory, max_rows: int) -> bool:
-    """Whether the stored formats and the operations' tiles fit this model."""
-    layout = memory.slabs.layout
-    if layout.kv_format != "fp8" or not fits(model.config):
-        return False
-    return isinstance(model, StoredModel) or unstorable(model) is None
+    """Whether a runner from stored formats can serve this model."""
+    return refusal(device.device, model, memory.slabs.layout.kv_format) is None
+
+
+def refusal(
+    device: torch.device, model: StoredModel | Transformer, kv_format: str = "fp8"
+) -> str | None:
+    """Why no runner from stored formats can serve a model on a device, or None."""
+    if kv_format != "fp8":
+        return f"cache entries are {kv_format}, not fp8"
+    reason = unserved(device, model.config, model.dtype)
+    if reason is None and not isinstance(model, StoredModel):
+        reason = unstorable(model)
+    return reason
+
+
+def unserved(device: torch.device, config: ModelConfig, dtype: torch.dtype) -> str | None:
+    """Why a model of such sizes cannot be served from stored formats on a device, or None."""
+    if device.type == "cuda":
+        reason = unfit(device, dtype)
+        if reason is not None:
+            return f"{reason}; the kernels need {NEEDED}"
+    reason = misfit(config)
+    return None if reason is None else f"the kernels' tiles do not fit this model: {reason}"
 
 
 def fits(config: ModelConfig) -> bool:
     """Whether the CUDA operations' tiles divide a model's dimensions."""
+    return misfit(config) is None
+
+
+def misfit(config: ModelConfig) -> str | None:
+    """Which dimension the CUDA operations' tiles do not divide and how, or None."""
     c = config
-    tiles = (
-        c.hidden_size, c.q_lora_rank, c.num_attention_heads * c.head_dim, c.group_width,
-        c.o_groups * c.o_lora_rank, c.moe_intermediate_size,
-    )  # fmt: skip
-    powers = (
-        c.hidden_size // 64, c.num_attention_heads, c.qk_rope_head_dim, c.index_n_heads,
-        c.index_head_dim, c.index_topk, c.hc_mult,
-    )  # fmt: skip
-    return (
-        all(size % 128 == 0 for size in tiles)
-        and all(size > 0 and size & (size - 1) == 0 for size in powers)
-        and (c.head_dim - c.qk_rope_head_dim) % 64 == 0
-        and c.head_dim % 32 == 0
-        and c.o_lora_rank % 32 == 0
-        and c.index_head_dim >= 32
-        and c.index_topk <= 1024
-        and c.hc_mult <= 4
-    )
+    tiles = {
+        "hidden_size": c.hidden_size,
+        "q_lora_rank": c.q_lora_rank,
+        "num_attention_heads * head_dim": c.num_attention_heads * c.head_dim,
+        "num_attention_heads * head_dim / o_groups": c.group_width,
+        "o_groups * o_lora_rank": c.o_groups * c.o_lora_rank,
+        "moe_intermediate_size": c.moe_intermediate_size,
+    }
+    powers = {
+        "hidden_size / 64": c.hidden_size // 64,
+        "num_attention_heads": c.num_attention_heads,
+        "qk_rope_head_dim": c.qk_rope_head_dim,
+        "index_n_heads": c.index_n_heads,
+        "index_head_dim": c.index_head_dim,
+        "index_topk": c.index_topk,
+        "hc_mult": c.hc_mult,
+    }
+    steps = {
+        "head_dim - qk_rope_head_dim": (c.head_dim - c.qk_rope_head_dim, 64),
+        "head_dim": (c.head_dim, 32),
+        "o_lora_rank": (c.o_lora_rank, 32),
+    }
+    ranges = {
+        "index_head_dim": (c.index_head_dim, 32, 128),
+        "index_topk": (c.index_topk, 1, 1024),
+        "hc_mult": (c.hc_mult, 1, 4),
+    }
+    for name, size in tiles.items():
+        if size % 128:
+            return f"{name} is {size}, no multiple of 128"
+    for name, size in powers.items():
+        if size <= 0 or size & (size - 1):
+            return f"{name} is {size}, no power of two"
+    for name, (size, step) in steps.items():
+        if size % step:
+            return f"{name} is {size}, no multiple of {step}"
+    for name, (size, least, most) in ranges.items():
+        if not least <= size <= most:
+            return f"{name} is {size}, not within {least} to {most}"
+    return None
 
 
-class _Replayed:
-    """A computation at fixed addresses: run once, then captured, then replayed."""
-
-    def __init__(self, call: Callable[[], Any], pool: Any) -> None:
-        self._call, self._pool = call, pool
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._result: Any = None
-
-    def __call__(self) -> Any:
-        if self._graph is not None:
-            self._graph.replay()
-            return self._result
-        found = self._call()  # compiles what has to be compiled
-        if self._pool is not None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._result = self._call()
-            self._graph = graph
-        return found
+def bounds(most: int) -> list[int]:
+    """How many positions graphs reach, ascending; the last is `most`."""
+    found = [FIRST_BOUND]
+    while found[-1] < most:
+        found.append(found[-1] * 4)
+    return [*(bound for bound in found if bound < most), most]
 
 
 @register("runner", "triton", accepts=_accepts)
@@ -115,14 +153,14 @@ class StoredRunner:
     def __init__(
         self, device: torch.Tensor, model: StoredModel | Transformer, memory: Memory, max_rows: int
     ) -> None:
-        if not _accepts(device, model, memory, max_rows):
+        reason = refusal(device.device, model, memory.slabs.layout.kv_format)
+        if reason is not None:
             raise ConfigError(
-                "a stored model needs FP8 matrices, FP4 experts and sizes in whole tiles of 128 "
-                "columns: load it as a Transformer"
+                f"this model cannot be served from its stored formats here: {reason}. Load it as a "
+                "Transformer (load_model)"
             )
         self.model, self.memory = model, memory
         self.export, self.batch_invariant = False, True
-        self.summaries: np.ndarray | None = None
         self._config, self._device = model.config, device.device
         self._main, self._own = views(memory, self._config)
         self._frequencies = frequencies(self._config, self._device)
@@ -131,10 +169,8 @@ class StoredRunner:
         self._streams = torch.zeros(max_rows, c.hc_mult, c.hidden_size, **make)
         self._given = torch.zeros_like(self._streams) if model.mtp else self._streams[:0]
         self._experts, self._picks = (torch.empty(0, device=self._device) for _ in range(2))
-        self._bound_most = memory.tables.shape[1] * SLAB_TOKENS
-        cuda = self._device.type == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if cuda else None
-        self._graphs: dict[tuple[Any, ...], tuple[torch.Tensor, _Replayed]] = {}
+        self._bounds = bounds(memory.tables.shape[1] * SLAB_TOKENS)
+        self._graphs = Graphs(self._device)
         self.reload()
 
     def reload(self) -> None:
@@ -142,6 +178,10 @@ class StoredRunner:
         model = self.model
         self._graphs.clear()
         self._stored = model if isinstance(model, StoredModel) else StoredModel.of(model)
+
+    def close(self) -> None:
+        """Let go of the graphs; what runs again captures them again."""
+        self._graphs.clear()
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> None:
@@ -164,27 +204,48 @@ class StoredRunner:
 
         Returns logits [rows, vocab] float32; `streams` of its rows are then the block's own.
         """
-        given = self._upload(torch.from_numpy(streams))
-        self._given[: len(given)] = given
+        self._draft(batch, self._upload(torch.from_numpy(streams)))
+        return self._read_whole(list(range(len(streams))), self._stored.mtp[0].merge)[1]
+
+    @torch.inference_mode()
+    def draft_summarised(
+        self, batch: Batch, given: list[int], which: list[int], wanted: Sequence[Wanted]
+    ) -> Summarised:
+        """The same from the streams of rows that are here already."""
+        rows = self._upload(torch.tensor(given))
+        self._draft(batch, self._streams.index_select(0, rows))
+        return self._read(which, wanted, self._stored.mtp[0].merge)
+
+    def _draft(self, batch: Batch, streams: torch.Tensor) -> None:
+        self._given[: len(streams)] = streams
         spans, row = [], 0
         for piece in batch.pieces:
             spans.append(Span(piece, 0, len(piece.tokens), row))
             row += len(piece.tokens)
         self._steps(spans, self._draft_step)
-        return self._read(list(range(row)), self._stored.mtp[0].merge)[1]
 
     @torch.inference_mode()
     def logits(self, which: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """For rows of the last batch: final hidden states [rows, hidden], logits [rows, vocab]."""
-        return self._read(which, self._stored.merge)
+        return self._read_whole(which, self._stored.merge)
 
-    @torch.inference_mode()
     def head(self, hidden: np.ndarray) -> np.ndarray:
         """The logits [rows, vocab] of hidden states [rows, hidden] that `logits` returned."""
-        given = self._upload(torch.from_numpy(np.array(hidden, np.float32)))
-        logits = _head_logits(given, self._stored.head)
-        found, self.summaries = self._download(logits, _logit_summary(logits))
-        return found
+        return _stacked(self.head_summarised(hidden, [Wanted(whole=True)] * len(hidden)).logits)
+
+    @torch.inference_mode()
+    def summarised(self, which: list[int], wanted: Sequence[Wanted]) -> Summarised:
+        """As `Summarising` of fathom.engine.runner, for rows of the last batch."""
+        return self._read(which, wanted, self._stored.merge)
+
+    @torch.inference_mode()
+    def head_summarised(self, hidden: np.ndarray, wanted: Sequence[Wanted]) -> Summarised:
+        """The same for hidden states [rows, hidden] that were kept."""
+        draws = self._upload(torch.from_numpy(_draws(wanted, len(wanted))))
+        logits = _head_logits(
+            self._upload(torch.from_numpy(np.array(hidden, np.float32))), self._stored.head
+        )
+        return self._leave(None, logits, _logit_summary(logits, draws), wanted)
 
     def streams(self, row: int) -> np.ndarray:
         """A row's residual streams after the last layer that ran: [streams, hidden] float32."""
@@ -219,26 +280,13 @@ class StoredRunner:
         for table, bound in zip(tables, bounds, strict=True):
             given = uploaded[:, at : at + table.shape[1]]
             at += table.shape[1]
-            choices = self._run(call, given, bound)
+            key = call.__name__, given.shape, bound
+            choices = self._graphs.run(key, call, given, bound)
             if self.export and choices is not None:
                 self._keep_choices(choices, given[PLACE])
 
-    def _run(self, call: Callable[..., Any], given: torch.Tensor, bound: int = 0) -> Any:
-        """Replay a call's graph on a table [lines, tokens] int32, or on places [tokens]."""
-        key = (call.__name__, given.shape, bound)
-        if key not in self._graphs:
-            fixed = torch.empty(given.shape, dtype=given.dtype, device=given.device)
-            arguments = (fixed, bound) if bound else (fixed,)
-            self._graphs[key] = fixed, _Replayed(lambda: call(*arguments), self._pool)
-        fixed, replayed = self._graphs[key]
-        fixed.copy_(given)
-        return replayed()
-
     def _bound(self, positions: int) -> int:
-        bound = FIRST_BOUND
-        while bound < positions:
-            bound *= 4
-        return min(bound, self._bound_most)
+        return next(bound for bound in self._bounds if bound >= positions)
 
     def _work(self, table: torch.Tensor, bound: int) -> Step:
         rows = table[:TOKEN]
@@ -274,55 +322,105 @@ class StoredRunner:
 
     def _chunk(self, span: Span) -> None:
         """A piece as one chunk, its rows kept where they belong."""
-        piece, stored, choices = span.piece, self._stored, Choices()
+        piece, stored = span.piece, self._stored
+        choices = Choices() if self.export else None
         ids = self._upload(torch.tensor(list(piece.tokens)))
-        chunk = Chunk.create(self._config, self._main, piece.slot, piece.start, ids, piece.known)
+        chunk = Chunk.create(
+            self._config, self._main, piece.slot, piece.start, ids, piece.known, self._frequencies
+        )
         streams = _step_streams(ids, stored.embed.weight, self._config.hc_mult)
         pending = run_layers(self._config, stored.layers, self._main, chunk, streams, choices)
         del streams
         make = {"dtype": torch.int32, "device": self._device}
         places = torch.arange(span.row, span.row + span.count, **make)
         pending.write(places, self._streams)
-        if self.export:
+        if choices is not None:
             self._keep_choices(choices, places)
 
     # Results.
 
-    def _merge(self, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self._merged(places, self._stored.merge)
+    def _merge(self, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._merged(given, self._stored.merge)
 
-    def _merge_draft(self, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self._merged(places, self._stored.mtp[0].merge)
+    def _merge_draft(self, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._merged(given, self._stored.mtp[0].merge)
 
-    def _merged(self, places: torch.Tensor, site: MergeSite) -> tuple[torch.Tensor, ...]:
-        c = self._config
+    def _merged(self, given: torch.Tensor, site: MergeSite) -> tuple[torch.Tensor, ...]:
+        """given: [rows * 20] uint8, what is drawn [2, rows] float64 and rows' places [rows] int32.
+        Returns hidden states [rows, hidden], logits [rows, vocab] and summaries [rows, 6].
+        """
+        c, split = self._config, len(given) // 20 * 16
+        draws = given[:split].view(torch.float64).unflatten(0, (2, -1))
         weights = (site.fn, site.base, site.scale, site.norm)
         hidden = _stream_head(
-            self._streams, places, *weights, eps=c.hc_eps, norm_eps=c.rms_norm_eps
+            self._streams,
+            given[split:].view(torch.int32),
+            *weights,
+            eps=c.hc_eps,
+            norm_eps=c.rms_norm_eps,
         )
         logits = _head_logits(hidden, self._stored.head)
-        return hidden, logits, _logit_summary(logits)
+        return hidden, logits, _logit_summary(logits, draws)
 
-    def _read(self, which: list[int], site: MergeSite) -> tuple[np.ndarray, np.ndarray]:
-        """Hidden states and logits of kept rows."""
+    def _read_whole(self, which: list[int], site: MergeSite) -> tuple[np.ndarray, np.ndarray]:
+        """Hidden states [rows, hidden] and logits [rows, vocab] of kept rows."""
+        if not which:
+            c = self._config
+            return np.empty((0, c.hidden_size), np.float32), np.empty((0, c.vocab_size), np.float32)
+        found = self._read(which, [Wanted(whole=True, hidden=True)] * len(which), site)
+        assert found.hidden is not None
+        return found.hidden, _stacked(found.logits)
+
+    def _read(self, which: list[int], wanted: Sequence[Wanted], site: MergeSite) -> Summarised:
+        """What is wanted of kept rows."""
         call = self._merge if site is self._stored.merge else self._merge_draft
-        found = []
+        parts, keep = [], any(w.hidden for w in wanted)
         for first in range(0, len(which), MOST_TOKENS):
-            some = which[first : first + MOST_TOKENS]
+            some, own = which[first : first + MOST_TOKENS], wanted[first : first + MOST_TOKENS]
             size = bucket(len(some))
-            places = torch.tensor(some + some[:1] * (size - len(some)), dtype=torch.int32)
-            both = self._run(call, self._upload(places))
-            found.append(self._download(*(value[: len(some)] for value in both)))
-        c = self._config
-        if not found:
-            self.summaries = np.empty((0, 3))
-            empty = (np.empty((0, size), np.float32) for size in (c.hidden_size, c.vocab_size))
-            return next(empty), next(empty)
-        hidden, logits, self.summaries = (
-            parts[0] if len(parts) == 1 else np.concatenate(parts)
-            for parts in zip(*found, strict=True)
+            places = np.array(some + some[:1] * (size - len(some)), np.int32)
+            given = np.frombuffer(_draws(own, size).tobytes() + places.tobytes(), np.uint8).copy()
+            key = call.__name__, size
+            found = self._graphs.run(key, call, self._upload(torch.from_numpy(given)))
+            hidden, logits, summaries = (value[: len(some)] for value in found)
+            parts.append(self._leave(hidden if keep else None, logits, summaries, own))
+        if len(parts) == 1:
+            return parts[0]
+        return Summarised(
+            np.concatenate([part.hidden for part in parts if part.hidden is not None])
+            if keep
+            else None,
+            [row for part in parts for row in part.logits],
+            np.concatenate([part.summaries for part in parts if part.summaries is not None]),
         )
-        return hidden, logits
+
+    def _leave(
+        self,
+        hidden: torch.Tensor | None,
+        logits: torch.Tensor,
+        summaries: torch.Tensor,
+        wanted: Sequence[Wanted],
+    ) -> Summarised:
+        """Copy what is wanted to the host, waiting once; a draw that is not sure takes its row."""
+        runs = _runs([number for number, w in enumerate(wanted) if w.whole])
+        leaving = [summaries, *(logits[a:b] for a, b in runs)]
+        told, *found = self._download(*leaving, *([] if hidden is None else [hidden]))
+        states = None if hidden is None else found.pop()
+        if runs == [(0, len(wanted))]:
+            return Summarised(states, found[0], told)
+        unsure = [
+            number
+            for number, w in enumerate(wanted)
+            if w.temperature > 0 and not w.whole and not told[number, 5] > SURE
+        ]
+        if unsure:  # seldom: two draws in a billion for every token that is not unlikely
+            late = _runs(unsure)
+            found += self._download(*(logits[a:b] for a, b in late))
+            runs += late
+        rows: list[np.ndarray | None] = [None] * len(wanted)
+        for (first, end), values in zip(runs, found, strict=True):
+            rows[first:end] = list(values)
+        return Summarised(states, rows, told)
 
     def _upload(self, values: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu":
@@ -330,6 +428,7 @@ class StoredRunner:
         return values.pin_memory().to(self._device, non_blocking=True)
 
     def _download(self, *values: torch.Tensor) -> tuple[np.ndarray, ...]:
+        """On the host, in pinned memory that torch keeps for the next ones of this size."""
         if self._device.type == "cpu":
             return tuple(value.numpy() for value in values)
         found = [torch.empty(v.shape, dtype=v.dtype, pin_memory=True) for v in values]
@@ -352,3 +451,28 @@ class StoredRunner:
             self._experts[layer, where] = experts
             if picks is not None:
                 self._picks[layer, where] = picks
+
+
+def _draws(wanted: Sequence[Wanted], size: int) -> np.ndarray:
+    """What to draw [2, size] float64; nothing for rows that leave the device as a whole."""
+    draws = np.zeros((2, size))
+    for number, w in enumerate(wanted):
+        if not w.whole:
+            draws[:, number] = w.temperature, w.number
+    return draws
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as (first, end) of those that follow one another."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number:
+            runs[-1] = runs[-1][0], number + 1
+        else:
+            runs.append((number, number + 1))
+    return runs
+
+
+def _stacked(rows: Sequence[np.ndarray | None] | np.ndarray) -> np.ndarray:
+    """Rows [vocab] that are all there, as [rows, vocab]."""
+    return rows if isinstance(rows, np.ndarray) else np.stack([r for r in rows if r is not None])

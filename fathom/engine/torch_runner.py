@@ -37,7 +37,6 @@ class TorchRunner:
     ) -> None:
         self.model, self.memory, self.export = model, memory, False
         self.batch_invariant = True  # nothing else is offered, and cuts may still count
-        self.summaries = None
         self._config, self._layout = model.config, memory.slabs.layout
         self._slots = memory.slots.layout
         self._streams = torch.empty(0)
@@ -46,6 +45,9 @@ class TorchRunner:
 
     def reload(self) -> None:
         """The model is read at every step."""
+
+    def close(self) -> None:
+        """There is nothing that only running needs."""
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> None:

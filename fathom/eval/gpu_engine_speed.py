@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from fathom.engine.batch import Batch, Piece
 from fathom.engine.engine import Engine, EngineConfig
 from fathom.engine.options import MemoryPlan
 from fathom.engine.request import Request
-from fathom.engine.sampler import SamplingParams
+from fathom.engine.runner import summarised
+from fathom.engine.sampler import SamplingParams, Wanted
 from fathom.engine.scheduler import Budget
 from fathom.eval import gpu_speed
 from fathom.eval.speed import random_tokens
@@ -36,13 +38,14 @@ WARM = 4  # steps before the clock starts
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeTime:
     """A decode step of `batch` streams, milliseconds: through the engine; through its runner alone
-    (layers, head, logits on the host), with its kernels and copies; and the layers' own graph.
-    memory: bytes planned for its sequences.
+    (layers, head, what is wanted of the logits on the host), with its kernels and copies; and the
+    layers' own graph. memory: bytes planned for its sequences.
     """
 
     batch: int
     context: int
     drafts: int
+    temperature: float
     engine: float
     runner: float
     layers: float
@@ -123,18 +126,12 @@ def serve(
 
 def decode_time(
     model: StoredModel | Transformer, batch: int, context: int, *, steps: int = 50, drafts: int = 0,
-    layers_alone: bool = True,
+    temperature: float = 0.0, layers_alone: bool = True,
 ) -> DecodeTime:  # fmt: skip
-    """Greedy streams that have `context` tokens behind them."""
+    """Streams that have `context` tokens behind them, greedy or drawn at a temperature."""
     served = serve(model, batch, context, drafts=drafts)
     memory = MemoryPlan.of(served.config, model).total
-    tokens = random_tokens(model.config.vocab_size, context + batch)
-    params = SamplingParams(temperature=0.0, max_tokens=1000)
-    runs = [served.submit(tokens[i : i + context], params) for i in range(batch)]
-    served.runner.batch_invariant = False  # only how long the prompts take changes
-    while not all(run.output for run in runs):
-        served.step()
-    served.runner.batch_invariant = True
+    runs = _streams(served, batch, context, temperature)
     engine, drawn = _steps(served, runs, steps)
     pieces = [
         Piece(slot=run.slot, start=run.computed, tokens=run.tokens[run.computed :][:1])
@@ -142,9 +139,11 @@ def decode_time(
         if run.slot is not None
     ]
 
+    wanted = [run.sampler.wanted(masked=False) for run in runs]
+
     def alone() -> None:
         served.runner.forward(Batch.of(pieces))
-        served.runner.logits(list(range(len(pieces))))
+        summarised(served.runner, list(range(len(pieces))), wanted)
 
     runner = _median_ms(alone, steps)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -160,6 +159,7 @@ def decode_time(
         batch=batch,
         context=context,
         drafts=drafts,
+        temperature=temperature,
         engine=engine,
         runner=runner,
         layers=layers,
@@ -168,6 +168,21 @@ def decode_time(
         copies=sum(e.count for e in events if e.key.startswith("Mem")),
         memory=memory,
     )
+
+
+def _streams(served: Engine, batch: int, context: int, temperature: float) -> list[Request]:
+    """Requests that decode: each prompt alone beforehand, so that it is one chunk and not 32."""
+    tokens = random_tokens(served.model.config.vocab_size, context + batch)
+    prompts = [tokens[i : i + context] for i in range(batch)]
+    params = SamplingParams(temperature=temperature, seed=1, max_tokens=1000)
+    served.runner.batch_invariant = False  # only how long the prompts take changes
+    for prompt in prompts:
+        served.run([served.submit(prompt, replace(params, max_tokens=1))])
+    served.runner.batch_invariant = True
+    runs = [served.submit(prompt, params) for prompt in prompts]
+    while not all(run.output for run in runs):
+        served.step()
+    return runs
 
 
 def _steps(served: Engine, runs: list[Request], steps: int) -> tuple[float, float]:
@@ -222,3 +237,40 @@ def prompt_time(
         times.append(time.perf_counter() - started)
         served.cache.clear()
     return PromptTime(tokens=tokens, rows=rows, seconds=statistics.median(times[1:]))
+
+
+def touch_steps(model: StoredModel | Transformer, batch: int, context: int) -> None:
+    """Launch the kernels of a decode step of so many streams, upon nothing."""
+    served = _empty(model, batch, context)
+    pieces = [Piece(slot=slot, start=context, tokens=[2]) for slot in range(batch)]
+    served.runner.forward(Batch.of(pieces))
+    summarised(served.runner, list(range(batch)), [Wanted(whole=True)] * batch)
+    if isinstance(model, StoredModel):
+        layers_time(model, batch, context, 1)
+
+
+def touch_prompts(model: StoredModel | Transformer, tokens: int) -> None:
+    """Launch the kernels of a prompt, as one chunk and in steps, likewise."""
+    served = _empty(model, 1, tokens)
+    for rows in (8, 64, tokens):
+        served.runner.batch_invariant = rows < tokens
+        served.runner.forward(Batch.of([Piece(slot=0, start=0, tokens=[2] * rows)]))
+
+
+def touch_drafts(model: StoredModel | Transformer, context: int) -> None:
+    """Launch the kernels of a stream that drafts, likewise."""
+    served, c = _empty(model, 1, context, drafts=1), model.config
+    for rows in (1, 2):
+        piece = Piece(slot=0, start=context, tokens=[2] * rows)
+        served.runner.forward(Batch.of([piece]))
+        served.runner.draft(
+            Batch.of([piece]), np.zeros((rows, c.hc_mult, c.hidden_size), np.float32)
+        )
+
+
+def _empty(
+    model: StoredModel | Transformer, batch: int, context: int, drafts: int = 0
+) -> Engine:  # fmt: skip
+    served = serve(model, batch, context, drafts=drafts)
+    served.memory.slabs.data.zero_()
+    return served

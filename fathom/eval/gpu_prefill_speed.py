@@ -1,8 +1,10 @@
 """How fast one GPU fills the cache through V4-Flash layers, against what its matrix units allow.
 
-Synthetic layers of exact shape, an empty cache, random streams; a prompt is fed in chunks. The
-floor of a chunk is its operations at the rate of BF16 matrix products, or its bytes at the rate of
-a copy, both measured in the same run, whichever takes longer.
+Synthetic layers of exact shape, an empty cache, random streams; a prompt is fed in chunks, which
+the clock sees made, computed and written. The floor of a prompt is its operations, each at the
+quickest rate of matrix products for how its operands are stored (FP8 or BF16), or its bytes at the
+rate of a copy, all measured in the same run, whichever takes longer. Without an FP8 rate there is
+no floor.
 
 Paper: §3.1 (fused kernels); §2.3.4 (efficiency).
 """
@@ -15,21 +17,24 @@ from dataclasses import dataclass
 
 import torch
 
-from fathom.eval.gpu_speed import NAMES, kernels_of, layer_flops, times_ms
+from fathom.eval.gpu_launches import NAMES
+from fathom.eval.gpu_speed import kernels_of, layer_operations, times_ms, writing
 from fathom.kernels import operation
 from fathom.model.config import ModelConfig
 from fathom.model.prefill_memory import MemoryPlan, check_memory, plan_prefill
 from fathom.model.stored import StoredLayer
 from fathom.model.stored_cache import SLAB_TOKENS, StoredCache
-from fathom.model.stored_forward import run_layers
 from fathom.model.stored_work import Chunk
 
+CALLS = 8  # of the experts that are timed in a row
 _chunk_moe = operation("chunk_moe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillTime:
-    """A prompt through some layers. Times in milliseconds; bytes above weights and cache."""
+    """A prompt through some layers. Times in milliseconds; floor: None where the card's FP8 rate is
+    not known; at_bf16: all operations at the BF16 rate; bytes above weights and cache.
+    """
 
     kind: str
     tokens: int
@@ -37,7 +42,8 @@ class PrefillTime:
     median: float
     least: float
     flops: float
-    floor: float
+    floor: float | None
+    at_bf16: float
     planned: int
     peak: int
     routing: str
@@ -49,18 +55,37 @@ class PrefillTime:
         """Tokens per second."""
         return self.tokens / self.median * 1e3
 
+    @property
+    def fraction(self) -> float | None:
+        """The floor's share of the time."""
+        return None if self.floor is None else self.floor / self.median
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Of this device in this run: FLOP/s of BF16 and FP8 matrix products, bytes/s of a copy."""
+
+    bf16: float
+    fp8: float | None
+    copy: float
+
 
 def run_prompt(
     config: ModelConfig,
     layers: Sequence[StoredLayer],
     cache: StoredCache,
-    chunks: Sequence[Chunk],
+    ids: torch.Tensor,
+    chunk: int,
     streams: torch.Tensor,
+    out: torch.Tensor,
 ) -> None:
-    """Feed all chunks. streams: [tokens, streams, hidden] of the whole prompt."""
-    for chunk in chunks:
-        own = streams[chunk.start : chunk.start + len(chunk.token_ids)]
-        run_layers(config, layers, cache, chunk, own)
+    """Make and feed all chunks. ids: [tokens] int64; streams: [tokens, streams, hidden] of the
+    whole prompt; out: [chunk, streams, hidden], which every chunk's are written to.
+    """
+    for start in range(0, len(ids), chunk):
+        work = Chunk.create(config, cache, 0, start, ids[start : start + chunk])
+        own = streams[start : start + len(work.token_ids)]
+        writing(config, layers, cache, work, own, out)()
 
 
 def prefill_time(
@@ -68,13 +93,13 @@ def prefill_time(
     layers: Sequence[StoredLayer],
     tokens: int,
     chunk: int,
-    rates: tuple[float, float],
+    rates: Rates,
     repeat: int = 5,
     show: Callable[[MemoryPlan], None] | None = None,
     routing: str = "own router",
 ) -> PrefillTime:
-    """A prompt of `tokens` from nothing. rates: FLOP/s and bytes/s measured in this run; `show`
-    gets the memory plan before anything is allocated. Raises ConfigError where it does not fit.
+    """A prompt of `tokens` from nothing. `show` gets the memory plan before anything is allocated.
+    Given and written streams of a chunk count as memory. Raises ConfigError where it does not fit.
     """
     plan = plan_prefill(config, layers, min(chunk, tokens), tokens)
     if show is not None:
@@ -85,25 +110,28 @@ def prefill_time(
     ratios = [layer.ratio for layer in layers]
     cache = StoredCache.empty(config, ratios, 1, -(-tokens // SLAB_TOKENS), "cuda")
     ids = torch.arange(tokens, device="cuda") * 997 % config.vocab_size
-    chunks = [
-        Chunk.create(config, cache, 0, start, ids[start : start + chunk])
-        for start in range(0, tokens, chunk)
-    ]
     streams = torch.randn(
         tokens, config.hc_mult, config.hidden_size, device="cuda", dtype=torch.bfloat16
     )
-    given = streams[:chunk].nbytes
-    run_prompt(config, layers, cache, chunks, streams)
+    out = torch.empty_like(streams[:chunk])
+
+    def prompt() -> None:
+        run_prompt(config, layers, cache, ids, chunk, streams, out)
+
+    prompt()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    times = times_ms(lambda: run_prompt(config, layers, cache, chunks, streams), repeat)
-    peak = torch.cuda.max_memory_allocated() - before + given
-    launches = kernels_of(lambda: run_prompt(config, layers, cache, chunks, streams))
-    flops = sum(
-        layer_flops(config, layer, c.start, len(c.token_ids)) for layer in layers for c in chunks
-    )
-    weight_bytes = sum(layer.num_bytes() for layer in layers) * len(chunks)
+    times = times_ms(prompt, repeat)
+    peak = torch.cuda.max_memory_allocated() - before + 2 * out.nbytes
+    launches = kernels_of(prompt)
+    work = [layer_operations(config, layer, 0, tokens) for layer in layers]
+    flops = sum(one.fp8 + one.others for one in work)
+    weight_bytes = sum(layer.num_bytes() for layer in layers) * -(-tokens // chunk)
+    floor = None
+    if rates.fp8 is not None:
+        least = sum(one.seconds((max(rates.fp8, rates.bf16), rates.bf16)) for one in work)
+        floor = 1e3 * max(least, weight_bytes / rates.copy)
     return PrefillTime(
         kind=NAMES[ratios[0]] if len(layers) == 1 else "all",
         tokens=tokens,
@@ -111,8 +139,9 @@ def prefill_time(
         median=statistics.median(times),
         least=min(times),
         flops=flops,
-        floor=1e3 * max(flops / rates[0], weight_bytes / rates[1]),
-        planned=plan.working,
+        floor=floor,
+        at_bf16=1e3 * flops / rates.bf16,
+        planned=plan.working + out.nbytes,
         peak=peak,
         routing=routing,
         launches=launches,
@@ -120,10 +149,28 @@ def prefill_time(
     )
 
 
+def touch_prompt(
+    config: ModelConfig, layers: Sequence[StoredLayer], tokens: int, chunk: int
+) -> None:
+    """Launch the kernels of such a prompt's first and last chunk, upon an empty cache."""
+    ratios = [layer.ratio for layer in layers]
+    cache = StoredCache.empty(config, ratios, 1, -(-tokens // SLAB_TOKENS), "cuda")
+    streams = torch.zeros(
+        min(chunk, tokens), config.hc_mult, config.hidden_size, device="cuda", dtype=torch.bfloat16
+    )
+    for start in sorted({0, (tokens - 1) // chunk * chunk}):
+        ids = torch.arange(start, min(tokens, start + chunk), device="cuda") % config.vocab_size
+        work, own = Chunk.create(config, cache, 0, start, ids), streams[: len(ids)]
+        writing(config, layers, cache, work, own, torch.empty_like(own))()
+
+
 def expert_time(
     config: ModelConfig, layer: StoredLayer, tokens: int, uniform: bool
 ) -> tuple[float, float]:
     """(milliseconds, FLOP/s) of router, routed and shared experts of a chunk of random inputs.
+
+    As in a prompt, where layers follow one another: CALLS are timed in a row, so that the device
+    does not wait for a host that starts some fifty small operations.
 
     uniform: every expert is as likely as any other; otherwise the layer's own router decides, whose
     random weights and bias load a few experts with most tokens.
@@ -135,14 +182,15 @@ def expert_time(
     elif table is not None:
         ids = ids * 997 % config.vocab_size
 
-    def call() -> object:
-        return _chunk_moe(
-            x, ids, layer.gate, layer.routed, layer.shared, topk=topk,
-            scaling_factor=config.routed_scaling_factor, limit=config.swiglu_limit,
-            bias=layer.bias, table=table,
-        )  # fmt: skip
+    def calls() -> None:
+        for _ in range(CALLS):
+            _chunk_moe(
+                x, ids, layer.gate, layer.routed, layer.shared, topk=topk,
+                scaling_factor=config.routed_scaling_factor, limit=config.swiglu_limit,
+                bias=layer.bias, table=table,
+            )  # fmt: skip
 
-    median = statistics.median(times_ms(call, 10))
+    median = statistics.median(times_ms(calls, 5)) / CALLS
     each = (topk + 1) * 6.0 * config.hidden_size * config.moe_intermediate_size
     return median, each * tokens / (median / 1e3)
 
@@ -154,14 +202,14 @@ def kernel_times(
     ratios = [layer.ratio for layer in layers]
     cache = StoredCache.empty(config, ratios, 1, -(-tokens // SLAB_TOKENS), "cuda")
     ids = torch.arange(tokens, device="cuda") * 997 % config.vocab_size
-    chunk = Chunk.create(config, cache, 0, 0, ids)
     streams = torch.randn(
         tokens, config.hc_mult, config.hidden_size, device="cuda", dtype=torch.bfloat16
     )
-    run_layers(config, layers, cache, chunk, streams)
+    out = torch.empty_like(streams)
+    run_prompt(config, layers, cache, ids, tokens, streams, out)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run_layers(config, layers, cache, chunk, streams)
+        run_prompt(config, layers, cache, ids, tokens, streams, out)
         torch.cuda.synchronize()
     rows = [
         (event.key, event.count, event.self_device_time_total)

@@ -2,7 +2,8 @@
 
 Everything runs on exact-shape synthetic layers (fathom/checkpoint/synthetic.py) and caches filled
 with random valid entries; a decode step is replayed as one CUDA graph. The floor of a layer is the
-bytes that a step must read, divided by the copy rate measured in the same run.
+bytes that a step must read, divided by the copy rate measured in the same run; of routed experts
+those count that the step's own routers chose.
 
 Paper: §3.1 (fused kernels); §2.3.4 (efficiency).
 """
@@ -16,21 +17,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from fathom.checkpoint.synthetic import routing_table, synthetic_layer
-from fathom.eval.gpu_goals import FAMILIES
+from fathom.eval.gpu_launches import Model, StepKernels, step_kernels
 from fathom.kernels import operation
 from fathom.model.config import CSA_RATIO, ModelConfig
 from fathom.model.stored import StoredLayer
 from fathom.model.stored_cache import SLAB_TOKENS, SlabLayout, StoredCache
-from fathom.model.stored_forward import run_layers
-from fathom.model.stored_work import Step
+from fathom.model.stored_forward import Choices, run_layers
+from fathom.model.stored_work import Chunk, Step
 from fathom.quant import kv_pack
 from fathom.quant.kv_pack import IndexerFormat
 
 _index_scores_paged = operation("index_scores_paged")
 _topk_positions = operation("topk_positions")
+_head_logits = operation("head_logits")
 
-NAMES = {0: "SWA", 4: "CSA", 128: "HCA"}
-DISTINCT_SLABS = 16  # random slabs that a long cache repeats
+SLABS_AT_ONCE = 256  # of a cache that are drawn together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,25 @@ def matmul_rate(device: str = "cuda", size: int = 8192) -> float:
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     b = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     return 2 * size**3 / (median_ms(lambda: a @ b, 20) / 1e3)
+
+
+def fp8_rate(device: str = "cuda", size: int = 8192) -> float | None:
+    """FLOP per second of an FP8 matrix product with one scale an operand, of random data: the
+    quickest that torch has. None where this card or this torch has none.
+    """
+    a = torch.randn(size, size, device=device).to(torch.float8_e4m3fn)
+    b = torch.randn(size, size, device=device).to(torch.float8_e4m3fn).t()
+    one = torch.ones((), device=device)
+
+    def call() -> object:
+        return torch._scaled_mm(
+            a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    try:
+        return 2 * size**3 / (median_ms(call, 20) / 1e3)
+    except (RuntimeError, ValueError, NotImplementedError, AttributeError):
+        return None
 
 
 def median_ms(call: Callable[[], object], repeat: int = 50) -> float:
@@ -138,18 +158,18 @@ def filled_cache(
         data, scales = kv_pack.pack_kv_entries(kv, config.qk_rope_head_dim)
         return torch.cat((data.flatten(1), scales.flatten(1)), dim=1)
 
-    parts = []
-    for ratio in ratios:
-        if ratio:
-            parts.append(entries(DISTINCT_SLABS, SLAB_TOKENS // ratio))
-        if ratio == 4:
-            values = normal(DISTINCT_SLABS, SLAB_TOKENS // ratio, config.index_head_dim)
-            parts += [p.flatten(1) for p in kv_pack.pack_indexer_entries(values, keys)]
-    if parts:
-        slabs = torch.cat(parts, dim=1)
-        assert slabs.shape[1] == SlabLayout.of(config, ratios, keys).num_bytes
-        rows = torch.arange(cache.pool.shape[0], device="cuda") % DISTINCT_SLABS
-        cache.pool.copy_(slabs[rows])
+    for pool in cache.pool.split(SLABS_AT_ONCE):
+        parts = []
+        for ratio in ratios:
+            if ratio:
+                parts.append(entries(len(pool), SLAB_TOKENS // ratio))
+            if ratio == CSA_RATIO:
+                values = normal(len(pool), SLAB_TOKENS // ratio, config.index_head_dim)
+                parts += [p.flatten(1) for p in kv_pack.pack_indexer_entries(values, keys)]
+        if parts:
+            slabs = torch.cat(parts, dim=1)
+            assert slabs.shape[1] == SlabLayout.of(config, ratios, keys).num_bytes
+            pool.copy_(slabs)
     for layer in cache.layers:
         layer.ring.copy_(entries(tokens, config.sliding_window))
         if layer.state is not None:
@@ -157,25 +177,51 @@ def filled_cache(
     return cache
 
 
-def layer_flops(config: ModelConfig, layer: StoredLayer, start: int, tokens: int) -> float:
-    """Operations of one layer's chunk, two for each multiplication, that any version must do."""
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Two for each multiplication. fp8: whose operands are stored in 8 bits or fewer, or may be
+    rounded to them as the model does; others: everything else, at best in BF16.
+    """
+
+    fp8: float
+    others: float
+
+    def seconds(self, rates: tuple[float, float]) -> float:
+        """The least time. rates: FLOP/s of FP8 and of BF16 matrix products."""
+        return self.fp8 / rates[0] + self.others / rates[1]
+
+
+def layer_operations(
+    config: ModelConfig, layer: StoredLayer, start: int, tokens: int
+) -> Operations:
+    """Operations of one layer's chunk that any version must do.
+
+    FP8: linears whose input the model rounds, all experts (FP4 codes are FP8 codes too) and the
+    index scores. Not wo_a, whose input is never rounded, and not attention, whose queries are not.
+    """
     c, ratio = config, layer.ratio
-    weights = sum(t[0].numel() for t in (layer.low, layer.high, layer.wo_a, layer.wo_b))
-    weights += layer.shared[0].numel() + layer.shared[2].numel() + layer.gate.numel()
-    weights += layer.plain.numel() if layer.plain is not None else 0
-    weights += 3 * c.num_experts_per_tok * c.hidden_size * c.moe_intermediate_size
-    weights += 2 * layer.attn_site.fn.numel()
-    total = 2.0 * tokens * weights
+    rounded = sum(t[0].numel() for t in (layer.low, layer.high, layer.wo_b))
+    rounded += layer.shared[0].numel() + layer.shared[2].numel()
+    rounded += 3 * c.num_experts_per_tok * c.hidden_size * c.moe_intermediate_size
+    plain = layer.wo_a[0].numel() + layer.gate.numel() + 2 * layer.attn_site.fn.numel()
+    plain += layer.plain.numel() if layer.plain is not None else 0
+    fp8, others = 2.0 * tokens * rounded, 2.0 * tokens * plain
     positions = range(start + 1, start + tokens + 1)
     keys = sum(min(n, c.sliding_window) for n in positions)
     if ratio:
         most = c.index_topk if layer.index_compressor is not None else start + tokens
         keys += sum(min(n // ratio, most) for n in positions)
-    total += 4.0 * keys * c.num_attention_heads * c.head_dim
+    others += 4.0 * keys * c.num_attention_heads * c.head_dim
     if layer.index_compressor is not None:
         visible = sum(n // ratio for n in positions if n // ratio > c.index_topk)
-        total += 2.0 * visible * c.index_n_heads * c.index_head_dim
-    return total
+        fp8 += 2.0 * visible * c.index_n_heads * c.index_head_dim
+    return Operations(fp8, others)
+
+
+def layer_flops(config: ModelConfig, layer: StoredLayer, start: int, tokens: int) -> float:
+    """All operations of one layer's chunk that any version must do."""
+    found = layer_operations(config, layer, start, tokens)
+    return found.fp8 + found.others
 
 
 def step_bytes(
@@ -183,19 +229,16 @@ def step_bytes(
     layer: StoredLayer,
     tokens: int,
     context: int,
-    touched: int | None = None,
+    touched: int,
     keys: IndexerFormat = "fp4",
 ) -> int:
     """Bytes that one step of one layer must read: weights once, entries of every sequence.
 
-    touched: how many routed experts were chosen; otherwise what uniform routing gives on average.
+    touched: how many of its routed experts the step chose.
     """
     c, ratio = config, layer.ratio
     routed = sum(t.numel() for t in layer.routed)
-    share = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** tokens
-    if touched is not None:
-        share = touched / c.n_routed_experts
-    total = layer.num_bytes() - routed + int(routed * share)
+    total = layer.num_bytes() - routed + routed * touched // c.n_routed_experts
     if layer.table is not None:
         total -= layer.table.numel() * layer.table.element_size()  # a row a token is read
     entry = kv_pack.kv_entry_bytes(c.head_dim, c.qk_rope_head_dim)
@@ -239,7 +282,8 @@ def step_time(
     routing: str = "own router",
     keys: IndexerFormat = "fp4",
 ) -> StepTime:
-    """One step of `tokens` sequences at the end of `context` through the layers, as one graph.
+    """One step of `tokens` sequences at the end of `context` through the layers, as one graph, from
+    given streams to streams that the last layer has written.
 
     rate: bytes per second of a copy; kind, routing: what the result is called by; keys: the format
     of index keys.
@@ -247,14 +291,13 @@ def step_time(
     cache = filled_cache(config, [layer.ratio for layer in layers], tokens, context, keys)
     step = decode_step(config, tokens, context)
     streams = torch.randn(tokens, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
-    graph, launches = captured(lambda: run_layers(config, layers, cache, step, streams))
+    whole, choices = writing(config, layers, cache, step, streams), Choices()
+    graph, launches = captured(whole)
     times = times_ms(graph.replay, repeat)
+    run_layers(config, layers, cache, step, streams, choices)
     num_bytes, flops = 0, 0.0
-    for layer in layers:
-        touched = None
-        if layer.table is not None:
-            touched = layer.table[step.token_ids.long()].unique().numel()
-        num_bytes += step_bytes(config, layer, tokens, context, touched, keys)
+    for layer, experts in zip(layers, choices.experts, strict=True):
+        num_bytes += step_bytes(config, layer, tokens, context, experts.unique().numel(), keys)
         flops += tokens * layer_flops(config, layer, context - 1, 1)
     return StepTime(
         kind=kind,
@@ -269,6 +312,38 @@ def step_time(
         num_bytes=num_bytes,
         flops=flops,
     )
+
+
+def writing(
+    config: ModelConfig,
+    layers: Sequence[StoredLayer],
+    cache: StoredCache,
+    work: Step | Chunk,
+    streams: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> Callable[[], None]:
+    """A call of all layers with the last one's write. streams: [tokens, streams, hidden]; out:
+    [rows, streams, hidden], of which the first tokens' are written, by default new memory.
+    """
+    target = torch.empty_like(streams) if out is None else out
+    places = torch.arange(len(streams), dtype=torch.int32, device="cuda")
+    return lambda: run_layers(config, layers, cache, work, streams).write(places, target)
+
+
+def touch_step(
+    config: ModelConfig,
+    layers: Sequence[StoredLayer],
+    tokens: int,
+    context: int,
+    keys: IndexerFormat = "fp4",
+) -> None:
+    """Launch the kernels of such a step and of the head once, upon an empty cache."""
+    ratios = [layer.ratio for layer in layers]
+    cache = StoredCache.empty(config, ratios, tokens, -(-context // SLAB_TOKENS), "cuda", keys)
+    streams = torch.zeros(tokens, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
+    writing(config, layers, cache, decode_step(config, tokens, context), streams)()
+    head = torch.zeros(config.vocab_size, config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    _head_logits(torch.zeros(1, config.hidden_size, device="cuda"), head)
 
 
 def decode_step(config: ModelConfig, tokens: int, context: int) -> Step:
@@ -309,50 +384,22 @@ def stored_layers(config: ModelConfig, seed: int = 1) -> list[StoredLayer]:
     return layers
 
 
-def family_bytes(
-    config: ModelConfig,
-    layers: Sequence[StoredLayer],
-    context: int,
-    keys: IndexerFormat = "fp4",
-) -> dict[str, int]:
-    """Bytes that each of FAMILIES must read for one token behind `context` others."""
-    share = config.num_experts_per_tok / config.n_routed_experts
-    found = dict.fromkeys(FAMILIES, 0)
-    for layer in layers:
-        w1, s1, w3, s3, w2, s2 = (t.numel() for t in layer.routed)
-        plain = [layer.gate] + ([layer.plain] if layer.plain is not None else [])
-        linears = [*layer.low, *layer.high, *layer.wo_a, *layer.wo_b, *layer.shared[:2], *plain]
-        found["linears, router logits, shared up"] += sum(
-            t.numel() * t.element_size() for t in linears
-        )
-        found["experts up"] += int(share * (w1 + s1 + w3 + s3))
-        found["experts down"] += int(share * (w2 + s2)) + sum(t.numel() for t in layer.shared[2:])
-        if layer.ratio == CSA_RATIO:
-            key = kv_pack.indexer_entry_bytes(keys, config.index_head_dim)
-            found["index scores"] += context // CSA_RATIO * key
-    return found
-
-
 def profile_kernels(
-    config: ModelConfig,
-    layers: Sequence[StoredLayer],
-    tokens: int,
-    context: int,
-) -> list[tuple[str, int, float]]:
-    """(kernel, calls, microseconds) of one step of all layers, longest first."""
-    cache = filled_cache(config, [layer.ratio for layer in layers], tokens, context)
-    step = decode_step(config, tokens, context)
-    streams = torch.randn(tokens, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
+    config: ModelConfig, layers: Sequence[StoredLayer], context: int
+) -> StepKernels:
+    """The kernels of one token behind `context` - 1 others through all layers, and of the head."""
+    cache = filled_cache(config, [layer.ratio for layer in layers], 1, context)
+    step = decode_step(config, 1, context)
+    streams = torch.randn(1, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
+    head = torch.randn(config.vocab_size, config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    hidden = torch.randn(1, config.hidden_size, device="cuda")
+    whole = writing(config, layers, cache, step, streams)
+
+    def call() -> None:
+        whole()
+        _head_logits(hidden, head)
+
     for _ in range(3):
-        run_layers(config, layers, cache, step, streams)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(5):
-            run_layers(config, layers, cache, step, streams)
-        torch.cuda.synchronize()
-    rows = [
-        (event.key, event.count // 5, event.self_device_time_total / 5)
-        for event in profile.key_averages()
-        if event.device_type.name == "CUDA"
-    ]
-    return sorted(rows, key=lambda row: -row[2])
+        call()
+    model = Model.of(config, layers, cache, context, head)
+    return step_kernels(call, model, boundaries=2 * len(layers))

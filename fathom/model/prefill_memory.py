@@ -80,14 +80,26 @@ def plan_prefill(
             cache += 8 * 2 * 2 * (config.head_dim + config.index_head_dim) * FLOAT
         elif ratio == HCA_RATIO:
             cache += 3 * config.head_dim * FLOAT
-    operations: list[tuple[str, dict[str, int]]] = []
-    for index, ratio in enumerate(ratios):
-        operations += _layer(config, ratio, index == 0, tokens, context)
     weights = sum(layer.num_bytes() for layer in layers)
+    operations = tuple(prefill_operations(config, ratios, tokens, context))
     return MemoryPlan(
         tokens=tokens, context=context, key_format=key_format, weights=weights, cache=cache,
-        operations=tuple(operations),
+        operations=operations,
     )  # fmt: skip
+
+
+def prefill_operations(
+    config: ModelConfig, ratios: Sequence[int], tokens: int, context: int
+) -> list[tuple[str, dict[str, int]]]:
+    """What is live during each operation of a chunk through layers of these compress ratios."""
+    found: list[tuple[str, dict[str, int]]] = []
+    before = 0
+    for index, ratio in enumerate(ratios):
+        layer = _layer(config, ratio, index == 0, tokens, context)
+        found += [(name, own | {"choices of the layer before": before}) for name, own in layer]
+        before = tokens * config.num_experts_per_tok * INT
+        before += tokens * config.index_topk * INT if ratio == CSA_RATIO else 0
+    return found
 
 
 def check_memory(

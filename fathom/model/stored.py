@@ -9,15 +9,16 @@ Paper: §2 (architecture), §3.4 (FP4 and FP8 inference).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from fathom.errors import ConfigError
-from fathom.model.config import CSA_RATIO, ModelConfig
+from fathom.model.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from fathom.model.layers import Linear
 from fathom.model.moe import RoutedExperts
+from fathom.model.stored_checks import check_fp4, check_fp8, check_table, get
 from fathom.model.transformer import Transformer
 from fathom.quant import fp4, fp8
 
@@ -67,61 +68,60 @@ class StoredLayer:
     index_compressor: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], ratio: int) -> StoredLayer:
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], ratio: int, where: str = ""
+    ) -> StoredLayer:
         """From a block's tensors by their official names, without the `layers.N.` before them.
 
         tensors: each in the same shape and dtype as in the files; routed experts may also be
-        stacked, [experts, rows, cols], as `ffn.experts.w1.weight`.
+        stacked, [experts, rows, cols], as `ffn.experts.w1.weight`. Parts of one tensor here that
+        already lie one behind the other are not copied. `where` is what errors put before a name.
+        Raises CheckpointError for a tensor that is missing or holds what cannot be served as
+        stored, such as a base checkpoint's.
         """
-        get = tensors.__getitem__
+
+        def own(name: str) -> Tensor:
+            return get(tensors, name, where)
 
         def quantised(*names: str) -> tuple[Tensor, Tensor]:
-            return (
-                torch.cat([_bytes(get(f"{name}.weight")) for name in names]).contiguous(),
-                torch.cat([_bytes(get(f"{name}.scale")) for name in names]).contiguous(),
-            )
+            return _quantised(tensors, names, where)
 
         def site(name: str) -> MixSite:
             return MixSite(
-                fn=get(f"hc_{name}_fn"),
-                base=get(f"hc_{name}_base"),
-                scale=get(f"hc_{name}_scale"),
-                norm=get(f"{name}_norm.weight"),
+                fn=own(f"hc_{name}_fn"),
+                base=own(f"hc_{name}_base"),
+                scale=own(f"hc_{name}_scale"),
+                norm=own(f"{name}_norm.weight"),
             )
 
-        plain, compressor, index_compressor = [], None, None
+        joined, compressor, index_compressor = NEIGHBOURS[ratio], None, None
         if ratio:
-            plain = [get(f"attn.compressor.{part}.weight") for part in ("wkv", "wgate")]
-            compressor = (get("attn.compressor.ape"), get("attn.compressor.norm.weight"))
+            compressor = (own("attn.compressor.ape"), own("attn.compressor.norm.weight"))
         if ratio == CSA_RATIO:
-            own = "attn.indexer.compressor"
-            plain += [get(f"{own}.{part}.weight") for part in ("wkv", "wgate")]
-            plain.append(get("attn.indexer.weights_proj.weight"))
-            index_compressor = (get(f"{own}.ape"), get(f"{own}.norm.weight"))
+            name = "attn.indexer.compressor"
+            index_compressor = (own(f"{name}.ape"), own(f"{name}.norm.weight"))
+        low = quantised(*joined["low"])
+        experts = tuple(_experts(tensors, w, where) for w in ("w1", "w3", "w2"))
+        table = tensors.get("ffn.gate.tid2eid")
+        if table is not None:
+            check_table(f"{where}ffn.gate.tid2eid", table, len(own("ffn.gate.weight")))
         return cls(
             ratio=ratio,
             attn_site=site("attn"),
             ffn_site=site("ffn"),
-            low=quantised("attn.wq_a", "attn.wkv"),
-            q_norm=get("attn.q_norm.weight"),
-            kv_norm=get("attn.kv_norm.weight"),
-            high=quantised("attn.wq_b", *(["attn.indexer.wq_b"] if ratio == CSA_RATIO else [])),
-            sink=get("attn.attn_sink"),
+            low=low,
+            q_norm=own("attn.q_norm.weight"),
+            kv_norm=own("attn.kv_norm.weight"),
+            high=quantised(*joined["high"]),
+            sink=own("attn.attn_sink"),
             wo_a=quantised("attn.wo_a"),
             wo_b=quantised("attn.wo_b"),
-            gate=get("ffn.gate.weight"),
-            routed=tuple(
-                _experts(tensors, f"{w}.{part}")
-                for w in ("w1", "w3", "w2")
-                for part in ("weight", "scale")
-            ),
-            shared=(
-                *quantised("ffn.shared_experts.w1", "ffn.shared_experts.w3"),
-                *quantised("ffn.shared_experts.w2"),
-            ),
+            gate=own("ffn.gate.weight"),
+            routed=tuple(part for both in experts for part in both),
+            shared=(*quantised(*joined["shared"]), *quantised("ffn.shared_experts.w2")),
             bias=tensors.get("ffn.gate.bias"),
-            table=tensors.get("ffn.gate.tid2eid"),
-            plain=torch.cat(plain).contiguous() if plain else None,
+            table=table,
+            plain=_joined([own(f"{name}.weight") for name in joined["plain"]]) if ratio else None,
             compressor=compressor,
             index_compressor=index_compressor,
         )
@@ -144,13 +144,61 @@ class StoredLayer:
         return found
 
 
-def _experts(tensors: Mapping[str, Tensor], part: str) -> Tensor:
-    """One kind of the routed experts' tensors, stacked: [experts, rows, cols] uint8."""
-    stacked = tensors.get(f"ffn.experts.{part}")
-    if stacked is not None:
-        return _bytes(stacked)
-    count = sum(name.endswith(f".{part}") for name in tensors if name.startswith("ffn.experts."))
-    return torch.stack([_bytes(tensors[f"ffn.experts.{e}.{part}"]) for e in range(count)])
+def _neighbours(ratio: int) -> dict[str, tuple[str, ...]]:
+    compressed = ("attn.compressor.wkv", "attn.compressor.wgate") if ratio else ()
+    high, index = ("attn.wq_b",), ()
+    if ratio == CSA_RATIO:
+        own = "attn.indexer"
+        high += (f"{own}.wq_b",)
+        index = (f"{own}.compressor.wkv", f"{own}.compressor.wgate", f"{own}.weights_proj")
+    return {
+        "low": ("attn.wq_a", "attn.wkv"),
+        "high": high,
+        "shared": ("ffn.shared_experts.w1", "ffn.shared_experts.w3"),
+        "plain": compressed + index,
+    }
+
+
+# By compress ratio: matrices of the same input, which a layer holds as one, in this order.
+NEIGHBOURS = {ratio: _neighbours(ratio) for ratio in (0, CSA_RATIO, HCA_RATIO)}
+
+
+def _quantised(
+    tensors: Mapping[str, Tensor], names: Sequence[str], where: str
+) -> tuple[Tensor, Tensor]:
+    """FP8 matrices as one: codes [rows, cols] and scales [tiles, tiles], uint8."""
+    codes = [get(tensors, f"{name}.weight", where) for name in names]
+    scales = [get(tensors, f"{name}.scale", where) for name in names]
+    for name, code, scale in zip(names, codes, scales, strict=True):
+        check_fp8(where + name, code, scale)
+    return _joined([_bytes(code) for code in codes]), _joined([_bytes(scale) for scale in scales])
+
+
+def _experts(tensors: Mapping[str, Tensor], leaf: str, where: str) -> tuple[Tensor, Tensor]:
+    """One kind of the routed experts' matrices and scales, stacked: [experts, rows, cols] uint8."""
+    found, name = [], f"ffn.experts.{leaf}"
+    for part in ("weight", "scale"):
+        stacked = tensors.get(f"{name}.{part}")
+        if stacked is None:
+            end, gate = f".{leaf}.{part}", get(tensors, "ffn.gate.weight", where)
+            stacked = torch.stack(
+                [get(tensors, f"ffn.experts.{e}{end}", where) for e in range(len(gate))]
+            )
+        found.append(stacked)
+    check_fp4(where + name, *found)
+    return _bytes(found[0]), _bytes(found[1])
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """parts: [rows, cols] each -> one below the other, where they lie if they already do so."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and part.is_contiguous() and part.data_ptr() == end):
+            return torch.cat(list(parts)).contiguous()
+        end += part.nbytes
+    rows = sum(len(part) for part in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def _bytes(t: Tensor) -> Tensor:
@@ -170,12 +218,12 @@ class MergeSite:
     norm: Tensor
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> MergeSite:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], where: str = "") -> MergeSite:
         """tensors: of the model, or of an MTP block without the `mtp.N.` before their names, in the
         same shape as in the files, such as fn [streams, streams * hidden].
         """
-        parts = {part: tensors[f"hc_head_{part}"] for part in ("fn", "base", "scale")}
-        return cls(**parts, norm=tensors["norm.weight"])
+        parts = {p: get(tensors, f"hc_head_{p}", where) for p in ("fn", "base", "scale")}
+        return cls(**parts, norm=get(tensors, "norm.weight", where))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -190,20 +238,18 @@ class StoredDraft:
     merge: MergeSite
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> StoredDraft:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], where: str = "") -> StoredDraft:
         """tensors: the block's by their official names, without the `mtp.N.` before them, each in
-        the same shape as in the files, such as e_proj [hidden, hidden].
+        the same shape as in the files, such as e_proj [hidden, hidden]. Raises CheckpointError as
+        StoredLayer.from_tensors.
         """
-        projections = {
-            name: (_bytes(tensors[f"{name}.weight"]), _bytes(tensors[f"{name}.scale"]))
-            for name in ("e_proj", "h_proj")
-        }
         return cls(
-            layer=StoredLayer.from_tensors(tensors, 0),
-            enorm=tensors["enorm.weight"],
-            hnorm=tensors["hnorm.weight"],
-            merge=MergeSite.from_tensors(tensors),
-            **projections,
+            layer=StoredLayer.from_tensors(tensors, 0, where),
+            e_proj=_quantised(tensors, ["e_proj"], where),
+            h_proj=_quantised(tensors, ["h_proj"], where),
+            enorm=get(tensors, "enorm.weight", where),
+            hnorm=get(tensors, "hnorm.weight", where),
+            merge=MergeSite.from_tensors(tensors, where),
         )
 
 
@@ -234,24 +280,28 @@ class StoredModel:
         """From all tensors of a checkpoint by their official names, on one device.
 
         tensors: each in the same shape as in the files; experts may be stacked, [experts, rows,
-        cols].
+        cols]. Raises CheckpointError as StoredLayer.from_tensors.
         """
-
-        def block(name: str) -> dict[str, Tensor]:
-            return {n.removeprefix(name): t for n, t in tensors.items() if n.startswith(name)}
-
+        blocks: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind in ("layers", "mtp"):
+                number, _, own = rest.partition(".")
+                blocks.setdefault(f"{kind}.{number}.", {})[own] = tensor
         return cls(
             config=config,
-            embed=Table(tensors["embed.weight"]),
+            embed=Table(get(tensors, "embed.weight", "")),
             layers=[
-                StoredLayer.from_tensors(block(f"layers.{index}."), ratio)
+                StoredLayer.from_tensors(blocks.get(name, {}), ratio, name)
                 for index, ratio in enumerate(config.compress_ratios)
+                for name in (f"layers.{index}.",)
             ],
             merge=MergeSite.from_tensors(tensors),
-            head=tensors["head.weight"],
+            head=get(tensors, "head.weight", ""),
             mtp=[
-                StoredDraft.from_tensors(block(f"mtp.{index}."))
+                StoredDraft.from_tensors(blocks.get(name, {}), name)
                 for index in range(config.num_mtp_layers)
+                for name in (f"mtp.{index}.",)
             ],
         )
 

@@ -139,6 +139,7 @@ class Step:
                 key_format=where.key_format,
             )  # fmt: skip
             picks = _topk_positions(scores, maxima, self.rows, k=c.index_topk, ratio=ratio)
+            del scores, maxima  # at long contexts they are large
         out = _entry_attention(
             query,
             self.rows,
@@ -182,8 +183,12 @@ class Chunk:
         start: int,
         token_ids: Tensor,
         known: int = 0,
+        turns: Tensor | None = None,
     ) -> Chunk:
-        """token_ids: [tokens] int64. Raises ConfigError for a chunk that the cache cannot hold."""
+        """token_ids: [tokens] int64; turns: what `frequencies` gives on their device, [2, rope_dim
+        / 2], without which the host waits for the device. Raises ConfigError for a chunk that the
+        cache cannot hold.
+        """
         sequences, slabs = cache.table.shape
         end, room = start + len(token_ids), slabs * SLAB_TOKENS
         if not 0 <= sequence < sequences:
@@ -198,12 +203,13 @@ class Chunk:
                 f"tokens {start} to {end} of a sequence do not fit its {slabs} slabs of "
                 f"{SLAB_TOKENS}: give the cache {-(-end // SLAB_TOKENS)} slabs a sequence"
             )
-        at = torch.arange(start, end, device=token_ids.device)
-        plain, yarn = RotaryTable(config, False), RotaryTable(config, True)
-        rotations = [_turns(plain, at), _turns(yarn, at)]
+        device = token_ids.device
+        plain, yarn = frequencies(config, device) if turns is None else turns
+        at = torch.arange(start, end, device=device)
+        rotations = [rotated(at, plain), rotated(at, yarn)]
         for ratio in (CSA_RATIO, HCA_RATIO):
-            windows = torch.arange(start // ratio, (end - 1) // ratio + 1, device=token_ids.device)
-            rotations.append(_turns(yarn, windows * ratio))
+            windows = torch.arange(start // ratio, (end - 1) // ratio + 1, device=device)
+            rotations.append(rotated(windows * ratio, yarn))
         return cls(
             sequence=sequence,
             start=start,
@@ -285,8 +291,12 @@ class Chunk:
         return out, picks
 
 
-def _turns(table: RotaryTable, positions: Tensor) -> Tensor:
-    return torch.stack(table.at(positions), dim=1).contiguous()
+def rotated(positions: Tensor, turns: Tensor) -> Tensor:
+    """Cosines and sines, as RotaryTable.at: positions [seq] int64, turns [rope_dim / 2] float32 ->
+    [seq, 2, rope_dim / 2] float32.
+    """
+    phase = (positions.float().unsqueeze(-1) * turns).double()
+    return torch.stack((phase.cos().float(), phase.sin().float()), dim=1)
 
 
 def _with_state(

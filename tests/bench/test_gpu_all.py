@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,3 +83,54 @@ def test_its_own_parts() -> None:
                 assert (gpu_all.CHECKOUT / word).is_file()
     with pytest.raises(SystemExit):
         gpu_all.main(["somewhere", "--only", "nothing"])
+
+
+def test_the_least_of_all_parts_fits() -> None:
+    least = sum(max(part.least for part in stage) for stage in gpu_all.stages(gpu_all.PARTS))
+    assert least + gpu_all.END <= 300
+    assert all(part.least <= part.limit for part in gpu_all.PARTS)
+
+
+def test_a_part_leaves_those_after_it_what_they_need(tmp_path: Path) -> None:
+    sleeps = "import time; print('begun', flush=True); time.sleep(30)"
+    parts = [
+        replace(part("greedy", sleeps), limit=30, least=1),
+        replace(part("needed", "print(1)"), limit=20, least=4),
+        replace(part("beside", "print(1)", alone=False), limit=20, least=2),
+        replace(part("too", "print(1)", alone=False), limit=20, least=3),
+    ]
+    assert [[own.name for own in stage] for stage in gpu_all.stages(parts)] == [
+        ["greedy"], ["needed"], ["beside", "too"]
+    ]  # fmt: skip
+    found = gpu_all.run_all(parts, tmp_path, gpu_all.END + 9)
+    assert [o.state for o in found] == ["ran past its limit", "ok", "ok", "ok"]
+    assert 1.5 < found[0].seconds < 4  # 9 without 4 and the larger of 2 and 3
+
+
+def test_both_ratios_to_transformers_stand_in_the_report() -> None:
+    own = {"tokens": 1, "routing": "own router"}
+    layers = {
+        "steps": [own | {"kind": "all", "context": 4096, "median": 0.5}],
+        "prompts": [own | {"kind": "all", "tokens": 8192, "chunk": 8192, "median": 40.0,
+                           "tokens_per_s": 2e5, "peak": 2**30}],
+    }  # fmt: skip
+    model = {"model": "three V4-Flash layers"}
+    figures: dict[str, Any] = {
+        "layers": layers,
+        "engine": {
+            "decode": [model | {"batch": 1, "drafts": 0, "context": 4096, "engine": 1.5}],
+            "prompts": [model | {"tokens": 8192, "rows": 0, "seconds": 0.05}],
+        },
+        "transformers": {"version": "5", "tokens": 8192, "context": 4096, "seconds": 0.4,
+                         "seconds_a_token": 0.018, "experts": "grouped_mm"},
+    }  # fmt: skip
+    gpu_all.judged(figures)
+    verdicts = {goal["name"]: goal["verdict"] for goal in figures["layers"]["goals"]}
+    assert verdicts["prefill of 8K beside transformers"] == "pass"
+    text = gpu_all.beside(figures)
+    assert "grouped_mm experts" in text[0]
+    assert [line.split("|")[-2].strip() for line in text[4:]] == ["36.0", "12.0", "10.0", "8.0"]
+    del figures["engine"]
+    assert [line.split("|")[-2].strip() for line in gpu_all.beside(figures)[4:]] == ["36.0", "10.0"]
+    del figures["transformers"]
+    assert gpu_all.beside(figures) == ["Not measured."]

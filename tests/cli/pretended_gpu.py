@@ -15,6 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fathom.checkpoint.tiny import tiny_config
+from fathom.eval import gpu_launches
+from fathom.eval.gpu_launches import Launched
 from fathom.model import config as configurations
 
 # Of every kind a layer, and sizes that the stored runner takes.
@@ -48,8 +50,18 @@ class Graph:
     def replay(self) -> None: ...
 
 
+LAUNCHED = [
+    Launched("few_linear", "_linear", "SWA low", 8 << 20),
+    Launched("mhc", "_read", "", 0),
+    Launched("few_linear", "_linear", "CSA low, plain", 16 << 20),
+    Launched("route", "_choose", "CSA bias", 1024),
+    Launched("index", "_choose", "", 0),
+    Launched("step", "_logits", "head", 1 << 30),
+]  # of one step
+
+
 class Profile:
-    """Every kernel that a goal asks for, once."""
+    """Every launch of LAUNCHED, each 20 microseconds, and a copy between."""
 
     def __init__(self, **_: Any) -> None: ...
     def __enter__(self) -> Profile:
@@ -57,12 +69,26 @@ class Profile:
 
     def __exit__(self, *_: Any) -> None: ...
     def key_averages(self) -> list[Any]:
-        names = ("_linear", "_up", "_down", "_scores", "_write_and_mix", "_read", "Memcpy")
         device = SimpleNamespace(name="CUDA")
         return [
             SimpleNamespace(key=name, count=5, self_device_time_total=50.0, device_type=device)
-            for name in names
+            for name in ("_linear", "Memcpy")
         ]
+
+    def events(self) -> list[Any]:
+        found = []
+        for launch in LAUNCHED * gpu_launches.REPEAT:
+            for name, took in ((launch.kernel, 20.0), ("Memcpy", 5.0)):
+                at = SimpleNamespace(start=30.0 * len(found), end=30.0 * len(found) + took)
+                device = SimpleNamespace(name="CUDA")
+                found.append(SimpleNamespace(name=name, time_range=at, device_type=device))
+        return found[::-1]  # a profile is not sorted
+
+
+@contextlib.contextmanager
+def observed(_: Any) -> Iterator[list[Launched]]:
+    """The launches of as many steps as are profiled."""
+    yield LAUNCHED * gpu_launches.REPEAT
 
 
 def times(call: Callable[[], object], repeat: int = 3) -> list[float]:
@@ -96,6 +122,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in ("gpu_speed", "gpu_prefill_speed"):
         monkeypatch.setattr(f"fathom.eval.{module}.times_ms", times)
     monkeypatch.setattr("fathom.eval.gpu_engine_speed.WARM", 1)
+    monkeypatch.setattr(gpu_launches, "observed", observed)
+    monkeypatch.setattr("fathom.eval.gpu_speed.fp8_rate", lambda: 14e14)
     monkeypatch.setattr("fathom.eval.gpu_speed.copy_rate", lambda: 3e12)
     monkeypatch.setattr("fathom.eval.gpu_speed.matmul_rate", lambda: 7.8e14)
     with OnTheCpu():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fathom.engine.sampler import Sampler, SamplingParams, _kept, uniform
+from fathom.engine.sampler import SURE, Sampler, SamplingParams, Wanted, _kept, uniform
 from fathom.errors import GenerationError
 from fathom.kernels import operation
 
@@ -204,19 +204,92 @@ def test_logits_that_are_not_finite(value: float) -> None:
         Sampler(SamplingParams(seed=1)).pick(bad)
 
 
+def summaries(logits: torch.Tensor, wanted: list[Wanted]) -> np.ndarray:
+    """logits: [rows, vocab]. Returns [rows, 6], as a device would make them."""
+    draws = torch.tensor([[w.temperature, w.number] for w in wanted], dtype=torch.float64)
+    return operation("logit_summary")(logits, draws.T.contiguous()).numpy()
+
+
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"seed": 3}, {"seed": 3, "top_k": 5}])
 def test_a_summary_made_elsewhere_changes_nothing(settings: dict[str, Any]) -> None:
-    summarise = operation("logit_summary")
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(20, 700, generator=generator) * 3
     logits[3, 100] = logits[3, 600] = 50.0
     samplers = [Sampler(SamplingParams(**settings, top_logprobs=2)) for _ in range(2)]
-    for row, summary in zip(logits.numpy(), summarise(logits).numpy(), strict=True):
-        plain, told = samplers[0].pick(row), samplers[1].pick(row, None, summary)
+    for row in logits:
+        wanted = samplers[1].wanted(masked=False)
+        assert wanted.whole
+        summary = summaries(row[None], [wanted])[0]
+        plain, told = samplers[0].pick(row.numpy()), samplers[1].pick(row.numpy(), None, summary)
         assert plain.token == told.token
         assert plain.logprob == pytest.approx(told.logprob, rel=1e-6)
     logits[0, 0] = torch.nan
+    found = summaries(logits, [Wanted(whole=True)] * len(logits))
     with pytest.raises(GenerationError, match="not finite"):
-        samplers[1].pick(logits[0].numpy(), None, summarise(logits)[0].numpy())
+        samplers[1].pick(logits[0].numpy(), None, found[0])
     biased = Sampler(SamplingParams(temperature=0.0, logit_bias={7: 100.0}))
-    assert biased.pick(logits[1].numpy(), None, summarise(logits)[1].numpy()).token == 7
+    assert biased.pick(logits[1].numpy(), None, found[1]).token == 7
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 0.3, 1.0, 50.0])
+@pytest.mark.parametrize("spread", [0.0, 3.0, 40.0])
+def test_a_draw_made_elsewhere_is_the_sampler_s(temperature: float, spread: float) -> None:
+    """Without its row, for as many numbers as there are tokens."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(1, 3000, generator=generator) * spread
+    params = SamplingParams(temperature=temperature, seed=5, max_tokens=1)
+    plain, far = Sampler(params), Sampler(params)
+    unsure = 0
+    for _ in range(200):
+        wanted = far.wanted(masked=False)
+        assert not wanted.whole
+        summary = summaries(logits, [wanted])[0]
+        unsure += temperature > 0 and not summary[5] > SURE
+        expected, told = plain.pick(logits[0].numpy()), far.pick(None, None, summary)
+        assert told.token == expected.token
+        assert told.logprob == pytest.approx(expected.logprob, abs=1e-5)
+    assert unsure <= 1
+    # A draft's draw is the one that will be made there.
+    assert far.wanted(False, ahead=2).number == uniform(5, 202)
+
+
+def test_where_two_tokens_meet_a_draw_is_not_sure() -> None:
+    """The number falls on the edge between two shares, or a rounding away from it."""
+    logits = torch.zeros(1, 1000)
+    edges = np.arange(1000) / 1000
+    for number in (edges[7], np.nextafter(edges[7], 1), edges[999] - 1e-12, 0.0):
+        assert not summaries(logits, [Wanted(False, 1.0, float(number))])[0, 5] > SURE
+    middle = summaries(logits, [Wanted(False, 1.0, 0.4125)])[0]
+    assert middle[3] == 412
+    assert middle[5] == pytest.approx(0.0005)
+    nothing = summaries(logits, [Wanted(False, 0.0, 0.5)])[0]
+    assert nothing[3:].tolist() == [-1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "masked", "whole"),
+    [
+        ({}, False, False),
+        ({"temperature": 0.0}, False, False),
+        ({"temperature": 0.0, "top_p": 0.5, "top_k": 3, "min_p": 0.1}, False, False),
+        ({}, True, True),
+        ({"top_p": 0.9}, False, True),
+        ({"top_k": 3}, False, True),
+        ({"min_p": 0.1}, False, True),
+        ({"temperature": 0.0, "top_logprobs": 1}, False, True),
+        ({"temperature": 0.0, "logit_bias": {3: 1.0}}, False, True),
+        ({"temperature": 0.0, "frequency_penalty": 0.1}, False, True),
+        ({"temperature": 0.0, "repetition_penalty": 1.1}, False, True),
+    ],
+)
+def test_which_draws_need_all_logits(settings: dict[str, Any], masked: bool, whole: bool) -> None:
+    assert Sampler(SamplingParams(**settings)).wanted(masked).whole == whole
+
+
+def test_damaged_logits_are_noticed_without_them() -> None:
+    logits = torch.zeros(1, 100)
+    logits[0, 3] = torch.nan
+    sampler = Sampler(SamplingParams(seed=1))
+    summary = summaries(logits, [sampler.wanted(False)])[0]
+    with pytest.raises(GenerationError, match="not finite"):
+        sampler.pick(None, None, summary)

@@ -14,6 +14,8 @@ import torch
 from fathom.engine.batch import Batch, Piece
 from fathom.engine.engine import Engine
 from fathom.engine.request import Request
+from fathom.engine.runner import Runner, Summarised, draft_summarised
+from fathom.engine.sampler import Wanted
 from fathom.engine.speculative import PROBE, Trial
 from fathom.errors import ConfigError
 from fathom.model import Transformer
@@ -72,7 +74,7 @@ class Oracle:
         self.expected, self.right = expected, right
 
     def attach(self, request: Request) -> None:
-        def guess(logits: object, ahead: int) -> int:
+        def guess(logits: object, ahead: int, summary: object = None) -> int:
             at = len(request.output) + ahead
             token = self.expected[at] if at < len(self.expected) else 5
             return token if ahead < self.right else (token + 1) % 390
@@ -150,14 +152,22 @@ def draft_errors(
     layers before it, in BF16 so much that two right models agree in six of ten drafts. tamper:
     changes what the runner is given and not what it ought to have been given.
     """
-    runner, request = served.runner, served.submit(prompt(length), greedy(12))
-    draft, seen, errors = runner.draft, {}, []
+    request, seen, errors = served.submit(prompt(length), greedy(12)), {}, []
 
-    def watched(batch: Batch, streams: np.ndarray) -> np.ndarray:
+    def watched(
+        runner: Runner, batch: Batch, given: list[int], which: list[int], wanted: object
+    ) -> Summarised:
         (piece,) = batch.pieces
         end = piece.start + len(piece.tokens)
+        streams = np.stack([runner.streams(row) for row in given])
         seen.update(zip(range(piece.start, end), streams.copy(), strict=True))
-        logits = draft(*(tamper(batch, streams, request) if tamper else (batch, streams)))
+        if tamper is None:
+            whole_rows = [Wanted(whole=True)] * len(which)
+            found = draft_summarised(runner, batch, given, which, whole_rows)
+        else:
+            tampered = runner.draft(*tamper(batch, streams, request))
+            found = Summarised(None, tampered[which], None)
+        logits = np.stack(list(found.logits))
         none = np.zeros_like(streams[0])  # before the block's window
         whole = np.stack([seen.get(position, none) for position in range(end)])
         weight = net.embed.weight
@@ -169,10 +179,11 @@ def draft_errors(
             )
             expected = net.head(hidden)[0, -1].float().cpu().numpy()
         errors.append(float(np.linalg.norm(logits[-1] - expected) / np.linalg.norm(expected)))
-        return logits
+        return found
 
-    runner.draft = watched  # type: ignore[method-assign]
-    finish(served, request)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fathom.engine.speculative.draft_summarised", watched)
+        finish(served, request)
     assert len(errors) >= 8  # of 11 steps, fewer where drafts were accepted
     return errors
 

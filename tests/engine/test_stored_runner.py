@@ -5,6 +5,7 @@ On a GPU the engine's own tests run with it; see the `device` of conftest.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from fathom.engine.batch import Batch, Piece
 from fathom.engine.engine import Engine
 from fathom.engine.kv_cache import SlabLayout
+from fathom.engine.runner import Summarising
+from fathom.engine.sampler import Wanted
 from fathom.engine.scheduler import Budget
 from fathom.engine.state_cache import SlotLayout
 from fathom.engine.stored_runner import StoredRunner
@@ -364,3 +367,74 @@ def test_models_that_are_stored_otherwise() -> None:
         net.layers[0].attn.wq_a.weight.add_(0.01)  # type: ignore[union-attr, operator]
     with pytest.raises(ConfigError, match="wq_a"):
         StoredModel.of(net)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_only_rows_that_are_needed_leave_the_device(
+    net: Transformer, drafts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whoever draws, the device or the host, draws the same."""
+    alike = ("greedy", greedy(9)), ("sampled", sampled(9)), ("warm", sampled(9, temperature=2.5))
+    every = {"top_k": 10**6}  # nothing is left out, and the host draws
+    found: dict[str, list[Any]] = {}
+    left: dict[str, int] = {}
+    for kind, more in (("device", {}), ("host", every), ("unsure", {})):
+        if kind == "unsure":
+            monkeypatch.setattr("fathom.engine.stored_runner.SURE", 1.0)
+        served = serve(net, drafts=drafts, drafts_adaptive=False)
+        download, rows = served.runner._download, []  # type: ignore[attr-defined]
+
+        def watched(*values: torch.Tensor, download: Any = download, rows: Any = rows) -> Any:
+            rows += [len(v) for v in values if v.shape[1] == net.config.vocab_size]
+            return download(*values)
+
+        served.runner._download = watched  # type: ignore[attr-defined]
+        runs = [
+            served.submit(prompt(30 + i), replace(params, **more if params.temperature else {}))
+            for i, (_, params) in enumerate(alike)
+        ]
+        finish(served, *runs)
+        found[kind], left[kind] = [bits(run) for run in runs], sum(rows)
+    assert found["device"] == found["host"] == found["unsure"]
+    assert left["device"] == 0
+    assert left["host"] >= 2 * 9
+    assert left["unsure"] == left["host"]
+
+
+def test_logits_are_there_for_whoever_needs_them(net: Transformer) -> None:
+    """Beside streams that need none: a mask's, a penalty's, alternatives, a narrowed choice."""
+    settings: list[dict[str, Any]] = [
+        {"top_p": 0.5}, {"min_p": 0.1}, {"top_logprobs": 2}, {"logit_bias": {7: 100.0}},
+        {"frequency_penalty": 1.0},
+    ]  # fmt: skip
+    served = serve(net)
+    plain = [served.submit(prompt(20, i), greedy(4)) for i in range(3)]
+    shaped = [served.submit(prompt(20, i), sampled(4, **s)) for i, s in enumerate(settings)]
+    finish(served, *plain, *shaped)
+    for run, more in zip(shaped, settings, strict=True):
+        alone = serve(net)
+        same = alone.submit(run.prompt, sampled(4, **more))
+        finish(alone, same)
+        assert [d.token for d in same.output] == [d.token for d in run.output]
+    assert all(len(d.top) == 2 for d in shaped[2].output)
+    assert [d.token for d in shaped[3].output] == [7] * 4
+
+
+def test_more_rows_than_a_step_holds(net: Transformer) -> None:
+    """Each row gets what it wants, whatever part of the batch it is read with."""
+    served = serve(net)
+    served.memory.tables[0, 0] = 0
+    served.runner.forward(Batch.of([Piece(slot=0, start=0, tokens=prompt(70))]))
+    runner = served.runner
+    assert isinstance(runner, Summarising)
+    hidden, logits = served.runner.logits(list(range(70)))
+    wanted = [Wanted(whole=n in (3, 4, 66), hidden=n == 2) for n in range(70)]
+    found = runner.summarised(list(range(70)), wanted)
+    assert found.hidden is not None
+    assert found.summaries is not None
+    assert np.array_equal(found.hidden, hidden)
+    assert np.array_equal(found.summaries[:, 1], logits.argmax(axis=1))
+    for number, row in enumerate(found.logits):
+        assert (row is not None) == (number in (3, 4, 66))
+        assert row is None or np.array_equal(row, logits[number])
+    assert runner.summarised([1], [Wanted(whole=False)]).hidden is None

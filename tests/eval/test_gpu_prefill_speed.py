@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fathom.checkpoint.tiny import random_tensors, tiny_config
-from fathom.eval.gpu_speed import layer_flops
+from fathom.eval.gpu_speed import layer_flops, layer_operations
 from fathom.model.stored import StoredLayer
 
 
@@ -23,3 +23,9 @@ def test_operations_add_up_over_chunks_and_grow_with_the_context(index: int) -> 
     late, early = layer_flops(config, layer, 299, 1), layer_flops(config, layer, 0, 1)
     scores = 2.0 * 75 * config.index_n_heads * config.index_head_dim if layer.ratio == 4 else 0.0
     assert late - early == 4.0 * keys * config.num_attention_heads * config.head_dim + scores
+    # Each at its own rate: with FP8 twice as quick, what is not FP8 still takes its time.
+    found = layer_operations(config, layer, 0, 300)
+    assert found.fp8 + found.others == whole
+    assert 0 < found.others < whole
+    assert found.seconds((2e12, 1e12)) == found.fp8 / 2e12 + found.others / 1e12
+    assert whole / 2e12 < found.seconds((2e12, 1e12)) < whole / 1e12

@@ -13,8 +13,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+
+from fathom.kernels.triton.ahead import Launch
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16", torch.uint8: "u8",
@@ -34,30 +33,6 @@ LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Za-z0-9_.]+)\s*([^
 REGISTER = re.compile(r"\bR(\d+)\b")
 MATRIX = re.compile(r"[HQI]GMMA\.64x(\d+)x\d+\.(F32|F16|S32)")
 MEMORY = ("LD", "ST", "ATOM", "RED", "UTMA", "UBLKCP")
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """One recorded launch of a kernel."""
-
-    kernel: Any
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-
-@contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Launches inside the block are listed in place of being performed."""
-    launches: list[Launch] = []
-
-    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        launches.append(Launch(self, arguments, keywords))
-
-    performed, JITFunction.run = JITFunction.run, run
-    try:
-        yield launches
-    finally:
-        JITFunction.run = performed
 
 
 def listing(launch: Launch) -> str:

@@ -21,7 +21,8 @@ from fathom.kernels.triton import (
     entries,
     index,
 )
-from tests.kernels.sass import Launch, examine, listing, recorded
+from fathom.kernels.triton.ahead import Launch, recorded
+from tests.kernels.sass import examine, listing
 
 BF16, U8 = torch.bfloat16, torch.uint8
 HIDDEN, INNER, EXPERTS, HEADS, HEAD_DIM = 4096, 2048, 8, 64, 512
@@ -99,15 +100,18 @@ def prefill_picks(key_format: str) -> None:
     )  # fmt: skip
 
 
-def prefill_experts() -> None:
+def prefill_experts(cols: int, rows: int, scatter: bool) -> None:
     pairs = 2048
     plan = chunk_experts.ExpertOrder(
-        integers(pairs), integers(EXPERTS + 1), integers(16), integers(16), chunk_experts.TOKENS
-    )
+        integers(pairs), integers(pairs), integers(EXPERTS + 1), integers(16), integers(16),
+        chunk_experts.TOKENS,
+    )  # fmt: skip
+    matrix = (
+        numbers(EXPERTS, rows, cols // 2, dtype=U8), numbers(EXPERTS, rows, cols // 32, dtype=U8)
+    )  # fmt: skip
     chunk_experts.grouped_fp4(
-        numbers(pairs, HIDDEN, dtype=BF16), numbers(EXPERTS, INNER, HIDDEN // 2, dtype=U8),
-        numbers(EXPERTS, INNER, HIDDEN // 32, dtype=U8), plan, numbers(pairs, INNER, dtype=BF16),
-        scatter=False,
+        numbers(pairs, cols, dtype=BF16), matrix, plan, numbers(pairs, rows, dtype=BF16),
+        scatter=scatter,
     )  # fmt: skip
 
 
@@ -119,7 +123,8 @@ CASES: dict[str, tuple[Callable[[], None], str]] = {
     "index scores, FP8 keys": (lambda: index_scores("fp8"), "_scores"),
     "index keys stored, FP8": (lambda: index_keys("fp8"), "_prepare"),
     "index keys decoded, FP8": (lambda: prefill_picks("fp8"), "_keys"),
-    "prefill experts": (prefill_experts, "_grouped"),
+    "prefill experts, up": (lambda: prefill_experts(HIDDEN, INNER, False), "_grouped"),
+    "prefill experts, down": (lambda: prefill_experts(INNER, HIDDEN, True), "_grouped"),
 }
 
 

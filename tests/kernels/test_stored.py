@@ -12,6 +12,7 @@ import os
 import pytest
 import torch
 
+from fathom.engine.sampler import SURE
 from fathom.kernels import operation, use_backend
 from fathom.quant.kv_pack import IndexerFormat
 from tests.kernels import stored_cases as cases
@@ -170,12 +171,27 @@ def test_where_a_step_begins_and_ends(s: Sizes, dtype: torch.dtype, tokens: int)
     assert distance(found, expected) < near(dtype)
     logits = d.normal(tokens, 5000, scale=4.0, dtype=torch.float32)
     logits[:, 4700] = logits[:, 300] = 30.0  # of two largest the first
-    expected, found = both("logit_summary", logits)
+    if tokens > 1:
+        logits[1] = logits[1, 0]  # all alike: the draw may end anywhere
+    draws = torch.rand(2, tokens, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    draws[0] += 0.5
+    draws[0, 0] = 0.0
+    draws = draws.to(DEVICE)
+    expected, found = both("logit_summary", logits, draws)
     assert torch.equal(found[:, :2], expected[:, :2])
     torch.testing.assert_close(found[:, 2], expected[:, 2], rtol=1e-7, atol=0)
+    assert torch.equal(found[:, 3:5], expected[:, 3:5])
+    torch.testing.assert_close(found[:, 5], expected[:, 5], rtol=0, atol=1e-12)
+    draws[0] = 1.0
+    for number in range(4):  # every part of the vocabulary, and its last token
+        draws[1] = (number + 0.9999) / 4
+        expected, found = both("logit_summary", logits, draws)
+        sure = found[:, 5] > SURE
+        assert torch.equal(found[sure, 3], expected[sure, 3])
     logits[0, 17] = torch.nan
-    for result in both("logit_summary", logits):
+    for result in both("logit_summary", logits, draws):
         assert result[0, 0].isnan()
+        assert not result[0, 5] > SURE
         assert not result[1:].isnan().any()
 
 

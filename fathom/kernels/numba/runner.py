@@ -72,7 +72,7 @@ class CompiledRunner:
         self._pool: ThreadPoolExecutor | None = None
         self._workers_made = 0
         self._allocated, self._exporting = 0, False
-        self.export, self.batch_invariant, self.summaries = False, True, None
+        self.export, self.batch_invariant = False, True
         self._make_found(1)
         self.reload()
 
@@ -254,6 +254,12 @@ class CompiledRunner:
             wait(futures)
         for future in futures:
             future.result()
+
+    def close(self) -> None:
+        """Let go of the threads; a batch that needs some makes them anew."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._pool, self._workers_made = None, 0
 
     def _workers(self, threads: int) -> ThreadPoolExecutor:
         if self._pool is None or self._workers_made < threads:

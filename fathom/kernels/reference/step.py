@@ -49,13 +49,28 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @register("logit_summary", "reference")
-def logit_summary(logits: torch.Tensor) -> torch.Tensor:
+def logit_summary(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """What a choice and its log-probability need of a whole vocabulary.
 
-    logits: [tokens, vocab] float32. Returns [tokens, 3] float64: the largest logit (NaN if any is),
-    the first place that has it, and the logarithm of the sum of all exponentials.
+    logits: [tokens, vocab] float32. draws: [2, tokens] float64, of each token a temperature (0:
+    nothing is drawn) and a number in [0, 1). Returns [tokens, 6] float64: the largest logit (NaN if
+    any is), the first place that has it, and the logarithm of the sum of all exponentials; then the
+    first place up to which the shares at that temperature come to more than the number says, its
+    logit, and by how much of the whole the nearer of its ends is away. -1, 0 and 0 without a draw.
     """
     high = logits.amax(dim=-1)
     place = (logits == high[:, None]).int().argmax(dim=-1)  # the first of equals on any device
     total = (logits - high[:, None]).exp().sum(dim=-1, dtype=torch.float64)
-    return torch.stack((high.double(), place.double(), high.double() + total.log()), dim=1)
+    temperature, number = draws.unsqueeze(-1)
+    drawing = temperature[:, 0] > 0
+    warm = torch.where(drawing[:, None], temperature, 1.0)
+    mass = ((logits - high[:, None]).double() / warm).exp().cumsum(dim=-1)
+    target = number * mass[:, -1:]
+    drawn = (mass <= target).sum(dim=-1, keepdim=True).clamp(max=logits.shape[1] - 1)
+    end = mass.gather(1, drawn)
+    begin = torch.where(drawn > 0, mass.gather(1, (drawn - 1).clamp(min=0)), 0.0)
+    slack = torch.minimum(target - begin, end - target) / mass[:, -1:]
+    found = torch.cat((drawn.double(), logits.gather(1, drawn).double(), slack), dim=1)
+    nothing = torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64, device=logits.device)
+    first = torch.stack((high.double(), place.double(), high.double() + total.log()), dim=1)
+    return torch.cat((first, torch.where(drawing[:, None], found, nothing)), dim=1)

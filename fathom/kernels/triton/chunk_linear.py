@@ -1,6 +1,6 @@
 """Linear layers over stored weights for many tokens, by the matrix products of torch.
 
-An input is rounded once to FP8 in groups of 128. On cards whose library multiplies such an input
+An input is rounded once to FP8 in groups of 128. Where torch's library multiplies such an input
 with the stored codes, scaling each 1x128 by 128x128 product before the float32 sum, it does so: no
 weight is copied. Elsewhere, and for inputs that are not rounded, the weight is widened for the
 call: rounded inputs and weights times their power-of-two scales are exact in BF16, and so the plain
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from fathom.kernels.device import multiplies_scaled_fp8
 from fathom.kernels.registry import register
 from fathom.kernels.triton import formats as f
 from fathom.kernels.triton.few_linear import stored_linear
@@ -28,30 +29,25 @@ from fathom.quant import fp8
 
 FEW = 64  # tokens up to which few_linear.py (and few_experts.py) multiplies
 ROUNDED_ROWS = 4  # warps of a program that rounds one row
-SCALED_CARDS = ((9, 0),)  # compute capabilities whose library multiplies FP8 blocks with scales
 PADDED = 16  # rows of such a product are a multiple of this
 SCALES_ALIGNED = 4  # it wants a row of scales to be a multiple of this
 
 
 @triton.jit
 def _round_rows(
-    x, x_stride, source, norm, out, groups, eps,
-    NORM: tl.constexpr, SOURCE: tl.constexpr, PLANES: tl.constexpr, GROUPS: tl.constexpr,
+    x, x_stride, norm, out, groups, eps, NORM: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     group, col = tl.arange(0, GROUPS), tl.arange(0, 128)
     live = group < groups
     at = group[:, None] * 128 + col[None, :]
-    own = row
-    if SOURCE:
-        own = tl.load(source + row).to(tl.int64)
-    values = tl.load(x + own * x_stride + at, mask=live[:, None], other=0.0).to(tl.float32)
+    values = tl.load(x + row * x_stride + at, mask=live[:, None], other=0.0).to(tl.float32)
     if NORM:
         mean = tl.sum(tl.sum(values * values, axis=1), axis=0) / (groups * 128)
         weight = tl.load(norm + at, mask=live[:, None], other=0.0).to(tl.float32)
         values = values * (1.0 / tl.sqrt(mean + eps)) * weight
         values = values.to(x.dtype.element_ty).to(tl.float32)
-    f.store_groups(out + row * groups * 128, f.round_group(values), group, live, PLANES)
+    f.store_groups(out + row * groups * 128, f.round_group(values), group, live, "columns")
 
 
 @triton.jit
@@ -94,26 +90,17 @@ def rounded_rows(
     x: torch.Tensor,
     norm: torch.Tensor | None = None,
     norm_eps: float = 1e-6,
-    *,
-    planes: bool = False,
-    source: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x rounded to FP8 in groups of 128 columns, normalised first where `norm` [cols] is given.
 
-    x: [tokens, cols], rows apart by any stride; planes: in the order in which FP4 columns are
-    unpacked, of every 128 the 16 of each place in a word of eight; source: [rows], the row of x
-    of each row. Returns [rows or tokens, cols] contiguous in x's dtype.
+    x: [tokens, cols], rows apart by any stride. Returns [tokens, cols] contiguous in x's dtype.
     """
     tokens, cols = x.shape
-    if source is not None:
-        tokens = source.shape[0]
     out = torch.empty(tokens, cols, dtype=x.dtype, device=x.device)
     groups = cols // 128
     _round_rows[(tokens,)](
-        x, x.stride(0), source if source is not None else x, norm if norm is not None else x, out,
-        groups, norm_eps,
-        NORM=norm is not None, SOURCE=source is not None, PLANES=planes,
-        GROUPS=triton.next_power_of_2(groups), num_warps=ROUNDED_ROWS,
+        x, x.stride(0), norm if norm is not None else x, out, groups, norm_eps,
+        NORM=norm is not None, GROUPS=triton.next_power_of_2(groups), num_warps=ROUNDED_ROWS,
     )  # fmt: skip
     return out
 
@@ -170,10 +157,6 @@ def float_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x.float(), weight.float())
 
 
-def _multiplies_fp8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in SCALED_CARDS
-
-
 @register("chunk_linear", "triton")
 def chunk_linear(
     x: torch.Tensor,
@@ -200,7 +183,7 @@ def chunk_linear(
     (rows, cols), each, tokens = codes.shape, codes.shape[0] // groups, x.shape[0]
     scaled = quantize_input and groups == 1 and x.dtype == torch.bfloat16
     scaled = scaled and cols % (128 * SCALES_ALIGNED) == 0
-    if scaled and _multiplies_fp8(x.device):
+    if scaled and multiplies_scaled_fp8(x.device):
         return scaled_product(x, codes, scale, norm, norm_eps), other
     if quantize_input:
         x = rounded_rows(x, norm, norm_eps)

@@ -20,21 +20,24 @@ import triton.language as tl
 from fathom.kernels.registry import register
 from fathom.kernels.triton import few_linear as few
 from fathom.kernels.triton import formats as f
-from fathom.kernels.triton.fp4_words import factors_of_words, ordered, settled, unpacked
+from fathom.kernels.triton.fp4_words import byte_shifts, stored_factors, unpacked
 from fathom.kernels.triton.route import TILE, Routing, routing
 
 ROWS, WARPS, STAGES = 64, 4, 3
-AT_ONCE = 2  # tiles of 128 columns that a program fetches at once, where they divide so
+# Tiles of 128 columns that a program fetches at once, where they divide so: for few tokens, whose
+# programs should all fit into the multiprocessors together, and for many.
+AT_ONCE = (2, 4)
+MANY_TOKENS = 16
 SHARED_ROWS, SHARED_TOKENS = 16, 16  # of a program of the shared expert's
 
 
 @triton.jit
 def _fp4_products(
-    codes, scale, x, live, COLS: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr,
+    codes, scale, x, live, shifts, COLS: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of FP4 codes from `codes` on times the inputs at `x`, pointers [pairs] to their
-    columns in the order of planes: [ROWS, pairs] float32.
+    columns in the order of planes: [ROWS, pairs] float32. shifts: as `byte_shifts` gives them.
     """
     row, col = tl.arange(0, ROWS), tl.arange(0, 128)
     words = codes.to(tl.pointer_type(tl.int32)) + row[:, None] * (COLS // 8)
@@ -44,11 +47,10 @@ def _fp4_products(
     total = tl.zeros([ROWS, x.shape[0]], tl.float32)
     for k in range(0, COLS // 128, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
-            word = ordered(tl.load(words + (k + i) * 16))
-            weight = unpacked(word, factors_of_words(tl.load(scales + k + i), BF16), BF16)
+            factor = stored_factors(tl.load(scales + k + i), shifts, BF16)
+            weight = unpacked(tl.load(words + (k + i) * 16), factor, BF16)
             value = tl.load(value_at + (k + i) * 128, mask=live[None, :], other=0.0)
             total = tl.dot(weight, value, total, input_precision="ieee")
-            total = settled(total, BF16)
     if BF16:
         total *= 4611686018427387904.0  # 2**62, see fp4_words.py
     return total
@@ -62,7 +64,9 @@ def _up(
 ):  # fmt: skip
     """gate | up of each pair: both [pairs, 2 * inner]."""
     block, tile = tl.program_id(0), tl.program_id(1)
-    if tile < tl.load(tiles):
+    count = tl.load(tiles)
+    if tile < count:
+        shifts = byte_shifts(tiles, tl.minimum(count, 0))
         expert = tl.load(tile_expert + tile).to(tl.int64)
         place = tl.load(tile_first + tile) + tl.arange(0, TILE)
         live = place < tl.load(tile_last + tile)
@@ -74,7 +78,7 @@ def _up(
         start = expert * inner + first % inner
         total = _fp4_products(
             codes + start * (COLS // 2), scale + start * (COLS // 32), x + pair // topk * COLS,
-            live, COLS, ROWS, BF16, AT_ONCE,
+            live, shifts, COLS, ROWS, BF16, AT_ONCE,
         )  # fmt: skip
         at = both + pair[:, None] * 2 * inner + (first + tl.arange(0, ROWS))[None, :]
         tl.store(at, tl.trans(total.to(both.dtype.element_ty)), mask=live[:, None])
@@ -100,7 +104,7 @@ def _swiglu(
     dtype: tl.constexpr = both.dtype.element_ty
     if row < count:
         values = (values * tl.load(weights + row)).to(dtype).to(tl.float32)
-        f.store_groups(planes + row * groups * 128, f.round_group(values), group, live, True)
+        f.store_groups(planes + row * groups * 128, f.round_group(values), group, live, "words")
     else:
         values = values.to(dtype).to(tl.float32)
         few.store_codes(
@@ -117,6 +121,7 @@ def _down(
 ):  # fmt: skip
     number = tl.program_id(0)
     tile = (number - shared_blocks) // blocks
+    count = tl.load(tiles)
     if number < shared_blocks:
         own = number % (hidden // SHARED_ROWS) * SHARED_ROWS
         begin = number // (hidden // SHARED_ROWS) * TOKENS
@@ -130,7 +135,8 @@ def _down(
         shared_at = shared_at + (own + tl.arange(0, SHARED_ROWS))[:, None]
         live_token = (token < tokens)[None, :]
         tl.store(shared_at, shared.to(shared_out.dtype.element_ty), mask=live_token)
-    elif tile < tl.load(tiles):
+    elif tile < count:
+        shifts = byte_shifts(tiles, tl.minimum(count, 0))
         expert = tl.load(tile_expert + tile).to(tl.int64)
         place = tl.load(tile_first + tile) + tl.arange(0, TILE)
         live = place < tl.load(tile_last + tile)
@@ -138,17 +144,17 @@ def _down(
         first = (number - shared_blocks) % blocks * ROWS
         start = expert * hidden + first
         total = _fp4_products(
-            w2 + start * (COLS // 2), s2 + start * (COLS // 32), act + pair * COLS, live, COLS,
-            ROWS, BF16, AT_ONCE,
+            w2 + start * (COLS // 2), s2 + start * (COLS // 32), act + pair * COLS, live,
+            shifts, COLS, ROWS, BF16, AT_ONCE,
         )  # fmt: skip
         at = out + pair[:, None] * hidden + (first + tl.arange(0, ROWS))[None, :]
         tl.store(at, tl.trans(total.to(out.dtype.element_ty)), mask=live[:, None])
 
 
-def at_once(cols: int) -> int:
-    """Tiles of 128 columns that a program fetches at once."""
+def at_once(cols: int, tokens: int) -> int:
+    """Tiles of 128 columns that a program fetches at once; sums have the same order with any."""
     tiles = cols // 128
-    return min(AT_ONCE, tiles & -tiles)
+    return min(AT_ONCE[tokens >= MANY_TOKENS], tiles & -tiles)
 
 
 def _experts(
@@ -172,7 +178,7 @@ def _experts(
     both = torch.empty(count, 2 * inner, **make)
     _up[(2 * inner // rows, r.most)](
         x, w1, s1, w3, s3, *lists, both, inner, topk, COLS=hidden, ROWS=rows, TILE=TILE, BF16=bf16,
-        AT_ONCE=at_once(hidden), num_warps=WARPS, num_stages=STAGES,
+        AT_ONCE=at_once(hidden, tokens), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     act = torch.empty(count, inner, **make)
     codes = torch.empty(tokens, inner, dtype=values.codes.dtype, device=x.device)
@@ -189,7 +195,7 @@ def _experts(
     _down[(shared_blocks + blocks * r.most,)](
         act, w2, s2, *lists, out, *shared[2:], codes, unit, shared_out, tokens, hidden,
         shared_blocks, blocks, COLS=inner, ROWS=rows, SHARED_ROWS=SHARED_ROWS, TILE=TILE,
-        TOKENS=SHARED_TOKENS, BF16=bf16, AT_ONCE=at_once(inner),
+        TOKENS=SHARED_TOKENS, BF16=bf16, AT_ONCE=at_once(inner, tokens),
         SHARED_PARTS=few.column_parts(inner), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out, shared_out

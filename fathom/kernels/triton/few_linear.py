@@ -77,7 +77,7 @@ def _round(
         values = values.to(dtype).to(tl.float32)
     store_codes(values, codes + row * groups * 128, unit + row * groups, group, live)
     if PLANES:
-        f.store_groups(planes + row * groups * 128, f.round_group(values), group, live, True)
+        f.store_groups(planes + row * groups * 128, f.round_group(values), group, live, "words")
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,10 +164,15 @@ def round_group(values):
 
 
 @triton.jit
-def store_groups(out, values, group, live, PLANES: tl.constexpr):
-    """Store [groups, 128]; PLANES puts column 64a + 32b + 8c + d of each at 16d + 8a + 2c + b."""
-    if PLANES:
+def store_groups(out, values, group, live, ORDER: tl.constexpr):
+    """Store [groups, 128] in an order of columns (fp4_words.py): "columns", as they are; "words",
+    column 8a + b of each at 16b + a; "ordered", column 64a + 32b + 8c + d at 16d + 8a + 2c + b.
+    """
+    if ORDER == "words":
+        values = tl.permute(tl.reshape(values, [values.shape[0], 16, 8]), (0, 2, 1))
+    elif ORDER == "ordered":
         parts = tl.reshape(values, [values.shape[0], 2, 2, 4, 8])
-        values = tl.reshape(tl.permute(parts, (0, 4, 1, 3, 2)), [values.shape[0], 128])
+        values = tl.permute(parts, (0, 4, 1, 3, 2))
+    values = tl.reshape(values, [values.shape[0], 128])
     at = out + group[:, None] * 128 + tl.arange(0, 128)[None, :]
     tl.store(at, values.to(out.dtype.element_ty), mask=live[:, None])

@@ -1,8 +1,11 @@
 """Words of eight FP4 codes on their way into the matrix units.
 
 Codes become BF16 (or float32) in registers, in an order that suits the operand which may come from
-there: of every 128 columns, those of the lowest place in a word of eight codes first, and words so
-that a thread of the matrix units has one of each four. Inputs lie in the same order.
+there: of every 128 columns, those of the lowest place in a word of eight codes first. Inputs lie in
+the same order. Where a thread of the matrix units takes four neighbours of the operand at a time
+(small products), words stay as they are stored, and it holds the four words of one scale
+(`stored_factors`); where it takes two (asynchronous products of 64 rows), they come as `ordered`,
+and it has one word of each four (`factors_of_words`).
 
 In BF16 a scale may be 2**-67 to 2**63 (bytes 60 to 190): with smaller ones codes become zero, with
 larger ones infinity, or NaN where they are zero. In float32 every scale is exact.
@@ -19,22 +22,25 @@ from fathom.kernels.triton import formats as f
 
 
 def _two_places(byte: int) -> str:
-    """The codes in one byte of two words: the low one's and the high one's pair of BF16."""
+    """The codes in one byte of two words: the low one's and the high one's pair of BF16.
+
+    A product puts a code's four bits at 6 to 9 and at 12 to 15 at once: its exponent and mantissa,
+    its sign.
+    """
     return f"""
 prmt.b32 a, $8, $9, 0x{4 + byte}{4 + byte}{byte}{byte};
-shr.b32 t, a, 2;
-shl.b32 s, a, 4;
-and.b32 t, t, 0x01C001C0;
-lop3.b32 t, s, 0x80008000, t, 0xEA;
+and.b32 t, a, 0x000F000F;
+mul.lo.u32 t, t, 0x1040;
+and.b32 t, t, 0x81C081C0;
 mul.rn.bf16x2 ${2 * byte}, t, $10;
-shr.b32 t, a, 6;
-and.b32 t, t, 0x01C001C0;
-lop3.b32 t, a, 0x80008000, t, 0xEA;
+and.b32 t, a, 0x00F000F0;
+mul.lo.u32 t, t, 0x104;
+and.b32 t, t, 0x81C081C0;
 mul.rn.bf16x2 ${2 * byte + 1}, t, $10;"""
 
 
 _PLANES = tl.constexpr(
-    "{\n.reg .b32 a, s, t;" + "".join(_two_places(byte) for byte in range(4)) + "\n}"
+    "{\n.reg .b32 a, t;" + "".join(_two_places(byte) for byte in range(4)) + "\n}"
 )
 
 
@@ -110,14 +116,22 @@ def factors_of_words(scales, BF16: tl.constexpr):
 
 
 @triton.jit
-def settled(total, BF16: tl.constexpr):
-    """The same numbers, once the products that make them are complete.
+def byte_shifts(address, none):
+    """0, 8, 16, 24. address: any pointer; none: zero, though the compiler cannot know.
 
-    Without this the compiler lets up to seven products run on into the next step, while it hands
-    their operand's registers to that step's unpacking: some of them then read other values.
+    For the compiler these numbers were loaded: it leaves an operand in registers only where all
+    that the operand is made of came from memory.
     """
-    if BF16:
-        total = tl.inline_asm_elementwise(
-            "", "=r,0", [total], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return total
+    four = tl.arange(0, 4)
+    return tl.load(address + four, mask=four < none, other=8 * four)
+
+
+@triton.jit
+def stored_factors(scales, shifts, BF16: tl.constexpr):
+    """Four scale bytes of each row -> a factor for each of 16 words as stored: [rows, 16].
+
+    shifts: as `byte_shifts` gives them.
+    """
+    factor = _factor((scales[:, None] >> shifts[None, :]) & 0xFF, BF16)
+    factor = tl.broadcast_to(factor[:, :, None], [scales.shape[0], 4, 4])
+    return tl.reshape(factor, [scales.shape[0], 16])

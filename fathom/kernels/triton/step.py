@@ -19,7 +19,7 @@ from fathom.kernels.registry import register
 ROWS, TOKENS, COLS = 32, 16, 256  # of one program of _logits, and columns of one of its steps
 WARPS, STAGES = 4, 4
 COPIED = 1024  # columns of one program of _streams
-SUMMED = 4096  # logits that _summary looks at at once
+PART = 4096  # logits that one program of a summary looks at
 
 
 @triton.jit
@@ -103,34 +103,101 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _summary(logits, out, vocab, BLOCK: tl.constexpr):
+def _maxima(logits, highs, places, vocab, parts, PART: tl.constexpr):
+    """The largest logit of a part of a token's vocabulary, and its first place."""
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = part * PART + tl.arange(0, PART)
+    value = tl.load(logits + token * vocab + i, mask=i < vocab, other=-float("inf"))
+    high = tl.max(value, axis=0)
+    tl.store(highs + token * parts + part, high)
+    tl.store(places + token * parts + part, tl.min(tl.where(value == high, i, vocab), axis=0))
+
+
+@triton.jit
+def _sums(
+    logits, draws, highs, sums, vocab, tokens, parts, PARTS: tl.constexpr, PART: tl.constexpr
+):
+    """Of a part, the sums of exponentials: as they are, and at the draw's temperature."""
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    p = tl.arange(0, PARTS)
+    high = tl.load(highs + token * parts + p, mask=p < parts, other=-float("inf"))
+    i = part * PART + tl.arange(0, PART)
+    value = tl.load(logits + token * vocab + i, mask=i < vocab, other=-float("inf"))
+    below = value - tl.max(high, axis=0)
+    at = sums + token * parts + part
+    tl.store(at, tl.sum(tl.exp(below).to(tl.float64), axis=0))
+    temperature = tl.load(draws + token)
+    if temperature > 0:
+        shares = tl.exp(below.to(tl.float64) / temperature)
+        tl.store(at + tokens * parts, tl.sum(shares, axis=0))
+
+
+@triton.jit
+def _choice(
+    logits, draws, highs, places, sums, out, vocab, tokens, parts,
+    PARTS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """What the parts come to, and the place within one of them where the draw ends."""
     token = tl.program_id(0).to(tl.int64)
-    own = logits + token * vocab
-    i = tl.arange(0, BLOCK)
-    high = tl.full([BLOCK], -float("inf"), tl.float32)
-    place = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, vocab, BLOCK):
-        value = tl.load(own + first + i, mask=first + i < vocab, other=-float("inf"))
-        place = tl.where(value > high, first + i, place)
-        high = tl.where(value > high, value, high)
+    p = tl.arange(0, PARTS)
+    at, live = token * parts + p, p < parts
+    high = tl.load(highs + at, mask=live, other=-float("inf"))
     largest = tl.max(high, axis=0)
-    place = tl.min(tl.where(high == largest, place, vocab), axis=0)
-    total = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, vocab, BLOCK):
-        value = tl.load(own + first + i, mask=first + i < vocab, other=-float("inf"))
-        total += tl.exp(value - largest).to(tl.float64)
-    total = tl.sum(total, axis=0)
+    place = tl.load(places + at, mask=live, other=0)
+    place = tl.min(tl.where((high == largest) & live, place, vocab), axis=0)
+    place = tl.minimum(place, vocab - 1)  # among NaN none is the largest; a draft looks it up
+    total = tl.sum(tl.load(sums + at, mask=live, other=0.0), axis=0)
     finite = total == total  # a NaN among the logits, or an infinity, makes the sum one
-    whole = tl.where(finite, largest, float("nan")).to(tl.float64)
-    tl.store(out + token * 3, whole)
-    tl.store(out + token * 3 + 1, place.to(tl.float64))
-    tl.store(out + token * 3 + 2, whole + tl.log(total))
+    highest = tl.where(finite, largest, float("nan")).to(tl.float64)
+    tl.store(out + token * 6, highest)
+    tl.store(out + token * 6 + 1, place.to(tl.float64))
+    tl.store(out + token * 6 + 2, highest + tl.log(total))
+    temperature, number = tl.load(draws + token), tl.load(draws + tokens + token)
+    if temperature > 0:
+        mass = tl.load(sums + tokens * parts + at, mask=live, other=0.0)
+        whole = tl.sum(mass, axis=0)
+        target = number * whole
+        upto = tl.cumsum(mass, axis=0)
+        part = tl.sum(((upto <= target) & live).to(tl.int32), axis=0)
+        part = tl.minimum(part, parts - 1)
+        before = tl.sum(tl.where(p == part - 1, upto, 0.0), axis=0)
+        i = part * PART + tl.arange(0, PART)
+        value = tl.load(logits + token * vocab + i, mask=i < vocab, other=-float("inf"))
+        shares = tl.exp((value - largest).to(tl.float64) / temperature)
+        ends = before + tl.cumsum(shares, axis=0)
+        inside = tl.sum(((ends <= target) & (i < vocab)).to(tl.int32), axis=0)
+        # One beyond the part has no end in it: then nothing is sure.
+        here = i == part * PART + inside
+        end = tl.sum(tl.where(here, ends, 0.0), axis=0)
+        begin = end - tl.sum(tl.where(here, shares, 0.0), axis=0)
+        slack = tl.minimum(target - begin, end - target) / whole
+        drawn = tl.minimum(part * PART + inside, vocab - 1)
+        tl.store(out + token * 6 + 3, drawn.to(tl.float64))
+        logit = tl.sum(tl.where(here, value, 0.0), axis=0)
+        tl.store(out + token * 6 + 4, logit.to(tl.float64))
+        tl.store(out + token * 6 + 5, slack)
+    else:
+        tl.store(out + token * 6 + 3, -1.0)
+        tl.store(out + token * 6 + 4, 0.0)
+        tl.store(out + token * 6 + 5, 0.0)
 
 
 @register("logit_summary", "triton")
-def logit_summary(logits: torch.Tensor) -> torch.Tensor:
-    """As the reference. logits: [tokens, vocab] float32. Returns [tokens, 3] float64."""
-    tokens, vocab = logits.shape
-    out = torch.empty(tokens, 3, dtype=torch.float64, device=logits.device)
-    _summary[(tokens,)](logits, out, vocab, BLOCK=SUMMED, num_warps=8)
+def logit_summary(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """As the reference. logits: [tokens, vocab] float32; draws: [2, tokens] float64. Returns
+    [tokens, 6] float64.
+    """
+    (tokens, vocab), device = logits.shape, logits.device
+    parts = triton.cdiv(vocab, PART)
+    size = {"PARTS": triton.next_power_of_2(parts), "PART": PART}
+    highs = torch.empty(tokens, parts, dtype=torch.float32, device=device)
+    places = torch.empty(tokens, parts, dtype=torch.int32, device=device)
+    sums = torch.empty(2, tokens, parts, dtype=torch.float64, device=device)
+    out = torch.empty(tokens, 6, dtype=torch.float64, device=device)
+    grid = (tokens, parts)
+    _maxima[grid](logits, highs, places, vocab, parts, PART=PART, num_warps=4)
+    _sums[grid](logits, draws, highs, sums, vocab, tokens, parts, **size, num_warps=4)
+    _choice[(tokens,)](
+        logits, draws, highs, places, sums, out, vocab, tokens, parts, **size, num_warps=8
+    )
     return out

@@ -92,18 +92,17 @@ def _sketches(name: str) -> set[Any]:
     import torch
 
     from fathom.eval import gpu_engine_speed as speed
-    from fathom.kernels.triton.ahead import Sketch, Zeroed, recorded
+    from fathom.kernels.triton.ahead import Zeroed, sketched
 
     model = _model(name)
-    with Zeroed(), recorded() as launches:
+    with Zeroed(), sketched() as found:
         for batch in BATCHES:
             speed.touch_steps(model, batch, CONTEXT)
         for tokens in (*PROMPTS, CONTEXT):
             speed.touch_prompts(model, tokens)
         if model.mtp:
             speed.touch_drafts(model, CONTEXT)
-    found = {Sketch.of(launch) for launch in launches}
-    del model, launches
+    del model
     torch.cuda.empty_cache()
     return found
 

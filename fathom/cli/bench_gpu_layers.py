@@ -215,12 +215,13 @@ def compile_ahead(touch: Callable[[], None], tell: Callable[[str], None]) -> Non
     """Fill Triton's cache with what `touch` launches, processes side by side. What goes wrong here
     goes wrong where it is measured; what is not done in time is compiled there too.
     """
-    from fathom.kernels.triton.ahead import Sketch, Zeroed, compile_kernel, recorded
+    import torch
 
-    with Zeroed(), recorded() as launches:
+    from fathom.kernels.triton.ahead import Zeroed, compile_kernel, sketched
+
+    with Zeroed(), sketched() as sketches:
         touch()
-    sketches = {Sketch.of(launch) for launch in launches}
-    launches.clear()
+    torch.cuda.empty_cache()  # the processes beside this one need some memory each
     if not sketches:
         return
     tell(f"kernels: {len(sketches)} to compile")

@@ -105,7 +105,10 @@ def _layer(
     before = after | written | {"experts' outputs": experts, "normed input before": hidden}
     return [
         (f"boundary before attention {ratio}", before),
-        *((f"{name} {ratio}", held | own) for name, own in _attention(c, ratio, rows, bound, value)),
+        *(
+            (f"{name} {ratio}", held | own)
+            for name, own in _attention(c, ratio, rows, bound, value)
+        ),
         (f"boundary before experts {ratio}", after | written | {"normed input before": hidden}),
         (f"experts {ratio}", after | _experts(c, rows, value)),
     ]
@@ -151,7 +154,9 @@ def _attention(c: ModelConfig, ratio: int, rows: int, bound: int, value: int) ->
     picks = {"picks": chosen.get("picks", 0)}
     found.append(("output projection", out | grouped | picks))
     rounded = {"rounded input": _rounded(c.o_groups * c.o_lora_rank, rows, value)}
-    found.append(("last projection", picks | grouped | rounded | {"output": rows * c.hidden_size * value}))
+    found.append(
+        ("last projection", picks | grouped | rounded | {"output": rows * c.hidden_size * value})
+    )
     return found
 
 

@@ -17,7 +17,7 @@ from triton.runtime import driver
 
 from fathom.kernels import use_backend
 from fathom.kernels.triton import step
-from fathom.kernels.triton.ahead import Sketch, Zeroed, compile_kernel, recorded
+from fathom.kernels.triton.ahead import Zeroed, compile_kernel, recorded, sketched
 from tests.kernels.sass_cases import prefill_experts
 
 
@@ -50,7 +50,8 @@ def main() -> None:
     with use_backend("triton"), Zeroed(), recorded() as launches:
         computation()
         zeroed = not torch.empty(1000).any()
-    sketches = {Sketch.of(launch) for launch in launches}
+    with use_backend("triton"), Zeroed(), sketched() as sketches:
+        computation()
     for sketch in sketches:
         compile_kernel(sketch)
     compiled = len(list(cache.iterdir()))

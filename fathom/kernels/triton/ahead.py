@@ -1,8 +1,8 @@
 """Kernels compiled side by side, before anything waits for them.
 
 A kernel is compiled when it is first launched, each after the one before: a minute for the steps of
-one model in one size. `recorded` lists what a computation would launch, and `compile_kernel` fills
-Triton's cache on disk from what of a launch matters, in any process.
+one model in one size. `sketched` lists what of a computation's launches matters, and
+`compile_kernel` fills Triton's cache on disk from that, in any process.
 
 Paper: none (infrastructure).
 """
@@ -10,7 +10,7 @@ Paper: none (infrastructure).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,15 +32,28 @@ class Launch:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Launches inside the block are listed in place of being performed."""
+    """Launches inside the block are listed with all that they are given, in place of being done."""
     launches: list[Launch] = []
+    with _instead(launches.append):
+        yield launches
 
+
+@contextmanager
+def sketched() -> Iterator[set[Sketch]]:
+    """Likewise, but nothing of them is kept alive: a computation takes the memory that it takes."""
+    sketches: set[Sketch] = set()
+    with _instead(lambda launch: sketches.add(Sketch.of(launch))):
+        yield sketches
+
+
+@contextmanager
+def _instead(tell: Callable[[Launch], None]) -> Iterator[None]:
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        launches.append(Launch(self, arguments, keywords))
+        tell(Launch(self, arguments, keywords))
 
     performed, JITFunction.run = JITFunction.run, run
     try:
-        yield launches
+        yield
     finally:
         JITFunction.run = performed
 

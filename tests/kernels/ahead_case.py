@@ -41,7 +41,7 @@ def computation() -> None:
         logits = step.head_logits(hidden, torch.zeros(96, 128, dtype=torch.bfloat16))
         step.logit_summary(logits, torch.zeros(2, tokens, dtype=torch.float64))
     step.head_logits(torch.zeros(3 * 128 + 1)[1:].view(3, 128), torch.zeros(96, 128))  # not aligned
-    prefill_experts()
+    prefill_experts(256, 256, scatter=False)
 
 
 def main() -> None:

@@ -100,15 +100,17 @@ def spans(tokens: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("tokens", cases_of([1, 2, 15, 64], [1, 2, 9]))
-@pytest.mark.parametrize("way", ["bias", "hash", "equal scores", "one choice"])
+@pytest.mark.parametrize("way", ["bias", "hash", "twice", "equal scores", "one choice"])
 def test_routing_lists_every_pair_once_by_expert(tokens: int, way: str) -> None:
     experts, topk = (256, 6) if GPU else (32, 3)
     d = Draw(tokens, torch.float32, DEVICE)
     logits = d.normal(tokens, experts, scale=2.0)
     bias, table = d.normal(experts, scale=0.1), None
     ids = d.integers(20, tokens, dtype=torch.int64)
-    if way == "hash":
+    if way in ("hash", "twice"):
         table = torch.stack([d.permutation(experts)[:topk] for _ in range(20)]).long()
+        if way == "twice":  # some name an expert more than once
+            table[::2, 1], table[::3, 2] = table[::2, 0], table[::3, 0]
     elif way == "equal scores":  # the lowest numbers win
         logits, bias = logits * 0, bias * 0
     elif way == "one choice":  # all tokens choose the same experts, all others stay empty
@@ -176,3 +178,15 @@ def test_experts_with_hot_and_empty_ones(tokens: int) -> None:
     assert torch.equal(found[2], expected[2])
     assert distance(found[0], expected[0]) < near(DTYPE)
     assert distance(found[1], expected[1]) < near(DTYPE)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_float32_matrix_keeps_its_precision(tokens: int) -> None:
+    """Beside an input of half the width, which numpy can multiply only as float16."""
+    d = Draw(tokens, torch.bfloat16 if GPU else torch.float16, DEVICE)
+    codes, scale = d.fp8(128, 256)
+    plain = torch.full((16, 256), 1 + 2.0**-13, device=DEVICE)
+    x = torch.ones(tokens, 256, dtype=d.dtype, device=DEVICE)
+    with use_backend("triton"):
+        _, found = operation("stored_linear")(x, codes, scale, plain=plain, quantize_input=False)
+    assert (found == 256 + 256 * 2.0**-13).all()

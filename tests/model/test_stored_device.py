@@ -132,3 +132,36 @@ def test_a_gpu_agrees_with_the_cpu_path(
         shown = f"{name} of single tokens: CPU {noise}, GPU {found}, between them {apart}"
         assert found.median() < 1.3 * noise.median(), shown
         assert apart.median() < noise.median(), shown  # they round at the same places
+
+
+LONG = 130  # tokens: more than the 64 up to which a chunk uses decode's kernels
+
+
+@pytest.mark.parametrize("kind", ["SWA", "CSA", "HCA"])
+def test_a_long_chunk_agrees_with_decoding_it(
+    config: ModelConfig, layers: list[StoredLayer], kind: str
+) -> None:
+    """The kernels of many tokens against those of few, which the CPU path is compared with above.
+
+    Both round at the same places, so a token's error is below the formats' own noise (6% of a
+    layer); choices of experts and entries that fall the other way move a few tokens altogether.
+    """
+    own = [layers[index] for index in KINDS[kind]]
+    cache = gpu_speed.filled_cache(config, [layer.ratio for layer in own], 1, CONTEXT)
+    generator = torch.Generator("cuda").manual_seed(3)
+    shape = (LONG, config.hc_mult, config.hidden_size)
+    given = torch.randn(shape, generator=generator, device="cuda").bfloat16()
+    ids = torch.arange(LONG, device="cuda") * 997 % VOCABULARY
+    start = CONTEXT - LONG
+    with torch.inference_mode(), use_backend("triton"):
+        mine = moved_cache(cache, "cuda")
+        chunk = Chunk.create(config, mine, 0, start, ids)
+        found = run_layers(config, own, mine, chunk, given).streams_now()
+        mine, rows = moved_cache(cache, "cuda"), []
+        for i in range(LONG):
+            at = torch.full((1,), start + i, dtype=torch.int32, device="cuda")
+            step = Step.create(config, at, ids[i : i + 1], CONTEXT)
+            rows.append(run_layers(config, own, mine, step, given[i : i + 1]).streams_now())
+    apart = errors(found, torch.cat(rows).cpu())
+    assert apart.median() < 0.06, apart
+    assert apart.quantile(0.9) < 0.25, apart

@@ -146,7 +146,7 @@ def _attend(
                 mask=live[:, None] & (scaled < STILL // 64)[None, :], other=0,
             )  # fmt: skip
             kv = f.decode_e4m3_exactly(codes, dtype != tl.float32)
-            kv = (kv * f.decode_e8m0(unit)[:, :, None]).to(dtype)
+            kv = (kv * f.decode_unit(unit)[:, :, None]).to(dtype)
             kv = tl.reshape(kv, [STEP, WIDE])  # zero in the rotated half
             rope = (data + STILL).to(tl.pointer_type(tl.bfloat16))
             kv_turned = tl.load(

@@ -44,7 +44,7 @@ def decode_entries(data, scales, live, COLS: tl.constexpr, ROPE: tl.constexpr, W
     still = live[:, None] & (col < STILL)[None, :]
     codes = tl.load(data[:, None] + col[None, :], mask=still, other=0)
     unit = tl.load(scales[:, None] + col[None, :] // 64, mask=still, other=0)
-    value = f.decode_e4m3(codes).to(tl.float32) * (f.decode_e8m0(unit) * f.E4M3_UNIT)
+    value = f.decode_e4m3(codes).to(tl.float32) * (f.decode_unit(unit) * f.E4M3_UNIT)
     rope = (data + STILL).to(tl.pointer_type(tl.bfloat16))
     turned = live[:, None] & ((col >= STILL) & (col < COLS))[None, :]
     bits = tl.load(rope[:, None] + (col - STILL)[None, :], mask=turned, other=0.0)
@@ -116,7 +116,7 @@ def _older(
 def _as_stored(value, COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr):
     """One entry [WIDE] float32 as reading it back from its bytes would give it."""
     groups = tl.reshape(value, [WIDE // 64, 64])
-    amax = tl.maximum(tl.max(tl.abs(groups), axis=1), f.FP8_FLOOR)
+    amax = f.largest_magnitude(groups, 1, f.FP8_FLOOR)
     unit, inverse = f.power_of_two_scale(amax, f.E4M3_RECIPROCAL)
     rounded = f.round_e4m3(groups * inverse[:, None]) * unit[:, None]
     turned = (f.bfloat16_bits(groups).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -168,6 +168,7 @@ def _whole(
         gate = tl.load(row + COLS, mask=live & used[None, :], other=0.0)
         bias = ape + (token % WINDOW)[:, None] * COLS + col[None, :]
         gate = tl.where(live, gate + tl.load(bias, mask=used[None, :], other=0.0), -float("inf"))
+        # A NaN among the gates is left out here and makes the sums NaN.
         higher = tl.maximum(high, tl.max(gate, axis=0))
         fade, p = tl.exp(high - higher), tl.exp(gate - higher[None, :])
         kv = tl.load(row, mask=live & used[None, :], other=0.0)

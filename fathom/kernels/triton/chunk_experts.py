@@ -303,7 +303,9 @@ def chunk_moe(
     scores = F.softplus(float_product(x, gate)).sqrt()
     chosen = table[token_ids] if table is not None else None
     if chosen is None:
-        chosen = (scores if bias is None else scores + bias).topk(topk, dim=-1).indices
+        steered = scores if bias is None else scores + bias
+        # Of equal scores the lower expert, as a decode step chooses; topk would promise nothing.
+        chosen = steered.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
     weights = scores.gather(-1, chosen)
     weights = weights / weights.sum(-1, keepdim=True) * scaling_factor
     both, _ = chunk_linear(x, *shared[:2])

@@ -65,7 +65,8 @@ def _scores(
             w = tl.load(weights + row * weights_stride + head)
             w = w.to(query.dtype.element_ty).to(tl.float32) * factor
             products = tl.dot(q.to(DOT), key, input_precision="ieee")
-            value = tl.sum(tl.maximum(products, 0.0) * w[:, None], axis=0)
+            positive = tl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            value = tl.sum(positive * w[:, None], axis=0)
             visible = entry < (position + i + 1) // RATIO
             tl.store(scores + place * scores_stride + entry, value, mask=visible)
 

@@ -66,7 +66,7 @@ def _round_codes(
         weight = tl.load(norm + at, mask=live[:, None], other=0.0).to(tl.float32)
         values = values * (1.0 / tl.sqrt(mean + eps)) * weight
         values = values.to(x.dtype.element_ty).to(tl.float32)
-    amax = tl.maximum(tl.max(tl.abs(values), axis=1), f.FP8_FLOOR)
+    amax = f.largest_magnitude(values, 1, f.FP8_FLOOR)
     unit, inverse = f.power_of_two_scale(amax, f.E4M3_RECIPROCAL)
     rounded = f.round_e4m3(values * inverse[:, None])
     tl.store(codes + row * groups * 128 + at, f.encode_e4m3(rounded, values), mask=live[:, None])
@@ -81,8 +81,8 @@ def _widen(codes, scale, out, cols, TILES: tl.constexpr):
         tile = tl.program_id(1) * TILES + i
         unit = tl.load(scale + tl.program_id(0) // 4 * (cols // 128) + tile)
         at = row[:, None].to(tl.int64) * cols + tile * 128 + tl.arange(0, 128)[None, :]
-        values = f.decode_e4m3(tl.load(codes + at)).to(tl.float32)
-        values *= f.decode_e8m0(unit) * f.E4M3_UNIT
+        values = f.decode_e4m3_exactly(tl.load(codes + at), out.dtype.element_ty != tl.float32)
+        values *= f.decode_e8m0(unit)
         tl.store(out + at, values.to(out.dtype.element_ty))
 
 

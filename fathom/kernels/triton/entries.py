@@ -60,7 +60,7 @@ def store_entry(
     groups = tl.reshape(value, [WIDE // 64, 64])
     group, col = tl.arange(0, WIDE // 64), tl.arange(0, 64)
     still = group < (COLS - ROPE) // 64
-    amax = tl.maximum(tl.max(tl.abs(groups), axis=1), f.FP8_FLOOR)
+    amax = f.largest_magnitude(groups, 1, f.FP8_FLOOR)
     unit, inverse = f.power_of_two_scale(amax, f.E4M3_RECIPROCAL)
     rounded = f.round_e4m3(groups * inverse[:, None])
     at = group[:, None] * 64 + col[None, :]

@@ -47,7 +47,7 @@ SHAPES = {
 @triton.jit
 def store_codes(values, codes, unit, group, live):
     """Store [groups, 128] rounded to FP8: the codes' numbers, and each group's unit."""
-    amax = tl.maximum(tl.max(tl.abs(values), axis=1), f.FP8_FLOOR)
+    amax = f.largest_magnitude(values, 1, f.FP8_FLOOR)
     own_unit, inverse = f.power_of_two_scale(amax, f.E4M3_RECIPROCAL)
     at = codes + group[:, None] * 128 + tl.arange(0, 128)[None, :]
     tl.store(
@@ -141,7 +141,7 @@ def fp8_products(
             own = unit + token[None, :] * TILES + tile[:, None]
             factors = factors * tl.load(own, mask=live[None, :], other=0.0)
         if not NATIVE:
-            w = f.decode_e4m3(w).to(values.dtype) * f.E4M3_UNIT
+            w = f.decode_e4m3_exactly(w, False).to(values.dtype)
         elif ROUNDED:
             w = w.to(tl.float8e4nv, bitcast=True).to(values.dtype)
         else:  # the direct conversion to bfloat16 is slow
@@ -155,7 +155,12 @@ def plain_products(
     weight, x, x_stride, tokens, left, COLS: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS unquantised rows, of which `left` exist, times every token: [ROWS, TOKENS] float32."""
+    """ROWS unquantised rows, of which `left` exist, times every token: [ROWS, TOKENS] float32.
+
+    A float32 weight meets an input in BF16 as three BF16 numbers whose sum it is exactly.
+    """
+    WIDE: tl.constexpr = weight.dtype.element_ty == tl.float32
+    SUMMANDS: tl.constexpr = 3 if WIDE and x.dtype.element_ty != tl.float32 else 1
     part, row = tl.arange(0, PARTS), tl.arange(0, ROWS)
     token, col = tl.arange(0, TOKENS), tl.arange(0, 128)
     live, exists = (token < tokens)[None, None, :], (row < left)[None, :, None]
@@ -167,7 +172,11 @@ def plain_products(
     for i in range(EACH):
         w = tl.load(w_at + i * 128, mask=exists, other=0.0)
         values = tl.load(x_at + i * 128, mask=live, other=0.0)
-        total = tl.dot(w.to(values.dtype), values, total, input_precision="ieee")
+        for _ in tl.static_range(SUMMANDS):
+            own = w.to(values.dtype)
+            total = tl.dot(own, values, total, input_precision="ieee")
+            if SUMMANDS > 1:
+                w -= own.to(tl.float32)
     return tl.sum(total, axis=0)
 
 

@@ -2,8 +2,11 @@
 
 Decoding shifts a code's exponent and mantissa into place in a wider type, whose exponent bias
 differs: the result is off by a constant power of two, which the caller multiplies back (E4M3_UNIT,
-E2M1_UNIT). This is exact for every code, subnormal ones included. NaN codes are refused when a
-checkpoint is read and never written to a cache.
+E2M1_UNIT). This is exact for every code, subnormal ones included.
+
+NaN stays NaN. A group that holds a NaN or an infinity comes out as NaN, and in a cache has the
+scale byte 255 (or an infinite scale), by which readers make NaN of every code. Weights have neither
+NaN codes nor that byte: they are refused when a checkpoint is read.
 
 Paper: §2.3.4 (mixed precision of KV entries, FP4 indexer); §3.4 (FP8 and FP4).
 """
@@ -42,34 +45,64 @@ def decode_e4m3_exactly(byte, NATIVE: tl.constexpr):
     if NATIVE:
         return byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
-        return decode_e4m3(byte).to(tl.float32) * E4M3_UNIT
+        value = decode_e4m3(byte).to(tl.float32) * E4M3_UNIT
+        return tl.where((byte & 0x7F) == 0x7F, float("nan"), value)
 
 
 @triton.jit
 def decode_e8m0(byte):
-    """uint8 exponents to float32; byte 0 is 2**-127, a subnormal."""
+    """uint8 exponents of weights to float32; byte 0 is 2**-127, a subnormal, byte 255 infinity."""
     b = byte.to(tl.int32)
     return tl.where(b == 0, 0x00400000, b << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
+def decode_unit(byte):
+    """uint8 exponents of a cache entry to float32; byte 0 is 2**-127, a subnormal, byte 255 NaN."""
+    b = byte.to(tl.int32)
+    extreme = tl.where(((b + 1) & 0xFE) == 0, 0x00400000, 0)
+    return ((b << 23) | extreme).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def largest_magnitude(values, axis: tl.constexpr, floor):
+    """Of float32 values along an axis, but at least `floor`; NaN where there is one.
+
+    As integers magnitudes have the same order, and NaN is above all of them; a maximum of numbers
+    would leave it out.
+    """
+    bits = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=axis)
+    return tl.maximum(bits.to(tl.float32, bitcast=True), floor, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def power_of_two_scale(amax, reciprocal):
-    """The smallest power of two not below amax * reciprocal, as float32, and its inverse."""
-    bits = (amax * reciprocal).to(tl.int32, bitcast=True)
+    """The smallest power of two not below amax * reciprocal, as float32, and its inverse; of
+    infinity and NaN infinity and 0, whose products with anything finite or not are 0, then NaN.
+    """
+    bits = tl.minimum((amax * reciprocal).to(tl.int32, bitcast=True), 0x7F800000)
     bits = (bits + 0x007FFFFF) & 0x7F800000
-    return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
+    inverse = tl.maximum(0x7F000000 - bits, 0)
+    return bits.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def exponent_byte(scale):
-    """A power of two as its ue8m0 byte."""
+    """A power of two as its ue8m0 byte; infinity as 255."""
     return (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8)
+
+
+@triton.jit
+def clamped(v, limit):
+    """float32 between -limit and limit; NaN stays."""
+    v = tl.maximum(v, -limit, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def round_e4m3(v):
     """float32 to the nearest e4m3 value (ties to even), still float32; clamps to 448."""
-    v = tl.minimum(tl.maximum(v, -E4M3_MAX), E4M3_MAX)
+    v = clamped(v, E4M3_MAX)
     exponent = (v.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     shift = tl.maximum(exponent, 0.015625) * 1572864.0  # 2 ** -6; 1.5 * 2 ** 20
     return (v + shift) - shift
@@ -90,15 +123,19 @@ def encode_e4m3(rounded, original):
     magnitude = bits & 0x7FFFFFFF
     small = (tl.abs(rounded) * 512.0).to(tl.int32)
     code = tl.where(tl.abs(rounded) < 0.015625, small, (magnitude >> 20) - 960)
+    code = tl.where(rounded != rounded, 0x7F, code)
     return (code | ((original.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
 def encode_e2m1(rounded, original):
-    """The four-bit code of a value that round_e2m1 returned, in the low bits of an int32."""
+    """The four-bit code of a value that round_e2m1 returned, in the low bits of an int32. There is
+    none for NaN: it becomes zero, of which the group's scale makes NaN, also an infinite one.
+    """
     magnitude = rounded.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     small = (tl.abs(rounded) * 2.0).to(tl.int32)
     code = tl.where(tl.abs(rounded) < 1.0, small, (magnitude >> 22) - 252)
+    code = tl.where(rounded != rounded, 0, code)
     return code | ((original.to(tl.int32, bitcast=True) >> 28) & 8)
 
 
@@ -106,21 +143,22 @@ def encode_e2m1(rounded, original):
 def bfloat16_bits(v):
     """float32 rounded to bfloat16 (ties to even), as its uint16 bits."""
     bits = v.to(tl.uint32, bitcast=True)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(v != v, 0x7FC0, bits).to(tl.uint16)
 
 
 @triton.jit
 def swiglu(gate, up, limit):
     """silu(min(gate, limit)) * clamp(up), float32."""
-    gate = tl.minimum(gate, limit)
-    up = tl.minimum(tl.maximum(up, -limit), limit)
+    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = clamped(up, limit)
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
 @triton.jit
 def round_group(values):
     """[groups, 128] float32 as FP8 with a power-of-two scale for each group would give it."""
-    amax = tl.maximum(tl.max(tl.abs(values), axis=1), FP8_FLOOR)
+    amax = largest_magnitude(values, 1, FP8_FLOOR)
     unit, inverse = power_of_two_scale(amax, E4M3_RECIPROCAL)
     return round_e4m3(values * inverse[:, None]) * unit[:, None]
 

@@ -7,6 +7,9 @@ the same order. Where a thread of the matrix units takes four neighbours of the 
 (`stored_factors`); where it takes two (asynchronous products of 64 rows), they come as `ordered`,
 and it has one word of each four (`factors_of_words`).
 
+In BF16 a scale may be 2**-67 to 2**63 (bytes 60 to 190): with smaller ones codes become zero, with
+larger ones infinity, or NaN where they are zero. In float32 every scale is exact.
+
 Paper: §3.4 (FP4 experts and indexer).
 """
 
@@ -83,9 +86,9 @@ def unpacked(words, factor, BF16: tl.constexpr):
 def _factor(byte, BF16: tl.constexpr):
     if BF16:
         # 2**64 too large, against the 2**126 that codes are too small; 2**62 is left for the end.
-        return (tl.minimum(byte + 64, 254) << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return (tl.minimum(byte + 64, 255) << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
-        return f.decode_e8m0(byte) * f.E2M1_UNIT
+        return f.decode_unit(byte) * f.E2M1_UNIT
 
 
 @triton.jit

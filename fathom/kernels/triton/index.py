@@ -36,9 +36,17 @@ CHOICE_WARPS = 16
 
 @triton.jit
 def sortable(score):
-    """float32 as an int32 of the same order; adding zero makes the two zeros equal."""
+    """float32 as an int32 of the same order, NaN above all; adding zero makes the two zeros equal,
+    and of any NaN the device's, which is positive.
+    """
     bits = (score + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger of two numbers, NaN where one is: `sortable` puts it above all."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -116,7 +124,7 @@ def _scores(
             value *= scale
         value = tl.where(block * BLOCK + inside < visible, value, -float("inf"))
         _store_by_warps(value_at + block * BLOCK, value)
-        largest = tl.max(tl.reshape(value, [BLOCK // GROUP, GROUP]), axis=1)
+        largest = tl.reduce(tl.reshape(value, [BLOCK // GROUP, GROUP]), 1, _larger)
         _store_by_warps(group_at + block * (BLOCK // GROUP), largest)
         codes, scale = next_codes, next_scale
     unseen = first + tl.cdiv(tl.maximum(tl.cdiv(visible, BLOCK) - first, 0), step) * step

@@ -21,11 +21,11 @@ def rounded(values, FP8: tl.constexpr):
     HEADS: tl.constexpr = values.shape[0]
     COLS: tl.constexpr = values.shape[1]
     if FP8:
-        amax = tl.maximum(tl.max(tl.abs(values), axis=1), f.FP8_FLOOR)
+        amax = f.largest_magnitude(values, 1, f.FP8_FLOOR)
         unit, inverse = f.power_of_two_scale(amax, f.E4M3_RECIPROCAL)
         return f.round_e4m3(values * inverse[:, None]) * unit[:, None]
     groups = tl.reshape(values, [HEADS, COLS // 32, 32])
-    amax = tl.maximum(tl.max(tl.abs(groups), axis=2), f.FP4_FLOOR)
+    amax = f.largest_magnitude(groups, 2, f.FP4_FLOOR)
     unit, inverse = f.power_of_two_scale(amax, f.E2M1_RECIPROCAL)
     return tl.reshape(f.round_e2m1(groups * inverse[:, :, None]) * unit[:, :, None], [HEADS, COLS])
 
@@ -34,14 +34,14 @@ def rounded(values, FP8: tl.constexpr):
 def store(value, keys, place, PAGE: tl.constexpr, COLS: tl.constexpr, FP8: tl.constexpr):
     """Pack one key [COLS] float32 as the `place`-th of a page's at `keys`."""
     if FP8:
-        amax = tl.maximum(tl.max(tl.abs(value), axis=0), f.FP8_FLOOR)
+        amax = f.largest_magnitude(value, 0, f.FP8_FLOOR)
         unit, inverse = f.power_of_two_scale(amax, f.E4M3_RECIPROCAL)
         codes = f.encode_e4m3(f.round_e4m3(value * inverse), value)
         tl.store(keys + place * COLS + tl.arange(0, COLS), codes)
         tl.store((keys + PAGE * COLS).to(tl.pointer_type(tl.float32)) + place, unit)
     else:
         groups = tl.reshape(value, [COLS // 32, 32])
-        amax = tl.maximum(tl.max(tl.abs(groups), axis=1), f.FP4_FLOOR)
+        amax = f.largest_magnitude(groups, 1, f.FP4_FLOOR)
         unit, inverse = f.power_of_two_scale(amax, f.E2M1_RECIPROCAL)
         codes = f.encode_e2m1(f.round_e2m1(groups * inverse[:, None]), groups)
         even, odd = tl.split(tl.reshape(codes, [COLS // 2, 2]))
@@ -74,7 +74,7 @@ def load(
         keys + PAGE * (DIM // 2) + (place * (DIM // 32))[:, None] + byte[None, :] // 16,
         mask=live[:, None], other=0,
     )  # fmt: skip
-    unit = f.decode_e8m0(unit) * f.E2M1_UNIT
+    unit = f.decode_unit(unit) * f.E2M1_UNIT
     low = f.decode_e2m1(packed & 15).to(tl.float32) * unit
     high = f.decode_e2m1(packed >> 4).to(tl.float32) * unit
     return tl.reshape(tl.join(low, high), [place.shape[0], DIM])
@@ -201,13 +201,13 @@ def _of_nibbles(words, byte, BF16: tl.constexpr):
     """Words of eight codes and their scale bytes, [rows, 16] each, as [rows, 128]."""
     if BF16:
         # 2**64 too large, against the 2**126 that codes are too small; 2**62 is left for the end.
-        factor = tl.minimum(byte + 64, 254) * 0x00800080
+        factor = tl.minimum(byte + 64, 255) * 0x00800080
         p0, p1, p2, p3, p4, p5, p6, p7 = tl.inline_asm_elementwise(
             _NIBBLES, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [words, factor], dtype=(tl.bfloat16,) * 8,
             is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        unit = f.decode_e8m0(byte) * f.E2M1_UNIT
+        unit = f.decode_unit(byte) * f.E2M1_UNIT
         p0, p1 = _nibble(words, unit, 0), _nibble(words, unit, 1)
         p2, p3 = _nibble(words, unit, 2), _nibble(words, unit, 3)
         p4, p5 = _nibble(words, unit, 4), _nibble(words, unit, 5)

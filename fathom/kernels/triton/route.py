@@ -1,8 +1,9 @@
 """The router's choice for a few tokens, and the order in which the experts take their pairs.
 
 `_choose` scores the experts of one token and picks the best, or reads the hash table's. `_order`
-sorts the (token, choice) pairs by expert without a sort: a token chooses an expert at most once, so
-that a pair's rank within its expert is the number of earlier tokens that chose it too.
+sorts the (token, choice) pairs by expert without a sort: a pair's rank within its expert is the
+number of earlier tokens' pairs that have it too. A token may have an expert more than once, as no
+router but a hash table would choose.
 
 Paper: §2.1 (DeepSeekMoE: sqrt-softplus affinity, hash routing).
 """
@@ -21,7 +22,7 @@ TILE = 8  # pairs of one expert that are multiplied at once
 @triton.jit
 def _affinity(x):
     """sqrt(log(1 + exp(x)))."""
-    e = tl.exp(tl.minimum(x, 20.0))
+    e = tl.exp(tl.minimum(x, 20.0, propagate_nan=tl.PropagateNan.ALL))
     small = e * (1.0 - e * (0.5 - e / 3.0))  # log(1 + e) where adding 1 would round e away
     softplus = tl.where(x > 20.0, x, tl.where(e < 1e-2, small, tl.log(1.0 + e)))
     return tl.sqrt(softplus)
@@ -40,6 +41,9 @@ def _choose(
     steered = score
     if not HASHED:
         steered += tl.load(bias + expert, mask=live, other=0.0)
+    # NaN is chosen first, and then makes the weights NaN: left in, it would make any number of the
+    # largest one's, also one of no expert.
+    steered = tl.where(steered == steered, steered, float("inf"))
     steered = tl.where(live, steered, -float("inf"))
     chosen = tl.zeros([SLOTS], tl.int32)
     kept = tl.zeros([SLOTS], tl.float32)
@@ -70,19 +74,30 @@ def _order(
     TOKENS: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     token, expert = tl.arange(0, TOKENS), tl.arange(0, EXPERTS)
-    pair = tl.zeros([TOKENS, EXPERTS], tl.int32) - 1
+    # The number of choices that are an expert, and in the lower 16 bits their sum.
+    table = tl.zeros([TOKENS, EXPERTS], tl.int32)
     for choice in range(topk):
         own = tl.load(indices + token * topk + choice, mask=token < tokens, other=-1)
         here = own[:, None] == expert[None, :]
-        pair = tl.where(here, (token * topk + choice)[:, None], pair)
-    present = (pair >= 0).to(tl.int32)
-    rank = tl.cumsum(present, axis=0) - present
+        table += tl.where(here, 65536 + choice, 0)
+    present = table >> 16
     counts = tl.sum(present, axis=0)
     starts = tl.cumsum(counts, axis=0) - counts
-    tl.store(pairs + starts[None, :] + rank, pair, mask=pair >= 0)
+    place = starts[None, :] + tl.cumsum(present, axis=0) - present
+    if tl.max(tl.max(present, axis=1), axis=0) > 1:
+        for choice in range(topk):
+            own = tl.load(indices + token * topk + choice, mask=token < tokens, other=-1)
+            here = own[:, None] == expert[None, :]
+            at = tl.sum(tl.where(here, place, 0), axis=1)
+            for earlier in range(choice):
+                other = tl.load(indices + token * topk + earlier, mask=token < tokens, other=-1)
+                at += (other == own).to(tl.int32)
+            tl.store(pairs + at, token * topk + choice, mask=token < tokens)
+    else:
+        tl.store(pairs + place, token[:, None] * topk + (table & 0xFFFF), mask=present > 0)
     own_tiles = (counts + TILE - 1) // TILE
     first_tile = tl.cumsum(own_tiles, axis=0) - own_tiles
-    for i in tl.static_range((TOKENS + TILE - 1) // TILE):
+    for i in range(tl.max(own_tiles, axis=0)):
         at, used, first = first_tile + i, i < own_tiles, starts + i * TILE
         tl.store(tile_expert + at, expert, mask=used)
         tl.store(tile_first + at, first, mask=used)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from fathom.checkpoint.convert import convert_checkpoint
     from fathom.checkpoint.inspect import CheckpointReport, inspect_checkpoint
     from fathom.checkpoint.load import load_model
-    from fathom.checkpoint.stored import load_stored
     from fathom.checkpoint.reader import Checkpoint, open_checkpoint
+    from fathom.checkpoint.stored import load_stored
     from fathom.checkpoint.writer import save_checkpoint
 
 __all__ = [

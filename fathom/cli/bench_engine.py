@@ -55,8 +55,10 @@ def measure(
     import fathom
     from fathom.eval import engine_session, engine_speed, engine_trace
     from fathom.eval.speed import copy_rate, machine
+    from fathom.model import Transformer
 
     llm = fathom.load(model)
+    assert isinstance(llm.model, Transformer)  # as everything is that lies on a CPU
     longest = min(longest, llm.config.max_position_embeddings - 2048)
     report: dict[str, Any] = {"model": model, "rounds": rounds, "machine": machine()}
     report["machine"]["copy_bytes_per_s"] = copy_rate()

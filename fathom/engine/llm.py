@@ -82,7 +82,8 @@ def load(
     bfloat16 elsewhere). quantized: True performs every quantisation step of the official path,
     False none, None does what the checkpoint was made for. A folder without tokenizer.json loads
     too; only text needs one. engine: memory, cache folders, drafting. On a GPU that serves from
-    stored formats, weights are read as they are stored. Raises CheckpointError, ConfigError or UnsupportedModelError.
+    stored formats, weights are read as they are stored. Raises CheckpointError, ConfigError or
+    UnsupportedModelError.
     """
     folder = _folder(path_or_preset)
     device = torch.device(device)

@@ -139,11 +139,10 @@ def make_runner(model: Transformer | StoredModel, memory: Memory, max_rows: int)
     weight = _weight(model)
     if isinstance(model, StoredModel):  # nothing else computes with one
         return StoredRunner(weight, model, memory, max_rows)
-    runner = _runner(weight, model, memory, max_rows)
-    if weight.device.type == "cuda" and not isinstance(runner, StoredRunner):
-        reason = refusal(weight.device, model, memory.slabs.layout.kv_format)
+    reason = refusal(weight.device, model, memory.slabs.layout.kv_format)
+    if weight.device.type == "cuda" and reason is not None:
         _log.warning("event=torch_runner reason=%r", reason)
-    return runner
+    return _runner(weight, model, memory, max_rows)
 
 
 def _weight(model: Transformer | StoredModel) -> torch.Tensor:

@@ -9,7 +9,6 @@ Paper: §3.5.1 (cache layout); otherwise none (engineering).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ FLOAT, INT, LONG = 4, 4, 8  # bytes: float32, int32, int64
 FAR = {0: 32, CSA_RATIO: 32, HCA_RATIO: 64}  # entries of a program of attention, by compress ratio
 NEAR = FAR  # and in the window
 SCORED = 1024  # scores of a token are padded to a multiple of this
-MAXIMA = 2048  # group maxima of a token, at most
+MAXIMA = 16384  # group maxima of a token, at most
 MIX_SLICE, MIXES = 64, 32  # columns with sums of their own, and those sums, padded
 
 Operation = tuple[str, dict[str, int]]
@@ -103,12 +102,10 @@ def _layer(
     }
     experts = 0 if first else rows * c.num_experts_per_tok * c.hidden_size * value
     before = after | written | {"experts' outputs": experts, "normed input before": hidden}
+    attention = _attention(c, ratio, rows, bound, value)
     return [
         (f"boundary before attention {ratio}", before),
-        *(
-            (f"{name} {ratio}", held | own)
-            for name, own in _attention(c, ratio, rows, bound, value)
-        ),
+        *((f"{name} {ratio}", held | own) for name, own in attention),
         (f"boundary before experts {ratio}", after | written | {"normed input before": hidden}),
         (f"experts {ratio}", after | _experts(c, rows, value)),
     ]
@@ -138,7 +135,7 @@ def _attention(c: ModelConfig, ratio: int, rows: int, bound: int, value: int) ->
         }
         own = {
             "scores": rows * room * FLOAT,
-            "group maxima": rows * min(room, MAXIMA) * FLOAT,
+            "group maxima, groups chosen": rows * min(room, MAXIMA) * (FLOAT + INT),
             "candidates": rows * room * LONG,
         }
         found.append(("choice of entries", projected | chosen | own))

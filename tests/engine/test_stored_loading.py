@@ -68,7 +68,10 @@ def test_an_engine_serves_the_files_as_it_serves_a_transformer(folder: Path, sto
     for model in (stored, net):
         for drafts in (0, 2):
             served = serve(model, drafts=drafts)
-            requests = [served.submit(prompt(21), greedy(9)), served.submit(prompt(5, 1), sampled(7))]
+            requests = [
+                served.submit(prompt(21), greedy(9)),
+                served.submit(prompt(5, 1), sampled(7)),
+            ]
             finish(served, *requests)
             told.append([bits(request) for request in requests])
     assert told[0] == told[2]
@@ -112,15 +115,19 @@ def write_without_mtp(folder: Path) -> Path:
 
 
 CUDA = torch.device("cuda")
-H100 = {"name": "NVIDIA H100", "major": 9, "minor": 0, "shared_memory_per_block_optin": 232448}
+
+
+def a_card(name: str, major: int, minor: int, shared: int) -> dict[str, Any]:
+    facts = {"name": name, "major": major, "minor": minor}
+    return {**facts, "shared_memory_per_block_optin": shared}
+
+
+H100 = a_card("NVIDIA H100", 9, 0, 232448)
 CARDS = {
-    "V100": ({"name": "V100", "major": 7, "minor": 0, "shared_memory_per_block_optin": 98304}, "7.0"),
-    "A100": ({"name": "A100", "major": 8, "minor": 0, "shared_memory_per_block_optin": 166912}, "8.0"),
-    "4090": ({"name": "4090", "major": 8, "minor": 9, "shared_memory_per_block_optin": 101376}, "8.9"),
-    "5090": (
-        {"name": "5090", "major": 12, "minor": 0, "shared_memory_per_block_optin": 101376},
-        "101,376 bytes of shared memory",
-    ),
+    "V100": (a_card("V100", 7, 0, 98304), "7.0"),
+    "A100": (a_card("A100", 8, 0, 166912), "8.0"),
+    "4090": (a_card("4090", 8, 9, 101376), "8.9"),
+    "5090": (a_card("5090", 12, 0, 101376), "101,376 bytes of shared memory"),
 }
 
 
@@ -202,10 +209,11 @@ def test_which_checkpoints_are_read_as_stored(folder, pretend, tmp_path, caplog)
     assert not asked(checkpoint, CUDA, torch.bfloat16, False)
     assert not asked(checkpoint, torch.device("cpu"), torch.bfloat16, None)
     assert not asked(checkpoint, CUDA, torch.float32, None)
-    base = open_checkpoint(write_tiny(tmp_path / "base", "base"))
+    config = tiny_config("base", **SIZES)
+    base = open_checkpoint(write_tiny(tmp_path / "base", config=config))
     with caplog.at_level(logging.WARNING):
         assert not asked(base, CUDA, torch.bfloat16, None)
-    assert "whole tiles of 128" in caplog.text
+    assert "wanted F8_E8M0" in caplog.text
 
 
 def test_a_transformer_in_float32_keeps_the_torch_runner_on_a_gpu(pretend) -> None:

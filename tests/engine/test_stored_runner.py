@@ -334,7 +334,7 @@ def test_a_stored_model_needs_no_transformer(net: Transformer) -> None:
         finish(served, request)
         found.append(bits(request))
     assert found[0] == found[1]
-    with pytest.raises(ConfigError, match="whole tiles"):
+    with pytest.raises(ConfigError, match="hidden_size is 192, no multiple of 128"):
         engine(StoredModel.of(stored_model(hidden_size=192)))
 
 

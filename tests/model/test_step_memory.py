@@ -92,4 +92,6 @@ def test_a_chunk_takes_what_was_planned(kind: str, tokens: int, context: int, mo
         streams = torch.empty(tokens, 4, config.hidden_size, dtype=torch.bfloat16, device="meta")
         chunk = Chunk.create(config, cache, 0, context - tokens, ids)
         run_layers(config, model.layers, cache, chunk, streams)
-    assert memory.peak <= plan.working - MATRIX_WORKSPACE <= 1.02 * memory.peak + 2**16, plan.largest
+    assert memory.peak <= plan.working - MATRIX_WORKSPACE <= 1.02 * memory.peak + 2**16, (
+        plan.largest
+    )

@@ -305,7 +305,8 @@ def chunk_moe(
     if chosen is None:
         steered = scores if bias is None else scores + bias
         # Of equal scores the lower expert, as a decode step chooses; topk would promise nothing.
-        chosen = steered.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
+        chosen = steered.sort(dim=-1, descending=True, stable=True).indices[:, :topk].contiguous()
+        del steered  # as the whole order, it would stay until the experts are done
     weights = scores.gather(-1, chosen)
     weights = weights / weights.sum(-1, keepdim=True) * scaling_factor
     both, _ = chunk_linear(x, *shared[:2])

@@ -122,7 +122,7 @@ PARTS = (
         says="drafts change nothing, the MTP block sees what it ought to, engines that come and go",
         command=(*TESTS, *SIDE_BY_SIDE, "tests/engine/test_speculative.py",
                  "tests/engine/test_storage.py", "tests/engine/test_gpu.py",
-                 "tests/engine/test_graphs.py", "-k", "cuda or gpu"),
+                 "tests/engine/test_graphs.py", "tests/model/test_stored_waiting.py", "-k", "cuda or gpu"),
         limit=150,
         least=70,
         alone=False,

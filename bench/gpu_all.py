@@ -68,6 +68,8 @@ TESTS = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 # Each process compiles and captures for itself, on the one device.
 SIDE_BY_SIDE = ("-n", "4") if importlib.util.find_spec("xdist") else ()
 CELLS = "cuda and (1-16 or 5-97 or restart)"  # of equality: each path twice, and restarts
+AGREE = "tests/model/test_stored_device.py"
+LONG_CHUNK = "test_a_long_chunk_agrees_with_decoding_it"
 # In this order, so that what matters most is there when time runs out.
 PARTS = (
     Part(
@@ -95,9 +97,11 @@ PARTS = (
     ),
     Part(
         name="kernels",
-        says="every kernel against its reference",
+        says="every kernel against its reference, long chunks against steps",
         command=(*TESTS, *SIDE_BY_SIDE, "tests/kernels/test_stored.py", "tests/kernels/test_few.py",
-                 "tests/kernels/test_prefill.py"),
+                 "tests/kernels/test_prefill.py", "tests/kernels/test_not_finite.py",
+                 "tests/kernels/test_long_contexts.py", "tests/kernels/test_known_entries.py",
+                 "tests/kernels/test_router_ties.py", f"{AGREE}::{LONG_CHUNK}"),
         limit=150,
         least=70,
         alone=False,

@@ -129,14 +129,16 @@ def test_the_last_write_and_the_head(backend: str) -> None:
         1 + d.normal(S.hidden, scale=0.2),
     )
     weight = d.normal(70, S.hidden, scale=S.hidden**-0.5)
+    draws = torch.full((2, 3), 0.5, dtype=torch.float64, device=DEVICE)
 
     def run(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
         kept = torch.zeros(3, 4, S.hidden, dtype=DTYPE, device=DEVICE)
         operation("mhc_write")(streams, **{**kwargs, "y": y}, places=places, out=kept)
         merged = operation("stream_head")(kept, places, *site, eps=1e-6, norm_eps=1e-6)
         logits = operation("head_logits")(merged, weight)
-        summary = operation("logit_summary")(logits)
-        return kept[places.long()][:, :, 3], merged, logits, summary[:, ::2]
+        summary = operation("logit_summary")(logits, draws)
+        assert ((summary[:, 3] >= 0) & (summary[:, 3] < 70)).all()  # a token's, whatever is drawn
+        return kept[places.long()][:, :, 3], merged, logits, summary[:, [0, 2]]
 
     one_row_is_nan(run, kwargs["y"], backend)
 
@@ -538,6 +540,7 @@ def test_sinkhorn(backend: str) -> None:
 
 ELSEWHERE = {
     "experts": "for training, products of torch: tests/kernels/test_ground_truth.py",
+    "runner": "which calls the others",
     "step_rotations": "of positions alone",
 }
 

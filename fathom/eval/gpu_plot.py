@@ -41,7 +41,8 @@ def plot_roofline(report: dict[str, Any], file: Path) -> None:
             if said:
                 below: dict[str, Any] = {"xytext": (6, -11)}
                 if "chunk" in r:
-                    below = {"xytext": (0, -15), "ha": "center"}
+                    up = 8 if r["chunk"] == r["tokens"] else -15  # so that labels do not meet
+                    below = {"xytext": (0, up), "ha": "center"}
                 axes.annotate(
                     said, (px, py), textcoords="offset points", fontsize=8, color=color, **below
                 )

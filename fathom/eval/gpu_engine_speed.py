@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from fathom.checkpoint.synthetic import synthetic_checkpoint
 from fathom.engine.batch import Batch, Piece
 from fathom.engine.engine import Engine, EngineConfig
 from fathom.engine.options import MemoryPlan
@@ -27,7 +28,7 @@ from fathom.engine.scheduler import Budget
 from fathom.eval import gpu_speed
 from fathom.eval.speed import random_tokens
 from fathom.model.config import ModelConfig
-from fathom.model.stored import MergeSite, StoredModel, Table
+from fathom.model.stored import StoredModel
 from fathom.model.stored_forward import run_layers
 from fathom.model.transformer import Transformer
 
@@ -75,26 +76,8 @@ class PromptTime:
 
 
 def three_layer_model(config: ModelConfig) -> StoredModel:
-    """`gpu_speed.three_layers` with embeddings and a head, all drawn at random on the device."""
-    layers = gpu_speed.stored_layers(config)
-    generator = torch.Generator("cuda").manual_seed(7)
-
-    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda") * scale
-
-    n, hidden, vocab = config.hc_mult, config.hidden_size, config.vocab_size
-    return StoredModel(
-        config=config,
-        embed=Table(normal(vocab, hidden).bfloat16()),
-        layers=layers,
-        merge=MergeSite(
-            fn=normal(n, n * hidden, scale=(n * hidden) ** -0.5),
-            base=normal(n),
-            scale=normal(1).abs(),
-            norm=torch.ones(hidden, dtype=torch.bfloat16, device="cuda"),
-        ),
-        head=normal(vocab, hidden, scale=hidden**-0.5).bfloat16(),
-    )
+    """The synthetic checkpoint of `gpu_speed.three_layers`, with embeddings and a head."""
+    return StoredModel.from_tensors(config, synthetic_checkpoint(config, seed=1, device="cuda"))
 
 
 def three_layers() -> ModelConfig:

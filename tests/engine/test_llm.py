@@ -384,3 +384,10 @@ class TestLoad:
     def test_an_unusable_dtype(self, folder: Path) -> None:
         with pytest.raises(ConfigError, match="dtype"):
             fathom.load(folder, dtype=torch.float16)
+
+    @pytest.mark.parametrize(
+        ("device", "says"), [("cuda:99", "there is no device cuda:99"), ("gpu", "names no device")]
+    )
+    def test_a_device_that_is_not_there(self, folder: Path, device: str, says: str) -> None:
+        with pytest.raises(ConfigError, match=says):
+            fathom.load(folder, device=device)

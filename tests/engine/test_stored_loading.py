@@ -226,6 +226,7 @@ def test_a_transformer_in_float32_keeps_the_torch_runner_on_a_gpu(pretend) -> No
 def test_loading_a_folder_on_a_gpu_gives_the_stored_model(folder, stored, pretend, monkeypatch):
     """`fathom.load` as for a card; only the place that the bytes go to is the CPU here."""
     pretend(H100)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     places = []
 
     def read(source: Any, *, device: torch.device, dtype: torch.dtype) -> StoredModel:

@@ -169,7 +169,10 @@ def test_stopping_frees_the_engine_and_the_conversation_goes_on(
     page.get_by_label("Stop", exact=True).click()
     wait_idle(page)
     assert "stopped" in page.locator(".foot").inner_text()
-    page.wait_for_timeout(300)
+    for _ in range(100):  # the server finds out at the next thing that it writes
+        if backend.cancelled > cancelled:
+            break
+        page.wait_for_timeout(50)
     assert backend.cancelled == cancelled + 1
     assert backend.running == 0
     say(page, "And now?")

@@ -38,6 +38,7 @@ from fathom.sandbox.trajectory.tape import read_outcome, read_request, read_tape
 from fathom.sandbox.types import Container, Kept
 
 LOG = "log"
+GONE = ".gone"  # what is being removed, behind a name that no trajectory has
 SEGMENT_SIZE = 1 << 19
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -163,7 +164,7 @@ class Store:
             raise self._missing(id_)
         Log(path / LOG, durability="process", segment_size=SEGMENT_SIZE).close()
         await self.release(id_)
-        shutil.rmtree(path)
+        _remove(path)
 
     def _missing(self, id_: str) -> TrajectoryError:
         return TrajectoryError(
@@ -210,6 +211,9 @@ class Store:
         if not new and not path.is_dir():
             raise self._missing(id_)
         try:
+            if new:
+                for left in self.folder.glob(f".*{GONE}"):
+                    shutil.rmtree(left, ignore_errors=True)
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             return Log(path / LOG, segment_size=SEGMENT_SIZE, durability=self.durability)
         except LogLocked as error:
@@ -217,6 +221,15 @@ class Store:
                 f"the trajectory {id_} is being worked on: follow it with `fathom sandbox replay "
                 f"{id_} --follow`"
             ) from error
+
+
+def _remove(path: Path) -> None:
+    """Remove a trajectory in one step: whoever is killed meanwhile leaves no half of a log, which
+    would look damaged. What is left then goes when the next trajectory begins.
+    """
+    gone = path.with_name(f".{path.name}.{secrets.token_hex(4)}{GONE}")
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _has_records(path: Path) -> bool:
@@ -265,7 +278,7 @@ class _Beginning:
             executor = await self._hold()
         except BaseException:
             self.log.close()
-            shutil.rmtree(self.path, ignore_errors=True)
+            _remove(self.path)
             raise
         session = await Session.attach(self.log, self.id, executor)
         return Open(id=self.id, session=session, executor=executor)

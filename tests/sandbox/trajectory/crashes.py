@@ -97,7 +97,7 @@ def run(kills: int, holders: int, seed: int, folder: Path) -> dict[str, Any]:
     begun = time.monotonic()
     done = 0
     while done < kills:
-        names = sorted(p.name for p in state.glob("*"))
+        names = sorted(p.name for p in state.glob("[!.]*"))
         id_ = names[0] if names else None
         before = (folder / "progress").read_text() if (folder / "progress").exists() else ""
         pid = in_child(lambda id_=id_: anyio.run(client, folder, id_, None))
@@ -116,7 +116,7 @@ def run(kills: int, holders: int, seed: int, folder: Path) -> dict[str, Any]:
         # One that ended by itself before its kill must have met a dead holder.
         assert os.WIFSIGNALED(status) or done in with_holder, status
         done += 1
-    id_ = min(p.name for p in state.glob("*"))
+    id_ = min(p.name for p in state.glob("[!.]*"))
     with Store(state).read(id_) as log:
         recorded = len(read_tape(log, id_).entries) + 5
     pid = in_child(lambda: anyio.run(client, folder, id_, recorded))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from fathom.errors import SandboxError, Unsupported
 from fathom.sandbox import Container, SandboxFileMissing
 from fathom.sandbox.trajectory import replay
 from fathom.sandbox.trajectory.changes import Change
-from fathom.sandbox.trajectory.errors import LogFull, OperationConflict
+from fathom.sandbox.trajectory.errors import LogFull, OperationConflict, TrajectoryError
 from fathom.sandbox.trajectory.executor import Finished, Lost, NeverSeen
 from fathom.sandbox.trajectory.held import DeadJournal, HeldExecutor, reconnect
 from fathom.sandbox.trajectory.operation import exec_request
 from fathom.sandbox.trajectory.record import Kind
 from fathom.sandbox.trajectory.recorded import RecordedSandbox
+from fathom.sandbox.trajectory.segment import SUFFIX
 from fathom.sandbox.trajectory.store import Store
 
 
@@ -271,3 +273,33 @@ def test_a_sandbox_that_does_not_start_leaves_nothing(store: Store) -> None:
     with pytest.raises(SandboxError, match="at least 16MiB"):
         anyio.run(main)
     assert sorted(store.folder.iterdir()) == before
+
+
+def test_killed_while_a_failed_beginning_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No half of a log is left under its name, which would look damaged; the rest goes later."""
+    kept, removed = Store(tmp_path / "runs"), shutil.rmtree
+
+    async def fails(_: object) -> None:
+        raise TrajectoryError("no sandbox")
+
+    def dies(path: Path, ignore_errors: bool = False) -> None:
+        for segment in Path(path).rglob(f"*{SUFFIX}"):
+            segment.unlink()
+        raise SystemExit("killed")
+
+    async def begin(name: str) -> None:
+        async with kept.work({}, Container(), name=name):
+            pass
+
+    monkeypatch.setattr("fathom.sandbox.trajectory.store._Beginning._hold", fails)
+    monkeypatch.setattr(shutil, "rmtree", dies)
+    with pytest.raises(SystemExit):
+        anyio.run(begin, "one")
+    assert not kept.path("one").exists()
+    assert kept.unlisted() == {}
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    with pytest.raises(TrajectoryError, match="no sandbox"):
+        anyio.run(begin, "one")  # not refused as damaged
+    assert list(kept.folder.iterdir()) == []

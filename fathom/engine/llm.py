@@ -117,8 +117,7 @@ def _device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"{device!r} names no device: cpu or cuda, for instance") from error
-    count = torch.cuda.device_count()
-    if found.type == "cuda" and (found.index or 0) >= count:
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
         raise ConfigError(
             f"there is no device {found}: torch {torch.__version__} sees {count} CUDA devices; "
             "load with device cpu, or install a torch built for CUDA"

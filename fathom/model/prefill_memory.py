@@ -164,16 +164,19 @@ def _layer(
     return found
 
 
+def plain_rows(c: ModelConfig, ratio: int) -> int:
+    """Rows of a layer's unquantised matrices: of its compressors, and the index heads' weights."""
+    if ratio == CSA_RATIO:
+        return 4 * (c.head_dim + c.index_head_dim) + c.index_n_heads
+    return 2 * c.head_dim if ratio == HCA_RATIO else 0
+
+
 def _attention(
     c: ModelConfig, ratio: int, tokens: int, context: int
 ) -> list[tuple[str, dict[str, int]]]:
     heads = c.num_attention_heads * c.head_dim
     index = c.index_n_heads * c.index_head_dim if ratio == CSA_RATIO else 0
-    plain = 0
-    if ratio == CSA_RATIO:
-        plain = 4 * (c.head_dim + c.index_head_dim) + c.index_n_heads
-    elif ratio == HCA_RATIO:
-        plain = 2 * c.head_dim
+    plain = plain_rows(c, ratio)
     entries = context // ratio if ratio else 0
     grouped = c.o_groups * c.o_lora_rank
     low = {"low-rank queries": tokens * (c.q_lora_rank + c.head_dim) * VALUE}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fathom.model.config import CSA_RATIO, HCA_RATIO, ModelConfig
+from fathom.model.prefill_memory import plain_rows
 
 FLOAT, INT, LONG = 4, 4, 8  # bytes: float32, int32, int64
 FAR = {0: 32, CSA_RATIO: 32, HCA_RATIO: 64}  # entries of a program of attention, by compress ratio
@@ -114,11 +115,7 @@ def _layer(
 def _attention(c: ModelConfig, ratio: int, rows: int, bound: int, value: int) -> list[Operation]:
     heads = c.num_attention_heads * c.head_dim
     index = c.index_n_heads * c.index_head_dim if ratio == CSA_RATIO else 0
-    plain = 0
-    if ratio == CSA_RATIO:
-        plain = 4 * (c.head_dim + c.index_head_dim) + c.index_n_heads
-    elif ratio == HCA_RATIO:
-        plain = 2 * c.head_dim
+    plain = plain_rows(c, ratio)
     projected = {
         "low-rank queries": rows * (c.q_lora_rank + c.head_dim) * value,
         "compressor's input": rows * plain * FLOAT,

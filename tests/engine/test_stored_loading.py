@@ -21,20 +21,21 @@ from fathom.errors import ConfigError
 from fathom.kernels import device as devices
 from fathom.kernels import use_backend
 from fathom.model.stored import StoredModel
-from tests.engine.helpers import bits, engine, finish, greedy, prompt, sampled, stored_model
+from tests.engine.helpers import (
+    STORED,
+    bits,
+    engine,
+    finish,
+    greedy,
+    prompt,
+    sampled,
+    stored_model,
+)  # fmt: skip
 from tests.model.tiny import as_stored
 
 SIZES: dict[str, Any] = {
+    **{k: v for k, v in STORED.items() if k not in ("expert_dtype", "quantized")},  # by its kind
     "vocab_size": 400,
-    "hidden_size": 128,
-    "head_dim": 96,
-    "qk_rope_head_dim": 32,
-    "q_lora_rank": 128,
-    "o_groups": 1,
-    "o_lora_rank": 128,
-    "index_n_heads": 8,
-    "index_head_dim": 64,
-    "index_topk": 4,
     "num_nextn_predict_layers": 1,
     "eos_token_id": 399,
 }

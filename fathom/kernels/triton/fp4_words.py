@@ -62,8 +62,18 @@ def _planes_bf16(words, factor):
 
 
 @triton.jit
-def _plane(words, factor, place: tl.constexpr):
+def _place(words, factor, place: tl.constexpr):
     return f.decode_e2m1((words >> (4 * place)) & 15).to(tl.float32) * factor
+
+
+@triton.jit
+def places(words, factor):
+    """Words of eight codes and float32 factors -> the codes at each of the eight places."""
+    return (
+        _place(words, factor, 0), _place(words, factor, 1), _place(words, factor, 2),
+        _place(words, factor, 3), _place(words, factor, 4), _place(words, factor, 5),
+        _place(words, factor, 6), _place(words, factor, 7),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -72,10 +82,7 @@ def unpacked(words, factor, BF16: tl.constexpr):
     if BF16:
         p0, p1, p2, p3, p4, p5, p6, p7 = _planes_bf16(words, factor)
     else:
-        p0, p1 = _plane(words, factor, 0), _plane(words, factor, 1)
-        p2, p3 = _plane(words, factor, 2), _plane(words, factor, 3)
-        p4, p5 = _plane(words, factor, 4), _plane(words, factor, 5)
-        p6, p7 = _plane(words, factor, 6), _plane(words, factor, 7)
+        p0, p1, p2, p3, p4, p5, p6, p7 = places(words, factor)
     even = tl.join(tl.join(p0, p4), tl.join(p2, p6))
     odd = tl.join(tl.join(p1, p5), tl.join(p3, p7))
     planes = tl.reshape(tl.join(even, odd), [words.shape[0], 16, 8])

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from fathom.kernels.triton import formats as f
+from fathom.kernels.triton.fp4_words import places
 
 
 @triton.jit
@@ -208,19 +209,11 @@ def _of_nibbles(words, byte, BF16: tl.constexpr):
         )  # fmt: skip
     else:
         unit = f.decode_unit(byte) * f.E2M1_UNIT
-        p0, p1 = _nibble(words, unit, 0), _nibble(words, unit, 1)
-        p2, p3 = _nibble(words, unit, 2), _nibble(words, unit, 3)
-        p4, p5 = _nibble(words, unit, 4), _nibble(words, unit, 5)
-        p6, p7 = _nibble(words, unit, 6), _nibble(words, unit, 7)
+        p0, p1, p2, p3, p4, p5, p6, p7 = places(words, unit)
     even = tl.join(tl.join(p0, p4), tl.join(p2, p6))
     odd = tl.join(tl.join(p1, p5), tl.join(p3, p7))
     codes = tl.reshape(tl.join(even, odd), [words.shape[0], 4, 4, 2, 4])
     return tl.reshape(tl.permute(codes, (0, 2, 4, 1, 3)), [words.shape[0], 128])
-
-
-@triton.jit
-def _nibble(words, unit, place: tl.constexpr):
-    return f.decode_e2m1((words >> (4 * place)) & 15).to(tl.float32) * unit
 
 
 @triton.jit

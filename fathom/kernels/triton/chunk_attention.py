@@ -1,9 +1,9 @@
 """Attention of a chunk: every token to its window, its picked or all visible entries, and the sink.
 
 Queries are normalised and rotated in place, stored entries decoded to BF16 once a chunk. A program
-of `_attend` owns one token: its heads are the rows of the matrix products, 64 keys a step are
-gathered, each serves as key and as value, and the softmax runs online. The window's rows are
-consecutive and shared by neighbouring tokens, so that they come from the cache. The outputs are
+of `chunk_attention_attend` owns one token: its heads are the rows of the matrix products, 64 keys a
+step are gathered, each serves as key and as value, and the softmax runs online. The window's rows
+are consecutive and shared by neighbouring tokens, so that they come from the cache. The outputs are
 turned back and take the queries' memory.
 
 FLOP: 4 * 512 * 64 for each query and key: 5.6e11 for 8,192 tokens that pick 512 entries, 1.4e11 for
@@ -25,13 +25,13 @@ from fathom.kernels.triton.chunk_entries import read_entries
 from fathom.kernels.triton.entries import turn
 
 STEP = 64  # keys of one step of the online softmax
-TURNED_HEADS = 8  # of one program of _turn_queries
+TURNED_HEADS = 8  # of one program of chunk_attention_queries
 WARPS = 8
 STAGES = {0: 2, 4: 3, 128: 2}  # by kind: picks are loaded a step before the keys they name
 
 
 @triton.jit
-def _turn_queries(
+def chunk_attention_queries(
     query, query_stride, rotation, eps,
     COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -52,12 +52,13 @@ def _turn_queries(
 
 
 @triton.jit(do_not_specialize=["start", "tokens"])
-def _attend(
+def chunk_attention_attend(
     query, query_stride, rotation, rows, picks, sink, start, tokens, scale,
     KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
     WINDOW: tl.constexpr, PICKS: tl.constexpr, STEP: tl.constexpr,
     HEADS: tl.constexpr,
 ):  # fmt: skip
+    """A token's whole attention; its output takes the place of its queries."""
     # Late tokens see most: they start first, so that short ones fill the end.
     token = (tokens - 1 - tl.program_id(0)).to(tl.int64)
     dtype: tl.constexpr = query.dtype.element_ty
@@ -132,7 +133,7 @@ def chunk_attention(
     """
     tokens, heads, rope = query.shape[0], sink.shape[0], 2 * rotation.shape[-1]
     each, wide = min(TURNED_HEADS, heads), triton.next_power_of_2(head_dim)
-    _turn_queries[(tokens, heads // each)](
+    chunk_attention_queries[(tokens, heads // each)](
         query, query.stride(0), rotation, norm_eps, COLS=head_dim, ROPE=rope, WIDE=wide,
         HEADS=each, num_warps=4,
     )  # fmt: skip
@@ -147,7 +148,7 @@ def chunk_attention(
             pool, table, count, rows[near:], entry_offset=entry_offset, page_entries=page_entries,
             rope_dim=rope,
         )  # fmt: skip
-    _attend[(tokens,)](
+    chunk_attention_attend[(tokens,)](
         query, query.stride(0), rotation, rows, picks if picks is not None else rows, sink, start,
         tokens, head_dim**-0.5,
         KIND=kind, COLS=head_dim, ROPE=rope, WIDE=wide, WINDOW=window,

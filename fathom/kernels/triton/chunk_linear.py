@@ -34,9 +34,10 @@ SCALES_ALIGNED = 4  # it wants a row of scales to be a multiple of this
 
 
 @triton.jit
-def _round_rows(
+def chunk_fp8_round(
     x, x_stride, norm, out, groups, eps, NORM: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
+    """A row, normalised first if asked, as FP8 with a scale for 128 columns would give it."""
     row = tl.program_id(0).to(tl.int64)
     group, col = tl.arange(0, GROUPS), tl.arange(0, 128)
     live = group < groups
@@ -51,11 +52,11 @@ def _round_rows(
 
 
 @triton.jit
-def _round_codes(
+def chunk_fp8_codes(
     x, x_stride, norm, codes, scales, scales_stride, groups, eps,
     NORM: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """As _round_rows, but codes [rows, cols] and float32 scales [groups, rows]."""
+    """As chunk_fp8_round, but codes [rows, cols] and float32 scales [groups, rows]."""
     row = tl.program_id(0).to(tl.int64)
     group, col = tl.arange(0, GROUPS), tl.arange(0, 128)
     live = group < groups
@@ -74,7 +75,7 @@ def _round_codes(
 
 
 @triton.jit
-def _widen(codes, scale, out, cols, TILES: tl.constexpr):
+def chunk_fp8_widen(codes, scale, out, cols, TILES: tl.constexpr):
     """One program widens 32 rows of TILES neighbouring tiles of 128 x 128."""
     row = tl.program_id(0) * 32 + tl.arange(0, 32)
     for i in tl.static_range(TILES):
@@ -98,7 +99,7 @@ def rounded_rows(
     tokens, cols = x.shape
     out = torch.empty(tokens, cols, dtype=x.dtype, device=x.device)
     groups = cols // 128
-    _round_rows[(tokens,)](
+    chunk_fp8_round[(tokens,)](
         x, x.stride(0), norm if norm is not None else x, out, groups, norm_eps,
         NORM=norm is not None, GROUPS=triton.next_power_of_2(groups), num_warps=ROUNDED_ROWS,
     )  # fmt: skip
@@ -123,7 +124,7 @@ def scaled_product(
     units = torch.empty(groups, padded, dtype=torch.float32, device=x.device)
     if padded > tokens:
         own[tokens:], units[:, tokens:] = 0, 1.0
-    _round_codes[(tokens,)](
+    chunk_fp8_codes[(tokens,)](
         x, x.stride(0), norm if norm is not None else x, own, units, padded, groups, norm_eps,
         NORM=norm is not None, GROUPS=triton.next_power_of_2(groups), num_warps=ROUNDED_ROWS,
     )  # fmt: skip
@@ -143,7 +144,9 @@ def widened(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> tor
     rows, cols = codes.shape
     out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
     tiles = 4 if cols % 512 == 0 else 1
-    _widen[(rows // 32, cols // (128 * tiles))](codes, scale, out, cols, TILES=tiles, num_warps=4)
+    chunk_fp8_widen[(rows // 32, cols // (128 * tiles))](
+        codes, scale, out, cols, TILES=tiles, num_warps=4
+    )
     return out
 
 

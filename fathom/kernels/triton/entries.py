@@ -185,7 +185,7 @@ def signs(DIM: tl.constexpr):
 
 
 @triton.jit
-def _prepare(
+def entries_store(
     low, low_stride, kv_first, kv_norm, projected, projected_stride, ape, norm, index_ape,
     index_norm, query, query_stride, query_first, rows, tokens, rotation, entry_rotation, table,
     pages, ring, ring_stride, state, state_stride, index_state, index_state_stride, pool,
@@ -194,6 +194,7 @@ def _prepare(
     RING: tl.constexpr, TAIL: tl.constexpr, INDEX_COLS: tl.constexpr, INDEX_HEADS: tl.constexpr,
     PAGE: tl.constexpr, HEADS: tl.constexpr, DOT: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
+    """One role of a token: its raw entry, its compressed entry, its index key or index queries."""
     role, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
     dtype: tl.constexpr = low.dtype.element_ty
     DATA: tl.constexpr = COLS + ROPE  # data bytes of an entry
@@ -304,7 +305,7 @@ def store_entries(
     each = min(QUERY_HEADS, index_heads)
     roles = {0: 1, 4: 3 + index_heads // max(1, each)}.get(kind, 2)
     heads_at = query.shape[1] - index_heads * index_cols if query is not None else 0
-    _prepare[(roles, tokens)](
+    entries_store[(roles, tokens)](
         low, low.stride(0), low.shape[1] - head_dim, kv_norm,
         projected if projected is not None else none,
         projected.stride(0) if projected is not None else 0,

@@ -1,11 +1,11 @@
 """The mHC boundary between two sublayers in two launches, and what follows the last of them.
 
-`_write_and_mix` writes the last sublayer's output into the streams and, while they are in
+`mhc_write_and_mix` writes the last sublayer's output into the streams and, while they are in
 registers, multiplies them with the next site's `fn`; programs own slices of the hidden dimension.
-`_read` adds those partial products in a fixed order, reads the next sublayer's input out of the
+`mhc_read` adds those partial products in a fixed order, reads the next sublayer's input out of the
 streams and normalises it, and in a second program runs Sinkhorn. It is alone on the device and
 waits for memory once: all its loads stand before its first sum. The output head reads the streams
-in the same way with `_merge`.
+in the same way with `mhc_merge`.
 
 Bytes for one token of V4-Flash: fn 24 x 16384 x 4 = 1.5 MB, streams 3 x 32 KB.
 
@@ -22,8 +22,8 @@ from fathom.kernels.registry import register
 
 SLICE = 64  # hidden columns of one program
 MIXES = 32  # 24 mixing logits and the square sum, padded to a power of two
-WRITTEN = 1024  # hidden columns of one program of _write
-READ_WARPS = 4  # of a program of _read
+WRITTEN = 1024  # hidden columns of one program of mhc_write_streams
+READ_WARPS = 4  # of a program of mhc_read
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def normed(value, weight, hidden, eps, dtype: tl.constexpr):
 
 
 @triton.jit
-def _write_and_mix(
+def mhc_write_and_mix(
     y, pairs, streams, places, post, comb, fn, new, partial, hidden,
     N: tl.constexpr, SLOTS: tl.constexpr, WRITE: tl.constexpr, PLACED: tl.constexpr,
     ROWS: tl.constexpr, MIXES: tl.constexpr, SLICE: tl.constexpr,
@@ -198,11 +198,12 @@ def _merged(
 
 
 @triton.jit
-def _read(
+def mhc_read(
     streams, partial, base, scale, norm, x, post, comb, hidden, eps, norm_eps,
     N: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr, ROUNDS: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):  # fmt: skip
+    """A token's next input, normed; in another program what the next write needs: post and comb."""
     token, n = tl.program_id(1), tl.arange(0, N)
     COUNT: tl.constexpr = N * (N + 2)
     if tl.program_id(0) == 0:
@@ -226,10 +227,11 @@ def _read(
 
 
 @triton.jit
-def _merge(
+def mhc_merge(
     streams, places, partial, base, scale, norm, out, hidden, eps, norm_eps,
     N: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
+    """A token's streams merged for the output head, normed; those of token t are row places[t]."""
     token, col = tl.program_id(0), tl.arange(0, HIDDEN)
     own = streams + tl.load(places + token).to(tl.int64) * N * hidden
     value = _merged(
@@ -239,7 +241,7 @@ def _merge(
 
 
 @triton.jit
-def _write(
+def mhc_write_streams(
     y, pairs, streams, places, post, comb, new, hidden,
     N: tl.constexpr, SLOTS: tl.constexpr, PLACED: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -274,7 +276,7 @@ def write(
     """
     tokens, n, hidden = streams.shape
     width = min(WRITTEN, triton.next_power_of_2(hidden))
-    _write[(tokens, triton.cdiv(hidden, width))](
+    mhc_write_streams[(tokens, triton.cdiv(hidden, width))](
         y, pairs if pairs is not None else y, streams, places if places is not None else y, post,
         comb, new, hidden, N=n, SLOTS=pairs.shape[1] if pairs is not None else 0,
         PLACED=places is not None, COLS=width, num_warps=4,
@@ -318,12 +320,12 @@ def stream_head(
     slices = hidden // SLICE
     make = {"dtype": torch.float32, "device": streams.device}
     partial = torch.empty(tokens, slices, MIXES, **make)
-    _write_and_mix[(slices, tokens)](
+    mhc_write_and_mix[(slices, tokens)](
         streams, streams, streams, places, base, base, fn, streams, partial, hidden,
         N=n, SLOTS=0, WRITE=False, PLACED=True, ROWS=n, MIXES=MIXES, SLICE=SLICE, num_warps=4,
     )  # fmt: skip
     out = torch.empty(tokens, hidden, **make)
-    _merge[(tokens,)](
+    mhc_merge[(tokens,)](
         streams, places, partial, base, scale, norm, out, hidden, eps, norm_eps,
         N=n, SLICES=slices, MIXES=MIXES, HIDDEN=triton.next_power_of_2(hidden),
         num_warps=READ_WARPS,
@@ -356,7 +358,7 @@ def mhc_boundary(
     partial = torch.empty(tokens, slices, MIXES, dtype=torch.float32, device=streams.device)
     new = torch.empty_like(streams) if y is not None else streams
     slots = pairs.shape[1] if pairs is not None else 0
-    _write_and_mix[(slices, tokens)](
+    mhc_write_and_mix[(slices, tokens)](
         y if y is not None else streams, pairs if pairs is not None else streams, streams, streams,
         post if post is not None else base, comb if comb is not None else base, fn, new, partial,
         hidden, N=n, SLOTS=slots, WRITE=y is not None, PLACED=False, ROWS=n * (n + 2), MIXES=MIXES,
@@ -365,7 +367,7 @@ def mhc_boundary(
     x = torch.empty(tokens, hidden, dtype=streams.dtype, device=streams.device)
     post = torch.empty(tokens, n, dtype=torch.float32, device=streams.device)
     comb = torch.empty(tokens, n, n, dtype=torch.float32, device=streams.device)
-    _read[(2, tokens)](
+    mhc_read[(2, tokens)](
         new, partial, base, scale, norm, x, post, comb, hidden, eps, norm_eps,
         N=n, SLICES=slices, MIXES=MIXES, ROUNDS=iterations,
         HIDDEN=triton.next_power_of_2(hidden), num_warps=READ_WARPS,

@@ -1,9 +1,9 @@
 """The router's choice for a few tokens, and the order in which the experts take their pairs.
 
-`_choose` scores the experts of one token and picks the best, or reads the hash table's. `_order`
-sorts the (token, choice) pairs by expert without a sort: a pair's rank within its expert is the
-number of earlier tokens' pairs that have it too. A token may have an expert more than once, as no
-router but a hash table would choose.
+`router_choose` scores the experts of one token and picks the best, or reads the hash table's.
+`router_order` sorts the (token, choice) pairs by expert without a sort: a pair's rank within its
+expert is the number of earlier tokens' pairs that have it too. A token may have an expert more than
+once, as no router but a hash table would choose.
 
 Paper: §2.1 (DeepSeekMoE: sqrt-softplus affinity, hash routing).
 """
@@ -29,11 +29,12 @@ def _affinity(x):
 
 
 @triton.jit
-def _choose(
+def router_choose(
     logits, bias, table, token_ids, indices, weights, pairs, tile_expert, tile_first, tile_last,
     tiles, experts, topk, factor,
     HASHED: tl.constexpr, ALONE: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
+    """A token's experts and their weights, and for a token alone the tiles of its pairs."""
     token = tl.program_id(0)
     expert, slot = tl.arange(0, EXPERTS), tl.arange(0, SLOTS)
     live = expert < experts
@@ -69,10 +70,11 @@ def _choose(
 
 
 @triton.jit
-def _order(
+def router_order(
     indices, pairs, tile_expert, tile_first, tile_last, tiles, tokens, topk,
     TOKENS: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """Pairs in the order of their experts, and the tiles of up to TILE of them."""
     token, expert = tl.arange(0, TOKENS), tl.arange(0, EXPERTS)
     # The number of choices that are an expert, and in the lower 16 bits their sum.
     table = tl.zeros([TOKENS, EXPERTS], tl.int32)
@@ -152,14 +154,14 @@ def routing(
         most=most,
     )
     lists = (r.pairs, r.tile_expert, r.tile_first, r.tile_last, r.tiles)
-    _choose[(tokens,)](
+    router_choose[(tokens,)](
         logits, bias if bias is not None else logits, table if table is not None else token_ids,
         token_ids, r.indices, r.weights, *lists, experts, topk, scaling_factor,
         HASHED=table is not None, ALONE=tokens == 1, EXPERTS=triton.next_power_of_2(experts),
         SLOTS=triton.next_power_of_2(topk), num_warps=1,
     )  # fmt: skip
     if tokens > 1:
-        _order[(1,)](
+        router_order[(1,)](
             r.indices, *lists, tokens, topk, TOKENS=triton.next_power_of_2(tokens),
             EXPERTS=triton.next_power_of_2(experts), TILE=TILE, num_warps=8,
         )  # fmt: skip

@@ -58,26 +58,33 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def turned_heads(
+    query, cos, eps, COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr
+):  # fmt: skip
+    """Queries at pointers [HEADS, WIDE], COLS of it used, normalised per head and rotated."""
+    dtype: tl.constexpr = query.dtype.element_ty
+    q = tl.load(query, mask=tl.arange(0, WIDE)[None, :] < COLS, other=0.0).to(tl.float32)
+    mean = rounded(tl.sum(rounded(q * q, dtype), axis=1) / COLS, dtype)
+    r = rounded(1.0 / tl.sqrt(rounded(mean + eps, dtype)), dtype)
+    q = rounded(q * r[:, None], dtype)
+    even, odd = tl.split(tl.reshape(q, [HEADS, WIDE // 2, 2]))
+    even, odd = turn(even, odd, cos, cos + ROPE // 2, WIDE // 2, (COLS - ROPE) // 2, ROPE // 2)
+    return tl.reshape(tl.join(even, odd), [HEADS, WIDE]).to(dtype)
+
+
+@triton.jit
 def attention_queries(
     query, query_stride, rotation, turned, heads, eps,
     COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Queries normalised per head and rotated: turned [tokens, heads, COLS]."""
     token = tl.program_id(1).to(tl.int64)
-    dtype: tl.constexpr = query.dtype.element_ty
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     col = tl.arange(0, WIDE)[None, :]
     at = head[:, None] * COLS + col
-    q = tl.load(query + token * query_stride + at, mask=col < COLS, other=0.0).to(tl.float32)
-    mean = rounded(tl.sum(rounded(q * q, dtype), axis=1) / COLS, dtype)
-    r = rounded(1.0 / tl.sqrt(rounded(mean + eps, dtype)), dtype)
-    q = rounded(q * r[:, None], dtype)
-    even, odd = tl.split(tl.reshape(q, [HEADS, WIDE // 2, 2]))
-    cos = rotation + token * ROPE
-    even, odd = turn(even, odd, cos, cos + ROPE // 2, WIDE // 2, (COLS - ROPE) // 2, ROPE // 2)
-    own = turned + token * heads * COLS
-    both = tl.reshape(tl.join(even, odd), [HEADS, WIDE])
-    tl.store(own + at, both.to(dtype), mask=col < COLS)
+    own, cos = query + token * query_stride + at, rotation + token * ROPE
+    both = turned_heads(own, cos, eps, COLS, ROPE, WIDE, HEADS)
+    tl.store(turned + token * heads * COLS + at, both, mask=col < COLS)
 
 
 @triton.jit

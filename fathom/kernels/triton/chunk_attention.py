@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 
 from fathom.kernels.registry import register
-from fathom.kernels.triton.attention import rounded
+from fathom.kernels.triton.attention import rounded, turned_heads
 from fathom.kernels.triton.chunk_entries import read_entries
-from fathom.kernels.triton.entries import turn
 
 STEP = 64  # keys of one step of the online softmax
 TURNED_HEADS = 8  # of one program of chunk_attention_queries
@@ -37,18 +36,11 @@ def chunk_attention_queries(
 ):  # fmt: skip
     """Normalise each head and rotate it, in place."""
     token = tl.program_id(0).to(tl.int64)
-    dtype: tl.constexpr = query.dtype.element_ty
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     col = tl.arange(0, WIDE)[None, :]
     own = query + token * query_stride + head[:, None] * COLS + col
-    q = tl.load(own, mask=col < COLS, other=0.0).to(tl.float32)
-    mean = rounded(tl.sum(rounded(q * q, dtype), axis=1) / COLS, dtype)
-    r = rounded(1.0 / tl.sqrt(rounded(mean + eps, dtype)), dtype)
-    q = rounded(q * r[:, None], dtype)
-    even, odd = tl.split(tl.reshape(q, [HEADS, WIDE // 2, 2]))
-    cos = rotation + token * ROPE
-    even, odd = turn(even, odd, cos, cos + ROPE // 2, WIDE // 2, (COLS - ROPE) // 2, ROPE // 2)
-    tl.store(own, tl.reshape(tl.join(even, odd), [HEADS, WIDE]).to(dtype), mask=col < COLS)
+    both = turned_heads(own, rotation + token * ROPE, eps, COLS, ROPE, WIDE, HEADS)
+    tl.store(own, both, mask=col < COLS)
 
 
 @triton.jit(do_not_specialize=["start", "tokens"])

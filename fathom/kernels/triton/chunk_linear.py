@@ -34,20 +34,29 @@ SCALES_ALIGNED = 4  # it wants a row of scales to be a multiple of this
 
 
 @triton.jit
+def _row_to_round(x, norm, groups, eps, NORM: tl.constexpr, GROUPS: tl.constexpr):
+    """The row at x, normalised first if asked: [GROUPS, 128] float32, and the places of these."""
+    group, col = tl.arange(0, GROUPS), tl.arange(0, 128)
+    live = (group < groups)[:, None]
+    at = group[:, None] * 128 + col[None, :]
+    values = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+    if NORM:
+        mean = tl.sum(tl.sum(values * values, axis=1), axis=0) / (groups * 128)
+        weight = tl.load(norm + at, mask=live, other=0.0).to(tl.float32)
+        values = values * (1.0 / tl.sqrt(mean + eps)) * weight
+        values = values.to(x.dtype.element_ty).to(tl.float32)
+    return values, at
+
+
+@triton.jit
 def chunk_fp8_round(
     x, x_stride, norm, out, groups, eps, NORM: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
-    """A row, normalised first if asked, as FP8 with a scale for 128 columns would give it."""
+    """A row as FP8 with a scale for 128 columns would give it."""
     row = tl.program_id(0).to(tl.int64)
-    group, col = tl.arange(0, GROUPS), tl.arange(0, 128)
+    group = tl.arange(0, GROUPS)
     live = group < groups
-    at = group[:, None] * 128 + col[None, :]
-    values = tl.load(x + row * x_stride + at, mask=live[:, None], other=0.0).to(tl.float32)
-    if NORM:
-        mean = tl.sum(tl.sum(values * values, axis=1), axis=0) / (groups * 128)
-        weight = tl.load(norm + at, mask=live[:, None], other=0.0).to(tl.float32)
-        values = values * (1.0 / tl.sqrt(mean + eps)) * weight
-        values = values.to(x.dtype.element_ty).to(tl.float32)
+    values, _ = _row_to_round(x + row * x_stride, norm, groups, eps, NORM, GROUPS)
     f.store_groups(out + row * groups * 128, f.round_group(values), group, live, "columns")
 
 
@@ -58,15 +67,9 @@ def chunk_fp8_codes(
 ):  # fmt: skip
     """As chunk_fp8_round, but codes [rows, cols] and float32 scales [groups, rows]."""
     row = tl.program_id(0).to(tl.int64)
-    group, col = tl.arange(0, GROUPS), tl.arange(0, 128)
+    group = tl.arange(0, GROUPS)
     live = group < groups
-    at = group[:, None] * 128 + col[None, :]
-    values = tl.load(x + row * x_stride + at, mask=live[:, None], other=0.0).to(tl.float32)
-    if NORM:
-        mean = tl.sum(tl.sum(values * values, axis=1), axis=0) / (groups * 128)
-        weight = tl.load(norm + at, mask=live[:, None], other=0.0).to(tl.float32)
-        values = values * (1.0 / tl.sqrt(mean + eps)) * weight
-        values = values.to(x.dtype.element_ty).to(tl.float32)
+    values, at = _row_to_round(x + row * x_stride, norm, groups, eps, NORM, GROUPS)
     amax = f.largest_magnitude(values, 1, f.FP8_FLOOR)
     unit, inverse = f.power_of_two_scale(amax, f.E4M3_RECIPROCAL)
     rounded = f.round_e4m3(values * inverse[:, None])

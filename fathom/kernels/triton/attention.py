@@ -257,11 +257,13 @@ def entry_attention(
         WIDE=wide, HEADS=each, num_warps=4,
     )  # fmt: skip
     attention_attend[(chunks, heads // own_heads, tokens)](
-        turned, rows, tokens, ring, ring.stride(0),
-        pool if pool is not None else ring, pool.stride(0) if pool is not None else 0,
-        entry_offset, table if table is not None else rows,
-        table.stride(0) if table is not None else 0,
-        picks if picks is not None else rows, count, partial, sums, heads, head_dim**-0.5,
+        turned=turned, rows=rows, tokens=tokens, ring=ring, ring_stride=ring.stride(0),
+        pool=pool if pool is not None else ring,
+        page_stride=pool.stride(0) if pool is not None else 0, entry_offset=entry_offset,
+        table=table if table is not None else rows,
+        pages=table.stride(0) if table is not None else 0,
+        picks=picks if picks is not None else rows, picks_count=count, partial=partial, sums=sums,
+        heads=heads, scale=head_dim**-0.5,
         KIND=kind, COLS=head_dim, ROPE=rope, WIDE=wide, WINDOW=window,
         RING=kv_pack.ring_entries(ring, head_dim, rope), PAGE=page_entries, CHUNK=tiles.far,
         NEAR=tiles.near, STEP=tiles.step, HEADS=own_heads, PICKED=picks is not None,

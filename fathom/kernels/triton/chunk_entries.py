@@ -306,9 +306,11 @@ def chunk_entries(
     _, index_norm, _ = index = index_compressor or compressor
     touched = (start + tokens - 1) // kind - start // kind + 1
     chunk_entries_compressed[(touched, 2 if kind == 4 else 1)](
-        projected, projected.stride(0), ape, norm, state.clone(), state, index[0], index_norm,
-        index[2], entry_rotation, table, pool, pool.stride(0), *offsets, start, tokens, known,
-        norm_eps, dtype=tl.float32 if low.dtype == torch.float32 else tl.bfloat16,
+        projected=projected, stride=projected.stride(0), ape=ape, norm=norm, state=state.clone(),
+        new_state=state, index_ape=index[0], index_norm=index_norm, index_state=index[2],
+        entry_rotation=entry_rotation, table=table, pool=pool, page_stride=pool.stride(0),
+        entry_offset=offsets[0], index_offset=offsets[1], start=start, tokens=tokens, known=known,
+        eps=norm_eps, dtype=tl.float32 if low.dtype == torch.float32 else tl.bfloat16,
         KIND=kind, INDEX_COLS=index_norm.shape[0] if kind == 4 else 64, PAGE=page_entries,
         TAIL=state.shape[1 if kind == 4 else 0], STEP=STEP, FP8=key_format == "fp8", num_warps=4,
         **sizes,

@@ -220,10 +220,12 @@ def grouped_fp4(
     small = x.dtype == torch.float32
     half = min(32 if small else HALF, (rows & -rows) // 2)
     tiles = (plan.tile_tokens, plan.tile_tokens // 2)
-    descriptors = [TensorDescriptor.from_tensor(x, [tokens, 128]) for tokens in tiles]
+    whole, part = (TensorDescriptor.from_tensor(x, [tokens, 128]) for tokens in tiles)
     chunk_experts_grouped[(out.shape[1] // (2 * half), len(plan.tile_expert))](
-        *descriptors, codes, scale, *matrices[-2:], out, plan.order, plan.starts, plan.tile_expert,
-        plan.tile_first, rows, out.shape[1], experts, SCATTER=scatter, HALF=half,
+        x=whole, few_x=part, codes=codes, scale=scale, more_codes=matrices[-2],
+        more_scale=matrices[-1], out=out, order=plan.order, starts=plan.starts,
+        tile_expert=plan.tile_expert, tile_first=plan.tile_first, rows=rows,
+        out_cols=out.shape[1], experts=experts, SCATTER=scatter, HALF=half,
         COLS=2 * half_cols, TOKENS=plan.tile_tokens, BF16=not small,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip

@@ -171,15 +171,16 @@ def _experts(
     """
     w1, s1, w3, s3, w2, s2 = routed
     assert values.planes is not None
-    x, lists = values.planes, (r.pairs, r.tile_expert, r.tile_first, r.tile_last, r.tiles)
+    x, lists = values.planes, r.lists()
     (tokens, topk), hidden, inner = r.indices.shape, x.shape[1], w1.shape[1]
     count, bf16 = tokens * topk, x.dtype != torch.float32
     make = {"dtype": x.dtype, "device": x.device}
     rows = min(ROWS, inner)
     both = torch.empty(count, 2 * inner, **make)
     experts_up[(2 * inner // rows, r.most)](
-        x, w1, s1, w3, s3, *lists, both, inner, topk, COLS=hidden, ROWS=rows, TILE=TILE, BF16=bf16,
-        AT_ONCE=at_once(hidden, tokens), num_warps=WARPS, num_stages=STAGES,
+        x=x, w1=w1, s1=s1, w3=w3, s3=s3, **lists, both=both, inner=inner, topk=topk, COLS=hidden,
+        ROWS=rows, TILE=TILE, BF16=bf16, AT_ONCE=at_once(hidden, tokens), num_warps=WARPS,
+        num_stages=STAGES,
     )  # fmt: skip
     act = torch.empty(count, inner, **make)
     codes = torch.empty(tokens, inner, dtype=values.codes.dtype, device=x.device)
@@ -194,9 +195,11 @@ def _experts(
     shared_blocks = hidden // SHARED_ROWS * triton.cdiv(tokens, SHARED_TOKENS)
     blocks = hidden // rows
     experts_down[(shared_blocks + blocks * r.most,)](
-        act, w2, s2, *lists, out, *shared[2:], codes, unit, shared_out, tokens, hidden,
-        shared_blocks, blocks, COLS=inner, ROWS=rows, SHARED_ROWS=SHARED_ROWS, TILE=TILE,
-        TOKENS=SHARED_TOKENS, BF16=bf16, AT_ONCE=at_once(inner, tokens),
+        act=act, w2=w2, s2=s2, **lists, out=out, shared_codes=shared[2], shared_scale=shared[3],
+        values=codes, unit=unit, shared_out=shared_out, tokens=tokens, hidden=hidden,
+        shared_blocks=shared_blocks, blocks=blocks, COLS=inner, ROWS=rows,
+        SHARED_ROWS=SHARED_ROWS, TILE=TILE, TOKENS=SHARED_TOKENS, BF16=bf16,
+        AT_ONCE=at_once(inner, tokens),
         SHARED_PARTS=few.column_parts(inner), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out, shared_out

@@ -247,9 +247,10 @@ def few_linear(
     own_rows = min(shape.rows, (rows // groups) & -(rows // groups))
     blocks = rows // own_rows
     fp8_linear[(blocks + triton.cdiv(count, own_rows),)](
-        own, own.stride(0), unit, codes, scale, out, x, x.stride(0),
-        plain if plain is not None else x, plain_out if plain_out is not None else out,
-        tokens, rows, count, rows // groups, blocks,
+        x=own, x_stride=own.stride(0), unit=unit, codes=codes, scale=scale, out=out,
+        plain_x=x, plain_stride=x.stride(0), plain=plain if plain is not None else x,
+        plain_out=plain_out if plain_out is not None else out,
+        tokens=tokens, rows=rows, plain_count=count, group_rows=rows // groups, fp8_blocks=blocks,
         COLS=cols, ROWS=own_rows, TOKENS=columns, ROUNDED=values is not None,
         NATIVE=x.dtype != torch.float32, PARTS=parts,
         num_warps=shape.warps, num_stages=shape.stages,

@@ -316,9 +316,11 @@ def index_scores_paged(
     assert page_entries % BLOCK == 0
     programs = min(most // BLOCK, PROGRAMS)
     index_scores[(programs, tokens)](
-        query, weights, weights.stride(0), weights.shape[1] - heads, rows, tokens, pool,
-        pool.stride(0), index_offset, table, table.stride(0), scores, maxima, most,
-        dim**-0.5 * heads**-0.5,
+        query=query, weights=weights, weights_stride=weights.stride(0),
+        weights_first=weights.shape[1] - heads, rows=rows, tokens=tokens, pool=pool,
+        page_stride=pool.stride(0), index_offset=index_offset, table=table,
+        pages=table.stride(0), scores=scores, maxima=maxima, most=most,
+        factor=dim**-0.5 * heads**-0.5,
         HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=BLOCK, GROUP=group,
         BF16=query.dtype != torch.float32, FP8=key_format == "fp8", num_warps=SCORE_WARPS,
         num_stages=STAGES,

@@ -126,6 +126,13 @@ class Routing:
     tiles: torch.Tensor
     most: int
 
+    def lists(self) -> dict[str, torch.Tensor]:
+        """Pairs and tiles by the names that kernels have for them, each of the same shape."""
+        return {
+            "pairs": self.pairs, "tile_expert": self.tile_expert, "tile_first": self.tile_first,
+            "tile_last": self.tile_last, "tiles": self.tiles,
+        }  # fmt: skip
+
 
 def routing(
     logits: torch.Tensor,
@@ -153,16 +160,17 @@ def routing(
         tiles=torch.empty(1, **make),
         most=most,
     )
-    lists = (r.pairs, r.tile_expert, r.tile_first, r.tile_last, r.tiles)
     router_choose[(tokens,)](
-        logits, bias if bias is not None else logits, table if table is not None else token_ids,
-        token_ids, r.indices, r.weights, *lists, experts, topk, scaling_factor,
+        logits=logits, bias=bias if bias is not None else logits,
+        table=table if table is not None else token_ids, token_ids=token_ids, indices=r.indices,
+        weights=r.weights, **r.lists(), experts=experts, topk=topk, factor=scaling_factor,
         HASHED=table is not None, ALONE=tokens == 1, EXPERTS=triton.next_power_of_2(experts),
         SLOTS=triton.next_power_of_2(topk), num_warps=1,
     )  # fmt: skip
     if tokens > 1:
         router_order[(1,)](
-            r.indices, *lists, tokens, topk, TOKENS=triton.next_power_of_2(tokens),
-            EXPERTS=triton.next_power_of_2(experts), TILE=TILE, num_warps=8,
+            indices=r.indices, **r.lists(), tokens=tokens, topk=topk,
+            TOKENS=triton.next_power_of_2(tokens), EXPERTS=triton.next_power_of_2(experts),
+            TILE=TILE, num_warps=8,
         )  # fmt: skip
     return r

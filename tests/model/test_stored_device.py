@@ -69,8 +69,7 @@ def work_of(config: ModelConfig, way: str, cache: StoredCache, device: str) -> S
     ids = (torch.arange(TOKENS) * 997 % VOCABULARY).to(device)
     if way == "prefill":
         return Chunk.create(config, cache, 0, CONTEXT - TOKENS, ids)
-    positions = torch.full((TOKENS,), CONTEXT - 1, dtype=torch.int32, device=device)
-    return Step.create(config, positions, ids, CONTEXT)
+    return Step.create(config, cache, [CONTEXT - 1] * TOKENS, ids, CONTEXT)
 
 
 def logits(streams: torch.Tensor, merge: MergeSite, head: torch.Tensor, c: ModelConfig):
@@ -159,8 +158,7 @@ def test_a_long_chunk_agrees_with_decoding_it(
         found = run_layers(config, own, mine, chunk, given).streams_now()
         mine, rows = moved_cache(cache, "cuda"), []
         for i in range(LONG):
-            at = torch.full((1,), start + i, dtype=torch.int32, device="cuda")
-            step = Step.create(config, at, ids[i : i + 1], CONTEXT)
+            step = Step.create(config, mine, [start + i], ids[i : i + 1], CONTEXT)
             rows.append(run_layers(config, own, mine, step, given[i : i + 1]).streams_now())
     apart = errors(found, torch.cat(rows).cpu())
     assert apart.median() < 0.06, apart

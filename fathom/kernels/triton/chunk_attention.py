@@ -24,6 +24,7 @@ from fathom.kernels.triton.attention import rounded, turned_heads
 from fathom.kernels.triton.chunk_entries import read_entries
 
 STEP = 64  # keys of one step of the online softmax
+HEADS = 64  # of one program, at most: more do not fit the shared memory
 TURNED_HEADS = 8  # of one program of chunk_attention_queries
 WARPS = 8
 STAGES = {0: 2, 4: 3, 128: 2}  # by kind: picks are loaded a step before the keys they name
@@ -48,14 +49,15 @@ def chunk_attention_attend(
     query, query_stride, rotation, rows, picks, sink, start, tokens, scale,
     KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
     WINDOW: tl.constexpr, PICKS: tl.constexpr, STEP: tl.constexpr,
-    HEADS: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """A token's whole attention; its output takes the place of its queries."""
+    """A token's whole attention for HEADS heads; its output takes the place of its queries."""
     # Late tokens see most: they start first, so that short ones fill the end.
-    token = (tokens - 1 - tl.program_id(0)).to(tl.int64)
+    token = (tokens - 1 - tl.program_id(0) // GROUPS).to(tl.int64)
     dtype: tl.constexpr = query.dtype.element_ty
     position = start + token
-    head, col = tl.arange(0, HEADS), tl.arange(0, WIDE)
+    head = tl.program_id(0) % GROUPS * HEADS + tl.arange(0, HEADS)
+    col = tl.arange(0, WIDE)
     used = (col < COLS)[None, :]
     own = query + token * query_stride + head[:, None] * COLS + col[None, :]
     q = tl.load(own, mask=used, other=0.0)
@@ -140,11 +142,14 @@ def chunk_attention(
             pool, table, count, rows[near:], entry_offset=entry_offset, page_entries=page_entries,
             rope_dim=rope,
         )  # fmt: skip
-    chunk_attention_attend[(tokens,)](
+    own_heads = min(heads, HEADS)
+    groups = heads // own_heads
+    chunk_attention_attend[(tokens * groups,)](
         query, query.stride(0), rotation, rows, picks if picks is not None else rows, sink, start,
         tokens, head_dim**-0.5,
         KIND=kind, COLS=head_dim, ROPE=rope, WIDE=wide, WINDOW=window,
-        PICKS=picks.shape[1] if picks is not None else 0, STEP=STEP, HEADS=heads,
+        PICKS=picks.shape[1] if picks is not None else 0, STEP=STEP,
+        HEADS=own_heads, GROUPS=groups,
         num_warps=WARPS, num_stages=STAGES[kind],
     )  # fmt: skip
     return query[:, : heads * head_dim]

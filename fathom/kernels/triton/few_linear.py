@@ -215,7 +215,8 @@ def fp8_linear(
 def column_parts(cols: int) -> int:
     """Parts of the columns that a program walks side by side; the batch has no say in it."""
     tiles = cols // 128
-    return min(4, tiles & -tiles, max(1, tiles // 8))
+    most = 4 if tiles >= 32 else 2 if tiles >= 16 else 1  # of at least 8 tiles each
+    return min(most, tiles & -tiles)
 
 
 def token_columns(tokens: int) -> int:

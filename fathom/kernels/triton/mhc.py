@@ -155,13 +155,19 @@ def mhc_write_and_mix(
 @triton.jit
 def _logits(
     partial, scale, base, token, hidden, eps, N: tl.constexpr, COUNT: tl.constexpr,
-    SLICES: tl.constexpr, MIXES: tl.constexpr,
+    SLICES: tl.constexpr, ROOM: tl.constexpr, MIXES: tl.constexpr,
 ):  # fmt: skip
-    """A token's COUNT mixing logits [MIXES], each with its scale and base."""
-    slice_, mix = tl.arange(0, SLICES), tl.arange(0, MIXES)
+    """A token's COUNT mixing logits [MIXES], each with its scale and base; ROOM: SLICES padded to a
+    power of two.
+    """
+    slice_, mix = tl.arange(0, ROOM), tl.arange(0, MIXES)
     used = mix < COUNT
     which = tl.where(mix < N, 0, tl.where(mix < 2 * N, 1, 2))
-    every = tl.load(partial + (token * SLICES + slice_[:, None]) * MIXES + mix[None, :])
+    at = partial + (token * SLICES + slice_[:, None]) * MIXES + mix[None, :]
+    if ROOM == SLICES:
+        every = tl.load(at)
+    else:
+        every = tl.load(at, mask=(slice_ < SLICES)[:, None], other=0.0)
     scale = tl.load(scale + which, mask=used, other=0.0)
     base = tl.load(base + mix, mask=used, other=0.0)
     total = tl.sum(every, axis=0)
@@ -179,7 +185,8 @@ def _picked(values, places, MIXES: tl.constexpr):
 @triton.jit
 def _merged(
     streams, partial, base, scale, norm, token, hidden, eps, norm_eps, N: tl.constexpr,
-    COUNT: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr, HIDDEN: tl.constexpr,
+    COUNT: tl.constexpr, SLICES: tl.constexpr, ROOM: tl.constexpr, MIXES: tl.constexpr,
+    HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """The streams weighed by the first N mixing logits, normed; streams: the token's own."""
     mix, col = tl.arange(0, MIXES), tl.arange(0, HIDDEN)
@@ -189,7 +196,7 @@ def _merged(
     for j in tl.static_range(N):
         every += (tl.load(streams + j * hidden + col, mask=live, other=0.0),)
     weight = tl.load(norm + col, mask=live, other=0.0).to(tl.float32)
-    logits = _logits(partial, scale, base, token, hidden, norm_eps, N, COUNT, SLICES, MIXES)
+    logits = _logits(partial, scale, base, token, hidden, norm_eps, N, COUNT, SLICES, ROOM, MIXES)
     pre = sigmoid(logits) + eps
     value = tl.zeros([HIDDEN], tl.float32)
     for j in tl.static_range(N):
@@ -200,8 +207,8 @@ def _merged(
 @triton.jit
 def mhc_read(
     streams, partial, base, scale, norm, x, post, comb, hidden, eps, norm_eps,
-    N: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr, ROUNDS: tl.constexpr,
-    HIDDEN: tl.constexpr,
+    N: tl.constexpr, SLICES: tl.constexpr, ROOM: tl.constexpr, MIXES: tl.constexpr,
+    ROUNDS: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """A token's next input, normed; in another program what the next write needs: post and comb."""
     token, n = tl.program_id(1), tl.arange(0, N)
@@ -210,13 +217,15 @@ def mhc_read(
         own = streams + token.to(tl.int64) * N * hidden
         col = tl.arange(0, HIDDEN)
         value = _merged(
-            own, partial, base, scale, norm, token, hidden, eps, norm_eps, N, COUNT, SLICES, MIXES,
-            HIDDEN,
+            own, partial, base, scale, norm, token, hidden, eps, norm_eps, N, COUNT, SLICES, ROOM,
+            MIXES, HIDDEN,
         )  # fmt: skip
         tl.store(x + token * hidden + col, value, mask=col < hidden)
     else:
         # Needed only by the next write: another program does it meanwhile.
-        logits = _logits(partial, scale, base, token, hidden, norm_eps, N, COUNT, SLICES, MIXES)
+        logits = _logits(
+            partial, scale, base, token, hidden, norm_eps, N, COUNT, SLICES, ROOM, MIXES
+        )
         tl.store(post + token * N + n, 2 * sigmoid(_picked(logits, N + n, MIXES)))
         numbers, mix = (), tl.arange(0, MIXES)
         for c in tl.static_range(N * N):
@@ -229,14 +238,16 @@ def mhc_read(
 @triton.jit
 def mhc_merge(
     streams, places, partial, base, scale, norm, out, hidden, eps, norm_eps,
-    N: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr, HIDDEN: tl.constexpr,
+    N: tl.constexpr, SLICES: tl.constexpr, ROOM: tl.constexpr, MIXES: tl.constexpr,
+    HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """A token's streams merged for the output head, normed; those of token t are row places[t]."""
     token, col = tl.program_id(0), tl.arange(0, HIDDEN)
     own = streams + tl.load(places + token).to(tl.int64) * N * hidden
     value = _merged(
-        own, partial, base, scale, norm, token, hidden, eps, norm_eps, N, N, SLICES, MIXES, HIDDEN
-    )
+        own, partial, base, scale, norm, token, hidden, eps, norm_eps, N, N, SLICES, ROOM, MIXES,
+        HIDDEN,
+    )  # fmt: skip
     tl.store(out + token * hidden + col, value.to(tl.float32), mask=col < hidden)
 
 
@@ -327,8 +338,8 @@ def stream_head(
     out = torch.empty(tokens, hidden, **make)
     mhc_merge[(tokens,)](
         streams, places, partial, base, scale, norm, out, hidden, eps, norm_eps,
-        N=n, SLICES=slices, MIXES=MIXES, HIDDEN=triton.next_power_of_2(hidden),
-        num_warps=READ_WARPS,
+        N=n, SLICES=slices, ROOM=triton.next_power_of_2(slices), MIXES=MIXES,
+        HIDDEN=triton.next_power_of_2(hidden), num_warps=READ_WARPS,
     )  # fmt: skip
     return out
 
@@ -369,7 +380,7 @@ def mhc_boundary(
     comb = torch.empty(tokens, n, n, dtype=torch.float32, device=streams.device)
     mhc_read[(2, tokens)](
         new, partial, base, scale, norm, x, post, comb, hidden, eps, norm_eps,
-        N=n, SLICES=slices, MIXES=MIXES, ROUNDS=iterations,
+        N=n, SLICES=slices, ROOM=triton.next_power_of_2(slices), MIXES=MIXES, ROUNDS=iterations,
         HIDDEN=triton.next_power_of_2(hidden), num_warps=READ_WARPS,
     )  # fmt: skip
     return new, x, post, comb

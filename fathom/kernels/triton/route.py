@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 TILE = 8  # pairs of one expert that are multiplied at once
+EXPERTS = 256  # that router_order looks at together, at most: more do not fit the shared memory
 
 
 @triton.jit
@@ -72,39 +73,49 @@ def router_choose(
 @triton.jit
 def router_order(
     indices, pairs, tile_expert, tile_first, tile_last, tiles, tokens, topk,
-    TOKENS: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr,
+    TOKENS: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Pairs in the order of their experts, and the tiles of up to TILE of them."""
-    token, expert = tl.arange(0, TOKENS), tl.arange(0, EXPERTS)
-    # The number of choices that are an expert, and in the lower 16 bits their sum.
-    table = tl.zeros([TOKENS, EXPERTS], tl.int32)
-    for choice in range(topk):
-        own = tl.load(indices + token * topk + choice, mask=token < tokens, other=-1)
-        here = own[:, None] == expert[None, :]
-        table += tl.where(here, 65536 + choice, 0)
-    present = table >> 16
-    counts = tl.sum(present, axis=0)
-    starts = tl.cumsum(counts, axis=0) - counts
-    place = starts[None, :] + tl.cumsum(present, axis=0) - present
-    if tl.max(tl.max(present, axis=1), axis=0) > 1:
+    """Pairs in the order of their experts, of which BLOCKS times EXPERTS are looked at one block
+    after the other, and the tiles of up to TILE of them.
+    """
+    token = tl.arange(0, TOKENS)
+    placed, tiled = 0, 0  # pairs and tiles of the experts before a block's
+    for block in tl.static_range(BLOCKS):
+        expert = block * EXPERTS + tl.arange(0, EXPERTS)
+        # The number of choices that are an expert, and in the lower 16 bits their sum.
+        table = tl.zeros([TOKENS, EXPERTS], tl.int32)
         for choice in range(topk):
             own = tl.load(indices + token * topk + choice, mask=token < tokens, other=-1)
             here = own[:, None] == expert[None, :]
-            at = tl.sum(tl.where(here, place, 0), axis=1)
-            for earlier in range(choice):
-                other = tl.load(indices + token * topk + earlier, mask=token < tokens, other=-1)
-                at += (other == own).to(tl.int32)
-            tl.store(pairs + at, token * topk + choice, mask=token < tokens)
-    else:
-        tl.store(pairs + place, token[:, None] * topk + (table & 0xFFFF), mask=present > 0)
-    own_tiles = (counts + TILE - 1) // TILE
-    first_tile = tl.cumsum(own_tiles, axis=0) - own_tiles
-    for i in range(tl.max(own_tiles, axis=0)):
-        at, used, first = first_tile + i, i < own_tiles, starts + i * TILE
-        tl.store(tile_expert + at, expert, mask=used)
-        tl.store(tile_first + at, first, mask=used)
-        tl.store(tile_last + at, tl.minimum(first + TILE, starts + counts), mask=used)
-    tl.store(tiles, tl.sum(own_tiles, axis=0))
+            table += tl.where(here, 65536 + choice, 0)
+        present = table >> 16
+        counts = tl.sum(present, axis=0)
+        starts = placed + tl.cumsum(counts, axis=0) - counts
+        place = starts[None, :] + tl.cumsum(present, axis=0) - present
+        if tl.max(tl.max(present, axis=1), axis=0) > 1:
+            for choice in range(topk):
+                own = tl.load(indices + token * topk + choice, mask=token < tokens, other=-1)
+                here = own[:, None] == expert[None, :]
+                at = tl.sum(tl.where(here, place, 0), axis=1)
+                for earlier in range(choice):
+                    other = tl.load(indices + token * topk + earlier, mask=token < tokens, other=-1)
+                    at += (other == own).to(tl.int32)
+                used = token < tokens
+                if BLOCKS > 1:
+                    used = used & (own // EXPERTS == block)
+                tl.store(pairs + at, token * topk + choice, mask=used)
+        else:
+            tl.store(pairs + place, token[:, None] * topk + (table & 0xFFFF), mask=present > 0)
+        own_tiles = (counts + TILE - 1) // TILE
+        first_tile = tiled + tl.cumsum(own_tiles, axis=0) - own_tiles
+        for i in range(tl.max(own_tiles, axis=0)):
+            at, used, first = first_tile + i, i < own_tiles, starts + i * TILE
+            tl.store(tile_expert + at, expert, mask=used)
+            tl.store(tile_first + at, first, mask=used)
+            tl.store(tile_last + at, tl.minimum(first + TILE, starts + counts), mask=used)
+        placed += tl.sum(counts, axis=0)
+        tiled += tl.sum(own_tiles, axis=0)
+    tl.store(tiles, tiled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +179,10 @@ def routing(
         SLOTS=triton.next_power_of_2(topk), num_warps=1,
     )  # fmt: skip
     if tokens > 1:
+        own = min(EXPERTS, triton.next_power_of_2(experts))
         router_order[(1,)](
             indices=r.indices, **r.lists(), tokens=tokens, topk=topk,
-            TOKENS=triton.next_power_of_2(tokens), EXPERTS=triton.next_power_of_2(experts),
-            TILE=TILE, num_warps=8,
+            TOKENS=triton.next_power_of_2(tokens), EXPERTS=own, TILE=TILE,
+            BLOCKS=triton.cdiv(experts, own), num_warps=8,
         )  # fmt: skip
     return r

@@ -69,8 +69,7 @@ def work_of(config: ModelConfig, way: str, cache: StoredCache, device: str) -> S
     ids = (torch.arange(TOKENS) * 997 % VOCABULARY).to(device)
     if way == "prefill":
         return Chunk.create(config, cache, 0, CONTEXT - TOKENS, ids)
-    positions = torch.full((TOKENS,), CONTEXT - 1, dtype=torch.int32, device=device)
-    return Step.create(config, positions, ids, CONTEXT)
+    return Step.create(config, cache, [CONTEXT - 1] * TOKENS, ids, CONTEXT)
 
 
 def logits(streams: torch.Tensor, merge: MergeSite, head: torch.Tensor, c: ModelConfig):
@@ -167,8 +166,7 @@ def test_a_long_chunk_agrees_with_decoding_it(
     mine, rows = moved_cache(cache, "cuda"), []
     with torch.inference_mode(), use_backend("triton"):
         for i in range(LONG):
-            at = torch.full((1,), start + i, dtype=torch.int32, device="cuda")
-            step = Step.create(config, at, ids[i : i + 1], CONTEXT)
+            step = Step.create(config, mine, [start + i], ids[i : i + 1], CONTEXT)
             rows.append(run_layers(config, own, mine, step, given[i : i + 1]).streams_now())
     decoded = torch.cat(rows)
     noise, many, apart = errors(decoded, exact), errors(found, exact), errors(found, decoded.cpu())

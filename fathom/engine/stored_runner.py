@@ -46,7 +46,7 @@ from fathom.kernels.device import NEEDED, unfit
 from fathom.model.config import ModelConfig
 from fathom.model.stored import MergeSite, StoredModel, unstorable
 from fathom.model.stored_forward import Choices, run_layers
-from fathom.model.stored_work import MOST_TOKENS, Chunk, Step, frequencies
+from fathom.model.stored_work import MOST_TOKENS, Chunk, Step, check_place, frequencies
 from fathom.model.transformer import Transformer
 
 _head_logits = operation("head_logits")
@@ -185,7 +185,11 @@ class StoredRunner:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> None:
-        """All main layers for a batch; `logits` and `streams` then read its rows."""
+        """All main layers for a batch; `logits` and `streams` then read its rows.
+
+        Raises ConfigError for a piece that the memory has no place for, before anything is written.
+        """
+        self._check(batch)
         if self.export:
             self._make_room_for_choices()
         spans, chunks, row = [], [], 0
@@ -216,7 +220,12 @@ class StoredRunner:
         self._draft(batch, self._streams.index_select(0, rows))
         return self._read(which, wanted, self._stored.mtp[0].merge)
 
+    def _check(self, batch: Batch) -> None:
+        for piece in batch.pieces:
+            check_place(self._main, piece.slot, piece.start, len(piece.tokens))
+
     def _draft(self, batch: Batch, streams: torch.Tensor) -> None:
+        self._check(batch)
         self._given[: len(streams)] = streams
         spans, row = [], 0
         for piece in batch.pieces:

@@ -197,7 +197,7 @@ def layers_time(model: StoredModel, batch: int, context: int, repeat: int) -> fl
     ratios = [layer.ratio for layer in model.layers]
     with torch.inference_mode():
         cache = gpu_speed.filled_cache(config, ratios, batch, context)
-        step = gpu_speed.decode_step(config, batch, context)
+        step = gpu_speed.decode_step(config, cache, batch, context)
         streams = torch.randn(batch, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
         graph, _ = gpu_speed.captured(
             lambda: run_layers(config, model.layers, cache, step, streams)

@@ -1,7 +1,7 @@
 """Each kernel of a decode step by itself: its part of a layer, its time, the bytes it must read.
 
-Kernels of one name are told apart by the order of their calls: launches are listed while a profile
-runs, and what a launch is handed (a matrix of a layer, a ring, the pool) says what it is for.
+Calls of one kernel are told apart by their order: launches are listed while a profile runs, and
+what a launch is handed (a matrix of a layer, a ring, the pool) says what it is for.
 
 Paper: §3.1 (fused kernels); §2.3.4 (efficiency).
 """
@@ -24,7 +24,7 @@ from fathom.quant.kv_pack import IndexerFormat
 
 NAMES = {0: "SWA", 4: "CSA", 128: "HCA"}
 HEAD = "head"
-BOUNDARY = "mhc"  # the module whose kernels make an mHC boundary
+BOUNDARY = "mhc_"  # what names of the kernels that make an mHC boundary begin with
 REPEAT = 5
 
 
@@ -34,7 +34,6 @@ class Launched:
     num_bytes: of weights and of the cache that it must read.
     """
 
-    module: str
     kernel: str
     part: str
     num_bytes: int
@@ -110,7 +109,6 @@ class Model:
 
     def launched(self, kernel: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
         """What a launch is for. kernel: Triton's; arguments: tensors, descriptors, numbers."""
-        module = kernel.fn.__module__.rpartition(".")[2]
         name, kinds, parts, size = kernel.fn.__name__, [], [], 0.0
         seen: set[tuple[int, int]] = set()
         for value in (*arguments, *keywords.values()):
@@ -123,16 +121,16 @@ class Model:
                 continue
             seen.add(here)
             kind, part, read = known
-            if module == BOUNDARY and not part.endswith("site"):
+            if name.startswith(BOUNDARY) and not part.endswith("site"):
                 continue  # named for those that come after it
             kinds += [kind] if kind not in kinds else []
             parts += [part] if part not in parts else []
             size += read * tensor.numel() * tensor.element_size()
-        if (module, name) == ("index", "_scores"):
+        if name == "index_scores":
             kinds, parts, size = ["CSA"], ["index keys"], float(self._keys())
-        elif (module, name) == ("attention", "_attend"):
+        elif name == "attention_attend":
             parts, size = ["entries"], float(self._entries(keywords["KIND"]))
-        return Launched(module, name, " ".join([*kinds, ", ".join(parts)]).strip(), int(size))
+        return Launched(name, " ".join([*kinds, ", ".join(parts)]).strip(), int(size))
 
     def _keys(self) -> int:
         key = kv_pack.indexer_entry_bytes(self.key_format, self.config.index_head_dim)
@@ -208,7 +206,7 @@ def _matched(
         found.setdefault(launch, []).append(us)
     rows = [
         KernelTime(
-            kernel=f"{launch.module}.{launch.kernel}",
+            kernel=launch.kernel,
             part=launch.part,
             calls=len(times) // REPEAT,
             us=statistics.median(times),
@@ -217,5 +215,5 @@ def _matched(
         for launch, times in found.items()
     ]
     rows.sort(key=lambda row: -row.calls * row.us)
-    own = sum(row.calls * row.us for row in rows if row.kernel.startswith(f"{BOUNDARY}."))
+    own = sum(row.calls * row.us for row in rows if row.kernel.startswith(BOUNDARY))
     return StepKernels(kernels=rows, boundary=own / boundaries)

@@ -289,7 +289,7 @@ def step_time(
     of index keys.
     """
     cache = filled_cache(config, [layer.ratio for layer in layers], tokens, context, keys)
-    step = decode_step(config, tokens, context)
+    step = decode_step(config, cache, tokens, context)
     streams = torch.randn(tokens, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
     whole, choices = writing(config, layers, cache, step, streams), Choices()
     graph, launches = captured(whole)
@@ -341,16 +341,15 @@ def touch_step(
     ratios = [layer.ratio for layer in layers]
     cache = StoredCache.empty(config, ratios, tokens, -(-context // SLAB_TOKENS), "cuda", keys)
     streams = torch.zeros(tokens, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
-    writing(config, layers, cache, decode_step(config, tokens, context), streams)()
+    writing(config, layers, cache, decode_step(config, cache, tokens, context), streams)()
     head = torch.zeros(config.vocab_size, config.hidden_size, device="cuda", dtype=torch.bfloat16)
     _head_logits(torch.zeros(1, config.hidden_size, device="cuda"), head)
 
 
-def decode_step(config: ModelConfig, tokens: int, context: int) -> Step:
+def decode_step(config: ModelConfig, cache: StoredCache, tokens: int, context: int) -> Step:
     """A step at the last position of `context`."""
-    positions = torch.full((tokens,), context - 1, dtype=torch.int32, device="cuda")
     ids = torch.arange(tokens, device="cuda") * 997 % config.vocab_size
-    return Step.create(config, positions, ids, context)
+    return Step.create(config, cache, [context - 1] * tokens, ids, context)
 
 
 def topk_time(entries: int, k: int, repeat: int = 50) -> float:
@@ -389,7 +388,7 @@ def profile_kernels(
 ) -> StepKernels:
     """The kernels of one token behind `context` - 1 others through all layers, and of the head."""
     cache = filled_cache(config, [layer.ratio for layer in layers], 1, context)
-    step = decode_step(config, 1, context)
+    step = decode_step(config, cache, 1, context)
     streams = torch.randn(1, config.hc_mult, config.hidden_size, device="cuda").bfloat16()
     head = torch.randn(config.vocab_size, config.hidden_size, device="cuda", dtype=torch.bfloat16)
     hidden = torch.randn(1, config.hidden_size, device="cuda")

@@ -9,7 +9,7 @@ Paper: §2.3 (attention), §3.4 (FP4 and FP8 inference), §3.5.1 (cache layout).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,15 +50,37 @@ def frequencies(config: ModelConfig, device: torch.device | str) -> Tensor:
     return torch.stack([table.frequencies for table in tables]).to(device)
 
 
+def check_place(cache: StoredCache, sequence: int, start: int, count: int) -> None:
+    """Raise ConfigError unless `count` tokens of a sequence have places in the cache from position
+    `start` on: kernels find them through its page table and would take a neighbour's.
+    """
+    sequences, slabs = cache.table.shape
+    end, room = start + count, slabs * SLAB_TOKENS
+    if not 0 <= sequence < sequences:
+        raise ConfigError(f"the cache has {sequences} sequences: there is no number {sequence}")
+    if start < 0 or count < 1:
+        raise ConfigError(
+            f"a sequence has at least one token, from position 0 on, not {count} from {start}"
+        )
+    if end > room:
+        raise ConfigError(
+            f"tokens {start} to {end} of a sequence do not fit its {slabs} slabs of "
+            f"{SLAB_TOKENS}: give the cache {-(-end // SLAB_TOKENS)} slabs a sequence"
+        )
+
+
 @dataclass(slots=True, kw_only=True)
 class Step:
     """The rows of one decode step, at fixed addresses, so that a graph can replay it.
 
     rows: [4, tokens] int32, see fathom/kernels/reference/stored.py: position, slot, first row of
     the piece, known length; token_ids: [tokens]; rotations: [4, tokens, 2, rope_dim / 2];
-    most_positions: a bound on every position + 1, which sizes the grids. A piece has at most as
-    many rows as the cache's rings have room for beyond what is looked at. A row's result is the
-    same bits whatever the others are.
+    most_positions: a bound on every position + 1, which sizes the grids: entries beyond it are not
+    looked at. A piece has at most as many rows as the cache's rings have room for beyond what is
+    looked at. A row's result is the same bits whatever the others are.
+
+    `create` checks positions; whoever makes the rows otherwise has checked them (`check_place`),
+    before they are on a device.
     """
 
     rows: Tensor
@@ -68,18 +90,34 @@ class Step:
 
     @classmethod
     def create(
-        cls, config: ModelConfig, positions: Tensor, token_ids: Tensor, most_positions: int
+        cls,
+        config: ModelConfig,
+        cache: StoredCache,
+        positions: Sequence[int],
+        token_ids: Tensor,
+        most_positions: int,
     ) -> Step:
-        """One token of each of the cache's first sequences. positions: [tokens] int32; token_ids:
-        [tokens] int64. Raises ConfigError for more than 64.
+        """One token of each of the cache's first sequences. token_ids: [tokens] int64, where the
+        cache is. Raises ConfigError for more than 64, for positions that the cache does not hold
+        and for a bound that they pass.
         """
         count = len(positions)
         if count > MOST_TOKENS:
             raise ConfigError(
                 f"a decode step takes at most {MOST_TOKENS} sequences, not {count}: split the batch"
             )
-        every = torch.arange(count, dtype=torch.int32, device=positions.device)
-        rows = torch.stack((positions, every, every, torch.zeros_like(every)))
+        if count != len(token_ids):
+            raise ConfigError(f"there are {count} positions for {len(token_ids)} tokens")
+        for sequence, position in enumerate(positions):
+            check_place(cache, sequence, position, 1)
+            if position >= most_positions:
+                raise ConfigError(
+                    f"position {position} is not below the bound of {most_positions} positions: "
+                    "entries beyond it would be ignored"
+                )
+        every = list(range(count))
+        table = [list(positions), every, every, [0] * count]
+        rows = torch.tensor(table, dtype=torch.int32, device=token_ids.device)
         return cls(
             rows=rows,
             token_ids=token_ids,
@@ -189,21 +227,8 @@ class Chunk:
         / 2], without which the host waits for the device. Raises ConfigError for a chunk that the
         cache cannot hold.
         """
-        sequences, slabs = cache.table.shape
-        end, room = start + len(token_ids), slabs * SLAB_TOKENS
-        if not 0 <= sequence < sequences:
-            raise ConfigError(f"the cache has {sequences} sequences: there is no number {sequence}")
-        if start < 0 or len(token_ids) == 0:
-            raise ConfigError(
-                f"a chunk has at least one token and a start of at least 0, not "
-                f"{len(token_ids)} tokens from {start}"
-            )
-        if end > room:
-            raise ConfigError(
-                f"tokens {start} to {end} of a sequence do not fit its {slabs} slabs of "
-                f"{SLAB_TOKENS}: give the cache {-(-end // SLAB_TOKENS)} slabs a sequence"
-            )
-        device = token_ids.device
+        check_place(cache, sequence, start, len(token_ids))
+        end, device = start + len(token_ids), token_ids.device
         plain, yarn = frequencies(config, device) if turns is None else turns
         at = torch.arange(start, end, device=device)
         rotations = [rotated(at, plain), rotated(at, yarn)]

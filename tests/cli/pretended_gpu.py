@@ -51,12 +51,12 @@ class Graph:
 
 
 LAUNCHED = [
-    Launched("few_linear", "_linear", "SWA low", 8 << 20),
-    Launched("mhc", "_read", "", 0),
-    Launched("few_linear", "_linear", "CSA low, plain", 16 << 20),
-    Launched("route", "_choose", "CSA bias", 1024),
-    Launched("index", "_choose", "", 0),
-    Launched("step", "_logits", "head", 1 << 30),
+    Launched("fp8_linear", "SWA low", 8 << 20),
+    Launched("mhc_read", "", 0),
+    Launched("fp8_linear", "CSA low, plain", 16 << 20),
+    Launched("router_choose", "CSA bias", 1024),
+    Launched("topk_choose", "", 0),
+    Launched("head_products", "head", 1 << 30),
 ]  # of one step
 
 
@@ -72,7 +72,7 @@ class Profile:
         device = SimpleNamespace(name="CUDA")
         return [
             SimpleNamespace(key=name, count=5, self_device_time_total=50.0, device_type=device)
-            for name in ("_linear", "Memcpy")
+            for name in ("fp8_linear", "Memcpy")
         ]
 
     def events(self) -> list[Any]:

@@ -103,11 +103,9 @@ def test_the_whole_way_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert verdicts["decode, a layer at 4K"] == "pass"
     assert verdicts["choice among 64"].startswith("short by")
     # 16 MiB in 20 microseconds are 28% of 3 TB/s; a gibibyte is more than there can be.
-    assert verdicts["CSA low, plain, 16.8 MB (few_linear._linear), of the copy rate"] == (
-        "short by 53%"
-    )
-    assert verdicts["SWA low, 8.4 MB (few_linear._linear), of the copy rate"] == "short by 77%"
-    assert verdicts["head, 1073.7 MB (step._logits), of the copy rate"] == "pass"
+    assert verdicts["CSA low, plain, 16.8 MB (fp8_linear), of the copy rate"] == "short by 53%"
+    assert verdicts["SWA low, 8.4 MB (fp8_linear), of the copy rate"] == "short by 77%"
+    assert verdicts["head, 1073.7 MB (head_products), of the copy rate"] == "pass"
     assert verdicts["index keys, of the copy rate"] == "not measured"
     assert found["one mHC boundary"]["found"] == pytest.approx(20 / 6)  # six of them
 

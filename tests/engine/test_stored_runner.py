@@ -240,6 +240,34 @@ def test_no_row_of_a_step_overwrites_what_another_reads() -> None:
                 assert not places & {p % ring for p in read}
 
 
+@pytest.mark.parametrize("invariant", [True, False])
+@pytest.mark.parametrize(
+    ("slot", "start", "said"),
+    [
+        (0, None, "do not fit its"), (0, -1, "from position 0 on"), (99, 0, "no number 99"),
+        (-1, 0, "no number -1"),
+    ],
+)  # fmt: skip
+def test_a_piece_beyond_the_memory_is_refused_before_anything_is_written(
+    net: Transformer, slot: int, start: int | None, said: str, invariant: bool
+) -> None:
+    served = serve(net, batch_invariant=invariant)
+    memory = served.memory
+    assert memory.tables.shape[0] < 99
+    if start is None:
+        start = memory.tables.shape[1] * 256 - 20
+    before = memory.slabs.data.clone(), memory.slots.data.clone()
+    good = Piece(slot=1, start=0, tokens=prompt(40, 0))
+    bad = Piece(slot=slot, start=start, tokens=prompt(40, 1))
+    batch = Batch.of([good, bad])
+    with pytest.raises(ConfigError, match=said):
+        served.runner.forward(batch)
+    with pytest.raises(ConfigError, match=said):
+        served.runner.draft(batch, np.zeros((80, 4, net.config.hidden_size), np.float32))
+    assert torch.equal(before[0], memory.slabs.data)
+    assert torch.equal(before[1], memory.slots.data)
+
+
 def test_steps_are_as_full_as_can_be() -> None:
     pieces = [Piece(slot=i, start=7, tokens=list(range(n))) for i, n in enumerate((1, 1, 100, 30))]
     spans, row = [], 0

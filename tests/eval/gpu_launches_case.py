@@ -37,9 +37,9 @@ def main() -> None:
     cache = StoredCache.empty(config, ratios, 1, CONTEXT // SLAB_TOKENS, "cpu")
     head = torch.zeros(config.vocab_size, config.hidden_size, dtype=torch.bfloat16)
     model = Model.of(config, layers, cache, CONTEXT, head)
-    positions = torch.tensor([CONTEXT - 1], dtype=torch.int32)
     with use_backend("triton"), Zeroed(), recorded() as launches:
-        work = Step.create(config, positions, torch.zeros(1, dtype=torch.int64), CONTEXT)
+        ids = torch.zeros(1, dtype=torch.int64)
+        work = Step.create(config, cache, [CONTEXT - 1], ids, CONTEXT)
         streams = torch.zeros(1, config.hc_mult, config.hidden_size, dtype=torch.bfloat16)
         run_layers(config, layers, cache, work, streams).streams_now()
         _step.head_logits(torch.zeros(1, config.hidden_size), head)

@@ -14,8 +14,8 @@ import pytest
 from fathom.eval.gpu_launches import REPEAT, Launched, _matched
 
 ONE = [
-    Launched("route", "_choose", "CSA bias", 4), Launched("index", "_choose", "", 0),
-    Launched("mhc", "_read", "", 0),
+    Launched("fp8_linear", "CSA low, plain", 4), Launched("fp8_linear", "CSA wo b", 8),
+    Launched("mhc_read", "", 0),
 ]  # fmt: skip
 
 
@@ -29,13 +29,13 @@ def test_all_launches_together_read_what_a_step_must(repository: Any) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     launches = [Launched(**one) for one in found["launches"]]
-    names = {(one.module, one.kernel, one.part) for one in launches}
+    names = {(one.kernel, one.part) for one in launches}
     for kind in ("SWA", "CSA", "HCA"):
         for part in ("high", "wo a", "wo b", "shared up, gate", "experts up", "entries"):
-            assert sum(own == f"{kind} {part}" for _, _, own in names) == 1, (kind, part)
-    assert ("few_linear", "_linear", "SWA low") in names
-    assert ("few_linear", "_linear", "CSA low, plain") in names
-    assert ("index", "_scores", "CSA index keys") in names
+            assert sum(own == f"{kind} {part}" for _, own in names) == 1, (kind, part)
+    assert ("fp8_linear", "SWA low") in names
+    assert ("fp8_linear", "CSA low, plain") in names
+    assert ("index_scores", "CSA index keys") in names
     assert [one.num_bytes for one in launches if one.part == "head"] == [found["head"]]
     total, expected = sum(one.num_bytes for one in launches), sum(found["bytes"]) + found["head"]
     assert total == pytest.approx(expected, rel=0.01)
@@ -45,16 +45,16 @@ def events(order: list[Launched], us: float = 4.0) -> list[tuple[float, float, s
     return [(10.0 * i, 10.0 * i + us, one.kernel) for i, one in enumerate(order)]
 
 
-def test_kernels_of_one_name_are_told_apart_by_their_order() -> None:
+def test_calls_of_one_kernel_are_told_apart_by_their_order() -> None:
     order = ONE * REPEAT
     times = events(order)
-    times = [(s, s + 9.0, n) if order[i].module == "index" else (s, e, n)
+    times = [(s, s + 9.0, n) if order[i].part == "CSA wo b" else (s, e, n)
              for i, (s, e, n) in enumerate(times)]  # fmt: skip
     found = _matched(order, sorted([*times, (1.0, 2.0, "Memcpy")]), boundaries=2)
-    rows = {row.kernel: row for row in found.kernels}
-    assert next(iter(rows)) == "index._choose"
-    assert (rows["index._choose"].us, rows["route._choose"].us) == (9.0, 4.0)
-    assert rows["route._choose"].part == "CSA bias"
+    rows = {row.part: row for row in found.kernels}
+    assert next(iter(rows)) == "CSA wo b"
+    assert (rows["CSA wo b"].us, rows["CSA low, plain"].us) == (9.0, 4.0)
+    assert [rows[part].kernel for part in ("CSA wo b", "")] == ["fp8_linear", "mhc_read"]
     assert all(row.calls == 1 for row in found.kernels)
     assert found.boundary == 2.0
 

@@ -116,16 +116,20 @@ def prefill_experts(cols: int, rows: int, scatter: bool) -> None:
 
 
 CASES: dict[str, tuple[Callable[[], None], str]] = {
-    "decode attention, CSA": (lambda: decode_attention(4), "_attend"),
-    "decode attention, HCA": (lambda: decode_attention(128), "_attend"),
-    "prefill attention, CSA": (lambda: prefill_attention(4), "_attend"),
-    "index scores": (lambda: index_scores("fp4"), "_scores"),
-    "index scores, FP8 keys": (lambda: index_scores("fp8"), "_scores"),
-    "index keys stored, FP8": (lambda: index_keys("fp8"), "_prepare"),
-    "index keys decoded, FP8": (lambda: prefill_picks("fp8"), "_keys"),
-    "prefill experts, up": (lambda: prefill_experts(HIDDEN, INNER, False), "_grouped"),
-    "prefill experts, down": (lambda: prefill_experts(INNER, HIDDEN, True), "_grouped"),
-}
+    "decode attention, CSA": (lambda: decode_attention(4), "attention_attend"),
+    "decode attention, HCA": (lambda: decode_attention(128), "attention_attend"),
+    "prefill attention, CSA": (lambda: prefill_attention(4), "chunk_attention_attend"),
+    "index scores": (lambda: index_scores("fp4"), "index_scores"),
+    "index scores, FP8 keys": (lambda: index_scores("fp8"), "index_scores"),
+    "index keys stored, FP8": (lambda: index_keys("fp8"), "entries_store"),
+    "index keys decoded, FP8": (lambda: prefill_picks("fp8"), "chunk_index_keys"),
+    "prefill experts, up": (
+        lambda: prefill_experts(HIDDEN, INNER, scatter=False), "chunk_experts_grouped",
+    ),
+    "prefill experts, down": (
+        lambda: prefill_experts(INNER, HIDDEN, scatter=True), "chunk_experts_grouped",
+    ),
+}  # fmt: skip
 
 
 def launch_of(make: Callable[[], None], kernel: str) -> Launch:

@@ -92,7 +92,7 @@ def test_index_scores_in_groups(
 
 
 # Beyond 8,192 tokens there is a second chunk of far entries; 40,000 are 5 + 2 chunks, read by fours
-# in the interpreter; at 278,000 a GPU's `_combine` reads twice.
+# in the interpreter; at 278,000 a GPU's `attention_combine` reads twice.
 HCA_POSITIONS = [8191, 8392, 40_000, 278_527, MILLION - 1] if GPU else [8191, 8392, 40_000]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fathom.checkpoint import load_model
 from fathom.checkpoint.tiny import random_tensors, tiny_config, write_tiny
+from fathom.errors import ConfigError
 from fathom.kernels import use_backend
 from fathom.model.stored import StoredLayer
 from fathom.model.stored_cache import SlabLayout, StoredCache
@@ -52,15 +53,42 @@ def test_stored_decode_equals_the_model(tmp_path: Path, monkeypatch: pytest.Monk
         for position in range(TOKENS):
             token = ids[:, position : position + 1]
             expected = model.streams(token, reference)
-            step = Step.create(
-                config, torch.tensor([position], dtype=torch.int32), token[0], TOKENS
-            )
+            step = Step.create(config, cache, [position], token[0], TOKENS)
             streams = model.embed(token)[0].unsqueeze(1).repeat(1, config.hc_mult, 1)
             found = run_layers(config, layers, cache, step, streams).streams_now()
             error = (found - expected[0].float()).norm() / expected.norm()
             errors.append(error.item())
     # Once in a while a sum in another order rounds one code the other way, and all after it shift.
     assert sum(error < 1e-5 for error in errors) > 0.9 * TOKENS, errors
+
+
+@pytest.mark.parametrize(
+    ("positions", "bound", "said"),
+    [
+        ([256 + 127, 0], 512, r"tokens 383 to 384 .* its 1 slabs of 256: give the cache 2 slabs"),
+        ([0, 256], 512, r"tokens 256 to 257 of a sequence do not fit"),
+        ([-1, 0], 256, r"from position 0 on, not 1 from -1"),
+        ([0, 200], 200, r"position 200 is not below the bound of 200 positions"),
+        ([0, 1, 2], 256, r"the cache has 2 sequences: there is no number 2"),
+        ([0] * 65, 256, r"at most 64 sequences, not 65"),
+    ],
+)
+def test_a_step_must_fit_the_cache(positions: list[int], bound: int, said: str) -> None:
+    """Position 383 of a sequence with one slab would be stored in its neighbour's."""
+    config = tiny_config("instruct", **SIZES)
+    cache = StoredCache.empty(config, config.compress_ratios, 2, 1, "cpu")
+    with pytest.raises(ConfigError, match=said):
+        Step.create(config, cache, positions, torch.zeros(len(positions)).long(), bound)
+
+
+def test_a_step_has_a_position_for_every_token() -> None:
+    config = tiny_config("instruct", **SIZES)
+    cache = StoredCache.empty(config, config.compress_ratios, 2, 1, "cpu")
+    with pytest.raises(ConfigError, match="1 positions for 2 tokens"):
+        Step.create(config, cache, [3], torch.zeros(2).long(), 256)
+    step = Step.create(config, cache, [255, 7], torch.zeros(2).long(), 256)
+    assert step.rows.tolist() == [[255, 7], [0, 1], [0, 1], [0, 0]]
+    assert step.rows.dtype == torch.int32
 
 
 def test_a_slab_of_v4_flash_has_the_documented_bytes() -> None:

@@ -82,8 +82,7 @@ def test_blocks_over_the_kernels_equal_the_references(index: int) -> None:
         with torch.inference_mode(), use_backend(backend):
             chunk = Chunk.create(c, cache, 0, START, ids[:TOKENS])
             read = run_layers(c, [layer], cache, chunk, given[:TOKENS]).streams_now()
-            positions = torch.tensor(STEP, dtype=torch.int32)
-            step = Step.create(c, positions, ids[TOKENS:], 256)
+            step = Step.create(c, cache, STEP, ids[TOKENS:], 256)
             decoded = run_layers(c, [layer], cache, step, given[TOKENS:]).streams_now()
         results.append((torch.cat((read, decoded)).flatten(1), cache))
     (expected, stored), (found, own) = results

@@ -58,14 +58,13 @@ def decoded(
     ids, streams = prompt
     out = []
     for position in range(first, last):
-        at = torch.tensor([position], dtype=torch.int32)
-        step = Step.create(config, at, ids[position : position + 1], position + 1)
         one = StoredCache(
             cache.offsets,
             [_of(layer, sequence) for layer in cache.layers],
             cache.pool,
             cache.table[sequence : sequence + 1],
         )
+        step = Step.create(config, one, [position], ids[position : position + 1], position + 1)
         work = run_layers(config, layers, one, step, streams[position][None])
         out.append(work.streams_now())
     return torch.cat(out)

@@ -138,10 +138,12 @@ def _sketched(value: Any) -> Any:
 def compile_kernel(sketch: Sketch) -> None:
     """Into Triton's cache, for the device of this process."""
     kernel = getattr(importlib.import_module(sketch.module), sketch.name)
-    arguments = [
-        TensorDescriptor(v.base, list(v.shape), list(v.strides), list(v.tile))
-        if isinstance(v, Tiled)
-        else v
-        for v in sketch.arguments
-    ]
-    kernel.warmup(*arguments, grid=(1,), **dict(sketch.keywords))
+    arguments = (_described(value) for value in sketch.arguments)
+    keywords = {name: _described(value) for name, value in sketch.keywords}
+    kernel.warmup(*arguments, grid=(1,), **keywords)
+
+
+def _described(value: Any) -> Any:
+    if not isinstance(value, Tiled):
+        return value
+    return TensorDescriptor(value.base, list(value.shape), list(value.strides), list(value.tile))

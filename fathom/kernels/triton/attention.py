@@ -1,10 +1,10 @@
 """Decode attention over stored entries: the window's ring and compressed entries of paged blocks.
 
-`_turn` normalises and rotates the queries. `_attend` gives every chunk of entries a program with
-all heads, or 64 of them, which reads the 584-byte entries once, decodes them in registers and keeps
-an online softmax; `_combine` joins the chunks in a fixed order, adds the sink and turns the outputs
-back. Chunks are cut by position alone, never
-by the batch or the longest context, so that a sequence's result does not depend on its company.
+`attention_queries` normalises and rotates the queries. `attention_attend` gives every chunk of
+entries a program with all heads, or 64 of them, which reads the 584-byte entries once, decodes them
+in registers and keeps an online softmax; `attention_combine` joins the chunks in a fixed order,
+adds the sink and turns the outputs back. Chunks are cut by position alone, never by the batch or
+the longest context, so that a sequence's result does not depend on its company.
 
 Bytes: 584 an entry for every 64 heads where they fit the L2 cache; 4 * head_dim * heads a chunk for
 the partial results.
@@ -46,8 +46,8 @@ TILES = {
     128: _Tiles(heads=64, near=64, far=64, step=64),
 }
 WARPS, STAGES = 8, 2
-TURNED_HEADS = 4  # of one program of _turn
-PART = 128  # columns of one program of _combine
+TURNED_HEADS = 4  # of one program of attention_queries
+PART = 128  # columns of one program of attention_combine
 AT_ONCE = 32  # chunks that it reads at once
 
 
@@ -58,36 +58,44 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _turn(
+def turned_heads(
+    query, cos, eps, COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr
+):  # fmt: skip
+    """Queries at pointers [HEADS, WIDE], COLS of it used, normalised per head and rotated."""
+    dtype: tl.constexpr = query.dtype.element_ty
+    q = tl.load(query, mask=tl.arange(0, WIDE)[None, :] < COLS, other=0.0).to(tl.float32)
+    mean = rounded(tl.sum(rounded(q * q, dtype), axis=1) / COLS, dtype)
+    r = rounded(1.0 / tl.sqrt(rounded(mean + eps, dtype)), dtype)
+    q = rounded(q * r[:, None], dtype)
+    even, odd = tl.split(tl.reshape(q, [HEADS, WIDE // 2, 2]))
+    even, odd = turn(even, odd, cos, cos + ROPE // 2, WIDE // 2, (COLS - ROPE) // 2, ROPE // 2)
+    return tl.reshape(tl.join(even, odd), [HEADS, WIDE]).to(dtype)
+
+
+@triton.jit
+def attention_queries(
     query, query_stride, rotation, turned, heads, eps,
     COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Queries normalised per head and rotated: turned [tokens, heads, COLS]."""
     token = tl.program_id(1).to(tl.int64)
-    dtype: tl.constexpr = query.dtype.element_ty
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     col = tl.arange(0, WIDE)[None, :]
     at = head[:, None] * COLS + col
-    q = tl.load(query + token * query_stride + at, mask=col < COLS, other=0.0).to(tl.float32)
-    mean = rounded(tl.sum(rounded(q * q, dtype), axis=1) / COLS, dtype)
-    r = rounded(1.0 / tl.sqrt(rounded(mean + eps, dtype)), dtype)
-    q = rounded(q * r[:, None], dtype)
-    even, odd = tl.split(tl.reshape(q, [HEADS, WIDE // 2, 2]))
-    cos = rotation + token * ROPE
-    even, odd = turn(even, odd, cos, cos + ROPE // 2, WIDE // 2, (COLS - ROPE) // 2, ROPE // 2)
-    own = turned + token * heads * COLS
-    both = tl.reshape(tl.join(even, odd), [HEADS, WIDE])
-    tl.store(own + at, both.to(dtype), mask=col < COLS)
+    own, cos = query + token * query_stride + at, rotation + token * ROPE
+    both = turned_heads(own, cos, eps, COLS, ROPE, WIDE, HEADS)
+    tl.store(turned + token * heads * COLS + at, both, mask=col < COLS)
 
 
 @triton.jit
-def _attend(
+def attention_attend(
     turned, rows, tokens, ring, ring_stride, pool, page_stride, entry_offset, table, pages, picks,
     picks_count, partial, sums, heads, scale,
     KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
     WINDOW: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr,
     NEAR: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
+    """A chunk's entries as seen by HEADS heads: a partial output, its maximum and its sum."""
     chunk, group, token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     dtype: tl.constexpr = turned.dtype.element_ty
     DATA: tl.constexpr = COLS + ROPE
@@ -172,11 +180,12 @@ def _attend(
 
 
 @triton.jit
-def _combine(
+def attention_combine(
     partial, sums, sink, rotation, out, chunks, heads,
     COLS: tl.constexpr, ROPE: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
+    """PART columns of a head's output from all its chunks, turned back."""
     head, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
     own = (token * chunks) * heads + head
     every = tl.arange(0, CHUNKS)
@@ -243,22 +252,24 @@ def entry_attention(
     out = torch.empty(tokens, heads * head_dim, dtype=query.dtype, device=query.device)
     rope, each = 2 * rotation.shape[-1], min(heads, TURNED_HEADS)
     wide = triton.next_power_of_2(head_dim)
-    _turn[(heads // each, tokens)](
+    attention_queries[(heads // each, tokens)](
         query, query.stride(0), rotation, turned, heads, norm_eps, COLS=head_dim, ROPE=rope,
         WIDE=wide, HEADS=each, num_warps=4,
     )  # fmt: skip
-    _attend[(chunks, heads // own_heads, tokens)](
-        turned, rows, tokens, ring, ring.stride(0),
-        pool if pool is not None else ring, pool.stride(0) if pool is not None else 0,
-        entry_offset, table if table is not None else rows,
-        table.stride(0) if table is not None else 0,
-        picks if picks is not None else rows, count, partial, sums, heads, head_dim**-0.5,
+    attention_attend[(chunks, heads // own_heads, tokens)](
+        turned=turned, rows=rows, tokens=tokens, ring=ring, ring_stride=ring.stride(0),
+        pool=pool if pool is not None else ring,
+        page_stride=pool.stride(0) if pool is not None else 0, entry_offset=entry_offset,
+        table=table if table is not None else rows,
+        pages=table.stride(0) if table is not None else 0,
+        picks=picks if picks is not None else rows, picks_count=count, partial=partial, sums=sums,
+        heads=heads, scale=head_dim**-0.5,
         KIND=kind, COLS=head_dim, ROPE=rope, WIDE=wide, WINDOW=window,
         RING=kv_pack.ring_entries(ring, head_dim, rope), PAGE=page_entries, CHUNK=tiles.far,
         NEAR=tiles.near, STEP=tiles.step, HEADS=own_heads, PICKED=picks is not None,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
-    _combine[(heads, tokens, triton.cdiv(head_dim, PART))](
+    attention_combine[(heads, tokens, triton.cdiv(head_dim, PART))](
         partial,
         sums,
         sink,

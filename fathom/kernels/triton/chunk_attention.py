@@ -1,9 +1,9 @@
 """Attention of a chunk: every token to its window, its picked or all visible entries, and the sink.
 
 Queries are normalised and rotated in place, stored entries decoded to BF16 once a chunk. A program
-of `_attend` owns one token: its heads are the rows of the matrix products, 64 keys a step are
-gathered, each serves as key and as value, and the softmax runs online. The window's rows are
-consecutive and shared by neighbouring tokens, so that they come from the cache. The outputs are
+of `chunk_attention_attend` owns one token: its heads are the rows of the matrix products, 64 keys a
+step are gathered, each serves as key and as value, and the softmax runs online. The window's rows
+are consecutive and shared by neighbouring tokens, so that they come from the cache. The outputs are
 turned back and take the queries' memory.
 
 FLOP: 4 * 512 * 64 for each query and key: 5.6e11 for 8,192 tokens that pick 512 entries, 1.4e11 for
@@ -20,49 +20,44 @@ import triton
 import triton.language as tl
 
 from fathom.kernels.registry import register
-from fathom.kernels.triton.attention import rounded
+from fathom.kernels.triton.attention import rounded, turned_heads
 from fathom.kernels.triton.chunk_entries import read_entries
-from fathom.kernels.triton.entries import turn
 
 STEP = 64  # keys of one step of the online softmax
-TURNED_HEADS = 8  # of one program of _turn_queries
+HEADS = 64  # of one program, at most: more do not fit the shared memory
+TURNED_HEADS = 8  # of one program of chunk_attention_queries
 WARPS = 8
 STAGES = {0: 2, 4: 3, 128: 2}  # by kind: picks are loaded a step before the keys they name
 
 
 @triton.jit
-def _turn_queries(
+def chunk_attention_queries(
     query, query_stride, rotation, eps,
     COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Normalise each head and rotate it, in place."""
     token = tl.program_id(0).to(tl.int64)
-    dtype: tl.constexpr = query.dtype.element_ty
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     col = tl.arange(0, WIDE)[None, :]
     own = query + token * query_stride + head[:, None] * COLS + col
-    q = tl.load(own, mask=col < COLS, other=0.0).to(tl.float32)
-    mean = rounded(tl.sum(rounded(q * q, dtype), axis=1) / COLS, dtype)
-    r = rounded(1.0 / tl.sqrt(rounded(mean + eps, dtype)), dtype)
-    q = rounded(q * r[:, None], dtype)
-    even, odd = tl.split(tl.reshape(q, [HEADS, WIDE // 2, 2]))
-    cos = rotation + token * ROPE
-    even, odd = turn(even, odd, cos, cos + ROPE // 2, WIDE // 2, (COLS - ROPE) // 2, ROPE // 2)
-    tl.store(own, tl.reshape(tl.join(even, odd), [HEADS, WIDE]).to(dtype), mask=col < COLS)
+    both = turned_heads(own, rotation + token * ROPE, eps, COLS, ROPE, WIDE, HEADS)
+    tl.store(own, both, mask=col < COLS)
 
 
 @triton.jit(do_not_specialize=["start", "tokens"])
-def _attend(
+def chunk_attention_attend(
     query, query_stride, rotation, rows, picks, sink, start, tokens, scale,
     KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
     WINDOW: tl.constexpr, PICKS: tl.constexpr, STEP: tl.constexpr,
-    HEADS: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
+    """A token's whole attention for HEADS heads; its output takes the place of its queries."""
     # Late tokens see most: they start first, so that short ones fill the end.
-    token = (tokens - 1 - tl.program_id(0)).to(tl.int64)
+    token = (tokens - 1 - tl.program_id(0) // GROUPS).to(tl.int64)
     dtype: tl.constexpr = query.dtype.element_ty
     position = start + token
-    head, col = tl.arange(0, HEADS), tl.arange(0, WIDE)
+    head = tl.program_id(0) % GROUPS * HEADS + tl.arange(0, HEADS)
+    col = tl.arange(0, WIDE)
     used = (col < COLS)[None, :]
     own = query + token * query_stride + head[:, None] * COLS + col[None, :]
     q = tl.load(own, mask=used, other=0.0)
@@ -132,7 +127,7 @@ def chunk_attention(
     """
     tokens, heads, rope = query.shape[0], sink.shape[0], 2 * rotation.shape[-1]
     each, wide = min(TURNED_HEADS, heads), triton.next_power_of_2(head_dim)
-    _turn_queries[(tokens, heads // each)](
+    chunk_attention_queries[(tokens, heads // each)](
         query, query.stride(0), rotation, norm_eps, COLS=head_dim, ROPE=rope, WIDE=wide,
         HEADS=each, num_warps=4,
     )  # fmt: skip
@@ -147,11 +142,14 @@ def chunk_attention(
             pool, table, count, rows[near:], entry_offset=entry_offset, page_entries=page_entries,
             rope_dim=rope,
         )  # fmt: skip
-    _attend[(tokens,)](
+    own_heads = min(heads, HEADS)
+    groups = heads // own_heads
+    chunk_attention_attend[(tokens * groups,)](
         query, query.stride(0), rotation, rows, picks if picks is not None else rows, sink, start,
         tokens, head_dim**-0.5,
         KIND=kind, COLS=head_dim, ROPE=rope, WIDE=wide, WINDOW=window,
-        PICKS=picks.shape[1] if picks is not None else 0, STEP=STEP, HEADS=heads,
+        PICKS=picks.shape[1] if picks is not None else 0, STEP=STEP,
+        HEADS=own_heads, GROUPS=groups,
         num_warps=WARPS, num_stages=STAGES[kind],
     )  # fmt: skip
     return query[:, : heads * head_dim]

@@ -2,10 +2,10 @@
 entries and index keys of the windows it completes, the compressors' states; and the indexer's
 queries, rotated and rounded.
 
-Raw entries are also returned, decoded, for the chunk's own attention: `_older` reads those of the
-window before the chunk from the ring before `_raw` overwrites it. Windows are independent programs
-of `_compressed`; the ones that began before the chunk read the states, of which a copy is kept
-until all have, since the last window writes them.
+Raw entries are also returned, decoded, for the chunk's own attention: `chunk_entries_older` reads
+those of the window before the chunk from the ring before `chunk_entries_raw` overwrites it. Windows
+are independent programs of `chunk_entries_compressed`; the ones that began before the chunk read
+the states, of which a copy is kept until all have, since the last window writes them.
 
 Bytes a token of a CSA layer at V4-Flash's sizes: 10 KB of projections and 1 KB of raw entry read,
 16 KB of index queries read and written each; 0.3 GB and 0.1 ms for 8,192 tokens.
@@ -31,9 +31,9 @@ from fathom.kernels.triton.entries import (
 from fathom.quant import kv_pack
 
 Compressor = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-READ_ROWS = 16  # entries of one program of _read_entries
+READ_ROWS = 16  # entries of one program of chunk_entries_read
 STEP = 16  # tokens of one step through a window of 128
-INDEX_HEADS = 64  # of one program of _index_queries, at most
+INDEX_HEADS = 64  # of one program of chunk_index_queries, at most
 
 
 @triton.jit
@@ -52,11 +52,12 @@ def decode_entries(data, scales, live, COLS: tl.constexpr, ROPE: tl.constexpr, W
 
 
 @triton.jit
-def _read_entries(
+def chunk_entries_read(
     pool, page_stride, entry_offset, table, out, count,
     COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Compressed entries of a sequence, decoded: out [entries, COLS]."""
     entry = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = entry < count
     DATA: tl.constexpr = COLS + ROPE
@@ -84,7 +85,7 @@ def read_entries(
     [pages] int32; out: [entries, head_dim].
     """
     if count:
-        _read_entries[(triton.cdiv(count, READ_ROWS),)](
+        chunk_entries_read[(triton.cdiv(count, READ_ROWS),)](
             pool, pool.stride(0), entry_offset, table, out, count, COLS=out.shape[1],
             ROPE=rope_dim, WIDE=triton.next_power_of_2(out.shape[1]), PAGE=page_entries,
             ROWS=READ_ROWS, num_warps=4,
@@ -92,7 +93,7 @@ def read_entries(
 
 
 @triton.jit(do_not_specialize=["start"])
-def _older(
+def chunk_entries_older(
     ring, recent, start,
     COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, WINDOW: tl.constexpr,
     RING: tl.constexpr,
@@ -125,11 +126,12 @@ def _as_stored(value, COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["start", "tokens"])
-def _raw(
+def chunk_entries_raw(
     low, low_stride, kv_norm, rotation, ring, recent, start, tokens, eps,
     COLS: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, WINDOW: tl.constexpr,
     RING: tl.constexpr,
 ):  # fmt: skip
+    """A token's raw entry: decoded for the chunk, and into the ring unless it is overwritten."""
     token = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = low.dtype.element_ty
     DATA: tl.constexpr = COLS + ROPE
@@ -184,13 +186,14 @@ def _whole(
 
 
 @triton.jit(do_not_specialize=["start", "tokens", "known"])
-def _compressed(
+def chunk_entries_compressed(
     projected, stride, ape, norm, state, new_state, index_ape, index_norm, index_state,
     entry_rotation, table, pool, page_stride, entry_offset, index_offset, start, tokens, known, eps,
     dtype: tl.constexpr, KIND: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr,
     WIDE: tl.constexpr, INDEX_COLS: tl.constexpr, PAGE: tl.constexpr, TAIL: tl.constexpr,
     STEP: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
+    """A window's compressed entry, or its index key, where the chunk completes it."""
     DATA: tl.constexpr = COLS + ROPE
     SCALES: tl.constexpr = ((COLS - ROPE) // 64 + 7) // 8 * 8
     entry = start // KIND + tl.program_id(0)
@@ -225,11 +228,12 @@ def _compressed(
 
 
 @triton.jit
-def _index_queries(
+def chunk_index_queries(
     query, query_stride, rotation, out,
     ROPE: tl.constexpr, COLS: tl.constexpr, TOTAL: tl.constexpr, HEADS: tl.constexpr,
     DOT: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
+    """HEADS of a token's index queries, rotated and rounded."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     at = head[:, None] * COLS + tl.arange(0, COLS)[None, :]
@@ -288,8 +292,8 @@ def chunk_entries(
     sizes = {"COLS": head_dim, "ROPE": rope, "WIDE": triton.next_power_of_2(head_dim)}
     places = {"WINDOW": window, "RING": kv_pack.ring_entries(ring, head_dim, rope)}
     recent = torch.empty(window + tokens, head_dim, dtype=low.dtype, device=low.device)
-    _older[(window,)](ring, recent, start, **sizes, **places)
-    _raw[(tokens,)](
+    chunk_entries_older[(window,)](ring, recent, start, **sizes, **places)
+    chunk_entries_raw[(tokens,)](
         low[:, low.shape[1] - head_dim :], low.stride(0), kv_norm, rotation, ring, recent, start,
         tokens, norm_eps, num_warps=4, **sizes, **places,
     )  # fmt: skip
@@ -301,10 +305,12 @@ def chunk_entries(
     ape, norm, state = compressor
     _, index_norm, _ = index = index_compressor or compressor
     touched = (start + tokens - 1) // kind - start // kind + 1
-    _compressed[(touched, 2 if kind == 4 else 1)](
-        projected, projected.stride(0), ape, norm, state.clone(), state, index[0], index_norm,
-        index[2], entry_rotation, table, pool, pool.stride(0), *offsets, start, tokens, known,
-        norm_eps, dtype=tl.float32 if low.dtype == torch.float32 else tl.bfloat16,
+    chunk_entries_compressed[(touched, 2 if kind == 4 else 1)](
+        projected=projected, stride=projected.stride(0), ape=ape, norm=norm, state=state.clone(),
+        new_state=state, index_ape=index[0], index_norm=index_norm, index_state=index[2],
+        entry_rotation=entry_rotation, table=table, pool=pool, page_stride=pool.stride(0),
+        entry_offset=offsets[0], index_offset=offsets[1], start=start, tokens=tokens, known=known,
+        eps=norm_eps, dtype=tl.float32 if low.dtype == torch.float32 else tl.bfloat16,
         KIND=kind, INDEX_COLS=index_norm.shape[0] if kind == 4 else 64, PAGE=page_entries,
         TAIL=state.shape[1 if kind == 4 else 0], STEP=STEP, FP8=key_format == "fp8", num_warps=4,
         **sizes,
@@ -318,7 +324,7 @@ def chunk_entries(
     cols = index_norm.shape[0]
     index_query = torch.empty(tokens, index_heads, cols, dtype=low.dtype, device=low.device)
     each = min(INDEX_HEADS, index_heads)
-    _index_queries[(tokens, index_heads // each)](
+    chunk_index_queries[(tokens, index_heads // each)](
         query[:, query.shape[1] - index_heads * cols :], query.stride(0), rotation, index_query,
         ROPE=rope, COLS=cols, TOTAL=index_heads, HEADS=each,
         DOT=tl.float32 if low.dtype == torch.float32 else tl.bfloat16, FP8=key_format == "fp8",

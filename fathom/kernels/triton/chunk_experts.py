@@ -2,11 +2,11 @@
 
 (token, choice) pairs are sorted by expert, and their inputs, rounded to FP8 (exact in BF16), are
 laid out in that order, columns in the order in which codes are unpacked (fp4_words.py). A program
-of `_grouped` owns 256 rows of one expert's matrix, in two halves, and up to 128 of its pairs: FP4
-codes become BF16 on their way into the matrix units, as the operand that may come from registers,
-so that no widened weight is ever stored. While the matrix units multiply one half, the other half's
-codes are unpacked. That no register of a product under way is written to meanwhile is not promised
-by anybody; tests/kernels/test_sass.py reads it from the machine code.
+of `chunk_experts_grouped` owns 256 rows of one expert's matrix, in two halves, and up to 128 of its
+pairs: FP4 codes become BF16 on their way into the matrix units, as the operand that may come from
+registers, so that no widened weight is ever stored. While the matrix units multiply one half, the
+other half's codes are unpacked. That no register of a product under way is written to meanwhile is
+not promised by anybody; tests/kernels/test_sass.py reads it from the machine code.
 
 FLOP at 8,192 tokens of V4-Flash: 8,192 x 6 x 3 x 2 x 4,096 x 2,048 = 2.5e12, 3.2 ms at 770 TFLOP/s.
 Uniform routing gives an expert 192 pairs: a tile of 128, then one of 64 or of 128, which are full
@@ -79,7 +79,7 @@ def _products(
 
 
 @triton.jit
-def _grouped(
+def chunk_experts_grouped(
     x, few_x, codes, scale, more_codes, more_scale, out, order, starts, tile_expert, tile_first,
     rows, out_cols, experts,
     SCATTER: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, TOKENS: tl.constexpr,
@@ -116,7 +116,7 @@ def _grouped(
 
 
 @triton.jit
-def _lay_out(x, x_stride, places, out, groups, topk, GROUPS: tl.constexpr):
+def chunk_experts_lay_out(x, x_stride, places, out, groups, topk, GROUPS: tl.constexpr):
     """A row of x, rounded to FP8, to the places of all its pairs."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
@@ -129,7 +129,7 @@ def _lay_out(x, x_stride, places, out, groups, topk, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _cut(
+def chunk_experts_cut_tiles(
     starts, tile_expert, tile_first, experts, most, TOKENS: tl.constexpr, EXPERTS: tl.constexpr
 ):  # fmt: skip
     """The tiles of up to TOKENS places of each expert, and `experts` for each surplus tile."""
@@ -147,7 +147,7 @@ def _cut(
 
 
 @triton.jit
-def _swiglu_rounded(
+def chunk_experts_swiglu(
     both, weights, order, out, groups, limit,
     WEIGHED: tl.constexpr, ORDER: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -193,7 +193,7 @@ class ExpertOrder:
         places = torch.empty(pairs, **make).scatter_(0, order, torch.arange(pairs, **make))
         most = -(-pairs // tokens) + min(experts, pairs)
         tile_expert, tile_first = torch.empty(most, **make), torch.empty(most, **make)
-        _cut[(1,)](
+        chunk_experts_cut_tiles[(1,)](
             starts, tile_expert, tile_first, experts, most, TOKENS=tokens,
             EXPERTS=triton.next_power_of_2(experts), num_warps=4,
         )  # fmt: skip
@@ -220,10 +220,12 @@ def grouped_fp4(
     small = x.dtype == torch.float32
     half = min(32 if small else HALF, (rows & -rows) // 2)
     tiles = (plan.tile_tokens, plan.tile_tokens // 2)
-    descriptors = [TensorDescriptor.from_tensor(x, [tokens, 128]) for tokens in tiles]
-    _grouped[(out.shape[1] // (2 * half), len(plan.tile_expert))](
-        *descriptors, codes, scale, *matrices[-2:], out, plan.order, plan.starts, plan.tile_expert,
-        plan.tile_first, rows, out.shape[1], experts, SCATTER=scatter, HALF=half,
+    whole, part = (TensorDescriptor.from_tensor(x, [tokens, 128]) for tokens in tiles)
+    chunk_experts_grouped[(out.shape[1] // (2 * half), len(plan.tile_expert))](
+        x=whole, few_x=part, codes=codes, scale=scale, more_codes=matrices[-2],
+        more_scale=matrices[-1], out=out, order=plan.order, starts=plan.starts,
+        tile_expert=plan.tile_expert, tile_first=plan.tile_first, rows=rows,
+        out_cols=out.shape[1], experts=experts, SCATTER=scatter, HALF=half,
         COLS=2 * half_cols, TOKENS=plan.tile_tokens, BF16=not small,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
@@ -240,7 +242,7 @@ def _rounded_act(
     """
     rows, cols = both.shape[0], both.shape[1] // 2
     out = torch.empty(rows, cols, dtype=both.dtype, device=both.device)
-    _swiglu_rounded[(rows,)](
+    chunk_experts_swiglu[(rows,)](
         both, weights if weights is not None else both, order if order is not None else both, out,
         cols // 128, limit, WEIGHED=weights is not None,
         ORDER="columns" if weights is None else "ordered",
@@ -263,7 +265,7 @@ def routed_experts(
     plan = ExpertOrder.of(indices, experts, TOKENS)
     groups = hidden // 128
     rounded = torch.empty(tokens * topk, hidden, dtype=x.dtype, device=x.device)
-    _lay_out[(tokens,)](
+    chunk_experts_lay_out[(tokens,)](
         x, x.stride(0), plan.places, rounded, groups, topk,
         GROUPS=triton.next_power_of_2(groups), num_warps=4,
     )  # fmt: skip

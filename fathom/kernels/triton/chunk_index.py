@@ -1,10 +1,10 @@
 """The lightning indexer for many tokens: scores of a block of queries at a time, then a selection.
 
-Keys are decoded to BF16 once a chunk. A program of `_scores` holds 128 of them and lets some
-queries pass: one matrix product of 64 heads by 128 keys each. `_select` finds the k-th largest
-score of a query bit by bit and lists what lies above it, and of the scores equal to it the first:
-exact, deterministic, in ascending order of position, without a sort. Blocks of queries bound the
-memory of scores.
+Keys are decoded to BF16 once a chunk. A program of `chunk_index_scores` holds 128 of them and lets
+some queries pass: one matrix product of 64 heads by 128 keys each. `chunk_topk_choose` finds the
+k-th largest score of a query bit by bit and lists what lies above it, and of the scores equal to it
+the first: exact, deterministic, in ascending order of position, without a sort. Blocks of queries
+bound the memory of scores.
 
 FLOP: 2 * 64 * 128 for each query and visible entry, 1.4e11 for 8,192 tokens from the beginning,
 1.8e13 at a context of 1M. Bytes: scores written once and read 32 times, from the caches as long as
@@ -23,14 +23,14 @@ from fathom.kernels.registry import register
 from fathom.kernels.triton import index_keys
 from fathom.kernels.triton.index import sortable
 
-ENTRIES = 128  # keys of one program of _scores
-QUERIES = 32  # that pass a program of _scores
+ENTRIES = 128  # keys of one program of chunk_index_scores
+QUERIES = 32  # that pass a program of chunk_index_scores
 SCORE_BYTES = 256 * 2**20  # of one block of queries' scores
-SELECT_BLOCK = 8192  # scores that _select looks at at once
+SELECT_BLOCK = 8192  # scores that chunk_topk_choose looks at at once
 
 
 @triton.jit
-def _keys(
+def chunk_index_keys(
     pool, page_stride, index_offset, table, out, count,
     DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,7 @@ def _keys(
 
 
 @triton.jit(do_not_specialize=["position", "first", "tokens"])
-def _scores(
+def chunk_index_scores(
     query, weights, weights_stride, keys, scores, scores_stride, first, tokens, position, factor,
     HEADS: tl.constexpr, DIM: tl.constexpr, RATIO: tl.constexpr, ENTRIES: tl.constexpr,
     QUERIES: tl.constexpr, DOT: tl.constexpr,
@@ -72,10 +72,11 @@ def _scores(
 
 
 @triton.jit(do_not_specialize=["position"])
-def _select(
+def chunk_topk_choose(
     scores, scores_stride, picks, position,
     RATIO: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The best K visible entries of a token, in ascending order; -1 where there are fewer."""
     token = tl.program_id(0)
     visible = (position + token + 1) // RATIO
     own = picks + token.to(tl.int64) * K
@@ -123,7 +124,7 @@ def select(scores: torch.Tensor, position: int, picks: torch.Tensor, ratio: int)
     """
     tokens, most = scores.shape
     block = min(SELECT_BLOCK, max(128, triton.next_power_of_2(most)))
-    _select[(tokens,)](
+    chunk_topk_choose[(tokens,)](
         scores, scores.stride(0), picks, position, RATIO=ratio, K=picks.shape[1], BLOCK=block,
         num_warps=4 if block <= 4096 else 8,
     )  # fmt: skip
@@ -156,16 +157,16 @@ def chunk_picks(
     block = max(1, min(tokens, SCORE_BYTES // (4 * room)))
     scores = torch.empty(block, room, dtype=torch.float32, device=query.device)
     if few < tokens:
-        _keys[(room // ENTRIES,)](
+        chunk_index_keys[(room // ENTRIES,)](
             pool, pool.stride(0), index_offset, table, keys, count, DIM=dim, PAGE=page_entries,
             BLOCK=ENTRIES, FP8=key_format == "fp8", num_warps=4,
         )  # fmt: skip
     if few:
-        _select[(few,)](scores, 0, picks, start, RATIO=ratio, K=k, BLOCK=128, num_warps=4)
+        chunk_topk_choose[(few,)](scores, 0, picks, start, RATIO=ratio, K=k, BLOCK=128, num_warps=4)
     for first in range(few, tokens, block):
         number = min(block, tokens - first)
         entries = (start + first + number) // ratio
-        _scores[(triton.cdiv(entries, ENTRIES), triton.cdiv(number, QUERIES))](
+        chunk_index_scores[(triton.cdiv(entries, ENTRIES), triton.cdiv(number, QUERIES))](
             query, weights[:, weights.shape[1] - heads :], weights.stride(0), keys, scores,
             scores.stride(0), first, number, start + first, dim**-0.5 * heads**-0.5,
             HEADS=heads, DIM=dim, RATIO=ratio, ENTRIES=ENTRIES, QUERIES=QUERIES,

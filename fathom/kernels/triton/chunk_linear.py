@@ -34,38 +34,42 @@ SCALES_ALIGNED = 4  # it wants a row of scales to be a multiple of this
 
 
 @triton.jit
-def _round_rows(
-    x, x_stride, norm, out, groups, eps, NORM: tl.constexpr, GROUPS: tl.constexpr
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+def _row_to_round(x, norm, groups, eps, NORM: tl.constexpr, GROUPS: tl.constexpr):
+    """The row at x, normalised first if asked: [GROUPS, 128] float32, and the places of these."""
     group, col = tl.arange(0, GROUPS), tl.arange(0, 128)
-    live = group < groups
+    live = (group < groups)[:, None]
     at = group[:, None] * 128 + col[None, :]
-    values = tl.load(x + row * x_stride + at, mask=live[:, None], other=0.0).to(tl.float32)
+    values = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
     if NORM:
         mean = tl.sum(tl.sum(values * values, axis=1), axis=0) / (groups * 128)
-        weight = tl.load(norm + at, mask=live[:, None], other=0.0).to(tl.float32)
+        weight = tl.load(norm + at, mask=live, other=0.0).to(tl.float32)
         values = values * (1.0 / tl.sqrt(mean + eps)) * weight
         values = values.to(x.dtype.element_ty).to(tl.float32)
+    return values, at
+
+
+@triton.jit
+def chunk_fp8_round(
+    x, x_stride, norm, out, groups, eps, NORM: tl.constexpr, GROUPS: tl.constexpr
+):  # fmt: skip
+    """A row as FP8 with a scale for 128 columns would give it."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS)
+    live = group < groups
+    values, _ = _row_to_round(x + row * x_stride, norm, groups, eps, NORM, GROUPS)
     f.store_groups(out + row * groups * 128, f.round_group(values), group, live, "columns")
 
 
 @triton.jit
-def _round_codes(
+def chunk_fp8_codes(
     x, x_stride, norm, codes, scales, scales_stride, groups, eps,
     NORM: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """As _round_rows, but codes [rows, cols] and float32 scales [groups, rows]."""
+    """As chunk_fp8_round, but codes [rows, cols] and float32 scales [groups, rows]."""
     row = tl.program_id(0).to(tl.int64)
-    group, col = tl.arange(0, GROUPS), tl.arange(0, 128)
+    group = tl.arange(0, GROUPS)
     live = group < groups
-    at = group[:, None] * 128 + col[None, :]
-    values = tl.load(x + row * x_stride + at, mask=live[:, None], other=0.0).to(tl.float32)
-    if NORM:
-        mean = tl.sum(tl.sum(values * values, axis=1), axis=0) / (groups * 128)
-        weight = tl.load(norm + at, mask=live[:, None], other=0.0).to(tl.float32)
-        values = values * (1.0 / tl.sqrt(mean + eps)) * weight
-        values = values.to(x.dtype.element_ty).to(tl.float32)
+    values, at = _row_to_round(x + row * x_stride, norm, groups, eps, NORM, GROUPS)
     amax = f.largest_magnitude(values, 1, f.FP8_FLOOR)
     unit, inverse = f.power_of_two_scale(amax, f.E4M3_RECIPROCAL)
     rounded = f.round_e4m3(values * inverse[:, None])
@@ -74,7 +78,7 @@ def _round_codes(
 
 
 @triton.jit
-def _widen(codes, scale, out, cols, TILES: tl.constexpr):
+def chunk_fp8_widen(codes, scale, out, cols, TILES: tl.constexpr):
     """One program widens 32 rows of TILES neighbouring tiles of 128 x 128."""
     row = tl.program_id(0) * 32 + tl.arange(0, 32)
     for i in tl.static_range(TILES):
@@ -98,7 +102,7 @@ def rounded_rows(
     tokens, cols = x.shape
     out = torch.empty(tokens, cols, dtype=x.dtype, device=x.device)
     groups = cols // 128
-    _round_rows[(tokens,)](
+    chunk_fp8_round[(tokens,)](
         x, x.stride(0), norm if norm is not None else x, out, groups, norm_eps,
         NORM=norm is not None, GROUPS=triton.next_power_of_2(groups), num_warps=ROUNDED_ROWS,
     )  # fmt: skip
@@ -123,7 +127,7 @@ def scaled_product(
     units = torch.empty(groups, padded, dtype=torch.float32, device=x.device)
     if padded > tokens:
         own[tokens:], units[:, tokens:] = 0, 1.0
-    _round_codes[(tokens,)](
+    chunk_fp8_codes[(tokens,)](
         x, x.stride(0), norm if norm is not None else x, own, units, padded, groups, norm_eps,
         NORM=norm is not None, GROUPS=triton.next_power_of_2(groups), num_warps=ROUNDED_ROWS,
     )  # fmt: skip
@@ -143,7 +147,9 @@ def widened(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> tor
     rows, cols = codes.shape
     out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
     tiles = 4 if cols % 512 == 0 else 1
-    _widen[(rows // 32, cols // (128 * tiles))](codes, scale, out, cols, TILES=tiles, num_warps=4)
+    chunk_fp8_widen[(rows // 32, cols // (128 * tiles))](
+        codes, scale, out, cols, TILES=tiles, num_warps=4
+    )
     return out
 
 

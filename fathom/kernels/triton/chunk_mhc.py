@@ -2,8 +2,8 @@
 
 The last sublayer's output is written into the streams as a decode step's is (mhc.py); the mixing
 logits are one matrix product of the new streams with `fn`, which enters as three BF16 matrices
-whose sum it is exactly; `_read` runs Sinkhorn and takes the next sublayer's normed input out of the
-streams.
+whose sum it is exactly; `chunk_mhc_read` runs Sinkhorn and takes the next sublayer's normed input
+out of the streams.
 
 Bytes a token of V4-Flash: the streams (32 KB) read three times and written once, the output and the
 input 8 KB each, 48 KB of expert outputs where they are added: 144 or 192 KB, at 3 TB/s 0.4 to 0.5
@@ -50,10 +50,11 @@ def _mixes(logits, at, r, SUMMANDS: tl.constexpr, MIXES: tl.constexpr):
 
 
 @triton.jit
-def _read(
+def chunk_mhc_read(
     streams, logits, base, scale, norm, x, post, comb, hidden, eps, norm_eps,
     N: tl.constexpr, SUMMANDS: tl.constexpr, ROUNDS: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
+    """A token's next input, normed, and what the next write needs: post and comb."""
     token = tl.program_id(0).to(tl.int64)
     MIXES: tl.constexpr = N * (N + 2)
     dtype: tl.constexpr = streams.dtype.element_ty
@@ -129,7 +130,7 @@ def chunk_mhc_boundary(
     x = torch.empty(tokens, hidden, dtype=streams.dtype, device=streams.device)
     post = torch.empty(tokens, n, dtype=torch.float32, device=streams.device)
     comb = torch.empty(tokens, n, n, dtype=torch.float32, device=streams.device)
-    _read[(tokens,)](
+    chunk_mhc_read[(tokens,)](
         new, logits, base, scale, norm, x, post, comb, hidden, eps, norm_eps,
         N=n, SUMMANDS=logits.shape[1], ROUNDS=iterations,
         HIDDEN=triton.next_power_of_2(hidden), num_warps=8,

@@ -185,7 +185,7 @@ def signs(DIM: tl.constexpr):
 
 
 @triton.jit
-def _prepare(
+def entries_store(
     low, low_stride, kv_first, kv_norm, projected, projected_stride, ape, norm, index_ape,
     index_norm, query, query_stride, query_first, rows, tokens, rotation, entry_rotation, table,
     pages, ring, ring_stride, state, state_stride, index_state, index_state_stride, pool,
@@ -194,6 +194,7 @@ def _prepare(
     RING: tl.constexpr, TAIL: tl.constexpr, INDEX_COLS: tl.constexpr, INDEX_HEADS: tl.constexpr,
     PAGE: tl.constexpr, HEADS: tl.constexpr, DOT: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
+    """One role of a token: its raw entry, its compressed entry, its index key or index queries."""
     role, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
     dtype: tl.constexpr = low.dtype.element_ty
     DATA: tl.constexpr = COLS + ROPE  # data bytes of an entry
@@ -304,18 +305,23 @@ def store_entries(
     each = min(QUERY_HEADS, index_heads)
     roles = {0: 1, 4: 3 + index_heads // max(1, each)}.get(kind, 2)
     heads_at = query.shape[1] - index_heads * index_cols if query is not None else 0
-    _prepare[(roles, tokens)](
-        low, low.stride(0), low.shape[1] - head_dim, kv_norm,
-        projected if projected is not None else none,
-        projected.stride(0) if projected is not None else 0,
-        ape, norm, index_ape, index_norm,
-        query if query is not None else none,
-        query.stride(0) if query is not None else 0, heads_at,
-        rows, tokens, rotation, entry_rotation if entry_rotation is not None else rotation,
-        table if table is not None else rows, table.stride(0) if table is not None else 0,
-        ring, ring.stride(0), state, state.stride(0), index_state, index_state.stride(0),
-        pool if pool is not None else ring, pool.stride(0) if pool is not None else 0, *offsets,
-        index_query if index_query is not None else none, norm_eps,
+    entries_store[(roles, tokens)](
+        low=low, low_stride=low.stride(0), kv_first=low.shape[1] - head_dim, kv_norm=kv_norm,
+        projected=projected if projected is not None else none,
+        projected_stride=projected.stride(0) if projected is not None else 0,
+        ape=ape, norm=norm, index_ape=index_ape, index_norm=index_norm,
+        query=query if query is not None else none,
+        query_stride=query.stride(0) if query is not None else 0, query_first=heads_at,
+        rows=rows, tokens=tokens, rotation=rotation,
+        entry_rotation=entry_rotation if entry_rotation is not None else rotation,
+        table=table if table is not None else rows,
+        pages=table.stride(0) if table is not None else 0,
+        ring=ring, ring_stride=ring.stride(0), state=state, state_stride=state.stride(0),
+        index_state=index_state, index_state_stride=index_state.stride(0),
+        pool=pool if pool is not None else ring,
+        page_stride=pool.stride(0) if pool is not None else 0,
+        entry_offset=offsets[0], index_offset=offsets[1],
+        index_query=index_query if index_query is not None else none, eps=norm_eps,
         KIND=kind, COLS=head_dim, ROPE=rope, WIDE=triton.next_power_of_2(head_dim),
         RING=kv_pack.ring_entries(ring, head_dim, rope), TAIL=state.shape[{4: 2}.get(kind, 1)],
         INDEX_COLS=index_cols, INDEX_HEADS=index_heads, PAGE=page_entries, HEADS=max(1, each),

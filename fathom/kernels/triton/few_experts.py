@@ -1,10 +1,10 @@
 """Routed experts in their stored FP4 form for a few tokens, beside the shared expert in FP8.
 
-The router's pairs are sorted by expert into tiles of up to 8 (route.py). A program of `_up` or
-`_down` multiplies 64 rows of an expert's matrix with one tile's inputs on the matrix units, so that
-every chosen expert's weights come from memory once for 8 tokens, and from the L2 cache for further
-ones. Each pair's sums are formed by the same instructions in the same order whatever
-else is in the tile: a token's result does not depend on the batch.
+The router's pairs are sorted by expert into tiles of up to 8 (route.py). A program of `experts_up`
+or `experts_down` multiplies 64 rows of an expert's matrix with one tile's inputs on the matrix
+units, so that every chosen expert's weights come from memory once for 8 tokens, and from the L2
+cache for further ones. Each pair's sums are formed by the same instructions in the same order
+whatever else is in the tile: a token's result does not depend on the batch.
 
 Bytes for one token of V4-Flash: 6 experts x 3 matrices x 4096 x 2048 / 2, 80 MB with the scales.
 
@@ -57,7 +57,7 @@ def _fp4_products(
 
 
 @triton.jit
-def _up(
+def experts_up(
     x, w1, s1, w3, s3, pairs, tile_expert, tile_first, tile_last, tiles, both, inner, topk,
     COLS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BF16: tl.constexpr,
     AT_ONCE: tl.constexpr,
@@ -85,7 +85,7 @@ def _up(
 
 
 @triton.jit
-def _swiglu(
+def experts_swiglu(
     both, shared, weights, planes, codes, unit, count, groups, limit, GROUPS: tl.constexpr
 ):  # fmt: skip
     """Rows of gate | up -> silu(min(gate, limit)) * clamp(up), rounded to FP8: of the routed pairs,
@@ -113,12 +113,13 @@ def _swiglu(
 
 
 @triton.jit
-def _down(
+def experts_down(
     act, w2, s2, pairs, tile_expert, tile_first, tile_last, tiles, out, shared_codes,
     shared_scale, values, unit, shared_out, tokens, hidden, shared_blocks, blocks,
     COLS: tl.constexpr, ROWS: tl.constexpr, SHARED_ROWS: tl.constexpr, TILE: tl.constexpr,
     TOKENS: tl.constexpr, BF16: tl.constexpr, AT_ONCE: tl.constexpr, SHARED_PARTS: tl.constexpr,
 ):  # fmt: skip
+    """Outputs of the shared expert's tokens, then of the routed pairs: [pairs, hidden]."""
     number = tl.program_id(0)
     tile = (number - shared_blocks) // blocks
     count = tl.load(tiles)
@@ -170,20 +171,21 @@ def _experts(
     """
     w1, s1, w3, s3, w2, s2 = routed
     assert values.planes is not None
-    x, lists = values.planes, (r.pairs, r.tile_expert, r.tile_first, r.tile_last, r.tiles)
+    x, lists = values.planes, r.lists()
     (tokens, topk), hidden, inner = r.indices.shape, x.shape[1], w1.shape[1]
     count, bf16 = tokens * topk, x.dtype != torch.float32
     make = {"dtype": x.dtype, "device": x.device}
     rows = min(ROWS, inner)
     both = torch.empty(count, 2 * inner, **make)
-    _up[(2 * inner // rows, r.most)](
-        x, w1, s1, w3, s3, *lists, both, inner, topk, COLS=hidden, ROWS=rows, TILE=TILE, BF16=bf16,
-        AT_ONCE=at_once(hidden, tokens), num_warps=WARPS, num_stages=STAGES,
+    experts_up[(2 * inner // rows, r.most)](
+        x=x, w1=w1, s1=s1, w3=w3, s3=s3, **lists, both=both, inner=inner, topk=topk, COLS=hidden,
+        ROWS=rows, TILE=TILE, BF16=bf16, AT_ONCE=at_once(hidden, tokens), num_warps=WARPS,
+        num_stages=STAGES,
     )  # fmt: skip
     act = torch.empty(count, inner, **make)
     codes = torch.empty(tokens, inner, dtype=values.codes.dtype, device=x.device)
     unit = torch.empty(tokens, inner // 128, dtype=torch.float32, device=x.device)
-    _swiglu[(count + tokens,)](
+    experts_swiglu[(count + tokens,)](
         both, shared_both, r.weights, act, codes, unit, count, inner // 128, limit,
         GROUPS=triton.next_power_of_2(inner // 128), num_warps=4,
     )  # fmt: skip
@@ -192,10 +194,12 @@ def _experts(
     rows = min(ROWS, hidden)
     shared_blocks = hidden // SHARED_ROWS * triton.cdiv(tokens, SHARED_TOKENS)
     blocks = hidden // rows
-    _down[(shared_blocks + blocks * r.most,)](
-        act, w2, s2, *lists, out, *shared[2:], codes, unit, shared_out, tokens, hidden,
-        shared_blocks, blocks, COLS=inner, ROWS=rows, SHARED_ROWS=SHARED_ROWS, TILE=TILE,
-        TOKENS=SHARED_TOKENS, BF16=bf16, AT_ONCE=at_once(inner, tokens),
+    experts_down[(shared_blocks + blocks * r.most,)](
+        act=act, w2=w2, s2=s2, **lists, out=out, shared_codes=shared[2], shared_scale=shared[3],
+        values=codes, unit=unit, shared_out=shared_out, tokens=tokens, hidden=hidden,
+        shared_blocks=shared_blocks, blocks=blocks, COLS=inner, ROWS=rows,
+        SHARED_ROWS=SHARED_ROWS, TILE=TILE, TOKENS=SHARED_TOKENS, BF16=bf16,
+        AT_ONCE=at_once(inner, tokens),
         SHARED_PARTS=few.column_parts(inner), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out, shared_out

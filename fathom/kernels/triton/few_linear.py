@@ -1,13 +1,14 @@
 """Linear layers over stored weights for a few tokens, on the matrix units.
 
-A program of `_linear` owns 16 rows of one of the stacked matrices and all tokens, in 8 columns of
-the matrix units each. FP8 weights become float16 in registers, inputs were rounded to FP8 codes in
-float16 by one launch before; both are exact, and a 128-column tile's product is multiplied by the
-two scales in float32. Each sum of a token is formed by the same instructions in the same order
-whatever stands in the other columns, so that its result does not depend on the batch.
+A program of `fp8_linear` owns 16 or 32 rows of one of the stacked matrices and all tokens, in 8
+columns of the matrix units each. FP8 weights become float16 in registers, inputs were rounded to
+FP8 codes in float16 by one launch before; both are exact, and a 128-column tile's product is
+multiplied by the two scales in float32. Each sum of a token is formed by the same instructions in
+the same order whatever stands in the other columns, so that its result does not depend on the
+batch.
 
 Bytes: rows * cols for FP8 (1/128 squared of it for scales), twice that for BF16; the inputs, once
-for every 16 rows, from the L2 cache.
+for every 16 or 32 rows, from the L2 cache.
 
 Paper: §3.4 (FP8 linear layers, 1x128 by 128x128).
 """
@@ -57,7 +58,7 @@ def store_codes(values, codes, unit, group, live):
 
 
 @triton.jit
-def _round(
+def fp8_round(
     x, x_stride, norm, codes, unit, planes, groups, eps,
     NORM: tl.constexpr, PLANES: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -104,7 +105,7 @@ def rounded(
     unit = torch.empty(tokens, cols // 128, dtype=torch.float32, device=x.device)
     ordered = torch.empty(tokens, cols, dtype=x.dtype, device=x.device) if planes else None
     groups = min(8, triton.next_power_of_2(cols // 128))
-    _round[(triton.cdiv(cols // 128, groups), tokens)](
+    fp8_round[(triton.cdiv(cols // 128, groups), tokens)](
         x, x.stride(0), norm if norm is not None else x, codes, unit,
         ordered if ordered is not None else x, cols // 128, norm_eps,
         NORM=norm is not None, PLANES=planes, GROUPS=groups,
@@ -181,12 +182,13 @@ def plain_products(
 
 
 @triton.jit
-def _linear(
+def fp8_linear(
     x, x_stride, unit, codes, scale, out, plain_x, plain_stride, plain, plain_out,
     tokens, rows, plain_count, group_rows, fp8_blocks,
     COLS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, ROUNDED: tl.constexpr,
     NATIVE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    """ROWS rows of the FP8 matrices, or behind them of the plain one, times every token."""
     block, token = tl.program_id(0), tl.arange(0, TOKENS)
     live = (token < tokens)[None, :]
     if block < fp8_blocks:
@@ -213,7 +215,8 @@ def _linear(
 def column_parts(cols: int) -> int:
     """Parts of the columns that a program walks side by side; the batch has no say in it."""
     tiles = cols // 128
-    return min(4, tiles & -tiles, max(1, tiles // 8))
+    most = 4 if tiles >= 32 else 2 if tiles >= 16 else 1  # of at least 8 tiles each
+    return min(most, tiles & -tiles)
 
 
 def token_columns(tokens: int) -> int:
@@ -244,10 +247,11 @@ def few_linear(
     shape = SHAPES[parts][columns >= MANY_TOKENS]
     own_rows = min(shape.rows, (rows // groups) & -(rows // groups))
     blocks = rows // own_rows
-    _linear[(blocks + triton.cdiv(count, own_rows),)](
-        own, own.stride(0), unit, codes, scale, out, x, x.stride(0),
-        plain if plain is not None else x, plain_out if plain_out is not None else out,
-        tokens, rows, count, rows // groups, blocks,
+    fp8_linear[(blocks + triton.cdiv(count, own_rows),)](
+        x=own, x_stride=own.stride(0), unit=unit, codes=codes, scale=scale, out=out,
+        plain_x=x, plain_stride=x.stride(0), plain=plain if plain is not None else x,
+        plain_out=plain_out if plain_out is not None else out,
+        tokens=tokens, rows=rows, plain_count=count, group_rows=rows // groups, fp8_blocks=blocks,
         COLS=cols, ROWS=own_rows, TOKENS=columns, ROUNDED=values is not None,
         NATIVE=x.dtype != torch.float32, PARTS=parts,
         num_warps=shape.warps, num_stages=shape.stages,

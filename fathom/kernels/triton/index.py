@@ -1,12 +1,12 @@
 """The lightning indexer over paged FP4 or FP8 keys, and the choice of the best entries without
 full sorts.
 
-Two launches. `_scores` also keeps the largest score of every small group of entries. `_choose`, one
-program for a token, looks at those maxima alone for a number that at least k of them reach, and few
-more: so many scores do, and the best k are among the scores that do. Only the groups that reach it
-are read. What passes, about k entries, is sorted as 64-bit numbers, score first and then the lower
-position: exact, also for ties, whatever order they were gathered in. Where very many pass (of equal
-scores, say), the bound is first raised bit by bit.
+Two launches. `index_scores` also keeps the largest score of every small group of entries.
+`topk_choose`, one program for a token, looks at those maxima alone for a number that at least k of
+them reach, and few more: so many scores do, and the best k are among the scores that do. Only the
+groups that reach it are read. What passes, about k entries, is sorted as 64-bit numbers, score
+first and then the lower position: exact, also for ties, whatever order they were gathered in. Where
+very many pass (of equal scores, say), the bound is first raised bit by bit.
 
 Bytes for one token at 1M tokens: 262,144 keys of 68 bytes as FP4, 17.8 MB, of 132 as FP8, 34.6 MB;
 scores 1 MB written, maxima of 16 scores 64 KB written and read.
@@ -23,11 +23,11 @@ import triton.language as tl
 from fathom.kernels.registry import register
 from fathom.kernels.triton import index_keys
 
-BLOCK = 64  # entries that _scores takes at once
+BLOCK = 64  # entries that index_scores takes at once
 PROGRAMS = 512  # of one token's scores, at most: four for each of about 130 multiprocessors
 SCORE_WARPS, STAGES = 4, 1
 ROUNDED = 1024  # of which the room for scores is a multiple
-COARSE = 2048  # numbers among which _choose looks for its bound
+COARSE = 2048  # numbers among which topk_choose looks for its bound
 MOST_GROUPS = 16384  # maxima that it holds
 TILE = 1024  # groups of scores, or parts of them, that it looks at together
 SORTED = 1024  # candidates that it sorts
@@ -80,7 +80,7 @@ def _store_by_warps(at, value):
 
 
 @triton.jit
-def _scores(
+def index_scores(
     query, weights, weights_stride, weights_first, rows, tokens, pool, page_stride, index_offset,
     table, pages, scores, maxima, most, factor,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, RATIO: tl.constexpr,
@@ -255,11 +255,12 @@ def _reduced(own, count, k, SORTED: tl.constexpr):
 
 
 @triton.jit
-def _choose(
+def topk_choose(
     scores, maxima, groups, candidates, picks, rows, most, group_count, k,
     RATIO: tl.constexpr, GROUP: tl.constexpr, COARSE: tl.constexpr, FOLDS: tl.constexpr,
     TILE: tl.constexpr, SORTED: tl.constexpr, K: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
+    """The best K visible entries of a token, best first; -1 where there are fewer."""
     token = tl.program_id(0).to(tl.int64)
     visible = (tl.load(rows + token) + 1) // RATIO
     i = tl.arange(0, SORTED)
@@ -314,10 +315,12 @@ def index_scores_paged(
     maxima = torch.empty(tokens, most // group, dtype=torch.float32, device=query.device)
     assert page_entries % BLOCK == 0
     programs = min(most // BLOCK, PROGRAMS)
-    _scores[(programs, tokens)](
-        query, weights, weights.stride(0), weights.shape[1] - heads, rows, tokens, pool,
-        pool.stride(0), index_offset, table, table.stride(0), scores, maxima, most,
-        dim**-0.5 * heads**-0.5,
+    index_scores[(programs, tokens)](
+        query=query, weights=weights, weights_stride=weights.stride(0),
+        weights_first=weights.shape[1] - heads, rows=rows, tokens=tokens, pool=pool,
+        page_stride=pool.stride(0), index_offset=index_offset, table=table,
+        pages=table.stride(0), scores=scores, maxima=maxima, most=most,
+        factor=dim**-0.5 * heads**-0.5,
         HEADS=heads, DIM=dim, PAGE=page_entries, RATIO=ratio, BLOCK=BLOCK, GROUP=group,
         BF16=query.dtype != torch.float32, FP8=key_format == "fp8", num_warps=SCORE_WARPS,
         num_stages=STAGES,
@@ -339,7 +342,7 @@ def topk_positions(
     picks = torch.empty(tokens, k, dtype=torch.int32, device=scores.device)
     passed = torch.empty(tokens, groups, dtype=torch.int32, device=scores.device)
     candidates = torch.empty(tokens, most, dtype=torch.int64, device=scores.device)
-    _choose[(tokens,)](
+    topk_choose[(tokens,)](
         scores, maxima, passed, candidates, picks, rows, most, groups, k, RATIO=ratio, GROUP=group,
         COARSE=min(COARSE, room), FOLDS=max(1, room // COARSE), TILE=TILE,
         SORTED=SORTED, K=k, ALL=most <= SORTED, num_warps=CHOICE_WARPS,

@@ -1,11 +1,11 @@
 """The mHC boundary between two sublayers in two launches, and what follows the last of them.
 
-`_write_and_mix` writes the last sublayer's output into the streams and, while they are in
+`mhc_write_and_mix` writes the last sublayer's output into the streams and, while they are in
 registers, multiplies them with the next site's `fn`; programs own slices of the hidden dimension.
-`_read` adds those partial products in a fixed order, reads the next sublayer's input out of the
+`mhc_read` adds those partial products in a fixed order, reads the next sublayer's input out of the
 streams and normalises it, and in a second program runs Sinkhorn. It is alone on the device and
 waits for memory once: all its loads stand before its first sum. The output head reads the streams
-in the same way with `_merge`.
+in the same way with `mhc_merge`.
 
 Bytes for one token of V4-Flash: fn 24 x 16384 x 4 = 1.5 MB, streams 3 x 32 KB.
 
@@ -22,8 +22,8 @@ from fathom.kernels.registry import register
 
 SLICE = 64  # hidden columns of one program
 MIXES = 32  # 24 mixing logits and the square sum, padded to a power of two
-WRITTEN = 1024  # hidden columns of one program of _write
-READ_WARPS = 4  # of a program of _read
+WRITTEN = 1024  # hidden columns of one program of mhc_write_streams
+READ_WARPS = 4  # of a program of mhc_read
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def normed(value, weight, hidden, eps, dtype: tl.constexpr):
 
 
 @triton.jit
-def _write_and_mix(
+def mhc_write_and_mix(
     y, pairs, streams, places, post, comb, fn, new, partial, hidden,
     N: tl.constexpr, SLOTS: tl.constexpr, WRITE: tl.constexpr, PLACED: tl.constexpr,
     ROWS: tl.constexpr, MIXES: tl.constexpr, SLICE: tl.constexpr,
@@ -155,13 +155,19 @@ def _write_and_mix(
 @triton.jit
 def _logits(
     partial, scale, base, token, hidden, eps, N: tl.constexpr, COUNT: tl.constexpr,
-    SLICES: tl.constexpr, MIXES: tl.constexpr,
+    SLICES: tl.constexpr, ROOM: tl.constexpr, MIXES: tl.constexpr,
 ):  # fmt: skip
-    """A token's COUNT mixing logits [MIXES], each with its scale and base."""
-    slice_, mix = tl.arange(0, SLICES), tl.arange(0, MIXES)
+    """A token's COUNT mixing logits [MIXES], each with its scale and base; ROOM: SLICES padded to a
+    power of two.
+    """
+    slice_, mix = tl.arange(0, ROOM), tl.arange(0, MIXES)
     used = mix < COUNT
     which = tl.where(mix < N, 0, tl.where(mix < 2 * N, 1, 2))
-    every = tl.load(partial + (token * SLICES + slice_[:, None]) * MIXES + mix[None, :])
+    at = partial + (token * SLICES + slice_[:, None]) * MIXES + mix[None, :]
+    if ROOM == SLICES:
+        every = tl.load(at)
+    else:
+        every = tl.load(at, mask=(slice_ < SLICES)[:, None], other=0.0)
     scale = tl.load(scale + which, mask=used, other=0.0)
     base = tl.load(base + mix, mask=used, other=0.0)
     total = tl.sum(every, axis=0)
@@ -179,7 +185,8 @@ def _picked(values, places, MIXES: tl.constexpr):
 @triton.jit
 def _merged(
     streams, partial, base, scale, norm, token, hidden, eps, norm_eps, N: tl.constexpr,
-    COUNT: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr, HIDDEN: tl.constexpr,
+    COUNT: tl.constexpr, SLICES: tl.constexpr, ROOM: tl.constexpr, MIXES: tl.constexpr,
+    HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """The streams weighed by the first N mixing logits, normed; streams: the token's own."""
     mix, col = tl.arange(0, MIXES), tl.arange(0, HIDDEN)
@@ -189,7 +196,7 @@ def _merged(
     for j in tl.static_range(N):
         every += (tl.load(streams + j * hidden + col, mask=live, other=0.0),)
     weight = tl.load(norm + col, mask=live, other=0.0).to(tl.float32)
-    logits = _logits(partial, scale, base, token, hidden, norm_eps, N, COUNT, SLICES, MIXES)
+    logits = _logits(partial, scale, base, token, hidden, norm_eps, N, COUNT, SLICES, ROOM, MIXES)
     pre = sigmoid(logits) + eps
     value = tl.zeros([HIDDEN], tl.float32)
     for j in tl.static_range(N):
@@ -198,24 +205,27 @@ def _merged(
 
 
 @triton.jit
-def _read(
+def mhc_read(
     streams, partial, base, scale, norm, x, post, comb, hidden, eps, norm_eps,
-    N: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr, ROUNDS: tl.constexpr,
-    HIDDEN: tl.constexpr,
+    N: tl.constexpr, SLICES: tl.constexpr, ROOM: tl.constexpr, MIXES: tl.constexpr,
+    ROUNDS: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
+    """A token's next input, normed; in another program what the next write needs: post and comb."""
     token, n = tl.program_id(1), tl.arange(0, N)
     COUNT: tl.constexpr = N * (N + 2)
     if tl.program_id(0) == 0:
         own = streams + token.to(tl.int64) * N * hidden
         col = tl.arange(0, HIDDEN)
         value = _merged(
-            own, partial, base, scale, norm, token, hidden, eps, norm_eps, N, COUNT, SLICES, MIXES,
-            HIDDEN,
+            own, partial, base, scale, norm, token, hidden, eps, norm_eps, N, COUNT, SLICES, ROOM,
+            MIXES, HIDDEN,
         )  # fmt: skip
         tl.store(x + token * hidden + col, value, mask=col < hidden)
     else:
         # Needed only by the next write: another program does it meanwhile.
-        logits = _logits(partial, scale, base, token, hidden, norm_eps, N, COUNT, SLICES, MIXES)
+        logits = _logits(
+            partial, scale, base, token, hidden, norm_eps, N, COUNT, SLICES, ROOM, MIXES
+        )
         tl.store(post + token * N + n, 2 * sigmoid(_picked(logits, N + n, MIXES)))
         numbers, mix = (), tl.arange(0, MIXES)
         for c in tl.static_range(N * N):
@@ -226,20 +236,23 @@ def _read(
 
 
 @triton.jit
-def _merge(
+def mhc_merge(
     streams, places, partial, base, scale, norm, out, hidden, eps, norm_eps,
-    N: tl.constexpr, SLICES: tl.constexpr, MIXES: tl.constexpr, HIDDEN: tl.constexpr,
+    N: tl.constexpr, SLICES: tl.constexpr, ROOM: tl.constexpr, MIXES: tl.constexpr,
+    HIDDEN: tl.constexpr,
 ):  # fmt: skip
+    """A token's streams merged for the output head, normed; those of token t are row places[t]."""
     token, col = tl.program_id(0), tl.arange(0, HIDDEN)
     own = streams + tl.load(places + token).to(tl.int64) * N * hidden
     value = _merged(
-        own, partial, base, scale, norm, token, hidden, eps, norm_eps, N, N, SLICES, MIXES, HIDDEN
-    )
+        own, partial, base, scale, norm, token, hidden, eps, norm_eps, N, N, SLICES, ROOM, MIXES,
+        HIDDEN,
+    )  # fmt: skip
     tl.store(out + token * hidden + col, value.to(tl.float32), mask=col < hidden)
 
 
 @triton.jit
-def _write(
+def mhc_write_streams(
     y, pairs, streams, places, post, comb, new, hidden,
     N: tl.constexpr, SLOTS: tl.constexpr, PLACED: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -274,7 +287,7 @@ def write(
     """
     tokens, n, hidden = streams.shape
     width = min(WRITTEN, triton.next_power_of_2(hidden))
-    _write[(tokens, triton.cdiv(hidden, width))](
+    mhc_write_streams[(tokens, triton.cdiv(hidden, width))](
         y, pairs if pairs is not None else y, streams, places if places is not None else y, post,
         comb, new, hidden, N=n, SLOTS=pairs.shape[1] if pairs is not None else 0,
         PLACED=places is not None, COLS=width, num_warps=4,
@@ -318,15 +331,15 @@ def stream_head(
     slices = hidden // SLICE
     make = {"dtype": torch.float32, "device": streams.device}
     partial = torch.empty(tokens, slices, MIXES, **make)
-    _write_and_mix[(slices, tokens)](
+    mhc_write_and_mix[(slices, tokens)](
         streams, streams, streams, places, base, base, fn, streams, partial, hidden,
         N=n, SLOTS=0, WRITE=False, PLACED=True, ROWS=n, MIXES=MIXES, SLICE=SLICE, num_warps=4,
     )  # fmt: skip
     out = torch.empty(tokens, hidden, **make)
-    _merge[(tokens,)](
+    mhc_merge[(tokens,)](
         streams, places, partial, base, scale, norm, out, hidden, eps, norm_eps,
-        N=n, SLICES=slices, MIXES=MIXES, HIDDEN=triton.next_power_of_2(hidden),
-        num_warps=READ_WARPS,
+        N=n, SLICES=slices, ROOM=triton.next_power_of_2(slices), MIXES=MIXES,
+        HIDDEN=triton.next_power_of_2(hidden), num_warps=READ_WARPS,
     )  # fmt: skip
     return out
 
@@ -356,7 +369,7 @@ def mhc_boundary(
     partial = torch.empty(tokens, slices, MIXES, dtype=torch.float32, device=streams.device)
     new = torch.empty_like(streams) if y is not None else streams
     slots = pairs.shape[1] if pairs is not None else 0
-    _write_and_mix[(slices, tokens)](
+    mhc_write_and_mix[(slices, tokens)](
         y if y is not None else streams, pairs if pairs is not None else streams, streams, streams,
         post if post is not None else base, comb if comb is not None else base, fn, new, partial,
         hidden, N=n, SLOTS=slots, WRITE=y is not None, PLACED=False, ROWS=n * (n + 2), MIXES=MIXES,
@@ -365,9 +378,9 @@ def mhc_boundary(
     x = torch.empty(tokens, hidden, dtype=streams.dtype, device=streams.device)
     post = torch.empty(tokens, n, dtype=torch.float32, device=streams.device)
     comb = torch.empty(tokens, n, n, dtype=torch.float32, device=streams.device)
-    _read[(2, tokens)](
+    mhc_read[(2, tokens)](
         new, partial, base, scale, norm, x, post, comb, hidden, eps, norm_eps,
-        N=n, SLICES=slices, MIXES=MIXES, ROUNDS=iterations,
+        N=n, SLICES=slices, ROOM=triton.next_power_of_2(slices), MIXES=MIXES, ROUNDS=iterations,
         HIDDEN=triton.next_power_of_2(hidden), num_warps=READ_WARPS,
     )  # fmt: skip
     return new, x, post, comb

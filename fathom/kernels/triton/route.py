@@ -1,9 +1,9 @@
 """The router's choice for a few tokens, and the order in which the experts take their pairs.
 
-`_choose` scores the experts of one token and picks the best, or reads the hash table's. `_order`
-sorts the (token, choice) pairs by expert without a sort: a pair's rank within its expert is the
-number of earlier tokens' pairs that have it too. A token may have an expert more than once, as no
-router but a hash table would choose.
+`router_choose` scores the experts of one token and picks the best, or reads the hash table's.
+`router_order` sorts the (token, choice) pairs by expert without a sort: a pair's rank within its
+expert is the number of earlier tokens' pairs that have it too. A token may have an expert more than
+once, as no router but a hash table would choose.
 
 Paper: §2.1 (DeepSeekMoE: sqrt-softplus affinity, hash routing).
 """
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 TILE = 8  # pairs of one expert that are multiplied at once
+EXPERTS = 256  # that router_order looks at together, at most: more do not fit the shared memory
 
 
 @triton.jit
@@ -29,11 +30,12 @@ def _affinity(x):
 
 
 @triton.jit
-def _choose(
+def router_choose(
     logits, bias, table, token_ids, indices, weights, pairs, tile_expert, tile_first, tile_last,
     tiles, experts, topk, factor,
     HASHED: tl.constexpr, ALONE: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
+    """A token's experts and their weights, and for a token alone the tiles of its pairs."""
     token = tl.program_id(0)
     expert, slot = tl.arange(0, EXPERTS), tl.arange(0, SLOTS)
     live = expert < experts
@@ -69,40 +71,51 @@ def _choose(
 
 
 @triton.jit
-def _order(
+def router_order(
     indices, pairs, tile_expert, tile_first, tile_last, tiles, tokens, topk,
-    TOKENS: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr,
+    TOKENS: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    token, expert = tl.arange(0, TOKENS), tl.arange(0, EXPERTS)
-    # The number of choices that are an expert, and in the lower 16 bits their sum.
-    table = tl.zeros([TOKENS, EXPERTS], tl.int32)
-    for choice in range(topk):
-        own = tl.load(indices + token * topk + choice, mask=token < tokens, other=-1)
-        here = own[:, None] == expert[None, :]
-        table += tl.where(here, 65536 + choice, 0)
-    present = table >> 16
-    counts = tl.sum(present, axis=0)
-    starts = tl.cumsum(counts, axis=0) - counts
-    place = starts[None, :] + tl.cumsum(present, axis=0) - present
-    if tl.max(tl.max(present, axis=1), axis=0) > 1:
+    """Pairs in the order of their experts, of which BLOCKS times EXPERTS are looked at one block
+    after the other, and the tiles of up to TILE of them.
+    """
+    token = tl.arange(0, TOKENS)
+    placed, tiled = 0, 0  # pairs and tiles of the experts before a block's
+    for block in tl.static_range(BLOCKS):
+        expert = block * EXPERTS + tl.arange(0, EXPERTS)
+        # The number of choices that are an expert, and in the lower 16 bits their sum.
+        table = tl.zeros([TOKENS, EXPERTS], tl.int32)
         for choice in range(topk):
             own = tl.load(indices + token * topk + choice, mask=token < tokens, other=-1)
             here = own[:, None] == expert[None, :]
-            at = tl.sum(tl.where(here, place, 0), axis=1)
-            for earlier in range(choice):
-                other = tl.load(indices + token * topk + earlier, mask=token < tokens, other=-1)
-                at += (other == own).to(tl.int32)
-            tl.store(pairs + at, token * topk + choice, mask=token < tokens)
-    else:
-        tl.store(pairs + place, token[:, None] * topk + (table & 0xFFFF), mask=present > 0)
-    own_tiles = (counts + TILE - 1) // TILE
-    first_tile = tl.cumsum(own_tiles, axis=0) - own_tiles
-    for i in range(tl.max(own_tiles, axis=0)):
-        at, used, first = first_tile + i, i < own_tiles, starts + i * TILE
-        tl.store(tile_expert + at, expert, mask=used)
-        tl.store(tile_first + at, first, mask=used)
-        tl.store(tile_last + at, tl.minimum(first + TILE, starts + counts), mask=used)
-    tl.store(tiles, tl.sum(own_tiles, axis=0))
+            table += tl.where(here, 65536 + choice, 0)
+        present = table >> 16
+        counts = tl.sum(present, axis=0)
+        starts = placed + tl.cumsum(counts, axis=0) - counts
+        place = starts[None, :] + tl.cumsum(present, axis=0) - present
+        if tl.max(tl.max(present, axis=1), axis=0) > 1:
+            for choice in range(topk):
+                own = tl.load(indices + token * topk + choice, mask=token < tokens, other=-1)
+                here = own[:, None] == expert[None, :]
+                at = tl.sum(tl.where(here, place, 0), axis=1)
+                for earlier in range(choice):
+                    other = tl.load(indices + token * topk + earlier, mask=token < tokens, other=-1)
+                    at += (other == own).to(tl.int32)
+                used = token < tokens
+                if BLOCKS > 1:
+                    used = used & (own // EXPERTS == block)
+                tl.store(pairs + at, token * topk + choice, mask=used)
+        else:
+            tl.store(pairs + place, token[:, None] * topk + (table & 0xFFFF), mask=present > 0)
+        own_tiles = (counts + TILE - 1) // TILE
+        first_tile = tiled + tl.cumsum(own_tiles, axis=0) - own_tiles
+        for i in range(tl.max(own_tiles, axis=0)):
+            at, used, first = first_tile + i, i < own_tiles, starts + i * TILE
+            tl.store(tile_expert + at, expert, mask=used)
+            tl.store(tile_first + at, first, mask=used)
+            tl.store(tile_last + at, tl.minimum(first + TILE, starts + counts), mask=used)
+        placed += tl.sum(counts, axis=0)
+        tiled += tl.sum(own_tiles, axis=0)
+    tl.store(tiles, tiled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +136,13 @@ class Routing:
     tile_last: torch.Tensor
     tiles: torch.Tensor
     most: int
+
+    def lists(self) -> dict[str, torch.Tensor]:
+        """Pairs and tiles by the names that kernels have for them, each of the same shape."""
+        return {
+            "pairs": self.pairs, "tile_expert": self.tile_expert, "tile_first": self.tile_first,
+            "tile_last": self.tile_last, "tiles": self.tiles,
+        }  # fmt: skip
 
 
 def routing(
@@ -151,16 +171,18 @@ def routing(
         tiles=torch.empty(1, **make),
         most=most,
     )
-    lists = (r.pairs, r.tile_expert, r.tile_first, r.tile_last, r.tiles)
-    _choose[(tokens,)](
-        logits, bias if bias is not None else logits, table if table is not None else token_ids,
-        token_ids, r.indices, r.weights, *lists, experts, topk, scaling_factor,
+    router_choose[(tokens,)](
+        logits=logits, bias=bias if bias is not None else logits,
+        table=table if table is not None else token_ids, token_ids=token_ids, indices=r.indices,
+        weights=r.weights, **r.lists(), experts=experts, topk=topk, factor=scaling_factor,
         HASHED=table is not None, ALONE=tokens == 1, EXPERTS=triton.next_power_of_2(experts),
         SLOTS=triton.next_power_of_2(topk), num_warps=1,
     )  # fmt: skip
     if tokens > 1:
-        _order[(1,)](
-            r.indices, *lists, tokens, topk, TOKENS=triton.next_power_of_2(tokens),
-            EXPERTS=triton.next_power_of_2(experts), TILE=TILE, num_warps=8,
+        own = min(EXPERTS, triton.next_power_of_2(experts))
+        router_order[(1,)](
+            indices=r.indices, **r.lists(), tokens=tokens, topk=topk,
+            TOKENS=triton.next_power_of_2(tokens), EXPERTS=own, TILE=TILE,
+            BLOCKS=triton.cdiv(experts, own), num_warps=8,
         )  # fmt: skip
     return r

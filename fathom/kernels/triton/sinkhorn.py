@@ -23,9 +23,10 @@ MATRICES = 64  # per program
 
 
 @triton.jit
-def _forward(
+def sinkhorn_forward(
     logits, out, divisors, count, eps, ROUNDS: tl.constexpr, N: tl.constexpr, B: tl.constexpr
 ):
+    """B matrices with rows and columns that sum to one, and every half round's divisors."""
     matrix = tl.program_id(0) * B + tl.arange(0, B)
     row, col = tl.arange(0, N), tl.arange(0, N)
     cells = matrix[:, None, None] * N * N + row[None, :, None] * N + col[None, None, :]
@@ -49,7 +50,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def sinkhorn_backward(
     out,
     divisors,
     grad,
@@ -60,6 +61,7 @@ def _backward(
     N: tl.constexpr,
     B: tl.constexpr,
 ):
+    """The gradient of B matrices' logits, by the rounds in reverse."""
     matrix = tl.program_id(0) * B + tl.arange(0, B)
     row, col = tl.arange(0, N), tl.arange(0, N)
     cells = matrix[:, None, None] * N * N + row[None, :, None] * N + col[None, None, :]
@@ -92,7 +94,7 @@ class _Sinkhorn(torch.autograd.Function):
         out = torch.empty_like(logits)
         divisors = logits.new_empty(2 * iterations - 1, count, n)
         grid = (triton.cdiv(count, MATRICES),)
-        _forward[grid](logits, out, divisors, count, eps, iterations, n, MATRICES)
+        sinkhorn_forward[grid](logits, out, divisors, count, eps, iterations, n, MATRICES)
         ctx.save_for_backward(out, divisors)
         ctx.constants = (iterations, eps)
         return out
@@ -105,7 +107,7 @@ class _Sinkhorn(torch.autograd.Function):
         grad = grads[0].contiguous()
         result = torch.empty_like(out)
         grid = (triton.cdiv(count, MATRICES),)
-        _backward[grid](out, divisors, grad, result, count, eps, iterations, n, MATRICES)
+        sinkhorn_backward[grid](out, divisors, grad, result, count, eps, iterations, n, MATRICES)
         return result, None, None
 
 

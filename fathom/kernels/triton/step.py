@@ -1,9 +1,9 @@
 """Where a decode step begins and ends: embeddings and rotations of its tokens, and the output head.
 
-A program of `_logits` owns some rows of the head and up to 16 tokens, on the matrix units: of every
-output the products are added in one order, whatever the other tokens are. Bytes: vocab * hidden of
-weights, 1.06 GB for V4-Flash; every 16 tokens read them again, from the L2 cache as far as their
-programs run beside one another.
+A program of `head_products` owns some rows of the head and up to 16 tokens, on the matrix units: of
+every output the products are added in one order, whatever the other tokens are. Bytes: vocab *
+hidden of weights, 1.06 GB for V4-Flash; every 16 tokens read them again, from the L2 cache as far
+as their programs run beside one another.
 
 Paper: §2 (architecture), §2.3.3 (partial RoPE).
 """
@@ -16,14 +16,15 @@ import triton.language as tl
 
 from fathom.kernels.registry import register
 
-ROWS, TOKENS, COLS = 32, 16, 256  # of one program of _logits, and columns of one of its steps
+ROWS, TOKENS, COLS = 32, 16, 256  # of one program of head_products, and columns of one of its steps
 WARPS, STAGES = 4, 4
-COPIED = 1024  # columns of one program of _streams
+COPIED = 1024  # columns of one program of embed_streams
 PART = 4096  # logits that one program of a summary looks at
 
 
 @triton.jit
-def _rotations(rows, frequencies, out, tokens, PAIRS: tl.constexpr):
+def rope_rotations(rows, frequencies, out, tokens, PAIRS: tl.constexpr):
+    """A token's cosines and sines, in one of the four ways of a step."""
     token, which = tl.program_id(0), tl.program_id(1)
     pair = tl.arange(0, PAIRS)
     window = tl.where(which == 3, 128, tl.where(which == 2, 4, 1))
@@ -41,12 +42,13 @@ def step_rotations(rows: torch.Tensor, frequencies: torch.Tensor) -> torch.Tenso
     """
     tokens, pairs = rows.shape[1], frequencies.shape[1]
     out = torch.empty(4, tokens, 2, pairs, dtype=torch.float32, device=rows.device)
-    _rotations[(tokens, 4)](rows, frequencies, out, tokens, PAIRS=pairs, num_warps=1)
+    rope_rotations[(tokens, 4)](rows, frequencies, out, tokens, PAIRS=pairs, num_warps=1)
     return out
 
 
 @triton.jit
-def _streams(token_ids, embed, out, hidden, COPIES: tl.constexpr, COLS: tl.constexpr):
+def embed_streams(token_ids, embed, out, hidden, COPIES: tl.constexpr, COLS: tl.constexpr):
+    """A token's embedding, COPIES times."""
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     live = col < hidden
@@ -62,17 +64,18 @@ def step_streams(token_ids: torch.Tensor, embed: torch.Tensor, copies: int) -> t
     """
     tokens, hidden = token_ids.shape[0], embed.shape[1]
     out = torch.empty(tokens, copies, hidden, dtype=embed.dtype, device=embed.device)
-    _streams[(tokens, triton.cdiv(hidden, COPIED))](
+    embed_streams[(tokens, triton.cdiv(hidden, COPIED))](
         token_ids, embed, out, hidden, COPIES=copies, COLS=COPIED, num_warps=4
     )
     return out
 
 
 @triton.jit
-def _logits(
+def head_products(
     hidden, weight, out, tokens, vocab, cols,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """Logits of up to TOKENS tokens for ROWS rows of the head."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     live, used = token < tokens, row < vocab
@@ -95,7 +98,7 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     (tokens, cols), vocab = hidden.shape, weight.shape[0]
     out = torch.empty(tokens, vocab, dtype=torch.float32, device=hidden.device)
-    _logits[(triton.cdiv(tokens, TOKENS), triton.cdiv(vocab, ROWS))](
+    head_products[(triton.cdiv(tokens, TOKENS), triton.cdiv(vocab, ROWS))](
         hidden, weight, out, tokens, vocab, cols, ROWS=ROWS, TOKENS=TOKENS,
         COLS=min(COLS, cols & -cols), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
@@ -103,7 +106,7 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _maxima(logits, highs, places, vocab, parts, PART: tl.constexpr):
+def logits_maxima(logits, highs, places, vocab, parts, PART: tl.constexpr):
     """The largest logit of a part of a token's vocabulary, and its first place."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = part * PART + tl.arange(0, PART)
@@ -114,7 +117,7 @@ def _maxima(logits, highs, places, vocab, parts, PART: tl.constexpr):
 
 
 @triton.jit
-def _sums(
+def logits_sums(
     logits, draws, highs, sums, vocab, tokens, parts, PARTS: tl.constexpr, PART: tl.constexpr
 ):
     """Of a part, the sums of exponentials: as they are, and at the draw's temperature."""
@@ -133,7 +136,7 @@ def _sums(
 
 
 @triton.jit
-def _choice(
+def logits_choice(
     logits, draws, highs, places, sums, out, vocab, tokens, parts,
     PARTS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
@@ -195,9 +198,9 @@ def logit_summary(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     sums = torch.empty(2, tokens, parts, dtype=torch.float64, device=device)
     out = torch.empty(tokens, 6, dtype=torch.float64, device=device)
     grid = (tokens, parts)
-    _maxima[grid](logits, highs, places, vocab, parts, PART=PART, num_warps=4)
-    _sums[grid](logits, draws, highs, sums, vocab, tokens, parts, **size, num_warps=4)
-    _choice[(tokens,)](
+    logits_maxima[grid](logits, highs, places, vocab, parts, PART=PART, num_warps=4)
+    logits_sums[grid](logits, draws, highs, sums, vocab, tokens, parts, **size, num_warps=4)
+    logits_choice[(tokens,)](
         logits, draws, highs, places, sums, out, vocab, tokens, parts, **size, num_warps=8
     )
     return out

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from tests.kernels.agreement import BF16_STEP, Limits
 
-
 # Arithmetic in float32, as in the interpreter: the same sums in another order.
 FLOAT32 = Limits(1e-5, 2e-5, 0.0)
 E4M3_STEP, E2M1_STEP = 1 / 8, 1 / 2  # to the next code at most, of the larger number
@@ -64,8 +63,7 @@ ATTENTION = Pair(Limits(2.5e-2, 7e-2), Limits(1e-2, 3.5e-2, BF16_STEP))
 SCORES = Pair(Limits(6e-3, 3e-2, 0.0), Limits(1e-4, 5e-4, 0.0))
 # Entries behind norm and rotation, rounded to FP8: all to the next code at most. 5.8e-2, 0; 0, 0.
 CODED = _codes(Limits(0.12, 1e-2, E4M3_STEP), Limits(2e-2, 1e-2, E4M3_STEP))
-# Their rotated columns in BF16, after norm and rotation. 5.5e-3, 1.6e-2; 8e-4,
-# 4e-4.
+# Their rotated columns in BF16, after norm and rotation. 5.5e-3, 1.6e-2; 8e-4, 4e-4.
 TURNED = Pair(Limits(1.1e-2, 3.2e-2), Limits(4e-3, 1e-2, BF16_STEP))
 # Index queries and keys, behind the Hadamard matrix, in groups of 32 (FP4), where a code is up to
 # half of its number, and of 128 (FP8). 0.17, 0.29; 0, 0. 5.1e-2, 7.5e-3; 0, 0.

@@ -1,7 +1,7 @@
 """The check itself: what kernels get wrong is planted into results of the references, at V4-Flash's
 sizes, and must be refused; the results as they are must pass.
 
-A norm over everything sees none of these mistakes below 1e-2.
+A norm over everything is below 1e-2 for each of them when tokens are as many as on a GPU.
 """
 
 from __future__ import annotations

@@ -189,8 +189,12 @@ def draft_errors(
 
 
 def drafts_are_right(errors: list[float], dtype: torch.dtype) -> bool:
-    """A value on the edge between two codes may fall to either side: rarely, and by little."""
-    usual = 1e-3 if dtype == torch.float32 else 0.08
+    """A value on the edge between two codes may fall to either side: rarely, and by little.
+
+    In BF16 most drafts are right to the last bit and the worst 4% away; streams in another order,
+    the least of the mistakes below, are 8% in the median.
+    """
+    usual = 1e-3 if dtype == torch.float32 else 0.04
     return float(np.median(errors)) < usual and max(errors) < 0.25
 
 

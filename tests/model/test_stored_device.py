@@ -140,10 +140,12 @@ LONG = 130  # tokens: more than the 64 up to which a chunk uses decode's kernels
 def test_a_long_chunk_agrees_with_decoding_it(
     config: ModelConfig, layers: list[StoredLayer], kind: str
 ) -> None:
-    """The kernels of many tokens against those of few, which the CPU path is compared with above.
+    """The kernels of many tokens against those of few, which the CPU path is compared with above,
+    and both against the references in float32 on the device.
 
-    Both round at the same places, so a token's error is below the formats' own noise (6% of a
-    layer); choices of experts and entries that fall the other way move a few tokens altogether.
+    Either differs from float32 by the formats' rounding. They round at the same places, but not the
+    same last bits, so that they differ from one another by about as much. Choices of experts and
+    entries that fall the other way move a few tokens altogether.
     """
     own = [layers[index] for index in KINDS[kind]]
     cache = gpu_speed.filled_cache(config, [layer.ratio for layer in own], 1, CONTEXT)
@@ -152,14 +154,24 @@ def test_a_long_chunk_agrees_with_decoding_it(
     given = torch.randn(shape, generator=generator, device="cuda").bfloat16()
     ids = torch.arange(LONG, device="cuda") * 997 % VOCABULARY
     start = CONTEXT - LONG
-    with torch.inference_mode(), use_backend("triton"):
+
+    def as_chunk(backend: str, streams: torch.Tensor) -> torch.Tensor:
         mine = moved_cache(cache, "cuda")
         chunk = Chunk.create(config, mine, 0, start, ids)
-        found = run_layers(config, own, mine, chunk, given).streams_now()
-        mine, rows = moved_cache(cache, "cuda"), []
+        with torch.inference_mode(), use_backend(backend):
+            return run_layers(config, own, mine, chunk, streams).streams_now()
+
+    exact = as_chunk("reference", given.float()).cpu()
+    found = as_chunk("triton", given)
+    mine, rows = moved_cache(cache, "cuda"), []
+    with torch.inference_mode(), use_backend("triton"):
         for i in range(LONG):
             step = Step.create(config, mine, [start + i], ids[i : i + 1], CONTEXT)
             rows.append(run_layers(config, own, mine, step, given[i : i + 1]).streams_now())
-    apart = errors(found, torch.cat(rows).cpu())
-    assert apart.median() < 0.06, apart
-    assert apart.quantile(0.9) < 0.25, apart
+    decoded = torch.cat(rows)
+    noise, many, apart = errors(decoded, exact), errors(found, exact), errors(found, decoded.cpu())
+    levels = torch.tensor([0.5, 0.9], dtype=torch.float64)
+    shown = "\n".join(f"{x.quantile(levels)} {x.max()}" for x in (noise, many, apart))
+    print("LONGCHUNK", kind, shown)
+    assert (many.quantile(levels) < 1.15 * noise.quantile(levels)).all(), shown
+    assert (apart.quantile(levels) < 1.15 * noise.quantile(levels)).all(), shown

@@ -32,6 +32,7 @@ def test_rotations_are_those_of_the_tables(config: ModelConfig, start: int) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("tokens", [9, 130])
 def test_nothing_waits_in_a_chunk(config: ModelConfig, tokens: int) -> None:
     if not torch.cuda.is_available():

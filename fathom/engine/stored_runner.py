@@ -102,7 +102,6 @@ def misfit(config: ModelConfig) -> str | None:
         "moe_intermediate_size": c.moe_intermediate_size,
     }
     powers = {
-        "hidden_size / 64": c.hidden_size // 64,
         "num_attention_heads": c.num_attention_heads,
         "qk_rope_head_dim": c.qk_rope_head_dim,
         "index_n_heads": c.index_n_heads,

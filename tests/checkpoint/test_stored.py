@@ -170,6 +170,25 @@ def test_values_that_no_kernel_follows(
     assert str(caught.value).startswith(str(tmp_path))
 
 
+@pytest.mark.parametrize("part", ["scale", "weight"])
+def test_nan_is_refused_in_every_tensor_that_kernels_decode(config, tensors, part: str) -> None:
+    """They would make infinity of the scale byte 255, and a number of a NaN code."""
+    names = [name.removesuffix(".scale") for name in tensors if name.endswith(".scale")]
+    fp8 = [n for n in names if tensors[f"{n}.weight"].dtype == torch.float8_e4m3fn]
+    coded = names if part == "scale" else fp8  # FP4 has no NaN
+    kinds = {n.split(".")[0] + "." + n.rpartition(".")[2] for n in coded}
+    assert len(kinds) >= (10 if part == "scale" else 8), kinds
+    for name in coded:
+        damaged = dict(tensors)
+        last = tuple(size - 1 for size in tensors[f"{name}.{part}"].shape)
+        _set(f"{name}.{part}", last, 255)(damaged)
+        if part == "scale":  # also where nothing but zeros has it
+            codes = tensors[f"{name}.weight"]
+            damaged[f"{name}.weight"] = torch.zeros_like(codes.view(torch.int8)).view(codes.dtype)
+        with pytest.raises(CheckpointError, match=r"255, which is NaN: damaged data"):
+            StoredModel.from_tensors(config, damaged)
+
+
 def test_zeros_may_have_any_scale_and_an_expert_be_named_twice(config, tensors, tmp_path: Path):
     allowed = dict(tensors)
     name = "layers.0.ffn.experts.1.w1"

@@ -35,8 +35,8 @@ MATRIX = re.compile(r"[HQI]GMMA\.64x(\d+)x\d+\.(F32|F16|S32)")
 MEMORY = ("LD", "ST", "ATOM", "RED", "UTMA", "UBLKCP")
 
 
-def listing(launch: Launch) -> str:
-    """The kernel's machine code for compute capability 9.0, disassembled."""
+def compiled(launch: Launch) -> Any:
+    """The kernel as it is compiled for compute capability 9.0."""
     kernel, keywords = launch.kernel, dict(launch.keywords)
     options = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
     values = dict(zip((p.name for p in kernel.params), launch.arguments, strict=False)) | keywords
@@ -60,10 +60,14 @@ def listing(launch: Launch) -> str:
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def listing(kernel: Any) -> str:
+    """The machine code of what `compiled` returned, disassembled."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         done = subprocess.run(
             [tool, "-sass", file.name], capture_output=True, text=True, check=True, timeout=60

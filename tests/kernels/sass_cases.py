@@ -1,5 +1,6 @@
 """Compiles kernels for the card without one and prints what was found in them, as JSON: those that
-use asynchronous matrix instructions, and those that know the formats of index keys.
+use asynchronous matrix instructions, those that know the formats of index keys, and those that
+V4-Pro's sizes ask the most of.
 
 python -m tests.kernels.sass_cases
 """
@@ -19,14 +20,17 @@ from fathom.kernels.triton import (
     chunk_experts,
     chunk_index,
     entries,
+    few_experts,
     index,
+    mhc,
     step,
 )
 from fathom.kernels.triton.ahead import Launch, recorded
-from tests.kernels.sass import examine, listing
+from tests.kernels.sass import compiled, examine, listing
 
 BF16, U8 = torch.bfloat16, torch.uint8
 HIDDEN, INNER, EXPERTS, HEADS, HEAD_DIM = 4096, 2048, 8, 64, 512
+PRO_HIDDEN, PRO_INNER = 7168, 3072  # of V4-Pro
 PAGE_BYTES = 899_648  # of V4-Flash's slabs
 
 
@@ -54,11 +58,11 @@ def decode_attention(ratio: int) -> None:
     )  # fmt: skip
 
 
-def prefill_attention(ratio: int) -> None:
+def prefill_attention(ratio: int, heads: int = HEADS) -> None:
     extra = {"table": integers(16), "entry_offset": 1024} if ratio else {}
     chunk_attention.chunk_attention(
-        numbers(256, HEADS * HEAD_DIM, dtype=BF16), 0, numbers(256, 2, 32),
-        numbers(384, HEAD_DIM, dtype=BF16), numbers(HEADS), kind=ratio, head_dim=HEAD_DIM,
+        numbers(256, heads * HEAD_DIM, dtype=BF16), 0, numbers(256, 2, 32),
+        numbers(384, HEAD_DIM, dtype=BF16), numbers(heads), kind=ratio, head_dim=HEAD_DIM,
         window=128, norm_eps=1e-6, picks=integers(256, 512) if ratio == 4 else None,
         **paged(ratio), **extra,
     )  # fmt: skip
@@ -120,6 +124,28 @@ def head() -> None:
     step.head_logits(numbers(64, HIDDEN), numbers(129_280, HIDDEN, dtype=BF16))
 
 
+def pro_boundary() -> None:
+    mhc.mhc_boundary(
+        numbers(1, 4, PRO_HIDDEN, dtype=BF16), numbers(24, 4 * PRO_HIDDEN), numbers(24), numbers(3),
+        numbers(PRO_HIDDEN, dtype=BF16), iterations=20, eps=1e-6, norm_eps=1e-6,
+    )  # fmt: skip
+
+
+def pro_experts() -> None:
+    """A step of 64 tokens; the router chooses among 384 experts, of which 8 are here."""
+    gate, tokens = numbers(384, PRO_HIDDEN, dtype=BF16), 64
+    up = numbers(8, PRO_INNER, PRO_HIDDEN // 2, dtype=U8), numbers(8, PRO_INNER, 224, dtype=U8)
+    down = numbers(8, PRO_HIDDEN, PRO_INNER // 2, dtype=U8), numbers(8, PRO_HIDDEN, 96, dtype=U8)
+    shared = (
+        numbers(2 * PRO_INNER, PRO_HIDDEN, dtype=U8), numbers(48, 56, dtype=U8),
+        numbers(PRO_HIDDEN, PRO_INNER, dtype=U8), numbers(56, 24, dtype=U8),
+    )  # fmt: skip
+    few_experts.stored_moe(
+        numbers(tokens, PRO_HIDDEN, dtype=BF16), torch.empty(tokens, dtype=torch.int64), gate,
+        (*up, *up, *down), shared, topk=6, scaling_factor=2.5, limit=10.0,
+    )  # fmt: skip
+
+
 CASES: dict[str, tuple[Callable[[], None], str]] = {
     "decode attention, CSA": (lambda: decode_attention(4), "attention_attend"),
     "decode attention, HCA": (lambda: decode_attention(128), "attention_attend"),
@@ -135,6 +161,12 @@ CASES: dict[str, tuple[Callable[[], None], str]] = {
     "prefill experts, down": (
         lambda: prefill_experts(INNER, HIDDEN, scatter=True), "chunk_experts_grouped",
     ),
+    "prefill attention, CSA of V4-Pro": (
+        lambda: prefill_attention(4, heads=128), "chunk_attention_attend",
+    ),
+    "mHC read, V4-Pro": (pro_boundary, "mhc_read"),
+    "router's order, V4-Pro": (pro_experts, "router_order"),
+    "experts down, V4-Pro": (pro_experts, "experts_down"),
 }  # fmt: skip
 
 
@@ -149,8 +181,10 @@ def main() -> None:
     """Print the findings of every case."""
     report = {}
     for name, (make, kernel) in CASES.items():
-        found = examine(listing(launch_of(make, kernel)))
+        own = compiled(launch_of(make, kernel))
+        found = examine(listing(own))
         report[name] = {
+            "shared": own.metadata.shared,
             "matrix": found.matrix,
             "touched": sorted(found.touched),
             "memory": sorted(found.memory),

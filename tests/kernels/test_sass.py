@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from fathom.kernels.device import SHARED_BYTES
+
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
@@ -37,8 +39,15 @@ def test_no_register_is_touched_while_a_matrix_instruction_uses_it(
 ) -> None:
     assert sum(found["matrix"] > 0 for found in findings.values()) >= 6
     for name, found in findings.items():
-        assert found["matrix"] > 0 or "keys" in name, name  # otherwise nothing is said about it
+        quiet = "keys" in name or name.endswith(", V4-Pro")
+        assert found["matrix"] > 0 or quiet, name  # otherwise nothing is said about it
         assert found["touched"] == [], name
+
+
+def test_every_program_fits_the_shared_memory(findings: dict[str, dict[str, Any]]) -> None:
+    assert sum("V4-Pro" in name for name in findings) == 4
+    for name, found in findings.items():
+        assert found["shared"] <= SHARED_BYTES, name
 
 
 def test_no_register_of_the_indexer_is_spilled(findings: dict[str, dict[str, Any]]) -> None:

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
+import fathom.kernels.triton as triton_kernels
 from fathom.kernels import use_backend
-from fathom.kernels.triton import step
+from fathom.kernels.triton import cache_keys, step
 from fathom.kernels.triton.ahead import Zeroed, compile_kernel, recorded, sketched
 from tests.kernels.sass_cases import prefill_experts
 
@@ -44,7 +46,23 @@ def computation() -> None:
     prefill_experts(256, 256, scatter=False)
 
 
+def badly_named() -> list[str]:
+    """Functions without a name in the cache, or with one that lacks a constant of what they call."""
+    found, functions = [], 0
+    for name in triton_kernels.__all__:
+        for value in vars(getattr(triton_kernels, name)).values():
+            if isinstance(value, JITFunction):
+                functions += 1
+                own = value.used_global_vals.keys()
+                below = [called.used_global_vals.keys() for called in cache_keys.called(value)]
+                if value.hash is None or any(keys - own for keys in below):
+                    found.append(value.fn.__name__)
+    assert functions > 100
+    return found
+
+
 def main() -> None:
+    unnamed = badly_named()
     driver.set_active(Card())  # type: ignore[arg-type]
     cache = Path(os.environ["TRITON_CACHE_DIR"])
     with use_backend("triton"), Zeroed(), recorded() as launches:
@@ -67,6 +85,7 @@ def main() -> None:
         "compiled": compiled,
         "missed": len(list(cache.iterdir())) - compiled,
         "zeroed": zeroed,
+        "unnamed": unnamed,
     }
     sys.stdout.write(json.dumps(found))
 

@@ -31,3 +31,4 @@ def test_launches_find_what_was_compiled_ahead(repository: Any, tmp_path: Path) 
     assert found["compiled"] >= found["sketches"]
     assert found["missed"] == 0
     assert found["zeroed"]
+    assert found["unnamed"] == []  # before anything was launched

@@ -5,6 +5,7 @@ Paper: §3.1 (fused kernels).
 
 from fathom.kernels.triton import (
     attention,
+    cache_keys,
     chunk_attention,
     chunk_entries,
     chunk_experts,
@@ -15,6 +16,8 @@ from fathom.kernels.triton import (
     experts,
     few_experts,
     few_linear,
+    formats,
+    fp4_words,
     index,
     index_keys,
     mhc,
@@ -23,8 +26,15 @@ from fathom.kernels.triton import (
     step,
 )
 
+cache_keys.name_kernels(
+    (attention, chunk_attention, chunk_entries, chunk_experts, chunk_index, chunk_linear, chunk_mhc)
+    + (entries, few_experts, few_linear, formats, fp4_words, index, index_keys, mhc, route)
+    + (sinkhorn, step)
+)
+
 __all__ = [
     "attention",
+    "cache_keys",
     "chunk_attention",
     "chunk_entries",
     "chunk_experts",
@@ -35,6 +45,8 @@ __all__ = [
     "experts",
     "few_experts",
     "few_linear",
+    "formats",
+    "fp4_words",
     "index",
     "index_keys",
     "mhc",

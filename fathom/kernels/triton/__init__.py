@@ -26,12 +26,6 @@ from fathom.kernels.triton import (
     step,
 )
 
-cache_keys.name_kernels(
-    (attention, chunk_attention, chunk_entries, chunk_experts, chunk_index, chunk_linear, chunk_mhc)
-    + (entries, few_experts, few_linear, formats, fp4_words, index, index_keys, mhc, route)
-    + (sinkhorn, step)
-)
-
 __all__ = [
     "attention",
     "cache_keys",
@@ -54,3 +48,5 @@ __all__ = [
     "sinkhorn",
     "step",
 ]
+
+cache_keys.name_kernels(globals()[name] for name in __all__)

@@ -98,7 +98,8 @@ PARTS = (
     Part(
         name="kernels",
         says="every kernel against its reference, long chunks against steps",
-        command=(*TESTS, *SIDE_BY_SIDE, "tests/kernels/test_stored.py", "tests/kernels/test_few.py",
+        command=(*TESTS, *SIDE_BY_SIDE, "tests/kernels/test_stored.py",
+                 "tests/kernels/test_entries.py", "tests/kernels/test_few.py",
                  "tests/kernels/test_prefill.py", "tests/kernels/test_not_finite.py",
                  "tests/kernels/test_long_contexts.py", "tests/kernels/test_known_entries.py",
                  "tests/kernels/test_router_ties.py", f"{AGREE}::{LONG_CHUNK}"),

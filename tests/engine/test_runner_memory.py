@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+from fathom.checkpoint.synthetic import synthetic_checkpoint
+from fathom.engine.batch import Batch, Piece
+from fathom.engine.engine import Engine
 from fathom.engine.kv_cache import SlabLayout
 from fathom.engine.options import EngineConfig, MemoryPlan
-from fathom.engine.runner_memory import runner_parts, stored_bytes
+from fathom.engine.runner import summarised
+from fathom.engine.runner_memory import RESERVE, runner_parts, stored_bytes
+from fathom.engine.sampler import Wanted
 from fathom.engine.state_cache import SlotLayout
 from fathom.engine.stored_runner import bounds, fits, misfit
 from fathom.errors import ConfigError
 from fathom.model import Transformer
 from fathom.model.config import ModelConfig
+from fathom.model.stored import StoredModel
 from tests.launchless import meta_model, needs_triton
 
 needs_triton()
@@ -94,3 +101,37 @@ def test_the_shipped_models_and_pro() -> None:
     assert fits(ModelConfig.preset("flash"))
     assert fits(ModelConfig.preset("nano"))
     assert fits(ModelConfig.preset("pro"))
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_a_device_takes_what_was_planned() -> None:
+    """Steps of one row and of 64 up to every bound, a whole step's logits, and a long chunk."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = synthetic_model(replace(FLASH, n_routed_experts=32, max_position_embeddings=65_536))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    settings = EngineConfig(max_sequences=64, cache_tokens=262_144, batch_invariant=False)
+    plan = MemoryPlan.of(settings, model)
+    served = Engine(model, settings)
+    served.memory.slabs.data.zero_()  # as entries that anything may be computed from
+    runner = served.runner
+    for bound in bounds(plan.columns * 256):
+        for rows in (1, 64):
+            pieces = [Piece(slot=slot, start=bound - 1, tokens=[2]) for slot in range(rows)]
+            for _ in range(2):
+                runner.forward(Batch.of(pieces))
+                summarised(runner, list(range(rows)), [Wanted(whole=True)] * rows)
+    runner.forward(Batch.of([Piece(slot=0, start=40_000, tokens=[2] * settings.budget.tokens)]))
+    torch.cuda.synchronize()
+    taken = torch.cuda.max_memory_reserved() - before
+    shown = "\n".join([*plan.lines(), f"{taken:>18,}  taken"])
+    sys.stdout.write(f"{shown}\n")
+    assert taken <= plan.needed, shown
+    assert taken > 0.6 * (plan.needed - RESERVE), shown
+
+
+def synthetic_model(config: ModelConfig) -> StoredModel:
+    return StoredModel.from_tensors(config, synthetic_checkpoint(config, seed=1, device="cuda"))

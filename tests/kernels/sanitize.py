@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.kernels import test_entries as entries
 from tests.kernels import test_few as few
 from tests.kernels import test_prefill as prefill
 from tests.kernels import test_stored as stored
@@ -40,17 +41,17 @@ def cases(s: Sizes) -> Iterator[Case]:
         yield prefill.test_entries, every | {"kind": kind, "start": 120, "tokens": 9, "known": 0}
         yield prefill.test_attention, every | {"kind": kind, "start": 300, "tokens": 70}
         for position in (5, 700):
-            yield stored.test_entry_attention, every | {"kind": kind, "position": position}
-        for pieces in stored.PIECES:
-            yield stored.test_store_entries, every | {"kind": kind, "pieces": pieces, "known": 0}
+            yield entries.test_entry_attention, every | {"kind": kind, "position": position}
+        for pieces in entries.PIECES:
+            yield entries.test_store_entries, every | {"kind": kind, "pieces": pieces, "known": 0}
     for keys in ("fp4", "fp8"):
-        yield stored.test_index_scores, every | {"position": 4099, "keys": keys}
+        yield entries.test_index_scores, every | {"position": 4099, "keys": keys}
         yield prefill.test_picks, every | {"start": 2043, "tokens": 40, "keys": keys}
-    yield stored.test_store_fp8_keys, every | {"pieces": "across a window of 4"}
+    yield entries.test_store_fp8_keys, every | {"pieces": "across a window of 4"}
     yield prefill.test_fp8_keys, every | {"start": 120, "tokens": 9}
     patch = {"monkeypatch": pytest.MonkeyPatch()}
     for shape in ("random", "clustered", "all equal"):
-        yield stored.test_topk, every | patch | {"shape": shape}
+        yield entries.test_topk, every | patch | {"shape": shape}
     yield prefill.test_select, every | patch | {"shape": "ties"}
     for op, tokens, routing in (
         ("stored_moe", 1, "bias"), ("stored_moe", 20, "one expert"), ("chunk_moe", 70, "hash"),

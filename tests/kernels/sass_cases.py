@@ -23,6 +23,7 @@ from fathom.kernels.triton import (
     few_experts,
     index,
     mhc,
+    step,
 )
 from fathom.kernels.triton.ahead import Launch, recorded
 from tests.kernels.sass import compiled, examine, listing
@@ -141,6 +142,10 @@ def pro_experts() -> None:
     )  # fmt: skip
 
 
+def head() -> None:
+    step.head_logits(numbers(64, HIDDEN), numbers(129_280, HIDDEN, dtype=BF16))
+
+
 CASES: dict[str, tuple[Callable[[], None], str]] = {
     "decode attention, CSA": (lambda: decode_attention(4), "attention_attend"),
     "decode attention, HCA": (lambda: decode_attention(128), "attention_attend"),
@@ -149,6 +154,7 @@ CASES: dict[str, tuple[Callable[[], None], str]] = {
     "index scores, FP8 keys": (lambda: index_scores("fp8"), "index_scores"),
     "index keys stored, FP8": (lambda: index_keys("fp8"), "entries_store"),
     "index keys decoded, FP8": (lambda: prefill_picks("fp8"), "chunk_index_keys"),
+    "head": (head, "head_products"),
     "prefill experts, up": (
         lambda: prefill_experts(HIDDEN, INNER, scatter=False), "chunk_experts_grouped",
     ),

@@ -1,11 +1,99 @@
-"""Whether two versions stored the same entries and keys, looking only at what was written."""
+"""Whether versions left the same in caches, looking only at what was written.
+
+Against the reference in the same arithmetic the bytes are compared, code by code. The reference in
+float32 rounds other numbers, which differ by BF16's rounding, to the same formats: there the
+decoded entries are compared.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import cast
+
 import torch
 
+from fathom.kernels.reference.stored import read_rows
 from fathom.quant import kv_pack
+from tests.kernels import limits
+from tests.kernels.backends import Versions
 from tests.kernels.stored_cases import Pages, Sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a version left. before: the ring and the pool as they were; states: the compressors';
+    query: rounded index queries; recent: a chunk's raw entries, of which `alike` are a copy.
+    """
+
+    before: tuple[torch.Tensor, torch.Tensor]
+    ring: torch.Tensor
+    pages: Pages
+    states: list[torch.Tensor]
+    query: torch.Tensor | None
+    recent: torch.Tensor | None = None
+
+
+def left_alike(
+    v: Versions, s: Sizes, dtype: torch.dtype, ring_written: int, written: int, keys: str | None
+) -> None:
+    """v: of `Left`; ring_written, written: entries that must be others than before in the ring and
+    in the pool; keys: the format of keys, if there are any.
+    """
+    found, expected, exact = v
+    ring, pool = found.before
+    same_ring(found.ring, expected.ring, ring, s, ring_written)
+    same_pool(found.pages, expected.pages, pool, s, written, keys)
+    entries_agree(v.each(lambda left: _ring_rows(left, s)), s, dtype)
+    if written:
+        entries_agree(v.each(lambda left: pool_rows(left, s)), s, dtype)
+    if written and keys is not None:
+        v.each(lambda left: pool_keys(left, s, keys)).assert_agree(dtype, limits.ROUNDED[keys])
+    if exact.query is not None:
+        v.each(lambda left: left.query).assert_agree(dtype, limits.ROUNDED[keys or ""])
+    if exact.recent is not None:
+        entries_agree(v.each(lambda left: left.recent), s, dtype)
+    for a, b in zip(found.states, exact.states, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def entries_agree(v: Versions, s: Sizes, dtype: torch.dtype) -> None:
+    """v: of entries [..., head_dim]: codes, and behind them what is kept in BF16."""
+    cut = s.head_dim - s.rope_dim
+    v.each(lambda rows: rows[..., :cut]).assert_agree(dtype, limits.CODED)
+    v.each(lambda rows: rows[..., cut:]).assert_agree(dtype, limits.TURNED)
+
+
+def _ring_rows(left: Left, s: Sizes) -> torch.Tensor:
+    """The ring's entries that were written: [entries, head_dim]."""
+    now, before = (r.reshape(-1, r.shape[-1]) for r in (left.ring, left.before[0]))
+    return _changed(now, before, kv_pack.ring_entries(now, s.head_dim, s.rope_dim), s)
+
+
+def pool_rows(left: Left, s: Sizes) -> torch.Tensor:
+    """The pool's entries that were written: [entries, head_dim]."""
+    return _changed(left.pages.pool, left.before[1], left.pages.page_entries, s)
+
+
+def _changed(now: torch.Tensor, before: torch.Tensor, room: int, s: Sizes) -> torch.Tensor:
+    rows = [
+        torch.cat([read_rows(b, room, s.head_dim, s.rope_dim, torch.float32) for b in blocks])
+        for blocks in (now, before)
+    ]
+    return rows[0][(rows[0] != rows[1]).any(1)]
+
+
+def pool_keys(left: Left, s: Sizes, form: str) -> torch.Tensor:
+    """The pool's keys that were written: [keys, index_dim]."""
+    own = cast(kv_pack.IndexerFormat, form)
+    (_, first), room = left.pages.offsets, left.pages.page_entries
+    end = first + room * kv_pack.indexer_entry_bytes(own, s.index_dim)
+    now, before = (
+        kv_pack.unpack_indexer_page(
+            pool[:, first:end].contiguous(), own, s.index_dim, check=False
+        ).flatten(0, 1)
+        for pool in (left.pages.pool, left.before[1])
+    )
+    return now[(now != before).any(1)]
 
 
 def same_ring(

@@ -1,6 +1,6 @@
 """Operations for a few tokens: odd sizes, and the same bits whatever the batch.
 
-As in test_stored.py, Triton's interpreter runs them in float32 where there is no GPU.
+As backends.py describes, Triton's interpreter runs them in float32 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 
 from fathom.kernels import operation, use_backend
 from fathom.kernels.reference.route import route as reference_route
+from tests.kernels import limits
+from tests.kernels.backends import DEVICE, DTYPES, GPU, both, cases_of, versions_of
 from tests.kernels.stored_cases import FLASH, SMALL, Draw, Sizes
-from tests.kernels.test_stored import DEVICE, DTYPES, GPU, both, cases_of, distance, near
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -170,14 +171,14 @@ def test_experts_with_hot_and_empty_ones(tokens: int) -> None:
     routed, shared = experts(d, S)
     others = [d.permutation(S.chosen + 1)[: S.chosen - 1].long() + 1 for _ in range(S.vocab)]
     table = torch.stack([torch.cat((own.new_zeros(1), own)) for own in others])
-    expected, found = both(
-        "stored_moe", d.normal(tokens, S.hidden), d.integers(S.vocab, tokens, dtype=torch.int64),
-        d.normal(S.experts, S.hidden, scale=0.1), routed, shared, topk=S.chosen, scaling_factor=1.5,
-        limit=10.0, table=table,
+    v = versions_of(
+        "stored_moe", DTYPE, d.normal(tokens, S.hidden),
+        d.integers(S.vocab, tokens, dtype=torch.int64), d.normal(S.experts, S.hidden, scale=0.1),
+        routed, shared, topk=S.chosen, scaling_factor=1.5, limit=10.0, table=table,
     )  # fmt: skip
-    assert torch.equal(found[2], expected[2])
-    assert distance(found[0], expected[0]) < near(DTYPE)
-    assert distance(found[1], expected[1]) < near(DTYPE)
+    assert torch.equal(v.found[2], v.exact[2])
+    for part in (0, 1):
+        v.each(lambda out, part=part: out[part]).assert_agree(DTYPE, limits.EXPERTS)
 
 
 @pytest.mark.parametrize("tokens", [1, 9])

@@ -5,25 +5,28 @@ and in prompts' chunks; also with dimensions that are no powers of two.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from fathom.kernels import operation, use_backend
+from fathom.kernels import operation
+from tests.kernels import limits
 from tests.kernels import stored_cases as cases
+from tests.kernels.backends import DEVICE, DTYPES, GPU, versions
 from tests.kernels.stored_cases import FLASH, ODD, SMALL, Draw, Sizes
-from tests.kernels.test_stored import DEVICE, GPU
+from tests.kernels.stored_compare import Left, entries_agree, pool_keys, pool_rows
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-DTYPE = torch.bfloat16 if GPU else torch.float32
+DTYPE = DTYPES[0]
 START, TOKENS = 253, 5  # past the end of windows of 4 and of 128 tokens
 
 
-def stored(s: Sizes, kind: int, op: str, known: int, backend: str) -> tuple[torch.Tensor, ...]:
-    """(the pool before, the pool after) tokens from START on, of one sequence."""
+def stored(s: Sizes, kind: int, op: str, known: int, of: Callable[[Any], Any]) -> Left:
+    """The pool before and after tokens from START on, of one sequence."""
     d = Draw(kind, DTYPE, DEVICE)
     store = cases.pages(d, s, kind, 1, 128)
     before = store.pool.clone()
@@ -44,7 +47,7 @@ def stored(s: Sizes, kind: int, op: str, known: int, backend: str) -> tuple[torc
         kind=kind,
         norm_eps=1e-6,
         projected=d.normal(TOKENS, width, dtype=torch.float32),
-        compressor=one(main),
+        compressor=of(one(main)),
         entry_rotation=turns.contiguous(),
         table=store.table[0] if chunk else store.table,
         pool=store.pool,
@@ -52,16 +55,15 @@ def stored(s: Sizes, kind: int, op: str, known: int, backend: str) -> tuple[torc
         page_entries=store.page_entries,
     )
     if kind == 4:
-        kwargs |= dict(index_compressor=one(index), index_heads=s.index_heads)
-        kwargs |= dict(query=d.normal(TOKENS, 96 + index_rows))
+        kwargs |= dict(index_compressor=of(one(index)), index_heads=s.index_heads)
+        kwargs |= dict(query=of(d.normal(TOKENS, 96 + index_rows)))
     if chunk:
         kwargs |= dict(window=s.window, known=known)
     low, norm = d.normal(TOKENS, 64 + s.head_dim), 1 + d.normal(s.head_dim, scale=0.2)
     rotation, ring = d.rotation(TOKENS, s.rope_dim), cases.ring(d, s, 1)
     where = (START, rotation, ring[0]) if chunk else (rows, rotation, ring)
-    with use_backend(backend):
-        operation(op)(low, norm, *where, **kwargs)
-    return before, store.pool
+    operation(op)(of(low), of(norm), *where, **kwargs)
+    return Left((ring, before), ring, store, [], None)
 
 
 @pytest.mark.parametrize("kind", [4, 128])
@@ -69,13 +71,16 @@ def stored(s: Sizes, kind: int, op: str, known: int, backend: str) -> tuple[torc
 @pytest.mark.parametrize("s", [FLASH, ODD] if GPU else [SMALL, ODD])
 def test_known_entries_stay_as_they_are(s: Sizes, op: str, kind: int) -> None:
     last = (START + TOKENS) // kind * kind  # the first position behind the last whole window
-    before, kept = stored(s, kind, op, last, "triton")
-    assert torch.equal(kept, before)
-    before, written = stored(s, kind, op, last - kind, "triton")
-    _, expected = stored(s, kind, op, last - kind, "reference")
+    kept = versions(lambda of: stored(s, kind, op, last, of), DTYPE).found
+    assert torch.equal(kept.pages.pool, kept.before[1])
+    v = versions(lambda of: stored(s, kind, op, last - kind, of), DTYPE)
+    before, written, expected = v.found.before[1], v.found.pages.pool, v.expected.pages.pool
     changed, wanted = written != before, expected != before
     # One entry, and no byte anywhere else; single codes may fall either way.
     size = (s.head_dim + s.rope_dim) + 8 + (s.index_dim if kind == 4 else 0)
     assert 0 < wanted.sum() <= size
     assert (changed != wanted).sum() <= size // 20
     assert (written != expected).sum() <= size // 20
+    entries_agree(v.each(lambda left: pool_rows(left, s)), s, DTYPE)
+    if kind == 4:
+        v.each(lambda left: pool_keys(left, s, "fp4")).assert_agree(DTYPE, limits.ROUNDED["fp4"])

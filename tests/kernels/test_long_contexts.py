@@ -15,9 +15,10 @@ import torch
 
 from fathom.kernels import operation, use_backend
 from fathom.quant.kv_pack import IndexerFormat
+from tests.kernels import limits
 from tests.kernels import stored_cases as cases
+from tests.kernels.backends import DEVICE, DTYPES, GPU, Versions, versions, versions_of
 from tests.kernels.stored_cases import FLASH, SMALL, Draw, Sizes
-from tests.kernels.test_stored import DEVICE, GPU, both, distance, near
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -25,7 +26,7 @@ attention = importlib.import_module("fathom.kernels.triton.attention")
 chunk_index = importlib.import_module("fathom.kernels.triton.chunk_index")
 index = importlib.import_module("fathom.kernels.triton.index")
 
-DTYPE = torch.bfloat16 if GPU else torch.float32
+DTYPE = DTYPES[0]
 # Few heads: these tests are about entries.
 SIZES = FLASH if GPU else replace(SMALL, heads=2, index_heads=4, topk=16)
 MILLION = 1 << 20
@@ -33,10 +34,11 @@ MILLION = 1 << 20
 
 def scored(
     d: Draw, s: Sizes, positions: list[int], store: cases.Pages, most: int, keys: IndexerFormat
-):  # fmt: skip
-    """Both versions' scores and maxima."""
-    return both(
+) -> Versions:  # fmt: skip
+    """Scores and maxima."""
+    return versions_of(
         "index_scores_paged",
+        DTYPE,
         d.normal(len(positions), s.index_heads, s.index_dim),
         d.normal(len(positions), 8 + s.index_heads, dtype=torch.float32),
         cases.rows([(p,) for p in positions], DEVICE),
@@ -70,15 +72,17 @@ def test_index_scores_in_groups(
     s, d = SIZES, Draw(most, DTYPE, DEVICE)
     store = cases.pages(d, s, 4, 2, most, keys)
     positions = [4 * most - 1, 4 * (most // 3) + 1]
-    (expected, _), (found, maxima) = scored(d, s, positions, store, most, keys)
+    v = scored(d, s, positions, store, most, keys)
+    found, maxima = v.found
     group = found.shape[1] // maxima.shape[1]
     assert group > 1
     assert torch.equal(found.unflatten(1, (-1, group)).amax(2), maxima)
-    assert torch.equal(found[:, :most].isinf(), expected.isinf())
+    assert torch.equal(found[:, :most].isinf(), v.exact[0].isinf())
     assert found[:, most:].isinf().all()
     for row, position in enumerate(positions):
         count = (position + 1) // 4
-        assert distance(found[row, :count], expected[row, :count]) < near(DTYPE)
+        own = v.each(lambda out, row=row, count=count: out[0][row, :count])
+        own.assert_agree(DTYPE, limits.SCORES)
     rows = cases.rows([(p,) for p in positions], DEVICE)
     if not held:  # the sort of thousands takes the interpreter a minute; see test_topk
         picks = operation("topk_positions")(found, maxima, rows, k=s.topk, ratio=4)
@@ -92,10 +96,11 @@ def test_index_scores_in_groups(
 HCA_POSITIONS = [8191, 8392, 40_000, 278_527, MILLION - 1] if GPU else [8191, 8392, 40_000]
 
 
-def attended(d: Draw, s: Sizes, positions: list[int], store: cases.Pages, most: int):
-    """Both versions of HCA decode."""
-    return both(
+def attended(d: Draw, s: Sizes, positions: list[int], store: cases.Pages, most: int) -> Versions:
+    """HCA decode: [tokens, heads, head_dim]."""
+    v = versions_of(
         "entry_attention",
+        DTYPE,
         d.normal(len(positions), s.heads * s.head_dim),
         cases.rows([(p,) for p in positions], DEVICE),
         d.rotation(len(positions), s.rope_dim),
@@ -111,6 +116,7 @@ def attended(d: Draw, s: Sizes, positions: list[int], store: cases.Pages, most: 
         page_entries=store.page_entries,
         most_entries=most,
     )
+    return v.each(lambda out: out.unflatten(1, (s.heads, -1)))
 
 
 @pytest.mark.parametrize("position", HCA_POSITIONS)
@@ -120,9 +126,8 @@ def test_hca_decode_over_many_chunks(position: int, monkeypatch: pytest.MonkeyPa
     d = Draw(position, DTYPE, DEVICE)
     entries = (position + 1) // 128
     store = cases.pages(d, SIZES, 128, 2, entries)
-    expected, found = attended(d, SIZES, [position, position // 2], store, entries + 70)
-    for row in range(2):
-        assert distance(found[row], expected[row]) < near(DTYPE)
+    v = attended(d, SIZES, [position, position // 2], store, entries + 70)
+    v.assert_agree(DTYPE, limits.ATTENTION)
 
 
 @pytest.mark.parametrize("start", [20_000] if not GPU else [20_000, 300_000])
@@ -132,17 +137,15 @@ def test_hca_prefill_over_many_entries(start: int) -> None:
     store = cases.pages(d, s, 128, 1, (start + tokens) // 128)
     query, rotation = d.normal(tokens, s.heads * s.head_dim), d.rotation(tokens, s.rope_dim)
     recent, sink = d.normal(s.window + tokens, s.head_dim), d.normal(s.heads, dtype=torch.float32)
-    out = []
-    for backend in ("reference", "triton"):
-        with use_backend(backend):
-            found = operation("chunk_attention")(
-                query.clone(), start, rotation, recent, sink, kind=128, head_dim=s.head_dim,
-                window=s.window, norm_eps=1e-6, pool=store.pool, table=store.table[0],
-                entry_offset=store.offsets[0], page_entries=store.page_entries,
-            )  # fmt: skip
-        out.append(found)
-    for expected, found in zip(*out, strict=True):
-        assert distance(found, expected) < near(DTYPE)
+
+    def prompted(of) -> torch.Tensor:
+        return operation("chunk_attention")(
+            of(query).clone(), start, rotation, of(recent), sink, kind=128, head_dim=s.head_dim,
+            window=s.window, norm_eps=1e-6, pool=store.pool, table=store.table[0],
+            entry_offset=store.offsets[0], page_entries=store.page_entries,
+        ).unflatten(1, (s.heads, -1))  # fmt: skip
+
+    versions(prompted, DTYPE).assert_agree(DTYPE, limits.ATTENTION)
 
 
 def test_picks_in_several_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:

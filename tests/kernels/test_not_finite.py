@@ -1,6 +1,6 @@
 """NaN stays NaN: a token whose input holds one gets NaN, every other token the bits it has without.
 
-As in test_stored.py, Triton's interpreter runs the kernels in float32 where there is no GPU.
+As backends.py describes, Triton's interpreter runs the kernels in float32 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from fathom.kernels.reference.stored import read_rows
 from fathom.quant import kv_pack
 from fathom.quant.kv_pack import IndexerFormat
 from tests.kernels import stored_cases as cases
+from tests.kernels.backends import DEVICE, DTYPES, GPU
 from tests.kernels.stored_cases import FLASH, SMALL, Draw, Sizes
-from tests.kernels.test_stored import DEVICE, DTYPES, GPU, sublayer
+from tests.kernels.test_stored import sublayer
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fathom.kernels import operation, use_backend
+from tests.kernels.backends import DEVICE, GPU
 from tests.kernels.stored_cases import FLASH, SMALL, Draw
-from tests.kernels.test_stored import DEVICE, GPU
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)

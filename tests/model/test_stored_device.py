@@ -172,6 +172,5 @@ def test_a_long_chunk_agrees_with_decoding_it(
     noise, many, apart = errors(decoded, exact), errors(found, exact), errors(found, decoded.cpu())
     levels = torch.tensor([0.5, 0.9], dtype=torch.float64)
     shown = "\n".join(f"{x.quantile(levels)} {x.max()}" for x in (noise, many, apart))
-    print("LONGCHUNK", kind, shown)
     assert (many.quantile(levels) < 1.15 * noise.quantile(levels)).all(), shown
     assert (apart.quantile(levels) < 1.15 * noise.quantile(levels)).all(), shown

@@ -1,9 +1,8 @@
 """Where a decode step begins and ends: embeddings and rotations of its tokens, and the output head.
 
-A program of `head_products` owns some rows of the head and up to 16 tokens, on the matrix units: of
+A program of `head_products` owns some rows of the head and up to 64 tokens, on the matrix units: of
 every output the products are added in one order, whatever the other tokens are. Bytes: vocab *
-hidden of weights, 1.06 GB for V4-Flash; every 16 tokens read them again, from the L2 cache as far
-as their programs run beside one another.
+hidden of weights, 1.06 GB for V4-Flash, which every 64 tokens read once.
 
 Paper: §2 (architecture), §2.3.3 (partial RoPE).
 """
@@ -16,8 +15,8 @@ import triton.language as tl
 
 from fathom.kernels.registry import register
 
-ROWS, TOKENS, COLS = 32, 16, 256  # of one program of head_products, and columns of one of its steps
-WARPS, STAGES = 4, 4
+ROWS, TOKENS, COLS = 128, 64, 128  # of one program of head_products, and columns of one step
+WARPS, STAGES = 8, 3
 COPIED = 1024  # columns of one program of embed_streams
 PART = 4096  # logits that one program of a summary looks at
 
@@ -79,14 +78,13 @@ def head_products(
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     live, used = token < tokens, row < vocab
-    dtype: tl.constexpr = weight.dtype.element_ty
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     for first in range(0, cols, COLS):
         col = first + tl.arange(0, COLS)
         at = weight + row[:, None].to(tl.int64) * cols + col[None, :]
         w = tl.load(at, mask=used[:, None], other=0.0)
         x = tl.load(hidden + token[None, :] * cols + col[:, None], mask=live[None, :], other=0.0)
-        total = tl.dot(w, x.to(dtype), total, input_precision="ieee")
+        total = tl.dot(w, x, total, input_precision="ieee")
     at = out + token[None, :].to(tl.int64) * vocab + row[:, None]
     tl.store(at, total, mask=live[None, :] & used[:, None])
 
@@ -99,7 +97,7 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     (tokens, cols), vocab = hidden.shape, weight.shape[0]
     out = torch.empty(tokens, vocab, dtype=torch.float32, device=hidden.device)
     head_products[(triton.cdiv(tokens, TOKENS), triton.cdiv(vocab, ROWS))](
-        hidden, weight, out, tokens, vocab, cols, ROWS=ROWS, TOKENS=TOKENS,
+        hidden.to(weight.dtype), weight, out, tokens, vocab, cols, ROWS=ROWS, TOKENS=TOKENS,
         COLS=min(COLS, cols & -cols), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out

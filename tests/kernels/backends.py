@@ -20,7 +20,7 @@ import torch
 from fathom.kernels import operation, use_backend
 from tests.kernels.agreement import assert_agrees, widened
 from tests.kernels.limits import Pair
-from tests.kernels.stored_cases import FLASH, ODD, SMALL
+from tests.kernels.stored_cases import FLASH, ODD, PRO, SMALL
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -31,7 +31,7 @@ importlib.import_module("fathom.kernels.triton")
 
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.bfloat16] if GPU else [torch.float32]
-SIZES = [FLASH, ODD] if GPU else [SMALL]
+SIZES = [FLASH, ODD, PRO] if GPU else [SMALL]
 
 
 def cases_of(every: list, few: list) -> list:

@@ -36,6 +36,10 @@ FLASH = Sizes(
     hidden=4096, heads=64, head_dim=512, q_lora=1024, groups=8, index_heads=64, topk=512,
     inner=2048, experts=32, chosen=6,
 )  # fmt: skip
+PRO = Sizes(
+    hidden=7168, heads=128, head_dim=512, q_lora=1536, groups=16, index_heads=64, topk=1024,
+    inner=3072, experts=8, chosen=6,
+)  # fmt: skip
 
 
 SPARE = 5  # tokens that rings have room for beyond what is looked at

@@ -15,6 +15,7 @@ from fathom.model.transformer import Transformer
 
 WHOLE = 2**16  # bytes: smaller parameters are hashed whole, of larger ones as many in samples
 SAMPLES = 64
+AT_ONCE = 2**22  # elements of a large one that are added up together
 
 
 def fingerprint(model: Transformer | StoredModel, kind: str) -> bytes:
@@ -32,7 +33,15 @@ def fingerprint(model: Transformer | StoredModel, kind: str) -> bytes:
         if flat.numel() * flat.element_size() > WHOLE:
             each = WHOLE // flat.element_size() // SAMPLES
             starts = torch.linspace(0, flat.numel() - each, SAMPLES).long().tolist()
-            digest.update(str(flat.sum(dtype=torch.float64).item()).encode())
+            digest.update(str(_sum(flat)).encode())
             flat = torch.cat([flat[start : start + each] for start in starts])
         digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.digest()
+
+
+def _sum(flat: torch.Tensor) -> float:
+    """In float64, in parts: torch converts a whole tensor before it adds it up on a device."""
+    total = torch.zeros((), dtype=torch.float64, device=flat.device)
+    for part in flat.split(AT_ONCE):
+        total += part.sum(dtype=torch.float64)
+    return total.item()

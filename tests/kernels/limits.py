@@ -4,10 +4,11 @@ Against the reference in float32, given the same BF16 numbers and bytes, the dis
 rounding to BF16 does between the kernel's launches. Where such a number is rounded to FP8 or FP4
 afterwards, one in 20 to 30 falls to a neighbouring code, and the distance is that of the codes.
 Against the reference in BF16, which rounds in the same places, only sums in another order are left:
-single numbers that fall the other way. The figures behind each limit are the worst rows and
-elements, of an H100 or of the BF16 reference (its sums in float64, its softmax in shorter blocks),
-at V4-Flash's sizes, V4-Pro's and odd ones; limits are about twice as high. Sums of FP8 products on the matrix units (prompts of more than 64 tokens) have
-fewer bits than float32: that is left room for where it says so.
+single numbers that fall the other way. Sums of FP8 products on the matrix units (prompts of more
+than 64 tokens) have fewer bits than float32: that is left room for where it says so. The figures
+behind each limit are the worst rows and elements, of an H100 or of the BF16 reference (its sums in
+float64, its softmax in shorter blocks), at V4-Flash's sizes, V4-Pro's and odd ones; limits are
+about twice as high.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Every CUDA kernel on a few inputs, against its reference: what compute-sanitizer is run on.
 
     compute-sanitizer --tool memcheck python -m tests.kernels.sanitize
+    compute-sanitizer --tool memcheck python -m tests.kernels.sanitize 0 3  # every third case
 
 Attention has V4-Flash's shape, everything else is as small as its tiles allow, since the tools slow
 kernels down a thousand times. Prints a line for each case; the exit status is the number of cases
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -63,8 +65,9 @@ def cases(s: Sizes) -> Iterator[Case]:
 def main() -> int:
     """Run all cases; returns how many failed."""
     failed = 0
+    first, every = map(int, sys.argv[1:3] or (0, 1))
     for s in (SIZES, ODD):
-        for function, values in cases(s):
+        for function, values in islice(cases(s), first, None, every):
             shown = {k: v for k, v in values.items() if k not in ("s", "dtype", "monkeypatch")}
             try:
                 function(**values)

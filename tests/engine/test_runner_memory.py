@@ -14,7 +14,7 @@ from fathom.engine.engine import Engine
 from fathom.engine.kv_cache import SlabLayout
 from fathom.engine.options import EngineConfig, MemoryPlan
 from fathom.engine.runner import summarised
-from fathom.engine.runner_memory import RESERVE, runner_parts, stored_bytes
+from fathom.engine.runner_memory import runner_parts, stored_bytes
 from fathom.engine.sampler import Wanted
 from fathom.engine.state_cache import SlotLayout
 from fathom.engine.stored_runner import bounds, fits, misfit
@@ -106,13 +106,13 @@ def test_the_shipped_models_and_pro() -> None:
 @pytest.mark.gpu
 @pytest.mark.timeout(300)
 def test_a_device_takes_what_was_planned() -> None:
-    """Steps of one row and of 64 up to every bound, a whole step's logits, and a long chunk."""
+    """At most: steps of one row and of 64 up to every bound, all their logits, and a long chunk."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     model = synthetic_model(replace(FLASH, n_routed_experts=32, max_position_embeddings=65_536))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_reserved()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     settings = EngineConfig(max_sequences=64, cache_tokens=262_144, batch_invariant=False)
     plan = MemoryPlan.of(settings, model)
     served = Engine(model, settings)
@@ -126,11 +126,13 @@ def test_a_device_takes_what_was_planned() -> None:
                 summarised(runner, list(range(rows)), [Wanted(whole=True)] * rows)
     runner.forward(Batch.of([Piece(slot=0, start=40_000, tokens=[2] * settings.budget.tokens)]))
     torch.cuda.synchronize()
-    taken = torch.cuda.max_memory_reserved() - before
-    shown = "\n".join([*plan.lines(), f"{taken:>18,}  taken"])
+    used = torch.cuda.max_memory_allocated() - before[0]
+    reserved = torch.cuda.max_memory_reserved() - before[1]  # beside what was free in its blocks
+    found = [f"{used:>18,}  used at once", f"{reserved:>18,}  reserved anew"]
+    shown = "\n".join([*plan.lines(), *found])
     sys.stdout.write(f"{shown}\n")
-    assert taken <= plan.needed, shown
-    assert taken > 0.6 * (plan.needed - RESERVE), shown
+    assert max(used, reserved) <= plan.needed, shown
+    assert used >= plan.total, shown
 
 
 def synthetic_model(config: ModelConfig) -> StoredModel:

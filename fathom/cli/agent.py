@@ -30,8 +30,8 @@ from fathom.agent import (
 )
 from fathom.agent.report import keep_report, report
 from fathom.chat.reply import Sampling
-from fathom.cli.engine_options import DiskCache
-from fathom.cli.models import check_disk_cache, check_thinking, default_sampling, open_model
+from fathom.cli.engine_options import Device, DiskCache
+from fathom.cli.models import check_local, check_thinking, default_sampling, open_model
 from fathom.cli.placement import PLACEMENTS, attach, begin, loop_of, watch
 from fathom.cli.runs import LATEST, ended_report, find_run, work_alone
 from fathom.cli.sandboxes import KINDS, check_kind, spec_of, substrate_of
@@ -84,6 +84,7 @@ def agent(
     ] = 60.0,
     temperature: Annotated[float | None, typer.Option(min=0.0)] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    device: Device = None,
     disk_cache: DiskCache = None,
     resume: Annotated[
         str | None,
@@ -140,7 +141,7 @@ def agent(
     """
     check_thinking(thinking)
     check_kind(sandbox, KINDS)
-    check_disk_cache(url, disk_cache)
+    check_local(url, disk_cache, device)
     spec = spec_of(sandbox, workdir if workdir is None else workdir.resolve())
     task = sys.stdin.read() if task == "-" else task
     if not task.strip():
@@ -196,7 +197,7 @@ def agent(
         work_alone(task, sys.argv[1:], chosen, again=run is not None)
         print(chosen)
         return
-    opened = open_model(model, url, api_key, disk_cache)
+    opened = open_model(model, url, api_key, disk_cache, device)
     worker = Agent(model=opened, thinking=thinking, sampling=sampling, limits=limits)
     trace = Trace(console(stderr=True))
     job = partial(

@@ -19,7 +19,7 @@ from rich.text import Text
 from fathom.agent import Model
 from fathom.chat.quick import TASKS, task_message
 from fathom.chat.reply import Piece, Reply, Sampling
-from fathom.cli.engine_options import DiskCache
+from fathom.cli.engine_options import Device, DiskCache
 from fathom.cli.models import THINKING, check_thinking, default_sampling, open_model
 from fathom.cli.terminal import console, visible
 from fathom.cli.trace import COMMAND, REASONING, call_lines, speed
@@ -47,13 +47,14 @@ def chat(
     temperature: Annotated[float | None, typer.Option(min=0.0)] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    device: Device = None,
     disk_cache: DiskCache = None,
 ) -> None:
     """Talk with a model; without a terminal, each line of standard input is one message."""
     check_thinking(thinking)
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     sampling = default_sampling(model, url, sampling)
-    opened = open_model(model, url, api_key, disk_cache)
+    opened = open_model(model, url, api_key, disk_cache, device)
     with start_blocking_portal() as portal:
         session = Session(opened, portal, console(), system, thinking, max_tokens, sampling)
         session.talk(_lines(session.live))

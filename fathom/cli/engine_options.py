@@ -15,6 +15,9 @@ from fathom.errors import ConfigError, SandboxError
 if TYPE_CHECKING:
     from fathom.engine.options import EngineConfig
 
+Device = Annotated[
+    str | None, typer.Option(help="Where the model runs, cpu or cuda (default: cpu).")
+]
 DiskCache = Annotated[
     Path | None,
     typer.Option(

@@ -16,13 +16,12 @@ from rich.text import Text
 
 from fathom.chat.quick import TASKS, task_message
 from fathom.chat.reply import Piece, Sampling
-from fathom.cli.engine_options import DiskCache
+from fathom.cli.engine_options import Device, DiskCache
 from fathom.cli.models import (
     SHIPPED_MODEL,
-    announce_compiling,
     check_thinking,
     default_sampling,
-    load_with_cache,
+    load_local,
 )
 from fathom.cli.output import print_json
 from fathom.cli.terminal import console, visible
@@ -51,6 +50,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(min=0.0)] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    device: Device = None,
     disk_cache: DiskCache = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -65,8 +65,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     wanted = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     sampling = default_sampling(model, None, wanted)
-    llm = load_with_cache(model, disk_cache)
-    announce_compiling()
+    llm = load_local(model, disk_cache, device)
     out = None if as_json else console()
     if task is not None:
         result = _instruct(llm, text, task, thinking, max_tokens, sampling, out)

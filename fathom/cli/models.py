@@ -34,45 +34,51 @@ def open_model(
     url: str | None,
     api_key: str | None = None,
     disk_cache: Path | None = None,
+    device: str | None = None,
 ) -> Model:
     """The model `model` of the server at `url`, or without a URL the checkpoint `model`.
 
     Without a name this is the first model that the server lists, or the shipped one. disk_cache:
-    folder in which its engine keeps what it computed. Raises AgentError for an unusable URL,
-    CacheError for an unusable folder, and what `fathom.load` raises.
+    folder in which its engine keeps what it computed; device: where it runs, cpu by default. Raises
+    AgentError for an unusable URL, CacheError for an unusable folder, and what `fathom.load`
+    raises.
     """
     if url is not None:
-        check_disk_cache(url, disk_cache)
+        check_local(url, disk_cache, device)
         from fathom.agent import HTTPModel
 
         return HTTPModel(url, model=model, api_key=api_key)
     from fathom.engine.chat_model import LocalModel
 
     name = model or SHIPPED_MODEL
-    llm = load_with_cache(name, disk_cache)
-    announce_compiling()
+    llm = load_local(name, disk_cache, device)
     return LocalModel(llm, name=name)
 
 
-def load_with_cache(name: str, disk_cache: Path | None) -> LLM:
-    """A model whose engine keeps what it computed in a folder, if one is given.
+def load_local(name: str, disk_cache: Path | None, device: str | None) -> LLM:
+    """A model on a device, cpu by default, whose engine keeps what it computed in a folder, if one
+    is given.
 
     Raises CacheError for an unusable folder, and what `fathom.load` raises.
     """
     import fathom
 
-    llm = fathom.load(name, engine=engine_config({"disk_cache": disk_cache}))
+    where = device or "cpu"
+    llm = fathom.load(name, device=where, engine=engine_config({"disk_cache": disk_cache}))
     if disk_cache is not None:
         _ = llm.engine  # an unusable folder is told before there is anything to lose
+    if where == "cpu":
+        announce_compiling()
     return llm
 
 
-def check_disk_cache(url: str | None, disk_cache: Path | None) -> None:
-    """Raises typer.BadParameter for a folder that no engine here would use."""
-    if url is not None and disk_cache is not None:
-        raise typer.BadParameter(
-            "--disk-cache and --url exclude each other: that server has its own"
-        )
+def check_local(url: str | None, disk_cache: Path | None, device: str | None) -> None:
+    """Raises typer.BadParameter for a folder or a device that no engine here would use."""
+    for option, value in (("--disk-cache", disk_cache), ("--device", device)):
+        if url is not None and value is not None:
+            raise typer.BadParameter(
+                f"{option} and --url exclude each other: that server has its own"
+            )
 
 
 def announce_compiling() -> None:

@@ -58,7 +58,7 @@ def serve(
             "Without it they go out as text."
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Where the model runs (default: cpu).")] = None,
+    device: engine.Device = None,
     disk_cache: engine.DiskCache = None,
     disk_cache_size: engine.DiskCacheSize = None,
     host_cache_size: engine.HostCacheSize = None,

@@ -131,7 +131,7 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> ScriptedLLM:
         return run
 
     llm.stream = stream  # type: ignore[method-assign]
-    monkeypatch.setattr(fathom, "load", lambda name, engine=None: llm, raising=False)
+    monkeypatch.setattr(fathom, "load", lambda name, device="cpu", engine=None: llm, raising=False)
     return llm
 
 
@@ -199,3 +199,19 @@ def test_the_shipped_model_is_greedy_unless_told() -> None:
 def test_a_model_that_is_not_there() -> None:
     found = CliRunner().invoke(app, ["generate", "x", "--model", "/no/such/model"])
     assert found.exit_code == 2
+
+
+@pytest.mark.parametrize("command", [["generate", "a"], ["chat"], ["agent", "a"]])
+def test_a_device_is_asked_for_by_name(command: list[str]) -> None:
+    for device, said in (("abacus", "names no device"), ("cuda:99", "there is no device cuda:99")):
+        result = CliRunner().invoke(app, [*command, "--device", device], input="a\n")
+        assert result.exit_code == 2
+        assert said in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("command", [["chat"], ["agent", "a"]])
+def test_a_server_has_its_own_device(command: list[str]) -> None:
+    options = ["--url", "http://127.0.0.1:9", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*command, *options], input="a\n")
+    assert result.exit_code == 2
+    assert "--device and --url exclude each other" in " ".join(result.stderr.split())

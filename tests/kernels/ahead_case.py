@@ -5,8 +5,10 @@ Run by test_ahead.py in a process of its own, whose Triton compiles instead of i
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,12 +50,10 @@ def computation() -> None:
 
 def badly_named() -> list[str]:
     """Functions without a name in the cache, or with another than after all others were named."""
-    functions = [
-        value
-        for name in triton_kernels.__all__
-        for value in vars(getattr(triton_kernels, name)).values()
-        if isinstance(value, JITFunction)
-    ]
+    path, name = triton_kernels.__path__, triton_kernels.__name__
+    modules = [importlib.import_module(f"{name}.{own.name}") for own in pkgutil.iter_modules(path)]
+    values = [value for module in modules for value in vars(module).values()]
+    functions = [value for value in values if isinstance(value, JITFunction)]
     assert len(functions) > 100
     found = []
     for function in functions:

@@ -8,7 +8,7 @@ single numbers that fall the other way. Sums of FP8 products on the matrix units
 than 64 tokens) have fewer bits than float32: that is left room for where it says so. The figures
 behind each limit are the worst rows and elements, of an H100 or of the BF16 reference (its sums in
 float64, its softmax in shorter blocks), at V4-Flash's sizes, V4-Pro's and odd ones; limits are
-about twice as high.
+at least twice as high.
 """
 
 from __future__ import annotations

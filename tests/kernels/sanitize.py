@@ -39,6 +39,7 @@ def cases(s: Sizes) -> Iterator[Case]:
             yield stored.test_mhc_boundary, every | {"op": op, "tokens": tokens, "mode": mode}
     yield stored.test_the_last_write_and_the_merge, every
     yield stored.test_where_a_step_begins_and_ends, every | {"tokens": 16}
+    yield stored.test_logits, every | {"tokens": 65}
     for kind in (0, 4, 128):
         yield prefill.test_entries, every | {"kind": kind, "start": 120, "tokens": 9, "known": 0}
         yield prefill.test_attention, every | {"kind": kind, "start": 300, "tokens": 70}

@@ -129,7 +129,7 @@ def test_entry_attention(s: Sizes, dtype: torch.dtype, kind: int, position: int)
         rows,
         d.rotation(tokens, s.rope_dim),
         cases.ring(d, s, 2),
-        d.normal(s.heads, dtype=torch.float32),
+        d.normal(s.heads, dtype=torch.float32) + 4,  # so that a wrong sink is seen
         kind=kind,
         head_dim=s.head_dim,
         window=s.window,

@@ -105,7 +105,7 @@ def attended(d: Draw, s: Sizes, positions: list[int], store: cases.Pages, most: 
         cases.rows([(p,) for p in positions], DEVICE),
         d.rotation(len(positions), s.rope_dim),
         cases.ring(d, s, len(positions)),
-        d.normal(s.heads, dtype=torch.float32),
+        d.normal(s.heads, dtype=torch.float32) + 4,
         kind=128,
         head_dim=s.head_dim,
         window=s.window,
@@ -136,7 +136,8 @@ def test_hca_prefill_over_many_entries(start: int) -> None:
     d = Draw(start, DTYPE, DEVICE)
     store = cases.pages(d, s, 128, 1, (start + tokens) // 128)
     query, rotation = d.normal(tokens, s.heads * s.head_dim), d.rotation(tokens, s.rope_dim)
-    recent, sink = d.normal(s.window + tokens, s.head_dim), d.normal(s.heads, dtype=torch.float32)
+    recent = d.normal(s.window + tokens, s.head_dim)
+    sink = d.normal(s.heads, dtype=torch.float32) + 4
 
     def prompted(of) -> torch.Tensor:
         return operation("chunk_attention")(
@@ -193,7 +194,7 @@ def test_a_row_has_the_same_bits_under_every_bound(monkeypatch: pytest.MonkeyPat
     query = d.normal(count, s.index_heads, s.index_dim)
     weights = d.normal(count, s.index_heads, dtype=torch.float32)
     own, rotation = d.normal(count, s.heads * s.head_dim), d.rotation(count, s.rope_dim)
-    ring, sink = cases.ring(d, s, count), d.normal(s.heads, dtype=torch.float32)
+    ring, sink = cases.ring(d, s, count), d.normal(s.heads, dtype=torch.float32) + 4
     seen = []
     for bound in BOUNDS:
         with use_backend("triton"):

@@ -136,7 +136,8 @@ def test_attention(s: Sizes, dtype: torch.dtype, kind: int, start: int, tokens: 
         kwargs["picks"] = torch.stack(rows).contiguous()
     recent = d.normal(s.window + tokens, s.head_dim)
     query = d.normal(tokens, s.heads * s.head_dim + 32)
-    rotation, sink = d.rotation(tokens, s.rope_dim), d.normal(s.heads, dtype=torch.float32)
+    rotation = d.rotation(tokens, s.rope_dim)
+    sink = d.normal(s.heads, dtype=torch.float32) + 4  # so that a wrong sink is seen
 
     def attended(of) -> torch.Tensor:
         return operation("chunk_attention")(

@@ -14,8 +14,12 @@ from fathom.model.fingerprint import SAMPLES, WHOLE
 
 @pytest.fixture
 def net() -> Transformer:
-    torch.manual_seed(1)
-    return Transformer(replace(tiny_config("instruct"), vocab_size=4096))
+    made = Transformer(replace(tiny_config("instruct"), vocab_size=4096))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in made.state_dict().values():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    return made
 
 
 def test_every_weight_counts(net: Transformer) -> None:

@@ -220,8 +220,9 @@ class StoredRunner:
         return self._read(which, wanted, self._stored.mtp[0].merge)
 
     def _check(self, batch: Batch) -> None:
+        shape = tuple(self._main.table.shape)
         for piece in batch.pieces:
-            check_place(self._main, piece.slot, piece.start, len(piece.tokens))
+            check_place(shape, piece.slot, piece.start, len(piece.tokens))
 
     def _draft(self, batch: Batch, streams: torch.Tensor) -> None:
         self._check(batch)

@@ -50,11 +50,12 @@ def frequencies(config: ModelConfig, device: torch.device | str) -> Tensor:
     return torch.stack([table.frequencies for table in tables]).to(device)
 
 
-def check_place(cache: StoredCache, sequence: int, start: int, count: int) -> None:
-    """Raise ConfigError unless `count` tokens of a sequence have places in the cache from position
-    `start` on: kernels find them through its page table and would take a neighbour's.
+def check_place(shape: tuple[int, ...], sequence: int, start: int, count: int) -> None:
+    """Raise ConfigError unless `count` tokens of a sequence have places from position `start` on in
+    a cache whose page table is [sequences, slabs]: kernels find them through it and would take a
+    neighbour's.
     """
-    sequences, slabs = cache.table.shape
+    sequences, slabs = shape
     end, room = start + count, slabs * SLAB_TOKENS
     if not 0 <= sequence < sequences:
         raise ConfigError(f"the cache has {sequences} sequences: there is no number {sequence}")
@@ -108,8 +109,9 @@ class Step:
             )
         if count != len(token_ids):
             raise ConfigError(f"there are {count} positions for {len(token_ids)} tokens")
+        shape = tuple(cache.table.shape)
         for sequence, position in enumerate(positions):
-            check_place(cache, sequence, position, 1)
+            check_place(shape, sequence, position, 1)
             if position >= most_positions:
                 raise ConfigError(
                     f"position {position} is not below the bound of {most_positions} positions: "
@@ -227,7 +229,7 @@ class Chunk:
         / 2], without which the host waits for the device. Raises ConfigError for a chunk that the
         cache cannot hold.
         """
-        check_place(cache, sequence, start, len(token_ids))
+        check_place(tuple(cache.table.shape), sequence, start, len(token_ids))
         end, device = start + len(token_ids), token_ids.device
         plain, yarn = frequencies(config, device) if turns is None else turns
         at = torch.arange(start, end, device=device)

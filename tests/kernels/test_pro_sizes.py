@@ -5,19 +5,10 @@ That its kernels compile and fit is in test_sass.py, whole blocks in tests/model
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-
 import pytest
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-importlib.import_module("fathom.kernels.triton")
+from tests.kernels.backends import DEVICE
 
 
 def test_columns_are_walked_in_a_power_of_two_of_equal_parts() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from dataclasses import replace
 
 import pytest
@@ -23,14 +22,15 @@ from fathom.model.stored_cache import SLAB_TOKENS, StoredCache
 from fathom.model.stored_forward import run_layers
 from fathom.model.stored_work import Chunk, Step
 from tests.kernels import stored_cases as cases
+from tests.kernels.interpreter import interpret
 from tests.kernels.poison import _poison  # noqa: F401  (a fixture that applies by itself)
 from tests.model.test_stored import SIZES
 
 if torch.cuda.is_available():
     pytest.skip("on a GPU: tests/model/test_stored_device.py", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
+interpret()
 importlib.import_module("fathom.kernels.triton")
 
 # The interpreter's time is the number of programs: few heads, a short window.

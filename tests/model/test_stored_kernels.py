@@ -39,7 +39,7 @@ FEWER = {"num_attention_heads": 2, "index_n_heads": 4, "sliding_window": 16}
 # 3 * 1024 columns, more heads than one program of attention takes, as many picks as are sorted.
 ODD_AS_PRO = {
     "hidden_size": 3 * 128, "num_attention_heads": 8, "head_dim": 96, "qk_rope_head_dim": 32,
-    "n_routed_experts": 3 * 4, "moe_intermediate_size": 3 * 128, "index_topk": 64,
+    "n_routed_experts": 3 * 2, "moe_intermediate_size": 3 * 128, "index_topk": 64,
 }  # fmt: skip
 CONFIGS = {
     "small": tiny_config("instruct", **{**SIZES, **FEWER}),

@@ -12,6 +12,7 @@ from fathom.engine.engine import Engine, EngineConfig
 from fathom.engine.kv_cache import SLAB_TOKENS, SlabPool
 from fathom.engine.request import Status
 from fathom.engine.sampler import Drawn, SamplingParams
+from fathom.engine.scheduler import Budget
 from fathom.engine.state_cache import SlotPool
 from fathom.errors import CacheError
 from fathom.model import Transformer
@@ -76,6 +77,17 @@ def test_memory_that_runs_out_in_a_step_hides_no_token(
     monkeypatch.setattr(served, "_postprocess", fail)
     told = dict(served.step())
     assert told == {stream: stream.output[-1:], broken: []}
+
+
+def test_a_step_has_no_more_rows_than_its_runner_has_room_for(net: Transformer) -> None:
+    """Beside a stream a prompt took 128 of them, whatever the budget: past the end of a buffer."""
+    served = engine(net, budget=Budget(tokens=4), max_sequences=2)
+    stream = served.submit(prompt(4), greedy(30))
+    while not stream.output:
+        served.step()
+    served.submit(prompt(100, 1), greedy(1))
+    served.step()
+    assert served.metrics.last_batch == 1 + 4 <= served.config.max_rows
 
 
 class Told:

@@ -26,6 +26,7 @@ from fathom.chat.requests.history import BLANK, Entry, finish_conversation
 from fathom.chat.requests.parts import read_content, read_part
 from fathom.chat.requests.tools import ToolReader, choose, read_messages_choice
 from fathom.chat.requests.types import MOST_TOKENS, PromptRequest, RequestOptions
+from fathom.errors import ThreadUnsupported
 
 # The line changes with the first user message. As part of the prompt it would keep conversations
 # from sharing everything behind it.
@@ -39,7 +40,7 @@ def read_messages(body: Mapping[str, Any], options: RequestOptions | None = None
     options = options or RequestOptions()
     fields, warnings = Fields(body), list[str]()
     if fields.take("thread") is not None:
-        fields.fail("thread", "is not supported: send the whole conversation in messages")
+        raise ThreadUnsupported("is not supported: send the whole conversation", "thread")
     system, billing = _read_system(fields, warnings)
     entries: list[Entry] = []
     unpack = Unpacker()

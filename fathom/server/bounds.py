@@ -52,7 +52,7 @@ async def off_loop(size: int, work: Callable[..., T], *arguments: Any) -> T:
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The whole body. Raises Problem if it is too large, too slow, compressed or not called JSON."""
+    """The whole body. Raises Problem if it is too large, slow, compressed or not named JSON."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         # A web page of another origin may post text without asking the browser's leave first.

@@ -222,7 +222,8 @@ class _Choice:
             at = self._calls
             self._calls += 1
             if self._writer.is_custom(event.call.name):
-                return dumps({"tool_calls": [{"index": at, **self._writer.call_object(event.call)}]})
+                part = {"index": at, **self._writer.call_object(event.call)}
+                return dumps({"tool_calls": [part]})
             return _call_delta(at, event.call.id, event.call.name, event.call.arguments)
         return ""
 

@@ -149,9 +149,7 @@ def _read_user_blocks(fields: Fields, path: str, warnings: list[str]) -> list[En
     return results
 
 
-def _read_assistant(
-    fields: Fields, path: str, unpack: Unpacker, warnings: list[str]
-) -> Entry:
+def _read_assistant(fields: Fields, path: str, unpack: Unpacker, warnings: list[str]) -> Entry:
     content = fields.mapping.get("content")
     if isinstance(content, str):
         return Entry(Message(content=content), path, False)

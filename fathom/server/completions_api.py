@@ -248,6 +248,7 @@ class CompletionsWriter:
                     shaping=raw.shaping,
                     seed=None if raw.seed is None else (raw.seed + at) % 2**63,
                     stop_token_ids=raw.stop_token_ids,
+                    logprobs=raw.logprobs is not None,
                     top_logprobs=raw.logprobs or 0,
                 ),
                 raw,

@@ -214,3 +214,10 @@ def test_a_compressed_body_is_called_so(server: Server, coding: str, status: int
     reply = server.client.post("/v1/chat/completions", content=sent, headers=headers)
     assert reply.status_code == status
     assert status == 200 or "uncompressed" in reply.json()["error"]["message"]
+
+
+def test_a_stored_response_is_not_streamed_again(server: Server):
+    made = server.responses("x").json()
+    assert server.client.get(f"/v1/responses/{made['id']}?stream=false").json() == made
+    refused = server.client.get(f"/v1/responses/{made['id']}?stream=true")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stream")

@@ -15,11 +15,13 @@ from typing import Any
 from fathom.agent import Agent, Limits, Model
 from fathom.agent.types import Sandbox
 from fathom.chat.reply import Sampling
+from fathom.errors import DaemonLost, SandboxError, SandboxLost
 from fathom.eval.tasks import Task
 from fathom.sandbox import Client, Container
 
 TIMEOUT = 20.0
 GREEDY = Sampling(temperature=0.0, top_p=1.0)
+_UNREADABLE = "\0"
 LIMITS = Limits(max_steps=8, reply_tokens=512, command_seconds=TIMEOUT)
 
 
@@ -63,10 +65,22 @@ async def set_files(sandbox: Sandbox, files: dict[str, str]) -> None:
 
 
 async def get_files(sandbox: Sandbox) -> dict[str, str]:
-    """All files below the working folder. Raises SandboxError."""
+    """All files below the working folder. Raises SandboxError when the sandbox failed.
+
+    A file that cannot be read, for its size or its name, counts as one that no task wants.
+    """
     found = await sandbox.exec("find . -type f -print0", timeout=TIMEOUT)
     paths = [path.removeprefix("./") for path in found.stdout.split("\0") if path]
-    return {path: (await sandbox.files.read(path)).decode(errors="replace") for path in paths}
+    return {path: await _read(sandbox, path) for path in paths}
+
+
+async def _read(sandbox: Sandbox, path: str) -> str:
+    try:
+        return (await sandbox.files.read(path)).decode(errors="replace")
+    except (SandboxLost, DaemonLost):
+        raise
+    except (OSError, SandboxError):
+        return _UNREADABLE
 
 
 async def run_task(agent: Agent, task: Task, sandbox: Sandbox) -> Outcome:

@@ -1,7 +1,8 @@
 """Runs the agent on tasks in a real sandbox and says how many it solved.
 
-Decoding is greedy and every task starts from its own files in the same container. The outcome of a
-task is what its checker says about the final message and the files that are left.
+Decoding is greedy and every task has a container of its own, so that nothing which one leaves
+running or lying about meets the next. The outcome of a task is what its checker says about the
+final message and the files that are left.
 
 Paper: §5.3.1 (evaluation of agents with tools).
 """
@@ -87,7 +88,13 @@ async def run_task(agent: Agent, task: Task, sandbox: Sandbox) -> Outcome:
     """Let the agent work on one task. Raises FathomError if the model or the sandbox fails."""
     await set_files(sandbox, task.files)
     episode = await agent.run(task.prompt, sandbox)
-    solved = episode.answered and task.check(episode.answer, await get_files(sandbox))
+    try:
+        left = await get_files(sandbox)
+    except (SandboxLost, DaemonLost):
+        raise
+    except SandboxError:
+        left = {}  # the model took its folder away
+    solved = episode.answered and task.check(episode.answer, left)
     return Outcome(
         task=task,
         solved=solved,
@@ -114,14 +121,14 @@ async def run_tasks(
     agent = Agent(model=model, thinking=thinking, sampling=GREEDY, limits=limits)
     outcomes = []
     async with Client("local") as client:
-        sandbox = await client.create(Container())
-        try:
-            for task in tasks:
+        for task in tasks:
+            sandbox = await client.create(Container())
+            try:
                 outcome = await run_task(agent, task, sandbox)
-                outcomes.append(outcome)
-                on_outcome(outcome)
-        finally:
-            await sandbox.stop()
+            finally:
+                await sandbox.stop()
+            outcomes.append(outcome)
+            on_outcome(outcome)
     return outcomes
 
 

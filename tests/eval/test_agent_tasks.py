@@ -130,3 +130,16 @@ def test_files_that_cannot_be_read_end_no_evaluation():
     assert found["big"] == found["\ufffd"] == "\0"
     with pytest.raises(SandboxLost):
         anyio.run(get_files, Folder({"a": SandboxLost("ended")}))
+
+
+def test_what_one_task_leaves_does_not_meet_the_next():
+    model = Scripted()
+    first, second, *_ = prepare(model)
+    harm = "cp $(ls | head -n 1) /tmp/left; (while :; do touch /work/late; done) & chmod 000 /work"
+    bash = {"function": {"name": "bash", "arguments": json.dumps({"command": harm})}, "id": "a"}
+    model.lines[first.prompt] = [
+        {"role": "assistant", "content": "", "tool_calls": [bash]},
+        {"role": "assistant", "content": "Done."},
+    ]
+    outcomes = run(model, [first, second])
+    assert [outcome.solved for outcome in outcomes] == [False, True]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fathom.cli.output import print_json, print_table
+from fathom.cli.output import print_json, print_table, write_file
 from fathom.cli.passing import PassingCommand
 from fathom.cli.sandbox_daemon import Folder, edge, token
 from fathom.cli.terminal import TOOK_TOO_LONG, visible
@@ -305,7 +305,7 @@ def screenshot(
 ) -> None:
     """Keep a picture of a full VM's console."""
     with _daemon(folder) as client:
-        target.write_bytes(client.attach(name).screenshot())
+        write_file(target, client.attach(name).screenshot())
 
 
 @app.command()

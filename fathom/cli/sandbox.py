@@ -193,10 +193,15 @@ def exec_(
 
     Exit codes as for `run`.
     """
+    # What follows the name is taken as it is, the mark between them included.
+    words = command[1:] if command[0] == "--" else command
+    if command[0].startswith("-") and words is command:
+        raise typer.BadParameter(
+            f"{command[0]} stands behind the sandbox's name: options go before it, the command "
+            "behind --"
+        )
     with _daemon(folder) as client:
         sandbox = client.attach(name)
-        # What follows the name is taken as it is, the mark between them included.
-        words = command[1:] if command[0] == "--" else command
         result = _run(sandbox, words, timeout, cwd, op)
     _finish(result, as_json)
 

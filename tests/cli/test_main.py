@@ -112,6 +112,22 @@ def test_exit_codes(error, code):
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (PermissionError(13, "Permission denied", "/home/x/.cache"), "/home/x/.cache: Permission"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(error, says):
+    result = CliRunner().invoke(failing(error), ["fail"])
+    assert result.exit_code == 3
+    assert result.stderr.startswith(f"fathom: {says}")
+    assert result.stderr.count("\n") == 1
+    found = json.loads(CliRunner().invoke(failing(error), ["fail", "--json"]).stdout)
+    assert found["error"]["code"] == "os_error"
+
+
 def test_every_error_has_an_exit_code_and_a_code_of_its_own():
     classes = [errors.FathomError]
     for cls in classes:

@@ -114,8 +114,14 @@ def _read_as_stored(
 
 def _folder(path_or_preset: str | Path) -> Path:
     folder = Path(path_or_preset)
+    if folder.is_dir():
+        return folder
     if folder.exists():
-        return folder if folder.is_dir() else folder.parent
+        if folder.suffix not in (".json", ".safetensors"):
+            raise ConfigError(
+                f"{folder} is no file of a checkpoint: give the folder that holds its config.json"
+            )
+        return folder.parent
     name = str(path_or_preset)
     if (SHIPPED / name / "config.json").is_file():
         return SHIPPED / name

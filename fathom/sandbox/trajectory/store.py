@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fathom.errors import SandboxLost
+from fathom.errors import SandboxLost, Unsupported
 from fathom.sandbox import paths
 from fathom.sandbox.trajectory.errors import LogLocked, StateDiffers, TrajectoryError
 from fathom.sandbox.trajectory.held import (
@@ -214,7 +214,13 @@ class Store:
             if new:
                 for left in self.folder.glob(f".*{GONE}"):
                     shutil.rmtree(left, ignore_errors=True)
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise Unsupported(
+                    f"the run cannot be written down in {self.folder} ({error.strerror}): set "
+                    "XDG_STATE_HOME to a folder that can be written to"
+                ) from error
             return Log(path / LOG, segment_size=SEGMENT_SIZE, durability=self.durability)
         except LogLocked as error:
             raise LogLocked(

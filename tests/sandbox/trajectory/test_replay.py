@@ -312,3 +312,12 @@ def test_killed_while_a_failed_beginning_is_removed(
     with pytest.raises(TrajectoryError, match="no sandbox"):
         anyio.run(begin, "one")  # not refused as damaged
     assert list(kept.folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_says_what_to_do():
+    async def main() -> None:
+        async with Store(Path("/proc/nowhere")).work({}, Container()):
+            pytest.fail("there is nothing that it is written to")
+
+    with pytest.raises(Unsupported, match=r"/proc/nowhere .*set XDG_STATE_HOME"):
+        anyio.run(main)

@@ -337,9 +337,13 @@ class Sandbox:
     async def _stood_still(self) -> float:
         """Return for how many seconds it has stood still since its node knows it.
 
-        Raises SandboxLost.
+        Raises SandboxLost, also where its node cannot tell: the command may be running.
         """
-        self._stood = float((await self._call("stats", id=self.id)).get("stood", 0.0))
+        try:
+            answer = await self._call("stats", id=self.id)
+        except SandboxError as error:
+            raise SandboxLost(f"sandbox {self.id} does not answer: {error}") from error
+        self._stood = float(answer.get("stood", 0.0))
         return self._stood
 
     def _end(self, ended: Ended, order: Order) -> Ended:
@@ -489,12 +493,19 @@ class Sandbox:
         return [json.loads(line) for line in text.splitlines()]
 
     async def stop(self) -> None:
-        """End every process and remove every trace. Does nothing the second time."""
+        """End every process and remove every trace. Does nothing the second time.
+
+        Raises SandboxError, DaemonLost where that may not have happened: try again.
+        """
         if self._stopped:
             return
         self._stopped = True
-        with anyio.CancelScope(shield=True):
-            await self._host.call("destroy", id=self.id)
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._host.call("destroy", id=self.id)
+        except BaseException:
+            self._stopped = False  # it may still run: whoever asks again ends it
+            raise
 
     async def _call(self, op: str, **values: Any) -> dict[str, Any]:
         if self._stopped:

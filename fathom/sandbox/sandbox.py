@@ -382,15 +382,27 @@ class Sandbox:
 
     async def _receipt(self, kind: Frame, op: str) -> Receipt:
         check_key(op)
-        fields = (await self._ask(kind, frames.join_fields([(Tag.OP, op)]))).fields()
+        fields = (await self._ask_patiently(kind, frames.join_fields([(Tag.OP, op)]))).fields()
         return Receipt(
             frames.text_of(fields.get(Tag.STATE)),
             fields.get(Tag.EPOCH, b"").hex(),
             frames.text_of(fields.get(Tag.DIGEST)),
         )
 
+    async def _ask_patiently(self, kind: Frame, payload: bytes) -> frames.Received:
+        """Ask for what may be asked twice, for as long as the sandbox stands still and a while."""
+        known = self._stood
+        while True:
+            with anyio.move_on_after(_PATIENCE):
+                return await self._ask(kind, payload)
+            stood = await self._stood_still()
+            if stood <= known:
+                raise SandboxLost(f"the agent of sandbox {self.id} did not answer in time")
+            known = stood
+
     async def ping(self, *, timeout: float = 10.0) -> float:
-        """Return how many seconds the agent took to answer. Raises SandboxLost."""
+        """Return how many seconds the agent took to answer. Raises SandboxLost, SandboxError."""
+        check_seconds(timeout)
         began = anyio.current_time()
         with anyio.move_on_after(timeout):
             await self._ask(Frame.PING, b"")

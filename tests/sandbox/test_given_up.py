@@ -20,8 +20,10 @@ import pytest
 from fathom.errors import DaemonLost, MachineFull, SandboxError, SandboxLost
 from fathom.sandbox import Container, Fn, Sandbox, SyncClient, SyncSandbox, fn_link, messages
 from fathom.sandbox import nodelink as links
+from fathom.sandbox import sandbox as sandboxes
 from fathom.sandbox.client import Client
 from fathom.sandbox.fn import Functions
+from fathom.sandbox.line import Line
 from fathom.sandbox.node import Node
 from fathom.sandbox.nodelink import NodeLink
 from fathom.sandbox.ready import Ready
@@ -96,6 +98,34 @@ def test_a_client_lets_go_of_its_host_whatever_fails():
 def test_a_command_that_nobody_can_tell_about_has_no_outcome():
     with pytest.raises(SandboxLost):
         anyio.run(made(Host(SandboxError("the node is busy")))._stood_still)  # pyright: ignore
+
+
+def test_an_agent_that_never_answers_is_not_asked_for_ever(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sandboxes, "_PATIENCE", 0.01)
+    stood = [1.0, 1.0]
+
+    ends: list[socket.socket] = []
+
+    class Silent(Host):
+        async def call(self, op: str, **_: Any) -> dict[str, Any]:
+            return {"stood": stood.pop()}
+
+        async def open(self, _: str) -> Line:
+            ours, theirs = socket.socketpair()
+            ends.append(theirs)
+            return Line(ours)
+
+    silent = Silent(SandboxError(""))
+
+    async def main() -> None:
+        with anyio.fail_after(10):
+            await made(silent).receipt("op")
+
+    with pytest.raises(SandboxLost, match="in time"):
+        anyio.run(main)
+    assert len(ends) == 2  # it had stood still the first time
+    for end in ends:
+        end.close()
 
 
 @pytest.mark.parametrize("scope", [True, False])

@@ -16,7 +16,7 @@ from typing import Any
 
 import anyio
 
-from fathom.errors import SandboxError, SandboxLost, Unsupported
+from fathom.errors import DaemonLost, SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import frames, ports
 from fathom.sandbox.files import Files
 from fathom.sandbox.frames import Flags, Frame, Tag
@@ -287,13 +287,14 @@ class Sandbox:
         kept: Mapping[StreamName, Kept],
         enough: int | None = None,
     ) -> Ended:
-        line = await self._line()
+        line: Line | None = None
         feeder = Feeder(stdin) if stdin is not None else None
         ask = order.frame() + (feeder.next() if feeder else b"")
         deadline, known = anyio.current_time() + order.request.timeout + _PATIENCE, self._stood
         try:
             while True:
                 with anyio.CancelScope(deadline=deadline):
+                    line = line or await self._line()
                     # What was not sent in time before is sent first.
                     now, ask = ask, b""
                     await line.send(now)
@@ -308,7 +309,8 @@ class Sandbox:
                 deadline, known = deadline + stood - known, stood
         finally:
             # The agent sees it, so a caller who gave up ends the command.
-            line.close()
+            if line is not None:
+                line.close()
 
     async def _follow(
         self,
@@ -337,14 +339,17 @@ class Sandbox:
     async def _stood_still(self) -> float:
         """Return for how many seconds it has stood still since its node knows it.
 
-        Raises SandboxLost, also where its node cannot tell: the command may be running.
+        Raises SandboxLost, also where its node cannot tell: the command may be running. Raises
+        DaemonLost where nobody answers.
         """
         try:
-            answer = await self._call("stats", id=self.id)
+            with anyio.move_on_after(_PATIENCE):
+                answer = await self._call("stats", id=self.id)
+                self._stood = float(answer.get("stood", 0.0))
+                return self._stood
         except SandboxError as error:
             raise SandboxLost(f"sandbox {self.id} does not answer: {error}") from error
-        self._stood = float(answer.get("stood", 0.0))
-        return self._stood
+        raise DaemonLost(f"nobody answers for sandbox {self.id}: it may still run")
 
     def _end(self, ended: Ended, order: Order) -> Ended:
         if ended.problem and not order.request.builtin:

@@ -128,6 +128,33 @@ def test_an_agent_that_never_answers_is_not_asked_for_ever(monkeypatch: pytest.M
         end.close()
 
 
+@pytest.mark.parametrize(("what", "error"), [("open", SandboxLost), ("call", DaemonLost)])
+def test_a_timeout_counts_for_a_daemon_that_stands_still(
+    monkeypatch: pytest.MonkeyPatch, what: str, error: type[SandboxError]
+):
+    monkeypatch.setattr(sandboxes, "_PATIENCE", 0.01)
+
+    class Still(Host):
+        async def call(self, op: str, **_: Any) -> dict[str, Any]:
+            if what == "call":
+                await anyio.sleep_forever()
+            return {"stood": 0.0}
+
+        async def open(self, _: str) -> Line:
+            await anyio.sleep_forever()
+            raise AssertionError
+
+        async def oom_count(self, _: str) -> int:
+            return 0
+
+    async def main() -> None:
+        with anyio.fail_after(10):
+            await made(Still(SandboxError(""))).exec("true", timeout=0.01)
+
+    with pytest.raises(error):
+        anyio.run(main)
+
+
 @pytest.mark.parametrize("scope", [True, False])
 def test_a_pool_that_is_given_up_while_it_starts_leaves_no_interpreter(
     monkeypatch: pytest.MonkeyPatch, scope: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import signal
@@ -18,7 +19,7 @@ import anyio.lowlevel
 import pytest
 
 from fathom.errors import DaemonLost, MachineFull, SandboxError, SandboxLost
-from fathom.sandbox import Container, Fn, Sandbox, SyncClient, SyncSandbox, fn_link, messages
+from fathom.sandbox import Container, Fn, Sandbox, SyncClient, SyncSandbox, fn_link, messages, names
 from fathom.sandbox import nodelink as links
 from fathom.sandbox import sandbox as sandboxes
 from fathom.sandbox.client import Client
@@ -27,6 +28,7 @@ from fathom.sandbox.line import Line
 from fathom.sandbox.node import Node
 from fathom.sandbox.nodelink import NodeLink
 from fathom.sandbox.ready import Ready
+from fathom.sandbox.threads import Portal
 from fathom.sandbox.vm import jail
 
 SPEC = Container()
@@ -205,6 +207,54 @@ def test_a_pool_that_is_given_up_while_it_starts_leaves_no_interpreter(
 
     anyio.run(main if scope else timed)
     assert sorted(stopped) == begun == [0, 1]
+
+
+def test_a_call_that_is_interrupted_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    begun, cancelled = threading.Event(), threading.Event()
+    result, asked = concurrent.futures.Future[Any].result, list[object]()
+
+    async def work() -> None:
+        try:
+            begun.set()
+            await anyio.sleep_forever()
+        finally:
+            cancelled.set()
+
+    async def once() -> int:
+        return 1
+
+    def interrupt(future: concurrent.futures.Future[Any]) -> Any:
+        if asked.append(future) or len(asked) == 1:
+            return result(future)  # the library's own, as it has the call begun
+        begun.wait(10)
+        monkeypatch.setattr(concurrent.futures.Future, "result", result)
+        raise KeyboardInterrupt
+
+    portal = Portal()
+    assert portal.call(once) == 1
+    monkeypatch.setattr(concurrent.futures.Future, "result", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        portal.call(work)
+    assert cancelled.wait(10)
+    assert portal.call(once) == 1
+    portal.close()
+
+
+def test_names_are_looked_up_again_once_there_are_threads(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        found = names.Names()
+        with monkeypatch.context() as patch:
+            patch.setattr(names._pool, "submit", refuse)  # pyright: ignore
+            for number in range(2 * names.AT_ONCE):
+                with pytest.raises(OSError, match="cannot be looked up"):
+                    await found.find(f"{number}.invalid", 80)
+        with anyio.fail_after(5):
+            assert await found.find("127.0.0.1", 80) == ["127.0.0.1"]
+
+    anyio.run(main)
 
 
 # Those that wait --------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 # One compute thread per process: several tests share the cores, and results do not depend on them.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Hundreds of processes are started: none compiles again what another has, whatever is set outside.
+TEST_ENV += PYTHONDONTWRITEBYTECODE=
 # One more than two cores: half of what the tests do is waiting.
 JOBS ?= 3
 

@@ -45,7 +45,9 @@ from tests.model.tiny import as_stored
 
 @pytest.fixture(scope="module")
 def net() -> Transformer:
-    return stored_model(num_nextn_predict_layers=1)
+    """One layer of each kind, and a block for drafts."""
+    kinds = {"num_hidden_layers": 3, "compress_ratios": (0, 4, 128)}
+    return stored_model(num_nextn_predict_layers=1, **kinds)
 
 
 def serve(net: Any, **settings: Any) -> Engine:

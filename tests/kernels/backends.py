@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,14 +18,15 @@ import torch
 
 from fathom.kernels import operation, use_backend
 from tests.kernels.agreement import assert_agrees, widened
+from tests.kernels.interpreter import interpret
 from tests.kernels.limits import Pair
 from tests.kernels.stored_cases import FLASH, ODD, PRO, SMALL
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
+if not GPU:
+    interpret()
 importlib.import_module("fathom.kernels.triton")
 
 DEVICE = "cuda" if GPU else "cpu"

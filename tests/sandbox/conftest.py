@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fathom.sandbox import Container, SyncClient, SyncSandbox
+from fathom.sandbox import Container, Sandbox, Snapshot, SyncClient, SyncSandbox
 from fathom.sandbox.cgroups import PARENT
 from fathom.sandbox.paths import cache_folder
 from fathom.sandbox.substrates.choice import program_of, suited
@@ -33,6 +33,24 @@ def runtime_dir() -> Iterator[Path]:
 def cache_dir() -> Path:
     """The folder of images; the user's own, so that they are built once."""
     return cache_folder()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_snapshots_left(cache_dir: Path) -> Iterator[None]:
+    """What these tests keep, machines among it, is large: it goes, and nobody else's does."""
+    made: list[str] = []
+    whole = Sandbox.snapshot
+
+    async def snapshot(self: Sandbox) -> Snapshot:
+        kept = await whole(self)
+        made.append(kept.id)
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sandbox, "snapshot", snapshot)
+        yield
+    for id_ in made:
+        shutil.rmtree(cache_dir / "snapshots" / id_, ignore_errors=True)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ Paper: §5.2.5 (replay of historical sessions, provenance of changes).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -161,15 +161,18 @@ class Repeat:
 async def reexecute(log: Reader, name: str, executor: Executor) -> AsyncIterator[Repeat]:
     """Do the operations of a trajectory again, one after another, and compare.
 
-    Operations that ran at the same time are done in the order in which they began. Raises
-    SandboxLost and LogCorrupt.
+    Operations that ran at the same time are done in the order in which they began. What ran in the
+    background changes files at its own time, so that such a change is no difference wherever it
+    comes. Raises SandboxLost and LogCorrupt.
     """
     tape = read_tape(log, name)
-    requests = {
-        event.record.node_sequence: event.request
-        for event in events(log, name)
-        if event.request is not None
-    }
+    requests: dict[int, Request] = {}
+    background: set[Change] = set()
+    for event in events(log, name):
+        if event.request is not None:
+            requests[event.record.node_sequence] = event.request
+        elif event.outcome is not None:
+            background.update(event.outcome.background or ())
     for entry in tape.entries:
         request = requests.get(entry.intent)
         if request is None:
@@ -177,17 +180,21 @@ async def reexecute(log: Reader, name: str, executor: Executor) -> AsyncIterator
         digest = hashlib.blake2b(entry.digest, digest_size=32).digest()
         now = await executor.dispatch(f"again/{entry.key}", digest, request, lambda: None)
         then = None if entry.end is None else read_outcome(log, entry.end)
+        background.update(now.background or ())
         yield Repeat(
             key=entry.key,
             command=request.describe(),
             then=then,
             now=now,
-            differences=() if then is None else tuple(compare(then, now)),
+            differences=() if then is None else tuple(compare(then, now, background)),
         )
 
 
-def compare(then: Outcome, now: Outcome) -> Iterator[str]:
-    """What differs between two outcomes, in words; the time that it took is no difference."""
+def compare(then: Outcome, now: Outcome, background: Set[Change] = frozenset()) -> Iterator[str]:
+    """What differs between two outcomes, in words; the time that it took is no difference.
+
+    `background`: changes that are not held against an operation, as something else made them.
+    """
     if then.error != now.error:
         yield f"error: {_code(then)} then, {_code(now)} now"
     for name in sorted(then.fields.keys() | now.fields.keys()):
@@ -200,11 +207,10 @@ def compare(then: Outcome, now: Outcome) -> Iterator[str]:
         elif (old := then.blobs.get(name, b"")) != (new := now.blobs.get(name, b"")):
             yield f"{name}: {_first_difference(old, new)}"
     if then.changes is not None and now.changes is not None:
-        before = {(c.path, c.what, c.size) for c in then.changes}
-        after = {(c.path, c.what, c.size) for c in now.changes}
-        for path, what, size in sorted(before ^ after):
-            when = "then" if (path, what, size) in before else "now"
-            yield f"file {path}: {what} ({size} bytes) only {when}"
+        before, after = set(then.changes), set(now.changes)
+        for change in sorted((before ^ after) - background, key=lambda c: (c.path, c.what, c.size)):
+            when = "then" if change in before else "now"
+            yield f"file {change.path}: {change.what} ({change.size} bytes) only {when}"
 
 
 def _code(outcome: Outcome) -> str:

@@ -21,7 +21,7 @@ from fathom.sandbox.trajectory.errors import LogFull, LogLocked, OperationConfli
 from fathom.sandbox.trajectory.executor import Finished, Lost, NeverSeen
 from fathom.sandbox.trajectory.held import DeadJournal, HeldExecutor, reconnect
 from fathom.sandbox.trajectory.log import Log
-from fathom.sandbox.trajectory.operation import exec_request
+from fathom.sandbox.trajectory.operation import Outcome, exec_request
 from fathom.sandbox.trajectory.record import Kind
 from fathom.sandbox.trajectory.recorded import RecordedSandbox
 from fathom.sandbox.trajectory.segment import SUFFIX
@@ -55,7 +55,7 @@ async def session(sandbox: RecordedSandbox) -> None:
     with pytest.raises(SandboxFileMissing):
         await sandbox.files.read("none")
     await sandbox.exec("echo more >> d/b; rm d/a; (sleep 0.2; echo bg > late) &", timeout=20)
-    await anyio.sleep(0.5)
+    await anyio.sleep(1)
     await sandbox.exec("head -c 9000 /dev/zero | tr '\\0' x; exit 3", timeout=20)
 
 
@@ -135,8 +135,17 @@ def test_the_commands_show_it(store: Store, run: str) -> None:
 
 def test_done_again_it_comes_out_the_same(run: str) -> None:
     lines = [json.loads(line) for line in invoke("replay", run, "--again", "--json").splitlines()]
-    # What the background did comes at its own time and is not held against an operation.
     assert [line["verdict"] for line in lines] == ["same"] * 6, lines
+
+
+def test_what_the_background_did_is_held_against_nobody() -> None:
+    """It comes at its own time: then between two operations, now within one, or the reverse."""
+    late, own = (Change(path=f"/work/{name}", what="added", size=3) for name in ("late", "own"))
+    without, with_it = (Outcome(changes=changes) for changes in ((own,), (own, late)))
+    for then, now, when in ((without, with_it, "now"), (with_it, without, "then")):
+        assert list(replay.compare(then, now)) == [f"file /work/late: added (3 bytes) only {when}"]
+        assert list(replay.compare(then, now, {late})) == []
+        assert list(replay.compare(then, now, {own})) != []
 
 
 def test_what_comes_out_differently_is_said(store: Store) -> None:

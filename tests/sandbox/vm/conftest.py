@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,16 +18,6 @@ SPEC = MicroVM(memory="160MiB", disk="32MiB")
 def need_machines(cache_dir: Path) -> None:
     """Skip where no virtual machine can be run, and say what is missing."""
     skip_without_machines(cache_dir)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_snapshots_left(cache_dir: Path) -> Iterator[None]:
-    """Saved machines are large; those of these tests do not stay."""
-    folder = cache_dir / "snapshots"
-    before = set(folder.iterdir()) if folder.is_dir() else set[Path]()
-    yield
-    for path in set(folder.iterdir() if folder.is_dir() else ()) - before:
-        shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")

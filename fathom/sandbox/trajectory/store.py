@@ -162,9 +162,10 @@ class Store:
         path = self.path(id_)
         if not path.is_dir():
             raise self._missing(id_)
-        Log(path / LOG, durability="process", segment_size=SEGMENT_SIZE).close()
-        await self.release(id_)
-        _remove(path)
+        # Held to the end, lest somebody goes on with it in between.
+        with Log(path / LOG, durability="process", segment_size=SEGMENT_SIZE):
+            await self.release(id_)
+            _remove(path)
 
     def _missing(self, id_: str) -> TrajectoryError:
         return TrajectoryError(
@@ -278,6 +279,9 @@ class _Beginning:
 
     async def new(self, fields: Mapping[str, Any]) -> Open:
         """Start a trajectory and its sandbox."""
+        if self.log.head(self.id) is not None:
+            # Another process began and left it just now; it is not ours to remove.
+            raise TrajectoryError(f"there is a trajectory {self.id}: resume it")
         try:
             # In this order: a client that is killed next leaves no sandbox that nobody knows about.
             Session.declare(self.log, self.id, fields)

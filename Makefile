@@ -42,7 +42,7 @@ docs: setup ## rebuild the generated pages: docs/paper-map.md, docs/cli.md
 sizes: setup ## lines of code by package, and what has grown too large
 	@$(PY) scripts/sizes.py
 
-bench: setup ## what this machine measures for the README
+bench: setup ## speed on this machine: decoding, beside transformers, and commands in a sandbox
 	@$(PY) -m fathom bench
 
 clean: ## remove .venv and every cache

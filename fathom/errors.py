@@ -7,6 +7,7 @@
     +-- KernelError              an operation has no kernel for this device
     +-- ChatError                messages or tools that cannot be rendered as a prompt
     |   +-- RequestError            an API request with a field that cannot be served
+    |       +-- ThreadUnsupported      it wants the server to keep the conversation
     +-- TokenizerError           text asked of a model that has no tokenizer
     +-- GenerationError          sampling values or a prompt that cannot be served
     |   +-- CacheFull               memory for another sequence or more tokens is used up
@@ -83,6 +84,15 @@ class RequestError(ChatError):
         super().__init__(f"{param}: {message}" if param else message)
         self.message = message
         self.param = param
+
+
+class ThreadUnsupported(RequestError):
+    """A request wants the server to keep its conversation.
+
+    Clients know this code: they send the whole conversation from then on.
+    """
+
+    code = "thread_unsupported_request"
 
 
 class TokenizerError(FathomError):

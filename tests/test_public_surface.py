@@ -7,6 +7,7 @@ import sys
 import tomllib
 import typing
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,10 @@ def run(code: str) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
+
+
+def test_type_checkers_of_users_read_the_annotations():
+    assert (Path(fathom.__file__).parent / "py.typed").is_file()
 
 
 def test_all_is_the_namespace():

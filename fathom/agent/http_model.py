@@ -221,6 +221,8 @@ class HTTPModel:
             raise self._unreachable(str(error)) from error
         except httpx2.TransportError as error:
             raise _TryAgain(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+        except httpx2.HTTPError as error:  # such as an answer in a coding that it is not in
+            raise self._unreachable(f"{type(error).__name__}: {error}") from error
 
     async def _check(self, response: httpx2.Response) -> None:
         status = response.status_code

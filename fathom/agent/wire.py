@@ -172,7 +172,12 @@ class ReplyBuilder:
 
     def _call(self, part: dict[str, Any]) -> Piece:
         # Some servers leave the index out and send each call whole.
-        call = self._calls.setdefault(part.get("index", len(self._calls)), _Call())
+        index = part.get("index")
+        if index is None:
+            index = len(self._calls)
+        if not isinstance(index, int):
+            raise TypeError(f"expected the number of a call, found {type(index).__name__}")
+        call = self._calls.setdefault(index, _Call())
         function = _object(part.get("function"))
         name, arguments = _text(function.get("name")), _text(function.get("arguments"))
         call.id = call.id or _text(part.get("id"))
@@ -185,9 +190,11 @@ class ReplyBuilder:
             return
         details = _object(usage.get("prompt_tokens_details"))
         self._usage = Usage(
-            prompt_tokens=usage.get("prompt_tokens"),
-            cached_tokens=details.get("cached_tokens", usage.get("prompt_cache_hit_tokens")),
-            completion_tokens=usage.get("completion_tokens"),
+            prompt_tokens=_tokens(usage.get("prompt_tokens")),
+            cached_tokens=_tokens(
+                details.get("cached_tokens", usage.get("prompt_cache_hit_tokens"))
+            ),
+            completion_tokens=_tokens(usage.get("completion_tokens")),
         )
 
     def reply(self, timings: Timings) -> Reply:
@@ -220,6 +227,11 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected text, found {type(value).__name__}")
     return value
+
+
+def _tokens(value: Any) -> int | None:
+    """A count of tokens; what is none is not told. A reply is worth more than its account."""
+    return int(value) if isinstance(value, int | float) and 0 <= value < 1 << 53 else None
 
 
 def _object(value: Any) -> dict[str, Any]:

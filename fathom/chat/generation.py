@@ -61,7 +61,8 @@ class GenerationRequest:
     """One completion to make.
 
     `prompt` holds token ids; `text` the same prompt as text, for engines that take only that.
-    `top_logprobs` asks for that many alternatives per token.
+    `logprobs` says that log-probabilities are looked at, for engines that give them only when
+    asked; `top_logprobs` asks for that many alternatives per token as well.
     """
 
     prompt: Sequence[int]
@@ -72,6 +73,7 @@ class GenerationRequest:
     shaping: Shaping = field(default_factory=Shaping)
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    logprobs: bool = False
     top_logprobs: int = 0
     mask: TokenMask | None = None
 

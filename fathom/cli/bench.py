@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from fathom.engine import LLM
     from fathom.eval.speed import ProcessSide, Rate, Result, Side
 
-app = typer.Typer(invoke_without_command=True, help="Measure speed on this machine.")
+app = typer.Typer(
+    invoke_without_command=True,
+    help="Measure speed on this machine; without a command, decoding and commands in a sandbox.",
+)
 
 SHIPPED, PLAIN, GENERATE, OTHER = "fathom", "fathom-f32", "fathom-generate", "transformers"
 TOLERANCE = 2e-3  # of logits in float32: the same model, sums in another order
@@ -40,9 +44,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @app.callback()
 def _group(context: typer.Context) -> None:
-    """Measure speed on this machine; without a command, everything."""
+    """Measure speed on this machine; without a command, decoding and commands in a sandbox."""
     if context.invoked_subcommand is None:
-        _print_decode(_decode("nano", 128, 800, [1, 2], OTHER, 5))
+        beside = OTHER if _script().is_file() and find_spec(OTHER) else None
+        _print_decode(_decode("nano", 128, 800, [1, 2], beside, 5))
         print()
         _print_exec(_sandbox_exec("container", 200))
 
@@ -244,14 +249,17 @@ def transformers_side(name: str) -> ProcessSide:
     from fathom.errors import MissingDependency
     from fathom.eval.speed import ProcessSide
 
-    script = CHECKOUT / f"{OTHER_MODULE.replace('.', '/')}.py"
-    if not script.is_file():
+    if not _script().is_file():
         raise MissingDependency(
-            f"--against transformers needs a checkout of fathom: there is no {script}"
+            f"--against transformers needs a checkout of fathom: there is no {_script()}"
         )
     _say("loading transformers ...")
     command = [sys.executable, "-m", OTHER_MODULE, str(_folder(name).resolve())]
     return ProcessSide(OTHER, command, CHECKOUT)
+
+
+def _script() -> Path:
+    return CHECKOUT / f"{OTHER_MODULE.replace('.', '/')}.py"
 
 
 def token_bytes(model: Any) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fathom.cli.output import print_json, print_table
+from fathom.cli.output import check_writable, print_json, print_table, write_file
 
 if TYPE_CHECKING:
     from fathom.eval.clients.plans import Client
@@ -48,12 +48,13 @@ def clients(
 
     folder = folder.resolve()
     chosen = _choose(only)
+    check_writable("--out", out)
     namespace.check_sealable()
     plans.check_installed(chosen, folder)
     found = [_one(client, folder, keep) for client in chosen]
     report = {"clients": found, "ok": all(c["ok"] for c in found), "cores": os.cpu_count()}
     if out is not None:
-        out.write_text(json.dumps(report, indent=2) + "\n")
+        write_file(out, json.dumps(report, indent=2) + "\n")
     if as_json:
         print_json(report)
     else:

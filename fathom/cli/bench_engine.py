@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fathom.cli.output import print_json, print_table
+from fathom.cli.output import check_picture, check_writable, print_json, print_table
 
 PARTS = ("rates", "log", "session", "trace", "transformers")
 
@@ -37,6 +37,8 @@ def engine(
     parts = only.split(",") if only else PARTS
     if not set(parts) <= set(PARTS):
         raise typer.BadParameter(f"--only is {only!r}; the parts are {', '.join(PARTS)}")
+    check_picture("--plot", picture)
+    check_writable("--plot", picture)
     report = measure(model, parse_counts(threads), rounds, longest, parts)
     if picture is not None and "rates" in report:
         from fathom.eval.engine_speed import plot

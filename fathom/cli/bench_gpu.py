@@ -13,7 +13,7 @@ import typer
 from fathom.cli.bench_gpu_engine import measure_engine
 from fathom.cli.bench_gpu_layers import Report, measure_layers
 from fathom.cli.bench_gpu_prefill import OTHER, check_other, measure_other, measure_prefill
-from fathom.cli.output import print_json, print_table
+from fathom.cli.output import check_picture, check_writable, print_json, print_table
 from fathom.errors import ConfigError, FathomError
 from fathom.eval.gpu_goals import goals
 
@@ -54,6 +54,9 @@ def gpu(
     """
     if routing not in ROUTING:
         raise ConfigError(f"no routing {routing!r}: name one of {', '.join(ROUTING)}")
+    check_picture("--plot", plot)
+    check_writable("--plot", plot)
+    check_writable("--out", out)
     if prefill:
         measure_prefill(max(3, repeat // 10), kernels, against, out, as_json)
         return

@@ -20,7 +20,7 @@ from typing import Any
 
 from fathom.cli.compiling import compile_side_by_side
 from fathom.cli.models import SHIPPED_MODEL, checkpoint_path
-from fathom.cli.output import print_json, print_table
+from fathom.cli.output import print_json, print_table, write_file
 from fathom.errors import MissingDependency
 
 LAYERS = "three V4-Flash layers"
@@ -106,7 +106,7 @@ def _measure(
         report[kind].append(row)
         tell(" ".join(_decoded(row) if kind == "decode" else _prompted(row)))
         if out is not None:
-            out.write_text(json.dumps(report, indent=1))
+            write_file(out, json.dumps(report, indent=1))
 
     for name in (LAYERS, SHIPPED_MODEL):
         model = _model(name)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fathom.cli.compiling import compile_side_by_side
+from fathom.cli.output import write_file
 from fathom.eval.gpu_goals import MILLION, SHORT, TOPK_SCORES, WHOLE, goals
 
 # What is decoded: layers, sequences, context. First what goals are about, then what explains it.
@@ -56,7 +57,7 @@ class Report:
         found = self.figures
         found["goals"] = [asdict(goal) | {"verdict": goal.verdict} for goal in goals(found)]
         if self.out is not None:
-            self.out.write_text(json.dumps(found, indent=1))
+            write_file(self.out, json.dumps(found, indent=1))
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

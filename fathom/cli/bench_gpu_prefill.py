@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fathom.cli.output import print_json, print_table
+from fathom.cli.output import print_json, print_table, write_file
 from fathom.errors import ConfigError, MissingDependency
 
 PROMPTS = (
@@ -45,7 +45,7 @@ def measure_prefill(
     if against is not None:
         report[OTHER] = measure_other()
     if out is not None:
-        out.write_text(json.dumps(report, indent=1))
+        write_file(out, json.dumps(report, indent=1))
     if as_json:
         print_json(report)
     else:

@@ -5,6 +5,7 @@ Paper: none (command line).
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,9 +105,19 @@ def engine_config(options: dict[str, Any]) -> EngineConfig | None:
     if (text := given.get("disk_cache_size")) is not None:
         values["disk_bytes"] = _size(text, "--disk-cache-size")
     if (text := given.get("host_cache_size")) is not None:
-        half = _size(text, "--host-cache-size") // 2  # entries, and states
+        size, there_is = _size(text, "--host-cache-size"), _main_memory()
+        if size > there_is:
+            raise ConfigError(
+                f"--host-cache-size is {text!r}: this machine has {there_is / 2**30:.1f} GiB of "
+                "main memory"
+            )
+        half = size // 2  # entries, and states
         values |= {"host_bytes": half, "checkpoint_bytes": half}
     return EngineConfig(**values)
+
+
+def _main_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _size(text: str, option: str) -> int:

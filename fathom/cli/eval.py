@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fathom.cli.models import check_thinking, open_model
-from fathom.cli.output import print_json, print_table
+from fathom.cli.output import check_writable, print_json, print_table, write_file
 
 if TYPE_CHECKING:
     from fathom.eval.agent_tasks import Outcome
@@ -52,6 +52,7 @@ def tasks(
     from fathom.eval.tasks import FAMILIES, heldout_tasks
 
     check_thinking(thinking)
+    check_writable("--failures", failures)
     unknown = set(family or ()) - set(FAMILIES)
     if unknown:
         raise typer.BadParameter(f"no family {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
@@ -60,12 +61,12 @@ def tasks(
     show = partial(_progress, len(chosen), [0, 0])
     outcomes = anyio.run(partial(run_tasks, opened, chosen, thinking=thinking, on_outcome=show))
     summary = {"model": opened.name, "thinking": thinking, **summarize(outcomes)}
-    if failures is not None:
-        failures.write_text(json.dumps(summary["failures"], indent=1, ensure_ascii=False))
     if as_json:
         print_json(summary)
     else:
         _print_scores(summary)
+    if failures is not None:
+        write_file(failures, json.dumps(summary["failures"], indent=1, ensure_ascii=False))
 
 
 def _progress(total: int, counts: list[int], outcome: Outcome) -> None:

@@ -10,6 +10,7 @@ Paper: none (command line).
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from typing import Annotated, Any
@@ -34,10 +35,12 @@ from fathom.cli.passing import OWN_FAILURES
 from fathom.cli.sandbox import app as sandbox_app
 from fathom.cli.serve import serve
 from fathom.cli.snapshots import app as snapshots_app
-from fathom.cli.terminal import exit_code, visible
+from fathom.cli.terminal import MACHINE_LACKS, exit_code, visible
 from fathom.cli.train import train
 from fathom.cli.trajectory import forget, logs, replay
 from fathom.errors import FathomError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # of these the kernel names no file
 
 
 class _Fathom(TyperGroup):
@@ -56,6 +59,19 @@ class _Fathom(TyperGroup):
             else:
                 sys.stderr.write(f"fathom: {visible(str(error))}\n")
             raise typer.Exit(ctx.meta.get(OWN_FAILURES) or exit_code(error)) from None
+        except OSError as error:
+            # Those that no part foresaw: a home that cannot be written, a disk that is full.
+            if error.filename is None and error.errno not in _FULL:
+                raise
+            if ctx.params.get("debug"):
+                logging.getLogger(__name__).error("code=os_error", exc_info=error)
+            where = "" if error.filename is None else f"{error.filename}: "
+            message = f"{where}{error.strerror} (`fathom --debug` shows what needed it)"
+            if as_json:
+                print_json({"error": {"code": "os_error", "message": message}})
+            else:
+                sys.stderr.write(f"fathom: {visible(message)}\n")
+            raise typer.Exit(ctx.meta.get(OWN_FAILURES) or MACHINE_LACKS) from None
 
 
 app = typer.Typer(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fathom.cli.output import print_json, print_table
+from fathom.cli.output import print_json, print_table, write_file
 from fathom.cli.passing import PassingCommand
 from fathom.cli.sandbox_daemon import Folder, edge, token
 from fathom.cli.terminal import TOOK_TOO_LONG, visible
@@ -193,10 +193,15 @@ def exec_(
 
     Exit codes as for `run`.
     """
+    # What follows the name is taken as it is, the mark between them included.
+    words = command[1:] if command[0] == "--" else command
+    if command[0].startswith("-") and words is command:
+        raise typer.BadParameter(
+            f"{command[0]} stands behind the sandbox's name: options go before it, the command "
+            "behind --"
+        )
     with _daemon(folder) as client:
         sandbox = client.attach(name)
-        # What follows the name is taken as it is, the mark between them included.
-        words = command[1:] if command[0] == "--" else command
         result = _run(sandbox, words, timeout, cwd, op)
     _finish(result, as_json)
 
@@ -305,7 +310,7 @@ def screenshot(
 ) -> None:
     """Keep a picture of a full VM's console."""
     with _daemon(folder) as client:
-        target.write_bytes(client.attach(name).screenshot())
+        write_file(target, client.attach(name).screenshot())
 
 
 @app.command()

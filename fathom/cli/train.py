@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fathom.cli.output import print_json
+from fathom.cli.output import check_picture, print_json
 
 
 def train(
@@ -19,21 +19,25 @@ def train(
     out: Annotated[Path, typer.Option("--out", help="Folder for log, states and weights.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest state.")] = False,
     minutes: Annotated[
-        float | None, typer.Option("--minutes", help="Time budget instead of the recipe's.")
+        float | None, typer.Option("--minutes", min=0, help="Time budget instead of the recipe's.")
     ] = None,
     leave_after: Annotated[
         float | None,
         typer.Option(
             "--leave-after",
+            min=0,
             help="Save and stop after so many minutes of this process; --resume goes on.",
         ),
     ] = None,
     processes: Annotated[
         int | None,
-        typer.Option("--processes", help="Processes that share a batch, instead of the recipe's."),
+        typer.Option(
+            "--processes", min=1, help="Processes that share a batch, instead of the recipe's."
+        ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", help="Data processes, instead of the recipe's.")
+        int | None,
+        typer.Option("--workers", min=0, help="Data processes, instead of the recipe's."),
     ] = None,
     device: Annotated[
         str | None, typer.Option("--device", help="cuda or cpu; the GPU if there is one.")
@@ -52,6 +56,7 @@ def train(
     from fathom.train.pretrain import pretrain
     from fathom.train.recipe import Recipe
 
+    check_picture("--plot", plot)
     plan = Recipe.load(recipe)
     if minutes is not None:
         plan = dataclasses.replace(plan, run=dataclasses.replace(plan.run, minutes=minutes))

@@ -55,7 +55,9 @@ class DiskCache:
             self._open()
             self._index()
         except OSError as error:
-            raise CacheError(f"the cache folder {self.folder} cannot be used: {error}") from error
+            raise CacheError(
+                f"the cache folder {self.folder} cannot be used: {error.strerror or error}"
+            ) from error
 
     def _open(self) -> None:
         marker = self.folder / MARKER

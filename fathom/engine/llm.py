@@ -30,6 +30,7 @@ from fathom.engine.pieces import Completion, Generation, TokenPiece
 from fathom.engine.sampler import SamplingParams
 from fathom.engine.stored_fit import unserved
 from fathom.errors import ConfigError, GenerationError, TokenizerError
+from fathom.kernels.device import named_device
 from fathom.model.config import PRESETS
 from fathom.model.stored import StoredModel
 from fathom.model.stored_prompt import prompt_logits, prompt_mtp_logits
@@ -59,7 +60,7 @@ def load(
     UnsupportedModelError.
     """
     folder = _folder(path_or_preset)
-    device = _device(device)
+    device = named_device(device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     checkpoint = open_checkpoint(folder)
@@ -84,24 +85,16 @@ def _read_as_stored(
     return reason is None
 
 
-def _device(device: str | torch.device) -> torch.device:
-    """The device, if torch knows it and it is there."""
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"{device!r} names no device: cpu or cuda, for instance") from error
-    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
-        raise ConfigError(
-            f"there is no device {found}: torch {torch.__version__} sees {count} CUDA devices; "
-            "load with device cpu, or install a torch built for CUDA"
-        )
-    return found
-
-
 def _folder(path_or_preset: str | Path) -> Path:
     folder = Path(path_or_preset)
+    if folder.is_dir():
+        return folder
     if folder.exists():
-        return folder if folder.is_dir() else folder.parent
+        if folder.suffix not in (".json", ".safetensors"):
+            raise ConfigError(
+                f"{folder} is no file of a checkpoint: give the folder that holds its config.json"
+            )
+        return folder.parent
     name = str(path_or_preset)
     if (SHIPPED / name / "config.json").is_file():
         return SHIPPED / name

@@ -82,7 +82,9 @@ class WriteAheadLog:
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
-            raise CacheError(f"the log folder {self.folder} cannot be used: {error}") from error
+            raise CacheError(
+                f"the log folder {self.folder} cannot be used: {error.strerror or error}"
+            ) from error
 
     def begin(self, request: Request) -> None:
         """Write down a new request. Raises CacheError when that cannot be done, and when there is

@@ -1,7 +1,8 @@
 """Runs the agent on tasks in a real sandbox and says how many it solved.
 
-Decoding is greedy and every task starts from its own files in the same container. The outcome of a
-task is what its checker says about the final message and the files that are left.
+Decoding is greedy and every task has a container of its own, so that nothing which one leaves
+running or lying about meets the next. The outcome of a task is what its checker says about the
+final message and the files that are left.
 
 Paper: §5.3.1 (evaluation of agents with tools).
 """
@@ -15,11 +16,13 @@ from typing import Any
 from fathom.agent import Agent, Limits, Model
 from fathom.agent.types import Sandbox
 from fathom.chat.reply import Sampling
+from fathom.errors import DaemonLost, SandboxError, SandboxLost
 from fathom.eval.tasks import Task
 from fathom.sandbox import Client, Container
 
 TIMEOUT = 20.0
 GREEDY = Sampling(temperature=0.0, top_p=1.0)
+_UNREADABLE = "\0"
 LIMITS = Limits(max_steps=8, reply_tokens=512, command_seconds=TIMEOUT)
 
 
@@ -63,17 +66,35 @@ async def set_files(sandbox: Sandbox, files: dict[str, str]) -> None:
 
 
 async def get_files(sandbox: Sandbox) -> dict[str, str]:
-    """All files below the working folder. Raises SandboxError."""
+    """All files below the working folder. Raises SandboxError when the sandbox failed.
+
+    A file that cannot be read, for its size or its name, counts as one that no task wants.
+    """
     found = await sandbox.exec("find . -type f -print0", timeout=TIMEOUT)
     paths = [path.removeprefix("./") for path in found.stdout.split("\0") if path]
-    return {path: (await sandbox.files.read(path)).decode(errors="replace") for path in paths}
+    return {path: await _read(sandbox, path) for path in paths}
+
+
+async def _read(sandbox: Sandbox, path: str) -> str:
+    try:
+        return (await sandbox.files.read(path)).decode(errors="replace")
+    except (SandboxLost, DaemonLost):
+        raise
+    except (OSError, SandboxError):
+        return _UNREADABLE
 
 
 async def run_task(agent: Agent, task: Task, sandbox: Sandbox) -> Outcome:
     """Let the agent work on one task. Raises FathomError if the model or the sandbox fails."""
     await set_files(sandbox, task.files)
     episode = await agent.run(task.prompt, sandbox)
-    solved = episode.answered and task.check(episode.answer, await get_files(sandbox))
+    try:
+        left = await get_files(sandbox)
+    except (SandboxLost, DaemonLost):
+        raise
+    except SandboxError:
+        left = {}  # the model took its folder away
+    solved = episode.answered and task.check(episode.answer, left)
     return Outcome(
         task=task,
         solved=solved,
@@ -100,14 +121,14 @@ async def run_tasks(
     agent = Agent(model=model, thinking=thinking, sampling=GREEDY, limits=limits)
     outcomes = []
     async with Client("local") as client:
-        sandbox = await client.create(Container())
-        try:
-            for task in tasks:
+        for task in tasks:
+            sandbox = await client.create(Container())
+            try:
                 outcome = await run_task(agent, task, sandbox)
-                outcomes.append(outcome)
-                on_outcome(outcome)
-        finally:
-            await sandbox.stop()
+            finally:
+                await sandbox.stop()
+            outcomes.append(outcome)
+            on_outcome(outcome)
     return outcomes
 
 

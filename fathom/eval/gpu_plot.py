@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fathom.errors import ConfigError
-from fathom.eval.plot import _FAINT, _FORMATS, _INK, _new_figure
+from fathom.eval.plot import _FAINT, _INK, FORMATS, _new_figure
 
 DECODE, PREFILL = "#1f5fbf", "#e07b1a"
 
@@ -20,8 +20,8 @@ def plot_roofline(report: dict[str, Any], file: Path) -> None:
     report: what `fathom bench gpu` writes as JSON. Raises MissingDependency without matplotlib, and
     ConfigError where `file` cannot be written or is no picture.
     """
-    if file.suffix.lower() not in _FORMATS:
-        raise ConfigError(f"cannot draw {file}: name a file that ends in {', '.join(_FORMATS)}")
+    if file.suffix.lower() not in FORMATS:
+        raise ConfigError(f"cannot draw {file}: name a file that ends in {', '.join(FORMATS)}")
     figure = _new_figure(width=9.0, height=5.4)
     axes = figure.subplots()
     copy, matmul = report["copy_bytes_per_s"], report["matmul_flops"]

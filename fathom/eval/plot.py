@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_FORMATS = (".png", ".svg", ".pdf")
+FORMATS = (".png", ".svg", ".pdf")
 _MILLION = 1_000_000
 _INK, _FAINT = "#222222", "#d9d9d9"
 _STYLES: dict[str, dict[str, Any]] = {
@@ -34,8 +34,8 @@ def plot_efficiency(file: Path, *, convention: str = "paper") -> None:
     Raises MissingDependency without matplotlib, and ConfigError where `file` cannot be written or
     its ending is none of the three.
     """
-    if file.suffix.lower() not in _FORMATS:
-        raise ConfigError(f"cannot draw {file}: name a file that ends in {', '.join(_FORMATS)}")
+    if file.suffix.lower() not in FORMATS:
+        raise ConfigError(f"cannot draw {file}: name a file that ends in {', '.join(FORMATS)}")
     figure = _new_figure(width=10.4, height=4.7)
     contexts = _geometric(4096, _MILLION, count=120)
     rows = efficiency_rows(contexts, convention=convention)

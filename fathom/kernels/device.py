@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fathom.errors import ConfigError
+
 CAPABILITY = (9, 0)
 SHARED_BYTES = 227 * 1024  # that a program may ask for
 DTYPE = torch.bfloat16  # with float32 activations tiles do not fit the shared memory
@@ -24,6 +26,20 @@ NEEDED = (
     f"{SHARED_BYTES // 1024} KB of shared memory a program (H100, H200), Triton, and BF16 "
     "activations"
 )
+
+
+def named_device(device: str | torch.device) -> torch.device:
+    """The device of this name. Raises ConfigError where torch knows none or it is not there."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"{device!r} names no device: cpu or cuda, for instance") from error
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(
+            f"there is no device {found}: torch {torch.__version__} sees {count} CUDA devices; "
+            "use cpu, or install a torch built for CUDA"
+        )
+    return found
 
 
 def unfit(device: torch.device, dtype: torch.dtype = DTYPE) -> str | None:

@@ -129,14 +129,16 @@ class Client:
             return
         self._closed = True
         with anyio.CancelScope(shield=True):
-            # Nobody else could find the interpreters of a pool, with a daemon either.
-            for pool in self._pools:
-                await pool.close()
-            if not self._remote:
-                async with anyio.create_task_group() as group:
-                    for sandbox in list(self._sandboxes.values()):
-                        group.start_soon(sandbox.stop)
-            await self._host.close()
+            try:
+                # Nobody else could find the interpreters of a pool, with a daemon either.
+                for pool in self._pools:
+                    await pool.close()
+                if not self._remote:
+                    async with anyio.create_task_group() as group:
+                        for sandbox in list(self._sandboxes.values()):
+                            group.start_soon(sandbox.stop)
+            finally:
+                await self._host.close()
 
     @overload
     async def create(

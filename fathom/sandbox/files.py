@@ -130,15 +130,10 @@ class Files:
             file_request("stat", path, timeout=timeout), None, 1 << 16, None
         )
         _check(ended, path, "read")
-        (info,) = _entries(data)
-        return FileInfo(
-            name=path,
-            kind=info.kind,
-            mode=info.mode,
-            size=info.size,
-            modified=info.modified,
-            links=info.links,
-        )
+        found = _entries(data)
+        if len(found) != 1:
+            raise _senseless(path)
+        return replace(found[0], name=path)
 
     async def list(self, path: str = ".", *, timeout: float = DEFAULT_TIMEOUT) -> list[FileInfo]:
         """Describe the entries of a folder, by name."""
@@ -146,6 +141,10 @@ class Files:
             file_request("list", path, timeout=timeout), None, DEFAULT_LIMIT, None
         )
         _check(ended, path, "listed")
+        if ended.stdout_total > len(data):
+            raise SandboxError(
+                f"the names in {path} have more than {DEFAULT_LIMIT} bytes: list it by a command"
+            )
         return sorted(_entries(data), key=lambda info: info.name)
 
     async def mkdir(
@@ -176,8 +175,8 @@ def _entries(data: bytes) -> list[FileInfo]:
     found: list[FileInfo] = []
     for at in range(0, len(parts) - len(parts) % _ENTRY_FIELDS, _ENTRY_FIELDS):
         kind, mode, size, modified, links, name = parts[at : at + _ENTRY_FIELDS]
-        found.append(
-            FileInfo(
+        try:
+            info = FileInfo(
                 name=name,
                 kind=_KINDS[kind],
                 mode=int(mode, 8),
@@ -185,8 +184,15 @@ def _entries(data: bytes) -> list[FileInfo]:
                 modified=int(modified) / 1e9,
                 links=int(links),
             )
-        )
+        except (LookupError, ValueError, OverflowError) as error:
+            raise _senseless(name) from error
+        found.append(info)
     return found
+
+
+def _senseless(path: str) -> SandboxError:
+    """What a guest may say whose agent was taken over."""
+    return SandboxError(f"what the sandbox says of {path[:80]!r} makes no sense")
 
 
 def _check(ended: Ended, path: str, verb: str, *, whole: bool = True) -> None:

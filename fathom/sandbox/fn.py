@@ -131,9 +131,15 @@ class Functions(Stateless):
                 for _ in range(self._spec.workers):
                     group.start_soon(self._add)
         except BaseExceptionGroup as errors:
-            with anyio.CancelScope(shield=True):
-                await self.close()
+            await self._undo()
             raise errors.exceptions[0] from None
+        except BaseException:
+            await self._undo()  # the caller gave up, and nobody else could end what has started
+            raise
+
+    async def _undo(self) -> None:
+        with anyio.CancelScope(shield=True):
+            await self.close()
 
     async def _add(self) -> None:
         self._count += 1
@@ -214,9 +220,11 @@ class Functions(Stateless):
             await self._end(worker)
 
     async def _end(self, worker: _Worker) -> None:
-        with anyio.CancelScope(shield=True):
-            await worker.close()
-        self._forget()
+        try:
+            with anyio.CancelScope(shield=True):
+                await worker.close()
+        finally:
+            self._forget()
 
     async def _give_back(self, worker: _Worker) -> None:
         if self._closed:

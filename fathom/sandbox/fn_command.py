@@ -89,5 +89,5 @@ def ended(value: Any, seconds: float) -> ExecResult:
             truncated=bool(value["truncated"]),
             duration=seconds,
         )
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise SandboxError("a function sandbox sent something that is no result") from error

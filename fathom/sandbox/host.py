@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -83,7 +83,7 @@ class LocalHost:
         self._machines: Machines | None = None
         self._writes = Writes(self.link, cache)
         self._known: dict[str, Known] = {}
-        self.ready = Ready(self._create)
+        self.ready = Ready(self._create, self._lives, self._destroy)
         self._operations: dict[str, Callable[..., dict[str, Any]]] = {
             "create": self._claim,
             "prewarm": self._prewarm,
@@ -142,6 +142,9 @@ class LocalHost:
         """Have `count` sandboxes of this kind wait from now on."""
         self.ready.hold(spec, count)
         return {}
+
+    def _lives(self, id: str) -> bool:
+        return state.lives(self.runtime / id)
 
     @property
     def machines(self) -> Machines:
@@ -296,12 +299,19 @@ class LocalHost:
         # All copies show one moment, so it stands still until the last of them is made.
         holder = secrets.token_hex(8)
         self.link.request("freeze", ids=[id], holder=holder)
+        copies: list[Future[dict[str, Any]]] = []
+        problems: list[BaseException] = []
         try:
             with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
-                copies = [pool.submit(copy, number + 1) for number in range(count)]
-        finally:
+                for number in range(count):
+                    copies.append(pool.submit(copy, number + 1))
+        except RuntimeError as error:  # no thread can be started
+            problems.append(SandboxError(f"the copies cannot be made at once: {error}"))
+        try:
             self.link.request("thaw", ids=[id], holder=holder)
-        problems = [error for one in copies if (error := one.exception()) is not None]
+        except SandboxError as error:  # it ended meanwhile, say; its copies would be nobody's
+            problems.append(error)
+        problems += [error for one in copies if (error := one.exception()) is not None]
         made = [one.result() for one in copies if one.exception() is None]
         if problems:
             for one in made:

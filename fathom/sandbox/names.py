@@ -36,7 +36,11 @@ class Names:
         try:
             async with asyncio.timeout(TIMEOUT):
                 await self._free.acquire()
-                job = asyncio.get_running_loop().run_in_executor(_pool, _ask, host, port)
+                try:
+                    job = asyncio.get_running_loop().run_in_executor(_pool, _ask, host, port)
+                except RuntimeError as error:  # this machine has no thread left
+                    self._free.release()
+                    raise OSError(f"{host} cannot be looked up: {error}") from error
                 job.add_done_callback(self._done)
                 return await asyncio.shield(job)
         except (OSError, TimeoutError):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import secrets
 import select
 import signal
@@ -114,8 +115,14 @@ class Node:
         if fds:
             reply = socket.socket(fileno=fds[0])
             self._slots.acquire()
-            threading.Thread(target=self._answer, args=(message, reply)).start()
+            self._begin(self._answer, message, reply)
         return True
+
+    def _begin(self, work: Callable[..., None], *values: Any) -> None:
+        try:
+            threading.Thread(target=work, args=values).start()
+        except RuntimeError:  # the machine has no thread left: that shall end no sandbox
+            work(*values)
 
     def _watch(self, poller: select.poll) -> None:
         with self._lock:
@@ -134,7 +141,7 @@ class Node:
         with self._lock:
             box = self.boxes.pop(name, None)
         if box is not None:
-            threading.Thread(target=self._end, args=(box,)).start()
+            self._begin(self._end, box)
 
     def _answer(self, message: dict[str, Any], reply: socket.socket) -> None:
         try:
@@ -417,6 +424,10 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, _stop)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
+    # Each sandbox takes several; a shell's own bound is for programs that must not take many.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     node = Node(owner, int(argv[1]))
     if os.geteuid() == 0:
         prepare()

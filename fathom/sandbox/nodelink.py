@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 # A full machine that boots under emulation takes the longest.
 _CALL_TIMEOUT = 400.0
 _STOP_TIMEOUT = 30.0
+# From the end of a node's sockets to that of its process.
+_LAST_MOMENTS = 5.0
 # Appended, not put first: nothing beside the package may take the place of a standard module.
 _CODE = (
     f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); "
@@ -155,9 +157,13 @@ class NodeLink:
                 raise SandboxError(f"the node cannot be asked to {op}: {error}") from error
             answer = None
         if answer is None:
-            if process is not None:
-                # It lets go of its sandboxes' locks in its last moments only.
-                _await_end(process)
+            # It lets go of its sandboxes' locks in its last moments only.
+            if process is not None and not _has_ended(process, _LAST_MOMENTS):
+                # It lives, and so do its sandboxes.
+                raise MachineFull(
+                    f"the node did not take the request to {op}: it may have as many files open as "
+                    "it can; end some sandboxes, try again"
+                )
             raise DaemonLost(f"the node of this process ended while it was to {op}{self._said()}")
         raise_error(answer)
         return answer
@@ -244,13 +250,13 @@ class NodeLink:
     def door(self, name: str) -> tuple[Path, bytes]:
         """Return a sandbox's folder, and the frame that begins a line.
 
-        Raises SandboxLost; SandboxError for one that no new node could take over.
+        Raises SandboxLost; DaemonLost for one that no new node could take over.
         """
         reach = self._reach.get(name)
         if reach is None:
             raise SandboxLost(f"sandbox {name} was stopped: create another one")
         if (why := self._left.get(name)) is not None:
-            raise SandboxError(
+            raise DaemonLost(
                 f"sandbox {name} runs on, but a new node could not take it over ({why}): it is "
                 "tried again all the time"
             )
@@ -311,17 +317,25 @@ def _exchange(sock: socket.socket, op: str, values: dict[str, Any]) -> dict[str,
 
 def _await_end(process: subprocess.Popen[bytes]) -> None:
     """Wait until a node has ended, and kill it when that takes too long."""
+    if not _has_ended(process, _STOP_TIMEOUT):
+        process.kill()
+        process.wait()
+
+
+def _has_ended(process: subprocess.Popen[bytes], patience: float) -> bool:
+    """Wait for the end of a node for so many seconds; whether it has come."""
     # Popen.wait with a timeout sleeps up to 50 ms at a time; a pidfd answers at once.
     with contextlib.suppress(ProcessLookupError):
         pidfd = os.pidfd_open(process.pid)
         try:
             poller = select.poll()
             poller.register(pidfd, select.POLLIN)
-            if not poller.poll(_STOP_TIMEOUT * 1000):
-                process.kill()
+            if not poller.poll(patience * 1000):
+                return False
         finally:
             os.close(pidfd)
     process.wait()
+    return True
 
 
 def _spawn(theirs: socket.socket) -> subprocess.Popen[bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import signal as signals
 from collections import deque
 from collections.abc import AsyncIterator
@@ -387,4 +388,6 @@ class Process:
 
 def file_problem(problem: str) -> int | None:
     """Return the errno that a file operation reported, or None."""
-    return int(problem[1:]) if problem.startswith("E") and problem[1:].isdigit() else None
+    # Sent by a guest: of the numbers that there are, none has more digits.
+    found = re.fullmatch(r"E([0-9]{1,5})", problem)
+    return int(found[1]) if found else None

@@ -29,11 +29,19 @@ class Room(Protocol):
 class Ready:
     """The sandboxes of one host that wait. `make` starts one and returns what its client gets.
 
-    `admit`: what keeps room for each while it is made, and may refuse it.
+    `lives`, `end`: whether the one of a name still runs, and what ends it. `admit`: what keeps room
+    for each while it is made, and may refuse it.
     """
 
-    def __init__(self, make: Callable[[Kept], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        make: Callable[[Kept], dict[str, Any]],
+        lives: Callable[[str], bool],
+        end: Callable[[str], object],
+    ) -> None:
         self._make = make
+        self._lives = lives
+        self._end = end
         self.admit: Callable[[Kept], AbstractContextManager[Room]] = _freely
         self._waiting: dict[Kept, list[dict[str, Any]]] = {}
         self._sizes: dict[Kept, int] = {}
@@ -44,22 +52,32 @@ class Ready:
             return sum(map(len, self._waiting.values()))
 
     def take(self, spec: Kept) -> dict[str, Any] | None:
-        """Hand out one that waits, or None."""
+        """Hand out one that waits and lives, or None."""
+        dead: list[str] = []
         with self._lock:
-            waiting = self._waiting.get(spec)
+            waiting = self._waiting.get(spec, [])
             found = waiting.pop() if waiting else None
-        if found is not None:
-            threading.Thread(target=self._replace, args=(spec,), daemon=True).start()
+            while found is not None and not self._lives(found["id"]):
+                dead.append(found["id"])
+                found = waiting.pop() if waiting else None
+        if found is not None or dead:
+            threading.Thread(target=self._replace, args=(spec, dead), daemon=True).start()
         return found
 
     def hold(self, spec: Kept, count: int) -> None:
         """Have `count` of this kind wait from now on. Raises SandboxError."""
         with self._lock:
             self._sizes[spec] = count
+            waiting = self._waiting.setdefault(spec, [])
+            surplus = [waiting.pop()["id"] for _ in range(len(waiting) - count)]
+        for name in surplus:
+            self._end(name)
         self._refill(spec)
 
-    def _replace(self, spec: Kept) -> None:
+    def _replace(self, spec: Kept, dead: list[str]) -> None:
         try:
+            for name in dead:
+                self._end(name)
             self._refill(spec)
         except FathomError as error:
             # Whoever asks next is told the same by `create` itself.

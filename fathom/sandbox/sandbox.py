@@ -16,7 +16,7 @@ from typing import Any
 
 import anyio
 
-from fathom.errors import SandboxError, SandboxLost, Unsupported
+from fathom.errors import DaemonLost, SandboxError, SandboxLost, Unsupported
 from fathom.sandbox import frames, ports
 from fathom.sandbox.files import Files
 from fathom.sandbox.frames import Flags, Frame, Tag
@@ -287,13 +287,14 @@ class Sandbox:
         kept: Mapping[StreamName, Kept],
         enough: int | None = None,
     ) -> Ended:
-        line = await self._line()
+        line: Line | None = None
         feeder = Feeder(stdin) if stdin is not None else None
         ask = order.frame() + (feeder.next() if feeder else b"")
         deadline, known = anyio.current_time() + order.request.timeout + _PATIENCE, self._stood
         try:
             while True:
                 with anyio.CancelScope(deadline=deadline):
+                    line = line or await self._line()
                     # What was not sent in time before is sent first.
                     now, ask = ask, b""
                     await line.send(now)
@@ -308,7 +309,8 @@ class Sandbox:
                 deadline, known = deadline + stood - known, stood
         finally:
             # The agent sees it, so a caller who gave up ends the command.
-            line.close()
+            if line is not None:
+                line.close()
 
     async def _follow(
         self,
@@ -337,10 +339,17 @@ class Sandbox:
     async def _stood_still(self) -> float:
         """Return for how many seconds it has stood still since its node knows it.
 
-        Raises SandboxLost.
+        Raises SandboxLost, also where its node cannot tell: the command may be running. Raises
+        DaemonLost where nobody answers.
         """
-        self._stood = float((await self._call("stats", id=self.id)).get("stood", 0.0))
-        return self._stood
+        try:
+            with anyio.move_on_after(_PATIENCE):
+                answer = await self._call("stats", id=self.id)
+                self._stood = float(answer.get("stood", 0.0))
+                return self._stood
+        except SandboxError as error:
+            raise SandboxLost(f"sandbox {self.id} does not answer: {error}") from error
+        raise DaemonLost(f"nobody answers for sandbox {self.id}: it may still run")
 
     def _end(self, ended: Ended, order: Order) -> Ended:
         if ended.problem and not order.request.builtin:
@@ -378,15 +387,27 @@ class Sandbox:
 
     async def _receipt(self, kind: Frame, op: str) -> Receipt:
         check_key(op)
-        fields = (await self._ask(kind, frames.join_fields([(Tag.OP, op)]))).fields()
+        fields = (await self._ask_patiently(kind, frames.join_fields([(Tag.OP, op)]))).fields()
         return Receipt(
             frames.text_of(fields.get(Tag.STATE)),
             fields.get(Tag.EPOCH, b"").hex(),
             frames.text_of(fields.get(Tag.DIGEST)),
         )
 
+    async def _ask_patiently(self, kind: Frame, payload: bytes) -> frames.Received:
+        """Ask for what may be asked twice, for as long as the sandbox stands still and a while."""
+        known = self._stood
+        while True:
+            with anyio.move_on_after(_PATIENCE):
+                return await self._ask(kind, payload)
+            stood = await self._stood_still()
+            if stood <= known:
+                raise SandboxLost(f"the agent of sandbox {self.id} did not answer in time")
+            known = stood
+
     async def ping(self, *, timeout: float = 10.0) -> float:
-        """Return how many seconds the agent took to answer. Raises SandboxLost."""
+        """Return how many seconds the agent took to answer. Raises SandboxLost, SandboxError."""
+        check_seconds(timeout)
         began = anyio.current_time()
         with anyio.move_on_after(timeout):
             await self._ask(Frame.PING, b"")
@@ -489,12 +510,19 @@ class Sandbox:
         return [json.loads(line) for line in text.splitlines()]
 
     async def stop(self) -> None:
-        """End every process and remove every trace. Does nothing the second time."""
+        """End every process and remove every trace. Does nothing the second time.
+
+        Raises SandboxError, DaemonLost where that may not have happened: try again.
+        """
         if self._stopped:
             return
         self._stopped = True
-        with anyio.CancelScope(shield=True):
-            await self._host.call("destroy", id=self.id)
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._host.call("destroy", id=self.id)
+        except BaseException:
+            self._stopped = False  # it may still run: whoever asks again ends it
+            raise
 
     async def _call(self, op: str, **values: Any) -> dict[str, Any]:
         if self._stopped:

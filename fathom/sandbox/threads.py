@@ -120,11 +120,17 @@ class Portal:
         return not self.closed and os.getpid() == self._owner
 
     def call(self, method: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any) -> T:
-        """Run one asynchronous call to its end.
+        """Run one asynchronous call to its end; whoever is interrupted (Ctrl-C) gives it up.
 
         Raises SandboxLost after `close`, SandboxError in a fork of the process that made this.
         """
-        return self._usable().call(partial(method, *args, **kwargs))
+        future = self._usable().start_task_soon(partial(method, *args, **kwargs))
+        try:
+            return future.result()
+        except BaseException:
+            # Does nothing to one that has ended, in whatever way.
+            future.cancel()
+            raise
 
     def _usable(self) -> BlockingPortal:
         if os.getpid() != self._owner:

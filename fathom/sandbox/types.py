@@ -305,7 +305,7 @@ class ExecResult:
 
         Raises SandboxOutOfMemory, SandboxTimeout or SandboxError for another end.
         """
-        said = (self.stderr or self.stdout).strip()[-500:]
+        said = (self.stderr or self.stdout).strip()[-500:] or "it said nothing"
         if self.oom_killed:
             raise SandboxOutOfMemory(f"the command ran out of memory: raise memory= ({said})")
         if self.timed_out:

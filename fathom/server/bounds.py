@@ -52,11 +52,15 @@ async def off_loop(size: int, work: Callable[..., T], *arguments: Any) -> T:
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The whole body. Raises Problem when it is too large, too slow or not said to be JSON."""
+    """The whole body. Raises Problem if it is too large, slow, compressed or not named JSON."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         # A web page of another origin may post text without asking the browser's leave first.
         raise Problem(415, "the content type must be application/json", code="unsupported_media")
+    coding = request.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        raise Problem(415, f"bodies in the coding {coding:.40} are not read: send it uncompressed",
+                      code="unsupported_media")  # fmt: skip
     stated = request.headers.get("content-length", "0")
     if stated.isdecimal() and int(stated) > limits.request_bytes:
         _too_large(limits)

@@ -27,6 +27,7 @@ from fathom.chat.requests import PromptRequest
 from fathom.chat.tokenizer import Tokenizer
 from fathom.server.problems import as_problem, error_body
 from fathom.server.render import (
+    custom_input,
     dumps,
     exhaust_all,
     logprob_entry,
@@ -106,7 +107,7 @@ class ChatWriter:
         if account.reasoning:
             message |= dict.fromkeys(REASONING_FIELDS, "".join(account.reasoning))
         if account.calls:
-            message["tool_calls"] = [call_object(call) for call in account.calls]
+            message["tool_calls"] = [self.call_object(call) for call in account.calls]
         logprobs = self.logprobs(turn.take_records()) if self.wants_logprobs else None
         return {
             "index": index,
@@ -140,6 +141,21 @@ class ChatWriter:
 
     def _record(self, record: TokenRecord) -> dict[str, Any]:
         return logprob_entry(self._tokenizer, record, self._ask.top_logprobs or 0)
+
+    def call_object(self, call: ToolCall) -> dict[str, Any]:
+        """A delivered call as a message carries it; a repaired one says so."""
+        body: dict[str, Any] = {"id": call.id, "type": "function"}
+        if self.is_custom(call.name):
+            custom = {"name": call.name, "input": custom_input(call)}
+            body |= {"type": "custom", "custom": custom}
+        else:
+            body["function"] = {"name": call.name, "arguments": call.arguments}
+        return body | {"repaired": True} if call.repaired else body
+
+    def is_custom(self, name: str) -> bool:
+        """Whether the client declared this tool as one that takes free text."""
+        tool = self._ask.find_tool(name)
+        return tool is not None and tool.kind == "custom"
 
     @property
     def wants_logprobs(self) -> bool:
@@ -192,15 +208,22 @@ class _Choice:
             text = text_json(event.text)
             return f'{{"reasoning_content":{text},"reasoning":{text}}}'
         if isinstance(event, CallStarted):
+            if self._writer.is_custom(event.name):
+                return ""  # its text is known at its end
             at = self._open[event.index] = self._calls
             self._calls += 1
             return _call_delta(at, event.id, event.name, "")
         if isinstance(event, ArgumentsDelta):
+            if event.index not in self._open:
+                return ""
             part = {"index": self._open[event.index], "function": {"arguments": event.text}}
             return dumps({"tool_calls": [part]})
         if isinstance(event, CallFinished) and event.index not in self._open:
             at = self._calls
             self._calls += 1
+            if self._writer.is_custom(event.call.name):
+                part = {"index": at, **self._writer.call_object(event.call)}
+                return dumps({"tool_calls": [part]})
             return _call_delta(at, event.call.id, event.call.name, event.call.arguments)
         return ""
 
@@ -211,13 +234,6 @@ class _Choice:
         # On this chunk, because clients that asked for no usage expect a choice in every one.
         report = side_report([self._turn.account])
         return self._writer.chunk(self._index, "{}", f'"{finish}"', found, report)
-
-
-def call_object(call: ToolCall) -> dict[str, Any]:
-    """A delivered call as a message carries it; a repaired one says so."""
-    function = {"name": call.name, "arguments": call.arguments}
-    body: dict[str, Any] = {"id": call.id, "type": "function", "function": function}
-    return body | {"repaired": True} if call.repaired else body
 
 
 def _call_delta(index: int, call_id: str, name: str, arguments: str) -> str:

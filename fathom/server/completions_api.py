@@ -91,6 +91,9 @@ async def read_completions(service: Service, body: Mapping[str, Any]) -> RawRequ
     if logprobs is not None and not service.backend.info.logprobs:
         logprobs = None
         notices.append(NO_LOGPROBS)
+    echo = fields.boolean("echo") or False
+    if echo and logprobs is not None:
+        notices.append("there are no logprobs of the prompt: only those of the reply are computed")
     raw = RawRequest(
         model=fields.text("model"),
         prompts=prompts,
@@ -104,7 +107,7 @@ async def read_completions(service: Service, body: Mapping[str, Any]) -> RawRequ
         stop=tuple(s for s in stops if s),
         stop_token_ids=tuple(cast("list[int]", stop_ids)),
         logprobs=logprobs,
-        echo=fields.boolean("echo") or False,
+        echo=echo,
         stream=fields.boolean("stream") or False,
         include_usage=bool(options and options.boolean("include_usage")),
         keep_special=keep is False,
@@ -245,6 +248,7 @@ class CompletionsWriter:
                     shaping=raw.shaping,
                     seed=None if raw.seed is None else (raw.seed + at) % 2**63,
                     stop_token_ids=raw.stop_token_ids,
+                    logprobs=raw.logprobs is not None,
                     top_logprobs=raw.logprobs or 0,
                 ),
                 raw,
@@ -263,8 +267,7 @@ class CompletionsWriter:
                 yield data
         tail = ""
         if self._raw.include_usage:
-            usage = openai_usage([turn.account for turn in self._turns])
-            tail = self._event({"choices": [], "usage": usage})
+            tail = self._event({"choices": [], "usage": self._usage()})
         yield to_bytes(tail + "data: [DONE]\n\n")
 
     async def complete(self) -> dict[str, Any]:
@@ -282,12 +285,15 @@ class CompletionsWriter:
         choices = await side_by_side(run(at, turn) for at, turn in enumerate(self._turns))
         return self._head() | {
             "choices": choices,
-            "usage": openai_usage([turn.account for turn in self._turns]),
+            "usage": self._usage(),
         }
 
     def fail(self, error: Exception) -> bytes:
         """The event that ends a stream in trouble."""
         return to_bytes(f"data: {dumps(error_body(as_problem(error), 'openai', self.id))}\n\n")
+
+    def _usage(self) -> dict[str, Any]:
+        return openai_usage([turn.account for turn in self._turns], self._raw.choices)
 
     async def _choice_stream(self, at: int, turn: RawTurn) -> AsyncGenerator[bytes, None]:
         first = True

@@ -72,13 +72,13 @@ class Constrainer:
         many = choice.parallel
         if choice.mode == "required" and not forbidden:
             opened = request.opens_calls
-            calls = builder.calls(tools, strict=False, many=many, opened=opened)
+            calls = builder.calls(tools, many=many, opened=opened)
             return builder.text(calls if opened else f'"\\n\\n" {calls}'), "tools"
         if form.kind != "text":
             schema = {"type": "object"} if form.kind == "json_object" else form.schema
             start = builder.json(schema)
             if not forbidden:
-                calls = builder.calls(tools, strict=False, many=many, opened=False)
+                calls = builder.calls(tools, many=many, opened=False)
                 start = f'{start} | "\\n\\n" {calls}'
             return builder.text(start), "response_format"
         if not forbidden and _narrow(request):

@@ -88,7 +88,7 @@ _STATUSES = {
     405: "There is no such method.",
     408: "The body took too long.",
     413: "The body is too large.",
-    415: "The body is not declared as JSON.",
+    415: "The body is not declared as JSON, or is compressed.",
     429: "The upstream has too much to do; `retry-after` says for how long, if it did.",
     500: "The server failed.",
     502: "The engine failed.",

@@ -133,7 +133,7 @@ class GatewayBackend:
             body["seed"] = request.seed
         if request.stop_token_ids:
             body["stop_token_ids"] = list(request.stop_token_ids)
-        if request.top_logprobs:
+        if request.logprobs:
             body |= {"logprobs": request.top_logprobs, "return_tokens_as_token_ids": True}
         return body
 
@@ -275,7 +275,8 @@ class _Reader:
         """The end. Raises BackendError when the stream broke off without a reason."""
         if self._finish is None:
             raise BackendError("the upstream's stream ended without a finish reason")
-        details = self._usage.get("prompt_tokens_details") or {}
+        found = self._usage.get("prompt_tokens_details")
+        details = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
         counts = (
             self._usage.get("prompt_tokens"),
             details.get("cached_tokens", self._usage.get("prompt_cache_hit_tokens")),

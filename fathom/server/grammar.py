@@ -47,13 +47,10 @@ class GrammarBuilder:
         """Text without any special token."""
         return self._terminal(f"/{_ANY_STRING}/")
 
-    def calls(self, tools: Sequence[ToolSpec], *, strict: bool, many: bool, opened: bool) -> str:
-        """A block of calls of `tools`; `opened`: its first line is there already.
-
-        strict: hold all tools to their schemas; otherwise only those that say so.
-        """
+    def calls(self, tools: Sequence[ToolSpec], *, many: bool, opened: bool) -> str:
+        """A block of calls of `tools`; `opened`: its first line is there already."""
         tag = self._marker
-        calls = [self._call(tool, strict=strict or tool.strict) for tool in tools]
+        calls = [self._call(tool) for tool in tools]
         call = self._rule(" | ".join(calls))
         rest = f' ("\\n" {call})*' if many else ""
         head = "" if opened else f'"<" {tag} "tool_calls>\\n" '
@@ -62,15 +59,15 @@ class GrammarBuilder:
     def text_then(self, tools: Sequence[ToolSpec], *, many: bool) -> str:
         """Text alone, or text up to the bracket of a block of calls, and that block."""
         tag = self._marker
-        inside = self.calls(tools, strict=False, many=many, opened=True)
+        inside = self.calls(tools, many=many, opened=True)
         plain, before = self.any_text(), self._terminal(f"/{_ANY_STRING}\\n\\n</")
         return f'{plain} | {before} {tag} "tool_calls>\\n" {inside}'
 
-    def _call(self, tool: ToolSpec, *, strict: bool) -> str:
+    def _call(self, tool: ToolSpec) -> str:
         tag = self._marker
         head = f'"<" {tag} {_literal(f"invoke name={_quoted(tool.name)}>")} "\\n"'
         tail = f'"</" {tag} "invoke>"'
-        if not strict:
+        if not tool.strict and tool.kind != "custom":
             return self._rule(f"{head} {self._free_parameter()}* {tail}")
         schema = root_of(tool)
         properties = cast("Mapping[str, Any]", schema.get("properties", {}))

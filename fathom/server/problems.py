@@ -10,7 +10,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from fathom.errors import BackendError, ChatError, FathomError, GenerationError, TokenizerError
+from fathom.errors import (
+    BackendError,
+    ChatError,
+    FathomError,
+    GenerationError,
+    ThreadUnsupported,
+    TokenizerError,
+)
 
 Api = Literal["openai", "anthropic"]
 
@@ -79,11 +86,10 @@ def error_body(problem: Problem, api: Api, request_id: str) -> dict[str, Any]:
         message = problem.message
         if problem.param and problem.param not in message:
             message = f"{problem.param}: {message}"
-        return {
-            "type": "error",
-            "error": {"type": kind, "message": message},
-            "request_id": request_id,
-        }
+        error: dict[str, Any] = {"type": kind, "message": message}
+        if problem.code == ThreadUnsupported.code:  # its clients then go on without
+            error["details"] = {"error_code": problem.code, "unsupported": [problem.param]}
+        return {"type": "error", "error": error, "request_id": request_id}
     default = "invalid_request_error" if problem.status < 500 else "server_error"
     return {
         "error": {

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
 
-from fathom.chat import Event
+from fathom.chat import Event, ToolCall
 from fathom.chat.tokenizer import Tokenizer
 from fathom.server.turn import Account, TokenRecord, Turn
 
@@ -96,10 +96,15 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{secrets.token_hex(12)}"
 
 
-def openai_usage(accounts: list[Account]) -> dict[str, Any]:
-    """Token counts as Chat Completions states them, with the cache fields of DeepSeek."""
-    prompt = max(account.prompt_tokens for account in accounts)
-    cached = max(account.cached_tokens for account in accounts)
+def openai_usage(accounts: list[Account], choices: int | None = None) -> dict[str, Any]:
+    """Token counts as Chat Completions states them, with the cache fields of DeepSeek.
+
+    A prompt counts once for its choices: `choices` accounts after another share one (None: all).
+    """
+    size = choices or len(accounts)
+    shared = [accounts[at : at + size] for at in range(0, len(accounts), size)]
+    prompt = sum(max(account.prompt_tokens for account in group) for group in shared)
+    cached = sum(max(account.cached_tokens for account in group) for group in shared)
     completion = sum(account.completion_tokens for account in accounts)
     return {
         "prompt_tokens": prompt,
@@ -112,6 +117,14 @@ def openai_usage(accounts: list[Account]) -> dict[str, Any]:
         "prompt_cache_hit_tokens": cached,
         "prompt_cache_miss_tokens": prompt - cached,
     }
+
+
+def custom_input(call: ToolCall) -> str:
+    """The text for a custom tool, which the model writes as the one argument `input`."""
+    # Only a string matters; Python refuses to convert very long numbers.
+    given = json.loads(call.arguments, parse_int=float)
+    text = given.get("input") if given else ""
+    return text if isinstance(text, str) else call.arguments
 
 
 def side_report(accounts: list[Account]) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ Paper: none (API conventions).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
@@ -28,6 +27,7 @@ from fathom.chat.requests import PromptRequest, ToolSpec, pack_reasoning
 from fathom.server.problems import Problem, as_problem
 from fathom.server.render import (
     RawJson,
+    custom_input,
     dumps,
     exhaust_all,
     new_id,
@@ -287,7 +287,6 @@ class ResponsesWriter:
             "reasoning": {"effort": request.effort, "summary": None},
             "store": request.metadata.get("store") is not False,
             "temperature": request.default_sampling().temperature,
-            "text": {"format": {"type": request.response_format.kind}},
             "top_p": request.default_sampling().top_p,
             "truncation": "disabled",
             "usage": None,
@@ -297,11 +296,13 @@ class ResponsesWriter:
 
 def echo(body: Mapping[str, Any]) -> dict[str, Any]:
     """What a response repeats of its request as it was. Raises Problem for what is not JSON."""
+    text: Mapping[str, Any] = body.get("text") or {}
     found = {
         "instructions": body.get("instructions"),
         "tool_choice": body.get("tool_choice") or "auto",
         "tools": body.get("tools") or [],
         "metadata": body.get("metadata") or {},
+        "text": {"format": {"type": "text"}} | {k: v for k, v in text.items() if v is not None},
     }
     for name, value in found.items():
         try:
@@ -329,11 +330,8 @@ class _Open:
 def _call_item(call: ToolCall, spec: ToolSpec) -> dict[str, Any]:
     name = spec.local_name or call.name
     if spec.kind == "custom":
-        # Only a string matters; Python refuses to convert very long numbers.
-        given = json.loads(call.arguments, parse_int=float)
-        text = given.get("input") if isinstance(given, dict) else None
         item = {"type": "custom_tool_call", "id": new_id("ctc_"), "call_id": call.id, "name": name,
-                "input": text if isinstance(text, str) else call.arguments}  # fmt: skip
+                "input": custom_input(call)}  # fmt: skip
     elif spec.kind == "tool_search":
         return {"type": "tool_search_call", "id": new_id("tsc_"), "call_id": call.id,
                 "execution": "client", "arguments": RawJson(call.arguments)}  # fmt: skip

@@ -220,6 +220,9 @@ def _add_stored(app: FastAPI, service: Service) -> None:
         stored = service.store.response(request.state.owner, response_id)
         if stored is None:
             raise missing(response_id)
+        if request.query_params.get("stream", "false").lower() != "false":
+            message = "a stored response is not streamed again: ask for it without stream"
+            raise Problem(400, message, param="stream")
         return Json(stored.body)
 
     @app.delete("/v1/responses/{response_id}", **documents.STORED)

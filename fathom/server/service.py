@@ -242,6 +242,7 @@ class Service:
             top_p=1.0 if sampling.top_p is None else sampling.top_p,
             shaping=request.shaping,
             seed=None if sampling.seed is None else (sampling.seed + at) % 2**63,
+            logprobs=request.top_logprobs is not None,
             top_logprobs=request.top_logprobs or 0,
             mask=prepared.masks[at],
         )

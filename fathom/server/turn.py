@@ -115,7 +115,7 @@ class Turn:
         self._stops = bool(ask.stop)
         self._wants_records = ask.top_logprobs is not None
         self._pending: deque[TokenRecord] = deque()
-        self._uncovered = 0  # characters shown whose tokens are not in `records` yet
+        self._uncovered = ""  # text shown whose tokens are not in `records` yet
         self._over = False
 
     async def events(self) -> AsyncGenerator[list[Event], None]:
@@ -177,11 +177,11 @@ class Turn:
             if isinstance(event, ContentDelta):
                 account.content.append(event.text)
                 shown.append(event)
-                self._cover(len(event.text), reasoning=False)
+                self._cover(event.text, reasoning=False)
             elif isinstance(event, ReasoningDelta):
                 account.reasoning.append(event.text)
                 shown.append(event)
-                self._cover(len(event.text), reasoning=True)
+                self._cover(event.text, reasoning=True)
             elif isinstance(event, Diagnosed):
                 account.diagnostics.append(event.diagnostic)
             else:
@@ -222,17 +222,24 @@ class Turn:
             return False
         return self._delivery.repaired or not call.repaired
 
-    def _cover(self, characters: int, *, reasoning: bool) -> None:
-        """Move the records of tokens whose text is now shown; markup between them is dropped."""
+    def _cover(self, text: str, *, reasoning: bool) -> None:
+        """Move the records of tokens whose text is now shown; what is not shown is dropped.
+
+        That is markup, and the line breaks around thoughts and before the answer.
+        """
         if not self._wants_records:
             return
-        self._uncovered += characters
-        while self._pending and self._uncovered > 0:
+        self._uncovered += text
+        while self._pending and self._uncovered:
             record = self._pending.popleft()
-            if record.reasoning == reasoning:
+            if record.reasoning != reasoning:
+                continue
+            said = record.text
+            if not self._uncovered.startswith("\n"):
+                said = said.lstrip("\n")
+            if said or not record.text:  # no text yet: a part of a character
                 self.records.append(record)
-                self._uncovered -= len(record.text)
-        self._uncovered = max(self._uncovered, 0)
+                self._uncovered = self._uncovered[len(said) :]
 
     def _finish(self, reason: str) -> list[Event]:
         account = self.account

@@ -215,12 +215,9 @@ class BatchLoader:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.terminate()
+            process.kill()  # it holds nothing, and to SIGTERM it does not listen
         for process in self._processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.join()
         self._processes, self._pipes = [], []
         with contextlib.suppress(FileNotFoundError):
             self._memory.path.unlink()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ class MetricLog:
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a", encoding="utf-8")
+        if _is_torn(path):
+            self._file.write("\n")  # or the first new row would be lost with the torn one
         self._every, self._show = max(every, 1), show
         self._open: list[tuple[Row, Sequence[str], Tensor]] = []
         self._travelling: deque[tuple[list[tuple[Row, Sequence[str]]], Tensor, Any]] = deque()
@@ -101,6 +104,13 @@ class MetricLog:
             self.close()
         else:
             self._file.close()  # after a device error nothing can be fetched
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a file ends within a line, as a crash leaves it."""
+    with open(path, "rb") as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
+        return f.read(1) not in (b"", b"\n")
 
 
 def read_log(path: Path) -> list[Row]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fathom.errors import TrainError
+from fathom.kernels.device import named_device
 from fathom.train.muon import copy_each
 
 
@@ -89,7 +90,8 @@ ALONE = Ranks()
 def joined(processes: int, device: str | None) -> Iterator[tuple[Ranks, torch.device]]:
     """This process's place among `processes` started by torchrun, and its device.
 
-    Raises TrainError when the run was not started with that many processes.
+    Raises TrainError when the run was not started with that many processes, ConfigError when
+    there is no such device.
     """
     # What torchrun sets; without it a process is alone.
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -99,11 +101,10 @@ def joined(processes: int, device: str | None) -> Iterator[tuple[Ranks, torch.de
             f"`torchrun --standalone --nproc-per-node {processes} -m fathom train ...`, or set "
             "another number with --processes"
         )
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = named_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if size == 1:
-        yield ALONE, torch.device(kind)
+        yield ALONE, where
         return
-    where = torch.device(kind)
     if where.type == "cuda":
         # A launcher may also show each process a single GPU.
         number = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()

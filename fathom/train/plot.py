@@ -28,7 +28,8 @@ def smoothed(values: list[float], span: int) -> list[float]:
 def plot_run(log: Path, picture: Path, *, span: int = 20) -> Path:
     """Draw losses, accuracy and speed of `log` (a log.jsonl) into `picture` (its suffix decides).
 
-    Raises TrainError when the log cannot be read or is empty, or matplotlib is not installed.
+    Raises TrainError when the log cannot be read or is empty, the picture cannot be written, or
+    matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -64,8 +65,11 @@ def plot_run(log: Path, picture: Path, *, span: int = 20) -> Path:
                 axes.annotate(
                     f" {name}", (start, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8
                 )
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(picture, dpi=120)
+    except OSError as e:
+        raise TrainError(f"cannot write {picture}: {e.strerror or e}") from e
     return picture
 
 

@@ -126,9 +126,12 @@ class Trainer:
             # The recipe may have changed on purpose (more minutes, another rate).
             self.position = dataclasses.replace(position, recipe=self.recipe.to_dict())
         if self.ranks.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self.recipe.to_dict(), indent=1)
-            (self.out / "recipe.json").write_text(text + "\n")
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                (self.out / "recipe.json").write_text(text + "\n")
+            except OSError as e:
+                raise TrainError(f"cannot write the run to {self.out}: {e.strerror or e}") from e
         self._resumed_at, self._started = self.position.elapsed_seconds, time.monotonic()
 
     def elapsed(self) -> float:

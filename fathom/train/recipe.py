@@ -6,6 +6,7 @@ Paper: §4.2.1 and §4.2.2 (what a set-up consists of).
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,14 @@ class DataPart:
     tokenizer: str = ""  # folder with tokenizer.json, relative to the recipe
     tokens: int = 65536
     seq_len: tuple[int, ...] = (2048,)
-    workers: int = 14
+    workers: int = 14  # processes that make episodes; 0: the trainer does
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.workers < 0:
+            raise TrainError(
+                "[data] needs tokens from 1 and workers from 0, "
+                f"not {self.tokens} and {self.workers}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +66,12 @@ class RunPart:
     minutes: float | None = None
     save_every_minutes: float = 5.0
     log_every: int = 20  # steps between two fetches of metrics from the device
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise TrainError(f"[run] processes is {self.processes}: give a number from 1 up")
+        if self.minutes is not None and not 0 <= self.minutes < math.inf:
+            raise TrainError(f"[run] minutes is {self.minutes}: give a finite number from 0 up")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

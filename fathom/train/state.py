@@ -88,9 +88,14 @@ def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> Position:
         raise TrainError(f"{path / _TENSORS} is damaged: {e}") from e
     generators = {n: saved.pop(n) for n in [n for n in saved if n.startswith("generator.")]}
     extra = _extra_tensors(model)
-    missing = sorted(extra.keys() - saved.keys())
+    fits = {n for n in extra.keys() & saved.keys() if extra[n].shape == saved[n].shape}
+    missing = sorted(extra.keys() - fits)
     if missing:
-        raise TrainError(f"the state {path} lacks {missing[0]}: it belongs to another model")
+        raise TrainError(
+            f"the state {path} lacks {missing[0]} of that shape: it belongs to another model"
+        )
+    if "generator.cpu" not in generators:
+        raise TrainError(f"the state {path} lacks its generators: it is damaged")
     with torch.no_grad():
         for name, tensor in extra.items():
             tensor.copy_(saved.pop(name))
@@ -178,20 +183,35 @@ def pieces(folder: Path, into: Path, *, max_bytes: int = PIECE_BYTES) -> list[Pa
 
 
 def join_pieces(folder: Path, into: Path) -> Path:
-    """Undo `pieces`. Raises TrainError when a part is missing or damaged."""
+    """Undo `pieces`. Raises TrainError when a part is missing or damaged.
+
+    A file appears under its name only when it is whole, and none outside the two folders is touched
+    whatever the list says.
+    """
+    partial = into / ".partial"
     try:
         table = json.loads((folder / _PIECES).read_text(encoding="utf-8"))
         into.mkdir(parents=True, exist_ok=True)
         for name, parts in table.items():
-            with open(into / name, "wb") as f:
+            with open(partial, "wb") as f:
                 for part in parts:
-                    block = (folder / part["name"]).read_bytes()
+                    source = folder / _plain(part["name"])
+                    block = source.read_bytes()
                     if hashlib.sha256(block).hexdigest() != part["sha256"]:
-                        raise TrainError(f"{folder / part['name']} is damaged: copy it again")
+                        raise TrainError(f"{source} is damaged: copy it again")
                     f.write(block)
-    except (OSError, ValueError, KeyError) as e:
+            partial.rename(into / _plain(name))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise TrainError(f"cannot join the pieces in {folder}: {e}") from e
+    finally:
+        partial.unlink(missing_ok=True)
     return into
+
+
+def _plain(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError(f"{name!r} is no name of a file")
+    return name
 
 
 def _blocks(file: Path, size: int) -> Iterator[bytes]:

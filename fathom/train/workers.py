@@ -93,8 +93,10 @@ def fill(source: Source, seed: int, request: Request, planes: np.ndarray) -> Fil
 
 def serve(pipe: Connection, source: Source, seed: int, memory: SlotMemory) -> None:
     """Answer requests until the pipe closes. An exception is sent as Failure and ends it."""
-    # Ctrl-C reaches the whole group; the trainer alone decides when to stop.
+    # Ctrl-C, `timeout` and service managers reach the whole group; the trainer alone decides when
+    # to stop, and needs batches until then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         slots = memory.open()

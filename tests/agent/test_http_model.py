@@ -177,7 +177,13 @@ def test_silence_ends_in_an_error() -> None:
 
 @pytest.mark.parametrize(
     "garbage",
-    [stream("{not json"), stream({"error": {"message": "overloaded"}}), whole("hello"), whole([])],
+    [
+        stream("{not json"),
+        stream({"error": {"message": "overloaded"}}),
+        whole("hello"),
+        whole([]),
+        status(200, "no gzip", content_encoding="gzip", content_type="application/json"),
+    ],
 )
 def test_unreadable_answers(garbage: Any) -> None:
     with serving(garbage) as server, pytest.raises(ModelUnreachable):

@@ -170,6 +170,19 @@ def test_whole_calls_without_index_or_id() -> None:
     assert reply.finish_reason == "tool_calls"
 
 
+def test_calls_whose_index_is_null_stay_apart() -> None:
+    calls = [{"index": None, "function": {"name": name, "arguments": "{}"}} for name in "ab"]
+    reply, _ = build(delta(tool_calls=calls), delta("stop"))
+    assert [call.name for call in reply.message.tool_calls] == ["a", "b"]
+
+
+@pytest.mark.parametrize("odd", ["3", None, [], {}, float("nan"), float("inf"), -1])
+def test_an_odd_account_costs_no_reply(odd: Any) -> None:
+    usage = {"prompt_tokens": odd, "completion_tokens": odd, "prompt_cache_hit_tokens": odd}
+    reply, _ = build(delta("stop", content="hi"), {"choices": [], "usage": usage})
+    assert (reply.message.content, reply.usage) == ("hi", Usage())
+
+
 @pytest.mark.parametrize(("finish", "partial"), [("length", True), ("tool_calls", False)])
 @pytest.mark.parametrize("arguments", ['{"command": "rm', "[1]", "hello"])
 def test_arguments_that_are_no_object_are_marked(
@@ -210,6 +223,7 @@ def test_a_whole_completion_reads_like_a_stream() -> None:
         {"choices": [3]},
         {"choices": [{"delta": {"content": 5}}]},
         {"choices": [{"delta": {"tool_calls": [{"function": {"name": 1}}]}}]},
+        {"choices": [{"delta": {"tool_calls": [{"index": "0", "function": {"name": "a"}}]}}]},
         {"error": {"message": "overloaded"}},
     ],
 )

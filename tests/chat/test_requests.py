@@ -239,6 +239,20 @@ def test_packed_reasoning_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch
     assert unpack_reasoning(packed) is None
 
 
+@pytest.mark.parametrize("api", ["responses", "messages"])
+def test_packed_reasoning_of_one_request_does_not_add_up_without_bound(api: str):
+    packed = pack_reasoning("0" * (6 << 20))
+    if api == "responses":
+        item = {"type": "reasoning", "summary": [], "encrypted_content": packed}
+        request = read_responses({"input": [item] * 8 + [{"role": "user", "content": "x"}]})
+    else:
+        content = [{"type": "redacted_thinking", "data": packed}]
+        turns = [{"role": "assistant", "content": content}, {"role": "user", "content": "x"}]
+        request = read_messages({"messages": turns * 8})
+    assert sum(len(message.reasoning) for message in request.carried) < 16 << 20
+    assert sum("another server" in warning for warning in request.warnings) == 6
+
+
 @pytest.mark.parametrize(
     ("item", "reasoning"),
     [

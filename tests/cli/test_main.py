@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import fathom
 from fathom import errors
-from fathom.cli import main
+from fathom.cli import main, output
 
 COMMANDS = [
     "doctor",
@@ -40,6 +40,39 @@ def command_line(*arguments, **options):
         timeout=60,
         **options,
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["eval", "tasks", "--failures"], "--failures: cannot write"),
+        (["bench", "engine", "--plot"], "--plot: cannot write"),
+        (["bench", "clients", "--clients", "/nowhere", "--out"], "--out: cannot write"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(arguments, says):
+    found = CliRunner().invoke(main.app, [*arguments, "/nowhere/file.png"])
+    assert found.exit_code == 2
+    assert f"{says} /nowhere/file.png: No such file or directory" in found.stderr
+
+
+def test_looking_whether_a_file_can_be_written_changes_nothing(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_text("kept")
+    output.check_writable("--out", old)
+    output.check_writable("--out", new)
+    assert old.read_text() == "kept"
+    assert not new.exists()
+
+
+def test_a_picture_of_another_kind_is_refused_before_the_work(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[run]\nsteps = 0\n")
+    arguments = ["train", str(recipe), "--out", str(tmp_path / "run"), "--plot", "curves.foo"]
+    found = CliRunner().invoke(main.app, arguments)
+    assert found.exit_code == 2
+    assert "name a file that ends in .png" in found.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def failing(error: Exception) -> typer.Typer:
@@ -77,6 +110,22 @@ def test_exit_codes(error, code):
     assert result.exit_code == code
     assert result.stderr == "fathom: x\n"
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (PermissionError(13, "Permission denied", "/home/x/.cache"), "/home/x/.cache: Permission"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(error, says):
+    result = CliRunner().invoke(failing(error), ["fail"])
+    assert result.exit_code == 3
+    assert result.stderr.startswith(f"fathom: {says}")
+    assert result.stderr.count("\n") == 1
+    found = json.loads(CliRunner().invoke(failing(error), ["fail", "--json"]).stdout)
+    assert found["error"]["code"] == "os_error"
 
 
 def test_every_error_has_an_exit_code_and_a_code_of_its_own():

@@ -112,6 +112,7 @@ def test_what_was_computed_and_what_was_said_outlives_the_server(tmp_path: Path)
         (["--disk-cache-size", "1GiB"], "of no use without --disk-cache"),
         (["--disk-cache", "x", "--disk-cache-size", "much"], "--disk-cache-size is 'much'"),
         (["--host-cache-size", "-1"], "--host-cache-size is '-1'"),
+        (["--host-cache-size", "900TiB"], "GiB of main memory"),
         (["--checkpoint-spacing", "100"], "multiple of 256"),
         (["--index-keys", "fp2"], "fp4 or fp8"),
         (["--drafts", "8"], "less than or equal to 7"),

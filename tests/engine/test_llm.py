@@ -381,6 +381,11 @@ class TestLoad:
         with pytest.raises(CheckpointError):
             fathom.load(folder)
 
+    def test_a_file_that_belongs_to_no_checkpoint(self, folder: Path) -> None:
+        (folder / "notes").write_text("x")
+        with pytest.raises(ConfigError, match="notes is no file of a checkpoint"):
+            fathom.load(folder / "notes")
+
     def test_an_unusable_dtype(self, folder: Path) -> None:
         with pytest.raises(ConfigError, match="dtype"):
             fathom.load(folder, dtype=torch.float16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -12,8 +13,8 @@ import pytest
 from fathom.agent.tool import BASH, EDIT
 from fathom.chat import Message
 from fathom.chat.reply import Reply
-from fathom.errors import Unsupported
-from fathom.eval.agent_tasks import run_tasks, summarize
+from fathom.errors import SandboxError, SandboxLost, Unsupported
+from fathom.eval.agent_tasks import get_files, run_tasks, summarize
 from fathom.eval.tasks import BUILDERS, FAMILIES
 from fathom.eval.tasks.draw import Draw
 from fathom.eval.tasks.heldout import make_task
@@ -102,3 +103,43 @@ def test_failures_come_with_their_conversations():
 
 def test_nothing_to_summarize():
     assert summarize([])["tasks"] == 0
+
+
+class Folder:
+    """A sandbox whose files may refuse to be read."""
+
+    def __init__(self, files: dict[str, bytes | Exception]) -> None:
+        self._files = files
+        self.files = self
+
+    async def exec(self, command: str, **options: Any) -> Any:
+        return SimpleNamespace(stdout="".join(f"./{path}\0" for path in self._files))
+
+    async def read(self, path: str) -> bytes:
+        found = self._files[path]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def test_files_that_cannot_be_read_end_no_evaluation():
+    """A model may leave a file of gigabytes, or one whose name is no text."""
+    odd = {"a": b"x\n", "big": SandboxError("more than 64 MB"), "\ufffd": FileNotFoundError()}
+    found = anyio.run(get_files, Folder(odd))
+    assert found["a"] == "x\n"
+    assert found["big"] == found["\ufffd"] == "\0"
+    with pytest.raises(SandboxLost):
+        anyio.run(get_files, Folder({"a": SandboxLost("ended")}))
+
+
+def test_what_one_task_leaves_does_not_meet_the_next():
+    model = Scripted()
+    first, second, *_ = prepare(model)
+    harm = "cp $(ls | head -n 1) /tmp/left; (while :; do touch /work/late; done) & chmod 000 /work"
+    bash = {"function": {"name": "bash", "arguments": json.dumps({"command": harm})}, "id": "a"}
+    model.lines[first.prompt] = [
+        {"role": "assistant", "content": "", "tool_calls": [bash]},
+        {"role": "assistant", "content": "Done."},
+    ]
+    outcomes = run(model, [first, second])
+    assert [outcome.solved for outcome in outcomes] == [False, True]

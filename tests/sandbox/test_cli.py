@@ -37,6 +37,7 @@ def test_the_command_s_own_exit_code_is_passed_on(as_json: bool):
         (["run", "--memory", "1KiB", "--", "true"], "at least 16MiB"),
         (["run", "--json", "--memory", "1KiB", "--", "true"], "at least 16MiB"),
         (["exec", "--folder", "/nowhere", "sb-1", "--", "true"], "no daemon"),
+        (["exec", "sb-1", "--folder", "/nowhere", "--", "true"], "options go before it"),
     ],
 )
 def test_failures_that_are_not_the_command_s(words: list[str], said: str):

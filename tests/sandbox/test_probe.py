@@ -66,6 +66,14 @@ def test_a_substrate_that_fails_is_reported(options, monkeypatch, tmp_path: Path
             assert "operation not permitted" in (finding.problem or "")
 
 
+def test_a_cache_that_cannot_be_written_is_a_finding(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fathom.sandbox.vm.emulator.need_program", lambda: "/bin/sh")
+    monkeypatch.setattr("fathom.sandbox.vm.emulator.program", lambda: "/bin/sh")
+    found = probe.examine_machines("/proc/nowhere")
+    assert not found.works
+    assert "/proc/nowhere/vm (No such file or directory): set XDG_CACHE_HOME" in str(found.problem)
+
+
 def test_obstacles_have_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "setting").write_text("1\n")
     monkeypatch.setattr(probe, "_OBSTACLES", {str(tmp_path / "setting"): "a.b=0"})

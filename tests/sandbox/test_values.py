@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fathom.errors import SandboxError, Unsupported
+from fathom.errors import SandboxError, SandboxTimeout, Unsupported
 from fathom.sandbox import Container, ExecResult, cgroups, paths, seccomp
 from fathom.sandbox.request import form_request
 from fathom.sandbox.substrates import bubblewrap, container
@@ -485,3 +485,9 @@ def test_numbers_are_those_of_the_system_headers(header: str, column: int):
             assert known.get(name) == numbers[column], name
             checked += 1
     assert checked > 50
+
+
+def test_a_command_that_said_nothing_leaves_no_empty_brackets():
+    ended = ExecResult(exit_code=137, stdout="", stderr="", output="", timed_out=True)
+    with pytest.raises(SandboxTimeout, match=r"raise timeout= \(it said nothing\)"):
+        ended.check()

@@ -73,3 +73,18 @@ def test_the_queue_counts_every_completion_of_a_request(open_server: Open):
     assert server.chat(n=4).status_code == 503
     assert complete(server, n=3).status_code == 200
     assert server.chat(n=3).status_code == 200
+
+
+def test_usage_counts_every_prompt_once(server: Server):
+    body = {"prompt": [[5, 6, 7], [8, 9]], "n": 2, "max_tokens": 3}
+    reply = server.client.post("/v1/completions", json=body).json()
+    made = reply["usage"]["completion_tokens"]
+    assert reply["usage"]["prompt_tokens"] == 5
+    assert reply["usage"]["total_tokens"] == 5 + made
+    assert len(reply["choices"]) == 4
+
+
+def test_missing_logprobs_of_the_prompt_are_told(server: Server):
+    body = {"prompt": "a b", "echo": True, "logprobs": 1, "max_tokens": 1}
+    reply = server.client.post("/v1/completions", json=body)
+    assert "no logprobs of the prompt" in reply.headers["x-fathom-notice"]

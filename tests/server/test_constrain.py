@@ -348,3 +348,17 @@ def test_strict_schemas_that_cannot_be_enforced_are_refused(
     assert refused.value.status == 400
     assert refused.value.code == "unsupported_schema"
     assert refused.value.param == "tools"
+
+
+def test_a_required_custom_call_has_its_text(tokenizer: Tokenizer, constrainer: Constrainer):
+    asked = request(
+        tools=[{"type": "custom", "custom": {"name": "run"}}],
+        tool_choice="required",
+        thinking={"type": "disabled"},
+    )
+    for seed in range(5):
+        mask = constrainer.mask(asked)
+        assert mask is not None
+        ids = draw(mask, tokenizer, random.Random(seed))
+        for call in parsed(asked, tokenizer, ids).tool_calls:
+            assert list(json.loads(call.arguments)) == ["input"]

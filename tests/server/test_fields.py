@@ -164,6 +164,19 @@ def test_logprobs_cover_what_is_shown_and_nothing_else(server: Server):
     assert "".join(tokens) == "An answer."
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "said", ["x</think>\n\n4", "\n\nx\n\n</think>\n\n\n4", "x</think>4", "x\n</think>\n4\n\ny"]
+)
+def test_logprobs_leave_out_line_breaks_that_are_not_shown(server: Server, said: str, stream: bool):
+    server.say(said)
+    reply = server.chat(logprobs=True, stream=stream)
+    bodies = events(reply.text) if stream else [reply.json()]
+    found = [c["logprobs"] for body in bodies for c in body["choices"] if c["logprobs"]]
+    for name, text in (("content", said.split("</think>")[1].strip()), ("reasoning_content", "x")):
+        assert "".join(t["token"] for one in found for t in one[name]) == text
+
+
 def test_a_last_assistant_message_is_continued(server: Server):
     server.say(" two three")
     history = [

@@ -153,8 +153,11 @@ def test_logprobs_come_through_by_token_id(upstream: Server, tokenizer: Tokenize
     backend = GatewayBackend(upstream.url, model="m", tokenizer=tokenizer)
     with running(backend) as url, Gateway(url) as gateway:
         found = gateway.chat(logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]
+        alone = gateway.chat(logprobs=True).json()["choices"][0]["logprobs"]
     assert "".join(t["token"] for t in found["content"]) == "An answer"
     assert all(len(t["top_logprobs"]) == 2 for t in found["content"])
+    assert [t["logprob"] for t in alone["content"]] == [t["logprob"] for t in found["content"]]
+    assert all(t["logprob"] == -0.1 and not t["top_logprobs"] for t in alone["content"])
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "http://key@host/", "host", "ftp://x", ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from typing import Any
@@ -203,3 +204,20 @@ def test_every_answer_is_counted_by_its_status(open_server: Open):
     assert counted("fathom_requests_total", api="other", status="401") == 1
     assert counted("fathom_streams_total", api="chat", outcome="done") == 1
     assert counted("fathom_streams_total", api="chat", outcome="failed") == 1
+
+
+@pytest.mark.parametrize(("coding", "status"), [("gzip", 415), ("identity", 200), ("", 200)])
+def test_a_compressed_body_is_called_so(server: Server, coding: str, status: int):
+    body = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
+    headers = {"content-type": "application/json", "content-encoding": coding}
+    sent = gzip.compress(body) if coding == "gzip" else body
+    reply = server.client.post("/v1/chat/completions", content=sent, headers=headers)
+    assert reply.status_code == status
+    assert status == 200 or "uncompressed" in reply.json()["error"]["message"]
+
+
+def test_a_stored_response_is_not_streamed_again(server: Server):
+    made = server.responses("x").json()
+    assert server.client.get(f"/v1/responses/{made['id']}?stream=false").json() == made
+    refused = server.client.get(f"/v1/responses/{made['id']}?stream=true")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stream")

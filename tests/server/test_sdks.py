@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anthropic
@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from fathom.server.scripted import Reply
-from tests.server.conftest import BASH, Server
+from tests.server.conftest import BASH, Server, block, call
 
 TOOL = BASH["function"]
 ANTHROPIC_BASH: Any = {"name": "bash", "description": "Run.", "input_schema": TOOL["parameters"]}
@@ -21,13 +21,15 @@ RESPONSES_BASH: Any = {"type": "function", "strict": False, **TOOL}
 
 
 @pytest.fixture
-def gpt(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def gpt(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture
-def claude(server: Server) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+def claude(server: Server) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+        yield client
 
 
 def until(condition: Callable[[], bool], seconds: float = 5.0) -> float:
@@ -59,6 +61,33 @@ def test_openai_rounds_of_tools_with_thinking(server: Server, gpt: openai.OpenAI
     assert reply.usage is not None
     assert reply.usage.prompt_tokens_details.cached_tokens > lengths[0]
     assert reply.usage.completion_tokens_details.reasoning_tokens > 0
+
+
+@pytest.mark.parametrize("stream_arguments", [False, True])
+def test_openai_custom_tools_of_chat(gpt: openai.OpenAI, server: Server, stream_arguments: bool):
+    server.say("x</think>" + block(call("run", input='print("hi")\n{}'), call("run")))
+    asked: Any = {
+        "model": "x",
+        "messages": [{"role": "user", "content": "Go"}],
+        "tools": [{"type": "custom", "custom": {"name": "run", "description": "Runs code."}}],
+        "extra_body": {"stream_arguments": stream_arguments},
+    }
+    message = gpt.chat.completions.create(**asked).choices[0].message
+    calls: Any = message.tool_calls
+    assert [(one.type, one.custom.name) for one in calls] == [("custom", "run")] * 2
+    assert [one.custom.input for one in calls] == ['print("hi")\n{}', ""]
+    streamed: list[Any] = [
+        one
+        for chunk in gpt.chat.completions.create(stream=True, **asked)
+        for one in chunk.choices[0].delta.tool_calls or []
+    ]
+    assert [(one.index, one.type, one.custom) for one in streamed] == [
+        (at, "custom", one.custom.model_dump()) for at, one in enumerate(calls)
+    ]
+    results = [{"role": "tool", "tool_call_id": one.id, "content": "hi"} for one in calls]
+    asked["messages"] += [message, *results]
+    gpt.chat.completions.create(**asked)
+    assert 'print("hi")\n{}' in server.prompt
 
 
 def test_openai_stream_helper(gpt: openai.OpenAI):
@@ -108,6 +137,22 @@ def test_openai_responses_rounds_stream_and_store(gpt: openai.OpenAI, server: Se
         final = stream.get_final_response()
     assert {"response.reasoning_text.delta", "response.output_text.delta"} <= kinds
     assert final.output[-1].type == "function_call"
+
+
+def test_openai_responses_say_what_form_they_have(gpt: openai.OpenAI):
+    class Title(BaseModel):
+        title: str
+
+    reply = gpt.responses.parse(model="x", input="Name it", text_format=Title)
+    form: Any = reply.text.format if reply.text else None
+    assert (form.type, form.name, form.strict) == ("json_schema", "Title", True)
+    assert form.schema_["required"] == ["title"]
+    plain = gpt.responses.create(model="x", input="Name it", text={"verbosity": "low"})
+    assert plain.text is not None
+    assert plain.text.model_dump(exclude_unset=True) == {
+        "format": {"type": "text"},
+        "verbosity": "low",
+    }
 
 
 def test_openai_errors(gpt: openai.OpenAI):
@@ -215,6 +260,24 @@ def test_anthropic_stop_sequences_and_cancellation(claude: anthropic.Anthropic, 
     ) as stream:
         next(iter(stream))
     assert until(lambda: server.backend.running == 0) < 1.0
+
+
+def test_anthropic_tool_runner(claude: anthropic.Anthropic, server: Server):
+    """It asks for a thread on the server at first, and goes on without when there is none."""
+
+    @anthropic.beta_tool
+    def bash(command: str) -> str:
+        """Run a command."""
+        return f"ran {command}"
+
+    runner = claude.beta.messages.tool_runner(
+        model="x",
+        max_tokens=2000,
+        messages=[{"role": "user", "content": "[[two]] Look."}],
+        tools=[bash],
+    )
+    assert [reply.stop_reason for reply in runner] == ["tool_use", "tool_use", "end_turn"]
+    assert server.prompt.count("<tool_result>ran ") == 2
 
 
 def test_anthropic_structured_output(claude: anthropic.Anthropic):

@@ -145,6 +145,14 @@ def test_a_worker_that_dies_is_noticed():
             next(loader)
 
 
+def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_trainer():
+    with BatchLoader(Dummy(), seed=1, tokens=1024, workers=1, plan=plan) as loader:
+        next(loader)
+        os.kill(loader._processes[0].pid, signal.SIGTERM)
+        for _ in range(10):  # more than were made ahead
+            next(loader)
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_do_not_outlive_a_killed_trainer(how, tmp_path):
     script = tmp_path / "trainer.py"

@@ -34,6 +34,16 @@ def test_reading_prefers_the_repeated_step_and_skips_a_torn_line(tmp_path):
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "x": 1}, {"step": 2, "x": 2}]
 
 
+def test_a_resumed_run_does_not_write_into_a_torn_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "x": 1}\n{"step": 2, "x"')
+    for step in (2, 3):
+        with MetricLog(path, every=1) as log:
+            log.add({"step": step}, (), torch.empty(0))
+    assert [row["step"] for row in read_log(path)] == [1, 2, 3]
+    assert path.read_text().count("\n") == 4
+
+
 def test_curves_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
-from fathom.errors import TrainError
+from fathom.errors import ConfigError, TrainError
 from fathom.train.data import BatchLoader
 from fathom.train.metrics import read_log
 from fathom.train.pretrain import build_model, pretrain
@@ -195,6 +196,18 @@ def test_impossible_recipes_say_why(tmp_path, part, match):
     base = {"model": {"preset": "micro", "override": SMALL}}
     with pytest.raises(TrainError, match=match):
         pretrain(Recipe.from_dict(base | part), tmp_path, source=noise)
+
+
+@pytest.mark.parametrize("out", ["/proc/no/run", "/dev/null"])
+def test_a_folder_that_cannot_be_written_is_named(out):
+    with pytest.raises(TrainError, match=f"cannot write the run to {out}"):
+        pretrain(recipe(1), Path(out), source=noise)
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(tmp_path, device):
+    with pytest.raises(ConfigError, match=device):
+        pretrain(recipe(1), tmp_path, source=noise, device=device)
 
 
 def test_a_run_without_a_tokenizer_is_refused(tmp_path):

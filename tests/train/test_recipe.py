@@ -40,6 +40,10 @@ def test_values_arrive_and_defaults_stay(tmp_path):
         ("[run\n", "not valid TOML"),
         ("data = 3\n", "must be a table"),
         ("[schedule]\nsparse_start = 0.1\n", "in order"),
+        ("[run]\nminutes = nan\n", "minutes is nan"),
+        ("[run]\nminutes = -1\n", "minutes is -1"),
+        ("[run]\nprocesses = 0\n", "processes is 0"),
+        ("[data]\nworkers = -1\n", "workers from 0"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, match):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fathom.errors import TrainError
@@ -104,6 +105,45 @@ def test_pieces_are_small_and_join_again(tmp_path):
     damaged.unlink()
     with pytest.raises(TrainError, match="cannot join"):
         join_pieces(tmp_path / "parts", tmp_path / "again")
+
+
+def test_damaged_pieces_leave_no_half_file(tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "a").write_bytes(bytes(range(250)))
+    parts = pieces(tmp_path / "whole", tmp_path / "parts", max_bytes=100)
+    parts[2].write_bytes(b"x")
+    with pytest.raises(TrainError, match="damaged"):
+        join_pieces(tmp_path / "parts", tmp_path / "joined")
+    assert list((tmp_path / "joined").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "table",
+    [{"../out": []}, {"/tmp/out": []}, {"a": [{"name": "../b", "sha256": ""}]}, {"a": [1]}, [], 1],
+)
+def test_a_list_of_pieces_is_not_believed(tmp_path, table):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "b").write_bytes(b"")
+    (tmp_path / "parts" / "pieces.json").write_text(json.dumps(table))
+    with pytest.raises(TrainError, match="cannot join"):
+        join_pieces(tmp_path / "parts", tmp_path / "joined")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["generators", "shape"])
+def test_a_state_that_lacks_a_part_is_reported(tmp_path, damage):
+    model, optimizer = _trained(1)
+    path = save_state(tmp_path, model, optimizer, Position(step=1))
+    saved = load_file(path / "state.safetensors")
+    if damage == "generators":
+        del saved["generator.cpu"]
+    else:
+        saved["balanced.gate.bias"] = saved["balanced.gate.bias"][:1].clone()
+    save_file(saved, path / "state.safetensors")
+    before = model.gate.bias.clone()
+    with pytest.raises(TrainError, match="lacks"):
+        load_state(path, model, optimizer)
+    assert torch.equal(model.gate.bias, before)
 
 
 def test_the_compact_export_keeps_small_tensors_exact(tmp_path):

@@ -15,7 +15,7 @@ import hashlib
 import zlib
 
 _MARK = "fr1."
-_LARGEST = 16 << 20  # bytes of reasoning; far beyond any context
+_LARGEST = 16 << 20  # bytes of reasoning in a request; far beyond any context
 _DIGEST = 8
 
 
@@ -26,19 +26,34 @@ def pack_reasoning(reasoning: str) -> str:
     return _MARK + base64.urlsafe_b64encode(packed).decode("ascii")
 
 
-def unpack_reasoning(text: str) -> str | None:
-    """Return the packed reasoning, None if `text` is foreign, damaged or unreasonably large."""
-    if not text.startswith(_MARK):
-        return None
-    try:
-        packed = base64.urlsafe_b64decode(text.removeprefix(_MARK).encode("ascii"))
-        inflate = zlib.decompressobj()
-        data = inflate.decompress(packed[_DIGEST:], _LARGEST)
-        if not inflate.eof or packed[:_DIGEST] != _digest(data):
+class Unpacker:
+    """Gets packed reasoning back, within one bound on all that a request brings.
+
+    A few kilobytes can be packed megabytes, so one after the other must not add up.
+    """
+
+    def __init__(self) -> None:
+        self._left = _LARGEST
+
+    def __call__(self, text: str) -> str | None:
+        """Return the packed reasoning, None if `text` is foreign, damaged or unreasonably large."""
+        if not text.startswith(_MARK) or not self._left:
             return None
-        return data.decode("utf-8", "surrogatepass")
-    except (binascii.Error, zlib.error, UnicodeError):
-        return None
+        try:
+            packed = base64.urlsafe_b64decode(text.removeprefix(_MARK).encode("ascii"))
+            inflate = zlib.decompressobj()
+            data = inflate.decompress(packed[_DIGEST:], self._left)
+            self._left -= len(data)
+            if not inflate.eof or packed[:_DIGEST] != _digest(data):
+                return None
+            return data.decode("utf-8", "surrogatepass")
+        except (binascii.Error, zlib.error, UnicodeError):
+            return None
+
+
+def unpack_reasoning(text: str) -> str | None:
+    """Return one packed text's reasoning, as `Unpacker` does."""
+    return Unpacker()(text)
 
 
 def sign_reasoning(reasoning: str) -> str:

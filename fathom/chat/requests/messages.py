@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from fathom.chat.messages import Message, ToolCall, as_mapping
-from fathom.chat.requests.carrier import unpack_reasoning
+from fathom.chat.requests.carrier import Unpacker
 from fathom.chat.requests.common import (
     read_format,
     read_sampling,
@@ -26,6 +26,7 @@ from fathom.chat.requests.history import BLANK, Entry, finish_conversation
 from fathom.chat.requests.parts import read_content, read_part
 from fathom.chat.requests.tools import ToolReader, choose, read_messages_choice
 from fathom.chat.requests.types import MOST_TOKENS, PromptRequest, RequestOptions
+from fathom.errors import ThreadUnsupported
 
 # The line changes with the first user message. As part of the prompt it would keep conversations
 # from sharing everything behind it.
@@ -39,11 +40,12 @@ def read_messages(body: Mapping[str, Any], options: RequestOptions | None = None
     options = options or RequestOptions()
     fields, warnings = Fields(body), list[str]()
     if fields.take("thread") is not None:
-        fields.fail("thread", "is not supported: send the whole conversation in messages")
+        raise ThreadUnsupported("is not supported: send the whole conversation", "thread")
     system, billing = _read_system(fields, warnings)
     entries: list[Entry] = []
+    unpack = Unpacker()
     for item in fields.objects("messages"):
-        entries += _read_message(item, warnings)
+        entries += _read_message(item, unpack, warnings)
     switch = read_switch(fields)
     config = fields.object("output_config")
     effort = config.text("effort") if config else None
@@ -108,13 +110,13 @@ def _read_system(fields: Fields, warnings: list[str]) -> tuple[str, list[str]]:
     return BLANK.join(text for text in texts if not text.startswith(_BILLING)), billing
 
 
-def _read_message(fields: Fields, warnings: list[str]) -> list[Entry]:
+def _read_message(fields: Fields, unpack: Unpacker, warnings: list[str]) -> list[Entry]:
     role = fields.choice("role", ("user", "assistant", "system"))
     path = fields.here
     if role is None:
         fields.fail("role", "is missing: use user, assistant or system")
     if role == "assistant":
-        return [_read_assistant(fields, path, warnings)]
+        return [_read_assistant(fields, path, unpack, warnings)]
     content = fields.mapping.get("content")
     if role == "user" and isinstance(content, list):
         return _read_user_blocks(fields, path, warnings)
@@ -147,7 +149,7 @@ def _read_user_blocks(fields: Fields, path: str, warnings: list[str]) -> list[En
     return results
 
 
-def _read_assistant(fields: Fields, path: str, warnings: list[str]) -> Entry:
+def _read_assistant(fields: Fields, path: str, unpack: Unpacker, warnings: list[str]) -> Entry:
     content = fields.mapping.get("content")
     if isinstance(content, str):
         return Entry(Message(content=content), path, False)
@@ -161,7 +163,7 @@ def _read_assistant(fields: Fields, path: str, warnings: list[str]) -> Entry:
         if kind == "thinking":
             thoughts.append(part.required_text("thinking"))
         elif kind == "redacted_thinking":
-            thoughts += _read_redacted(part, warnings)
+            thoughts += _read_redacted(part, unpack, warnings)
         elif kind == "tool_use":
             calls.append(_read_call(part))
         elif kind in ("server_tool_use", "mcp_tool_use") or kind.endswith("_tool_result"):
@@ -172,8 +174,8 @@ def _read_assistant(fields: Fields, path: str, warnings: list[str]) -> Entry:
     return Entry(message, path, bool(thoughts))
 
 
-def _read_redacted(part: Fields, warnings: list[str]) -> list[str]:
-    reasoning = unpack_reasoning(part.text("data") or "")
+def _read_redacted(part: Fields, unpack: Unpacker, warnings: list[str]) -> list[str]:
+    reasoning = unpack(part.text("data") or "")
     if reasoning is None:
         warnings.append(f"{part.path('data')}: reasoning of another server was left out")
         return []

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fathom.chat.messages import Message, ToolCall, as_mapping
-from fathom.chat.requests.carrier import unpack_reasoning
+from fathom.chat.requests.carrier import Unpacker
 from fathom.chat.requests.common import (
     read_format,
     read_sampling,
@@ -155,6 +155,7 @@ class _ItemReader:
         self.entries: list[Entry] = []
         self.found_tools: list[ToolSpec] = []
         self._warnings = warnings
+        self._unpack = Unpacker()
         self._turn: _Turn | None = None
 
     def read(self, fields: Fields) -> None:
@@ -214,7 +215,7 @@ class _ItemReader:
         if any(parts):
             return BLANK.join(parts), True
         packed = item.text("encrypted_content")
-        reasoning = unpack_reasoning(packed) if packed else None
+        reasoning = self._unpack(packed) if packed else None
         if reasoning is not None:
             return reasoning, True
         summary = [read_part(part, self._warnings) for part in item.objects("summary")]

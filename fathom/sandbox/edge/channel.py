@@ -54,7 +54,7 @@ class Channel:
 
     def serve(self) -> None:
         """Answer until the API process ends, or sends what no API process would."""
-        with contextlib.suppress(OSError):
+        try:
             while data := self._sock.recv(MESSAGE_LIMIT + 1):
                 try:
                     number, op, given = _read(data)
@@ -62,7 +62,13 @@ class Channel:
                     event(_log, logging.ERROR, "api_forged", error=error)
                     break
                 self._take(number, op, given, len(data))
-        self.close()
+        except OSError:
+            pass
+        except Exception:
+            _log.exception("event=channel_broken")
+        finally:
+            # Whatever it was: clients must not wait for answers that nobody gives any more.
+            self.close()
 
     def close(self) -> None:
         """End the line, and with it the API process."""

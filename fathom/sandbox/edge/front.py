@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass
 from typing import Any
 
-from fathom.errors import FathomError, Unsupported
+from fathom.errors import FathomError, SandboxLost, Unsupported
 from fathom.sandbox.edge.events import event
 from fathom.sandbox.edge.requests import OPERATIONS
 from fathom.sandbox.edge.upcall import Upcall
@@ -156,7 +156,8 @@ class Front:
                     answer = await self.upcall.ask("idle", {"id": name})
                 finally:
                     live.asked = False
-                if answer.get("ended") is False:  # it is paused, and that is no idleness
-                    live.used = time.monotonic()
-                else:
+                if answer.get("ended") or answer.get("error") == SandboxLost.code:
                     self.forget(name)
+                else:
+                    # It is paused, and that is no idleness; or nobody could end it just now.
+                    live.used = time.monotonic()

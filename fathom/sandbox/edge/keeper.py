@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fathom.errors import (
+    DaemonLost,
     FathomError,
     KeyConflict,
     PolicyDenied,
@@ -129,6 +130,8 @@ class Keeper:
                 if entry.key == key:
                     _same(entry, spec, group, net)
                     return entry.plain()
+            if key and (name := self.tending.left_under(key)) is not None:
+                self.find(name)  # which says why it is not given out
             values = {
                 "group": group,
                 "key": key,
@@ -240,10 +243,10 @@ class Keeper:
     # Living ------------------------------------------------------------------------------------
 
     def find(self, name: str) -> Entry:
-        """Return a sandbox of this daemon. Raises SandboxLost."""
+        """Return a sandbox of this daemon. Raises SandboxLost, DaemonLost for one left alone."""
         entry = self.entries.get(name)
         if entry is None and (why := self.tending.left.get(name)) is not None:
-            raise SandboxError(
+            raise DaemonLost(
                 f"sandbox {name} runs on, but this daemon could not take it over ({why}): it is "
                 "tried again every few seconds"
             )

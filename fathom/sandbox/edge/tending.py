@@ -130,6 +130,14 @@ class Tending:
         # Only now: one that is stopped meanwhile is in one of the two.
         del self.left[name]
 
+    def left_under(self, key: str) -> str | None:
+        """Return the one that was made under a key and could not be taken over."""
+        for name in list(self.left):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, FathomError):
+                if entries.read(self._host.runtime / name).key == key:
+                    return name
+        return None
+
     def drop(self, name: str) -> bool:
         """End one that could not be taken over; False where there is none of that name.
 

@@ -8,6 +8,7 @@ Paper: §5.2.5 (admission on a node).
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from fathom.errors import PolicyDenied
 
+_log = logging.getLogger(__name__)
 AT_ONCE = 64  # of each sort
 MOST = 4096  # that wait or are worked on,
 MOST_BYTES = 64 << 20  # with so many bytes of messages
@@ -28,6 +30,8 @@ class Work:
     def __init__(self, at_once: int = AT_ONCE) -> None:
         self._slow = ThreadPoolExecutor(at_once, thread_name_prefix="fathom-edge-slow")
         self._brief = ThreadPoolExecutor(at_once, thread_name_prefix="fathom-edge")
+        for pool in (self._slow, self._brief):
+            pool.submit(int)  # so that each has a thread, whatever becomes of the machine
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._count = 0
@@ -58,7 +62,7 @@ class Work:
                 return
             if key:
                 self._behind[key] = deque()
-        (self._slow if op in _SLOW else self._brief).submit(work)
+        _submit(self._slow if op in _SLOW else self._brief, work)
 
     def _done(self, size: int, key: str) -> None:
         with self._lock:
@@ -72,7 +76,7 @@ class Work:
                 del self._behind[key]
                 return
             following = self._behind[key].popleft()
-        self._slow.submit(following)
+        _submit(self._slow, following)
 
     def shutdown(self) -> None:
         """Wait for all that was added."""
@@ -81,3 +85,11 @@ class Work:
             self._idle.wait_for(lambda: not self._count)
         self._slow.shutdown()
         self._brief.shutdown()
+
+
+def _submit(pool: ThreadPoolExecutor, work: _Task) -> None:
+    try:
+        pool.submit(work)
+    except RuntimeError as error:
+        # No other thread can be started just now: it waits for one of those that there are.
+        _log.warning("event=no_thread error=%s", error)

@@ -23,6 +23,9 @@ _PREFIX_OF = {index: prefix for prefix, index in erofs.PREFIXES}
 _KINDS = frozenset(erofs.FILE_TYPES)
 _KNOWN = erofs.INCOMPAT_CHUNKED | erofs.INCOMPAT_DEVICES
 _HOLE = 0xFFFFFFFF
+# Bytes of attributes and targets of links. Files may share them in the image, and in a hostile one
+# a few kilobytes would become gigabytes.
+_MOST_WORDS = 256 << 20
 
 
 def read(image: bytes, blobs: Sequence[int], numbers: Sequence[int] | None = None) -> Node:
@@ -43,6 +46,8 @@ class _Reader:
         self.blobs = blobs
         self.numbers = numbers
         self.nodes: dict[int, Node] = {}
+        self.words = 0
+        self.known: dict[int, tuple[str, bytes, int]] = {}
         if len(image) < erofs.BLOCK or len(image) % erofs.BLOCK:
             raise ImageDamaged(f"the layer image has {len(image)} bytes, not whole blocks")
         fields = erofs.SUPER.unpack_from(image, erofs.SUPER_OFFSET)
@@ -123,6 +128,7 @@ class _Reader:
             if size > MAX_TARGET:
                 raise ImageDamaged("the target of a link is too long")
             node.target = self._content(nid)
+            self._keep(size)
         elif node.is_file:
             node.size = size
             if size:
@@ -200,21 +206,34 @@ class _Reader:
         at += 12
         found: dict[str, bytes] = {}
         for number in struct.unpack_from(f"<{shared}I", self.image, at):
-            self._one_xattr(self.shared + number * 4, found)
+            place = self.shared + number * 4
+            if place not in self.known:
+                self.known[place] = self._one_xattr(place)
+            name, value, _ = self.known[place]
+            found[name] = value
         at += 4 * shared
         while at < end:
-            at = self._one_xattr(at, found)
+            name, value, at = self._one_xattr(at)
+            found[name] = value
         return found
 
-    def _one_xattr(self, at: int, found: dict[str, bytes]) -> int:
+    def _keep(self, size: int) -> None:
+        self.words += size
+        if self.words > _MOST_WORDS:
+            raise ImageDamaged(
+                f"attributes and links in the layer image have more than {_MOST_WORDS} bytes"
+            )
+
+    def _one_xattr(self, at: int) -> tuple[str, bytes, int]:
+        """Return name and value of the attribute at `at`, and where it ends."""
         length, index, size = struct.unpack_from("<BBH", self.image, at)
         name = self.image[at + 4 : at + 4 + length]
         value = self.image[at + 4 + length : at + 4 + length + size]
         if index not in _PREFIX_OF or len(value) != size:
             raise ImageDamaged("an attribute of a file is malformed")
-        found[_PREFIX_OF[index] + name.decode()] = bytes(value)
+        self._keep(length + size)
         end = at + 4 + length + size
-        return end + -end % 4
+        return _PREFIX_OF[index] + name.decode(), bytes(value), end + -end % 4
 
 
 def _xattr_size(count: int) -> int:

@@ -24,6 +24,7 @@ from fathom.sandbox.images import layers as layering
 from fathom.sandbox.images import tarball
 from fathom.sandbox.images.blobs import BlobWriter
 from fathom.sandbox.images.errors import ImageDamaged, ImageError, ImageMissing, store_errors
+from fathom.sandbox.images.headers import Member
 from fathom.sandbox.images.packed import Allowance, Reader, decompress
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tarball import Limits
@@ -33,6 +34,7 @@ _SMALL = 8 << 20
 _PIECE = 1 << 20
 _PARALLEL = 4
 _NESTED = 3
+_MOST_MEMBERS, _LONGEST_NAME = 100_000, 4096  # of an archive that holds an image
 _INDEXES = frozenset(
     {
         "application/vnd.oci.image.index.v1+json",
@@ -306,17 +308,23 @@ class FolderContent:
 
 
 class ArchiveContent:
-    """An OCI layout or docker archive in a tar file. `paths` maps names to members."""
+    """An OCI layout or docker archive in a tar file.
+
+    `paths`: name -> where a member begins and its size, None for one with holes.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         try:
-            self._archive = tarfile.open(fileobj=file, mode="r:")
-            self.paths: dict[str, tarfile.TarInfo] = {}
-            for member in self._archive:
-                if len(self.paths) > 100_000:
+            self._archive = tarfile.open(fileobj=file, mode="r:", tarinfo=Member)
+            self.paths: dict[str, tuple[int, int] | None] = {}
+            for count, member in enumerate(self._archive):
+                if count >= _MOST_MEMBERS:
                     raise ImageDamaged("the archive has too many members to be an image")
-                if member.isreg():
-                    self.paths[member.name.removeprefix("./")] = member
+                name = member.name.removeprefix("./")
+                if member.isreg() and len(name) <= _LONGEST_NAME:
+                    span = member.offset_data, member.size
+                    self.paths[name] = None if member.issparse() else span
+                self._archive.members = []  # type: ignore[attr-defined]
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             raise ImageDamaged(f"this is not an archive of an image: {error}") from error
         self._file = file
@@ -342,11 +350,10 @@ class ArchiveContent:
         """Open a member as a file of its own, so that several can be read at the same time."""
         if name not in self.paths:
             raise ImageMissing(f"the archive has no {name}")
-        member = self.paths[name]
-        if member.issparse():
+        if (found := self.paths[name]) is None:
             raise ImageDamaged(f"{name} is a sparse member")
         with open(f"/proc/self/fd/{self._file.fileno()}", "rb") as file:
-            yield cast("BinaryIO", _Span(file, member.offset_data, member.size))
+            yield cast("BinaryIO", _Span(file, *found))
 
     @staticmethod
     def _name(descriptor: Descriptor) -> str:
@@ -430,7 +437,8 @@ def import_archive(
                     store_errors(f"{path} cannot be unpacked", work),
                     (work / "a").open("wb") as out,
                 ):
-                    stream = Reader(plain, bounds.size)
+                    room = shutil.disk_usage(work).free // 10 * 9
+                    stream = Reader(plain, Allowance(bounds.size, room))
                     for piece in iter(lambda: stream.read(_PIECE), b""):
                         out.write(piece)
                 path = work / "a"

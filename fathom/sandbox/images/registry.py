@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import shutil
 import threading
 import time
 from collections.abc import Generator
@@ -25,6 +26,7 @@ import httpx2
 from fathom.sandbox.images import oci
 from fathom.sandbox.images.errors import ImageDamaged, ImageMissing, RegistryError
 from fathom.sandbox.images.oci import Descriptor
+from fathom.sandbox.images.packed import Allowance
 from fathom.sandbox.images.store import Store
 from fathom.sandbox.images.tarball import Limits
 from fathom.sandbox.images.types import DIGEST, Image
@@ -89,6 +91,8 @@ class Registry:
         self._credentials = credentials
         self._client = httpx2.Client(timeout=timeout, follow_redirects=True)
         self._token: str | None = None
+        # What a registry announces is no bound: a layer must not take everybody else's room.
+        self._room = Allowance(1 << 62, shutil.disk_usage(store.folder).free // 10 * 9)
         self._lock = threading.Lock()
 
     def __enter__(self) -> Registry:
@@ -140,6 +144,7 @@ class Registry:
                 size += len(piece)
                 if size > descriptor.size:
                     break
+                self._room.take(len(piece))
                 found.update(piece)
                 out.write(piece)
         if size < descriptor.size:
@@ -153,13 +158,11 @@ class Registry:
             try:
                 with self._stream(path, accept) as answer:
                     self._check(answer, path)
-                    content = bytearray()
-                    for piece in answer.iter_bytes():
-                        content += piece
-                        if len(content) > limit:
-                            raise ImageDamaged(f"{path} is larger than {limit} bytes")
+                    content = _some(answer, limit)
+                    if len(content) > limit:
+                        raise ImageDamaged(f"{path} is larger than {limit} bytes")
                     kind = answer.headers.get("Content-Type", "").partition(";")[0].strip()
-                    return bytes(content), kind
+                    return content, kind
             except httpx2.HTTPError as error:
                 problem = str(error)
             if attempt + 1 < _TRIES:
@@ -210,14 +213,26 @@ class Registry:
             query.setdefault("scope", f"repository:{self._reference.repository}:pull")
             headers = {"Authorization": _basic(self._credentials)} if self._credentials else {}
             try:
-                answer = self._client.get(given["realm"], params=query, headers=headers)
-                value = oci.parse(answer.content, "token")
+                with self._client.stream(
+                    "GET", given["realm"], params=query, headers=headers
+                ) as answer:
+                    value = oci.parse(_some(answer, _SMALL), "token")
             except (httpx2.HTTPError, ImageDamaged) as error:
                 raise RegistryError(f"no token from {given['realm']}: {error}") from error
             token = value.get("token") or value.get("access_token")
             if not isinstance(token, str):
                 raise RegistryError(f"no token from {given['realm']} ({answer.status_code})")
             self._token = f"Bearer {token}"
+
+
+def _some(answer: httpx2.Response, limit: int) -> bytes:
+    """Return what a server sends, little more than `limit` bytes of it."""
+    content = bytearray()
+    for piece in answer.iter_bytes():
+        content += piece
+        if len(content) > limit:
+            break
+    return bytes(content)
 
 
 def _basic(credentials: tuple[str, str]) -> str:

@@ -75,14 +75,17 @@ class _WebSource:
                 # A server that ignores ranges sends everything from the beginning.
                 skip = start if answer.status_code == 200 else 0
                 found = bytearray()
+                came = 0
                 begun = time.monotonic()
                 for piece in answer.iter_bytes():
-                    found += piece
-                    if time.monotonic() - begun > _TIMEOUT + len(found) / _SLOWEST:
-                        raise OSError(errno.ETIMEDOUT, f"only {len(found)} bytes came in time")
-                    if len(found) >= skip + end - start:
+                    # What is not wanted is not kept: there may be gigabytes of it.
+                    found += piece[max(0, skip - came) :]
+                    came += len(piece)
+                    if time.monotonic() - begun > _TIMEOUT + came / _SLOWEST:
+                        raise OSError(errno.ETIMEDOUT, f"only {came} bytes came in time")
+                    if len(found) >= end - start:
                         break
-                return bytes(found[skip : skip + end - start])
+                return bytes(found[: end - start])
         except self._httpx.HTTPError as error:
             raise OSError(errno.EIO, f"{self._address}: {error}") from error
 

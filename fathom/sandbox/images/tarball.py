@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, cast
 
 from fathom.sandbox.images.blobs import BlobWriter
 from fathom.sandbox.images.errors import ArchiveRefused, ImageDamaged, ImageTooLarge
+from fathom.sandbox.images.headers import Member
 from fathom.sandbox.images.ondemand import BlobCache
 from fathom.sandbox.images.packed import Allowance, Reader
 from fathom.sandbox.images.store import Store
@@ -39,7 +40,6 @@ from fathom.sandbox.images.types import Blob
 _GONE = b".wh."
 _HIDES = b".wh..wh..opq"
 _OLD_MARKS = (b".wh..wh.aufs", b".wh..wh.orph", b".wh..wh.plnk")
-_HEADER_LIMIT = 1 << 20
 _PIECE = 1 << 20
 _XATTR = "SCHILY.xattr."
 _TAKEN = ("user.", "security.capability", "system.posix_acl_access", "system.posix_acl_default")
@@ -50,20 +50,15 @@ _LATEST = 1 << 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The most that one archive may hold: bytes when unpacked, and entries."""
+    """The most that one archive may hold: bytes when unpacked, and entries.
+
+    Entries are those that it says and the folders on their paths that it does not. `words`: bytes
+    of names, targets of links and attributes, all of which are held in memory.
+    """
 
     size: int = 64 << 30
     entries: int = 2_000_000
-
-
-class _Member(tarfile.TarInfo):
-    """A tar header that is refused when it announces more text than a path can need."""
-
-    def _proc_member(self, archive: tarfile.TarFile) -> Any:  # the library's own hook
-        long = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *tarfile.GNU_TYPES[:2])
-        if self.type in long and self.size > _HEADER_LIMIT:
-            raise ArchiveRefused(f"a header of the archive has {self.size} bytes")
-        return super()._proc_member(archive)  # type: ignore[misc]
+    words: int = 256 << 20
 
 
 def from_tar(
@@ -78,12 +73,12 @@ def from_tar(
     Raises ArchiveRefused, ImageTooLarge, ImageDamaged.
     """
     bounds = limits or Limits()
-    loader = _Loader(blob, bounds.entries, allowance or Allowance(bounds.size))
+    loader = _Loader(blob, bounds, allowance or Allowance(bounds.size))
     try:
         with tarfile.open(
             fileobj=cast("Any", stream),
             mode="r|",
-            tarinfo=_Member,
+            tarinfo=Member,
             encoding="utf-8",
             errors="surrogateescape",
         ) as archive:
@@ -99,19 +94,32 @@ def from_tar(
 
 
 class _Loader:
-    def __init__(self, blob: BlobWriter, most: int, allowance: Allowance) -> None:
+    def __init__(self, blob: BlobWriter, limits: Limits, allowance: Allowance) -> None:
         self.blob = blob
-        self.most = most
+        self.limits = limits
         self.allowance = allowance
         self.root = folder()
         self.gone: list[tuple[Node, bytes]] = []
         self.entries = 0
+        self.words = 0
+
+    def _count(self, *words: bytes | str) -> None:
+        """Count one more entry and what is kept of its text."""
+        self.entries += 1
+        if self.entries > self.limits.entries:
+            raise ImageTooLarge(f"the archive has more than {self.limits.entries} entries")
+        self._keep(*words)
+
+    def _keep(self, *words: bytes | str) -> None:
+        self.words += sum(map(len, words))
+        if self.words > self.limits.words:
+            raise ImageTooLarge(
+                f"names and attributes in the archive have more than {self.limits.words} bytes"
+            )
 
     def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         """Take one entry."""
-        self.entries += 1
-        if self.entries > self.most:
-            raise ImageTooLarge(f"the archive has more than {self.most} entries")
+        self._count(member.name.rpartition("/")[2], member.linkname)
         parts = _parts(member.name)
         if not parts:
             if not member.isdir():
@@ -136,6 +144,7 @@ class _Loader:
         for name in parts[:-1]:
             child = node.children.get(name)
             if child is None:
+                self._count(name)
                 child = node.children[name] = folder()
             if not child.is_dir:
                 path = b"/".join(parts).decode(errors="replace")
@@ -208,8 +217,7 @@ class _Loader:
         if self.blob.short:
             raise ImageDamaged(f"the archive ends within {member.name!r}")
 
-    @staticmethod
-    def _describe(node: Node, member: tarfile.TarInfo) -> None:
+    def _describe(self, node: Node, member: tarfile.TarInfo) -> None:
         # A folder that was there already keeps what it is, and whether it hides what lies below.
         node.mode = node.mode & stat.S_IFDIR | member.mode & 0o7777
         for number in (member.uid, member.gid):
@@ -224,6 +232,7 @@ class _Loader:
             if ".overlay." in name:
                 raise ArchiveRefused(f"{member.name!r} has the overlay's own attribute {name!r}")
             if name.startswith(_TAKEN):
+                self._keep(name, value)
                 node.xattrs[name] = value.encode("utf-8", "surrogateescape")
 
     def finish(self) -> Node:

@@ -56,7 +56,9 @@ def _once(
         os.utime(final)
         return final
     with store_errors("the layer cannot be unpacked", parent):
-        parent.mkdir(mode=0o755, exist_ok=True)
+        parent.mkdir(mode=0o700, exist_ok=True)
+        # An image's programs keep the rights of their owners; no user of this machine may run them.
+        parent.chmod(0o700)
         work = Path(tempfile.mkdtemp(prefix="make-", dir=parent))
         try:
             root, blobs = read()

@@ -59,7 +59,7 @@ def look(root: Path) -> Seen | None:
                 seen[path] = found
                 if len(seen) > MOST_FILES:
                     return None
-    except OSError:
+    except (OSError, RecursionError):  # folders lie too deep in one another, say
         return None
     return seen
 

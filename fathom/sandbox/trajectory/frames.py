@@ -34,9 +34,11 @@ Frame = tuple[dict[str, Any], bytes]
 class Line:
     """One connection, frame by frame."""
 
-    def __init__(self, stream: ByteStream, largest: int = LARGEST) -> None:
+    def __init__(
+        self, stream: ByteStream, largest: int = LARGEST, largest_head: int = LARGEST
+    ) -> None:
         self._stream = stream
-        self._largest = largest
+        self._largest, self._largest_head = largest, largest_head
         self._reader = BufferedByteReceiveStream(stream)
 
     async def send(self, head: Mapping[str, Any], data: bytes = b"") -> None:
@@ -50,7 +52,7 @@ class Line:
         """The next frame, None at the end or when it is not one."""
         try:
             sizes = _SIZES.unpack(await self._reader.receive_exactly(_SIZES.size))
-            if sum(sizes) > self._largest:
+            if sum(sizes) > self._largest or sizes[0] > self._largest_head:
                 return None
             head = json.loads(await self._reader.receive_exactly(sizes[0]))
             return head, await self._reader.receive_exactly(sizes[1]) if sizes[1] else b""

@@ -17,7 +17,7 @@ from fathom.errors import SandboxLost
 from fathom.sandbox import plain
 from fathom.sandbox.nodelink import raise_error
 from fathom.sandbox.trajectory import detached
-from fathom.sandbox.trajectory.errors import OperationConflict, TrajectoryError
+from fathom.sandbox.trajectory.errors import LogFull, OperationConflict, TrajectoryError
 from fathom.sandbox.trajectory.executor import (
     Answer,
     Commit,
@@ -74,6 +74,9 @@ class HeldExecutor:
                 answer = await line.receive()
                 if answer is not None and answer[0]["is"] == "conflict":
                     raise OperationConflict(f"the key {key} was used for another request")
+                if answer is not None and answer[0]["is"] == "refused":
+                    kind = LogFull if answer[0]["code"] == LogFull.code else TrajectoryError
+                    raise kind(f"the holder of the sandbox began nothing: {answer[0]['message']}")
                 if answer is not None and answer[0]["is"] == "running":
                     on_started()
                     answer = await line.receive()

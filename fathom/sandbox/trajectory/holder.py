@@ -27,6 +27,7 @@ from fathom.errors import FathomError, SandboxError, SandboxLost
 from fathom.sandbox import Client, Sandbox, plain
 from fathom.sandbox.trajectory import detached
 from fathom.sandbox.trajectory.changes import Change, Watcher, watch
+from fathom.sandbox.trajectory.errors import LogFull, TrajectoryError
 from fathom.sandbox.trajectory.frames import SOCKET, Frame, Line, is_own_user
 from fathom.sandbox.trajectory.log import Log
 from fathom.sandbox.trajectory.operation import (
@@ -85,12 +86,21 @@ class Holder:
             line = Line(stream)
             try:
                 while (frame := await line.receive()) is not None:
-                    await self._answer(line, frame)
+                    await self._try_to_answer(line, frame)
             except (anyio.BrokenResourceError, anyio.ClosedResourceError):
                 pass  # the client is gone; what it began goes on
             finally:
                 self.guests -= 1
                 self.last_seen = time.monotonic()
+
+    async def _try_to_answer(self, line: Line, frame: Frame) -> None:
+        try:
+            await self._answer(line, frame)
+        except (FathomError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+            # What cannot be written down, or makes no sense, has not begun. The sandbox, with all
+            # that is in it, goes on.
+            code = error.code if isinstance(error, FathomError) else TrajectoryError.code
+            await line.send({"is": "refused", "code": code, "message": str(error) or repr(error)})
 
     async def _answer(self, line: Line, frame: Frame) -> None:
         head, data = frame
@@ -154,14 +164,10 @@ class Holder:
                 changes=self._changes(request),
                 background=background,
             )
-            self.journal.append(
-                Kind.RECEIPT,
-                HELD,
-                key=key,
-                parent=intent,
-                fields=encode_outcome(outcome),
-                blobs=outcome.blobs,
-            )
+            try:
+                self._write_receipt(key, intent, outcome)
+            except LogFull:
+                self._write_receipt(key, intent, outcome.least())
             op.outcome = outcome
         except (FathomError, OSError) as error:
             op.failure = str(error)
@@ -170,6 +176,16 @@ class Holder:
         finally:
             op.ended.set()
             self.last_seen = time.monotonic()
+
+    def _write_receipt(self, key: str, intent: int, outcome: Outcome) -> None:
+        self.journal.append(
+            Kind.RECEIPT,
+            HELD,
+            key=key,
+            parent=intent,
+            fields=encode_outcome(outcome),
+            blobs=outcome.blobs,
+        )
 
     def _look(self, request: Request) -> None:
         """Take note of what changed since the last operation, before the next one begins."""

@@ -17,6 +17,9 @@ from fathom.sandbox.trajectory.body import canonical
 from fathom.sandbox.trajectory.changes import Change, changes_from_json
 from fathom.sandbox.types import DEFAULT_CAP, ExecResult
 
+# Of names of files that a tenant chose, in each list of a receipt; more fits into no record.
+_MOST_LISTED = 64 << 10
+_LONGEST_ERROR = 1000
 # "pure" changes nothing; "idempotent" may be done twice; "once" must not.
 Effect = Literal["once", "idempotent", "pure"]
 Verb = Literal["exec", "read", "write"]
@@ -129,6 +132,11 @@ class Outcome:
             raise SandboxError("the content of this file was lost: the log had no room for it")
         return self.blobs["data"]
 
+    def least(self) -> Outcome:
+        """What must be kept where there is no room for all: names of files are left out."""
+        error = None if self.error is None else (self.error[0], self.error[1][:_LONGEST_ERROR])
+        return replace(self, error=error, changes=None, background=None)
+
     def same_as(self, other: Outcome) -> bool:
         """Whether both say the same, the time that it took left out."""
         return (
@@ -199,7 +207,17 @@ def encode_outcome(outcome: Outcome) -> dict[str, Any]:
 
 
 def _listed(changes: tuple[Change, ...] | None) -> list[list[Any]] | None:
-    return None if changes is None else [change.to_json() for change in changes]
+    if changes is None:
+        return None
+    kept: list[list[Any]] = []
+    left = _MOST_LISTED
+    for change in changes:
+        one = change.to_json()
+        left -= len(canonical(one)) + 1
+        if left < 0:
+            break
+        kept.append(one)
+    return kept
 
 
 def _changes(value: list[list[Any]] | None) -> tuple[Change, ...] | None:

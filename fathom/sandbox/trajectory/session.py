@@ -32,6 +32,7 @@ from fathom.errors import SandboxLost, Unsupported
 from fathom.sandbox.trajectory.body import canonical
 from fathom.sandbox.trajectory.errors import (
     Diverged,
+    LogFull,
     OperationConflict,
     OutcomeUnknown,
     StateDiffers,
@@ -442,14 +443,19 @@ class Session:
     async def _write_receipt(
         self, entry: Entry, outcome: Outcome, more: Mapping[str, Any] | None = None
     ) -> None:
-        entry.end = await self._append(
+        fill = partial(
+            self._append,
             Kind.RECEIPT,
             key=entry.key,
             digest=entry.digest,
             parent=entry.intent,
-            fields={**encode_outcome(outcome), **(more or {})},
             blobs=outcome.blobs,
         )
+        try:
+            entry.end = await fill(fields={**encode_outcome(outcome), **(more or {})})
+        except LogFull:
+            # The room that was kept for it is enough for what came of it, not for every name.
+            entry.end = await fill(fields={**encode_outcome(outcome.least()), **(more or {})})
         entry.unknown, entry.generation = None, outcome.generation
         await self.executor.acknowledge(entry.ticket)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fathom.errors import SandboxLost
+from fathom.errors import SandboxLost, Unsupported
 from fathom.sandbox import paths
 from fathom.sandbox.trajectory.errors import LogLocked, StateDiffers, TrajectoryError
 from fathom.sandbox.trajectory.held import (
@@ -162,9 +162,10 @@ class Store:
         path = self.path(id_)
         if not path.is_dir():
             raise self._missing(id_)
-        Log(path / LOG, durability="process", segment_size=SEGMENT_SIZE).close()
-        await self.release(id_)
-        _remove(path)
+        # Held to the end, lest somebody goes on with it in between.
+        with Log(path / LOG, durability="process", segment_size=SEGMENT_SIZE):
+            await self.release(id_)
+            _remove(path)
 
     def _missing(self, id_: str) -> TrajectoryError:
         return TrajectoryError(
@@ -214,7 +215,13 @@ class Store:
             if new:
                 for left in self.folder.glob(f".*{GONE}"):
                     shutil.rmtree(left, ignore_errors=True)
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise Unsupported(
+                    f"the run cannot be written down in {self.folder} ({error.strerror}): set "
+                    "XDG_STATE_HOME to a folder that can be written to"
+                ) from error
             return Log(path / LOG, segment_size=SEGMENT_SIZE, durability=self.durability)
         except LogLocked as error:
             raise LogLocked(
@@ -272,6 +279,9 @@ class _Beginning:
 
     async def new(self, fields: Mapping[str, Any]) -> Open:
         """Start a trajectory and its sandbox."""
+        if self.log.head(self.id) is not None:
+            # Another process began and left it just now; it is not ours to remove.
+            raise TrajectoryError(f"there is a trajectory {self.id}: resume it")
         try:
             # In this order: a client that is killed next leaves no sandbox that nobody knows about.
             Session.declare(self.log, self.id, fields)

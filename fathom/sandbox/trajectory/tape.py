@@ -52,7 +52,8 @@ class Tape:
     """The entries of one sandbox, with what the other records say about it.
 
     `lives` gives the epoch of each attachment, `set_back` the life and generation of the last
-    rollback, `asked` how many entries from the first on were presented.
+    rollback, `asked` how many entries from the first on were presented. `gone`: intents of what
+    was taken back by one; those that ran at that time may still have come to an end.
     """
 
     entries: list[Entry] = field(default_factory=list[Entry])
@@ -62,6 +63,7 @@ class Tape:
     set_back: tuple[int, int | None] = (0, None)
     ended: bool = False
     asked: int = 0
+    gone: set[int] = field(default_factory=set[int])
     snapshots: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
 
     def begin(self, record: Record, *, is_value: bool = False) -> Entry:
@@ -101,6 +103,7 @@ class Tape:
         """Forget the entries from `position` on: the sandbox was set back before them."""
         for entry in self.entries[position:]:
             del self.by_key[entry.key]
+            self.gone.add(entry.intent)
         del self.entries[position:]
         self.asked = min(self.asked, position)
         self.snapshots = [(name, at) for name, at in self.snapshots if at <= position]
@@ -152,6 +155,8 @@ def _apply(log: Reader, tape: Tape, record: Record) -> None:
             tape.begin(record)
         case Kind.VALUE:
             tape.begin(record, is_value=True).end = record
+        case Kind.STARTED | Kind.RECEIPT | Kind.UNKNOWN if record.parent in tape.gone:
+            pass
         case Kind.STARTED:
             _entry(tape, record).started = True
         case Kind.RECEIPT:

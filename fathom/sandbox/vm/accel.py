@@ -52,8 +52,9 @@ def find(cache: Path) -> Accelerator:
             return Accelerator(**known)
     result = _try(cache)
     fresh = note.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps({"key": key, **asdict(result)}))
-    fresh.replace(note)
+    with contextlib.suppress(OSError):  # it is only tried again the next time
+        fresh.write_text(json.dumps({"key": key, **asdict(result)}))
+        fresh.replace(note)
     return result
 
 

@@ -70,8 +70,14 @@ def find(cache: Path) -> Emulator:
     tree = cache / "vm" / f"emulator-{version}"
     if tree.is_dir():
         return Emulator(tree, version)
-    tree.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-    work = Path(tempfile.mkdtemp(prefix=".emulator-", dir=tree.parent))
+    try:
+        tree.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        work = Path(tempfile.mkdtemp(prefix=".emulator-", dir=tree.parent))
+    except OSError as error:
+        raise SandboxError(
+            f"the emulator cannot be copied to {tree.parent} ({error.strerror}): set "
+            "XDG_CACHE_HOME to a folder that can be written to"
+        ) from error
     try:
         _fill(work, source, parts)
         work.chmod(0o755)

@@ -142,9 +142,13 @@ def start(
 def said(root: Path) -> str:
     """Return the last of what the emulator wrote as it failed."""
     try:
-        fd = os.open(root / OWN / LOG, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # An emulator that was taken over may have put anything there, a pipe as well.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(root / OWN / LOG, flags)
     except OSError:
         return ""
     with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return ""
         file.seek(max(0, os.fstat(fd).st_size - 1500))
         return file.read().decode(errors="replace").strip()

@@ -45,6 +45,7 @@ MODEL = "model"
 # Of the loop, each with a request in memory, and to its model.
 MOST_LINES, MOST_CONNECTIONS = 8, 32
 LARGEST = 32 << 20
+LARGEST_HEAD = 4 << 20  # of JSON, which takes many times its size as it is read
 LARGEST_READ = 64 << 20
 # What a worker may have written to the log in all, so that it cannot fill this machine's disk.
 MOST_BYTES = 2 << 30
@@ -110,7 +111,7 @@ class Door:
     # The target --------------------------------------------------------------------------------
 
     async def _talk(self, stream: SocketStream) -> None:
-        line = Line(stream, LARGEST)
+        line = Line(stream, LARGEST, LARGEST_HEAD)
         while (frame := await line.receive()) is not None:
             try:
                 head, data = await self._answer(frame)
@@ -167,13 +168,14 @@ class Door:
             raise Refused(f"an operation is {', '.join(_EFFECTS)}, not {effect!r:.40}")
         digest = request.digest()
         job = self._jobs.get(key)
-        if job is None or job.digest != digest or job.ended.is_set():
-            # Also one that ended: the session knows what came of it, or refuses another request.
+        if job is None or job.digest != digest:
+            # Of one that ended the session knows what came of it, or refuses another request.
             self._count(len(data) + len(json.dumps(head)))
             job = self._jobs[key] = _Job(digest)
             assert self._group is not None
             # Not this connection's: a worker that asks again finds it running.
-            self._group.start_soon(self._work, Operation(key=key, request=request, effect=effect))
+            operation = Operation(key=key, request=request, effect=effect)
+            self._group.start_soon(self._work, job, operation)
         await job.ended.wait()
         if job.error is not None:
             raise job.error
@@ -181,16 +183,20 @@ class Door:
         self._count(sum(map(len, job.outcome.blobs.values())))
         return {"is": "ended", "cached": job.outcome.cached}, to_wire(job.outcome)
 
-    async def _work(self, operation: Operation) -> None:
-        job = self._jobs[operation.key]
+    async def _work(self, job: _Job, operation: Operation) -> None:
         try:
             job.outcome = await self._once(operation)
         except FathomError as error:
             job.error = error
-        except OSError as error:
+        except Exception as error:
+            # A defect, or a request that fits nothing, is not the end of everything else.
+            _log.warning("event=not_done error=%r", error)
             job.error = SandboxError(f"{operation.key} could not be done: {error}")
         finally:
             job.ended.set()
+            # Whoever waits has it. What came of it is in the log, and need not be held here.
+            if self._jobs.get(operation.key) is job:
+                del self._jobs[operation.key]
 
     async def _once(self, operation: Operation) -> Outcome:
         while not self._gone:

@@ -143,3 +143,48 @@ def test_a_folder_in_its_own_folder_is_refused():
     image = image.replace(last, first)
     with pytest.raises(ImageDamaged, match="two places"):
         erofs_read.read(fix_checksum(image), [])
+
+
+@pytest.mark.parametrize("of_links", [True, False])
+def test_attributes_and_links_that_are_held_in_memory_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, of_links: bool
+):
+    root = tree.folder()
+    for number in range(8):
+        link = Node(mode=stat.S_IFLNK | 0o777, target=b"t" * 1000)
+        file = Node(mode=stat.S_IFREG, xattrs={"user.a": bytes(1000)})
+        root.children[b"%d" % number] = link if of_links else file
+    image = erofs.write(root, [])
+    monkeypatch.setattr(erofs_read, "_MOST_WORDS", 9000)
+    assert erofs_read.read(image, []) == root
+    monkeypatch.setattr(erofs_read, "_MOST_WORDS", 7000)
+    with pytest.raises(ImageDamaged, match="more than 7000 bytes"):
+        erofs_read.read(image, [])
+
+
+def test_attributes_that_files_share_are_held_once():
+    """A hostile image: each of its files names the same large attribute hundreds of times."""
+    big = Node(mode=stat.S_IFREG, xattrs={"user.big": bytes(60_000)})
+    root = tree.folder()
+    root.children[b"0"] = big
+    for number in range(1, 200):
+        # Room for 255 numbers of shared attributes, and nothing else.
+        root.children[b"%03d" % number] = Node(
+            mode=stat.S_IFREG, xattrs={"user.p": bytes(4 * 255 - 4 - 1)}
+        )
+    image = bytearray(erofs.write(root, []))
+    at = image.index(b"big" + bytes(1000)) - 4
+    assert at % 4 == 0
+    head = bytes(12) + b"\1\1" + struct.pack("<H", 4 * 255 - 4 - 1) + b"p"
+    shared = bytes(4) + b"\xff" + bytes(7) + struct.pack("<I", at // 4) * 255
+    changed = 0
+    place = image.find(head)
+    while place >= 0:
+        image[place : place + len(shared)] = shared
+        changed += 1
+        place = image.find(head, place)
+    assert changed == 199
+    # Else each file would have a copy of its own, and of any number of attributes.
+    found = erofs_read.read(bytes(image), [])
+    values = {id(node.xattrs["user.big"]) for _, node in tree.walk(found) if node.xattrs}
+    assert len(values) == 2

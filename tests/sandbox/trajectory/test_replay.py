@@ -17,14 +17,16 @@ from fathom.errors import SandboxError, Unsupported
 from fathom.sandbox import Container, SandboxFileMissing
 from fathom.sandbox.trajectory import replay
 from fathom.sandbox.trajectory.changes import Change
-from fathom.sandbox.trajectory.errors import LogFull, OperationConflict, TrajectoryError
+from fathom.sandbox.trajectory.errors import LogFull, LogLocked, OperationConflict, TrajectoryError
 from fathom.sandbox.trajectory.executor import Finished, Lost, NeverSeen
 from fathom.sandbox.trajectory.held import DeadJournal, HeldExecutor, reconnect
+from fathom.sandbox.trajectory.log import Log
 from fathom.sandbox.trajectory.operation import Outcome, exec_request
 from fathom.sandbox.trajectory.record import Kind
 from fathom.sandbox.trajectory.recorded import RecordedSandbox
 from fathom.sandbox.trajectory.segment import SUFFIX
-from fathom.sandbox.trajectory.store import Store
+from fathom.sandbox.trajectory.session import Session
+from fathom.sandbox.trajectory.store import Store, _Beginning
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +286,32 @@ def test_a_sandbox_that_does_not_start_leaves_nothing(store: Store) -> None:
     assert sorted(store.folder.iterdir()) == before
 
 
+def test_what_another_process_began_meanwhile_is_not_removed(tmp_path: Path) -> None:
+    path = tmp_path / "one"
+    with Log(path / "log", segment_size=1 << 16, durability="process") as log:
+        Session.declare(log, "one", {"task": "another"})
+        beginning = _Beginning(log, "one", path, Container(), "auto", 1.0)
+        with pytest.raises(TrajectoryError, match="resume it"):
+            anyio.run(beginning.new, {"task": "t"})
+    assert Store(tmp_path).known("one").fields == {"task": "another"}
+
+
+def test_nobody_goes_on_with_what_is_being_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Store(tmp_path, durability="process")
+    with Log(kept.path("one") / "log", segment_size=1 << 16, durability="process") as log:
+        Session.declare(log, "one")
+
+    async def release(_: Store, id_: str) -> None:
+        with pytest.raises(LogLocked):
+            kept._open_log(id_, kept.path(id_), new=False)  # pyright: ignore
+
+    monkeypatch.setattr(Store, "release", release)
+    anyio.run(kept.forget, "one")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_killed_while_a_failed_beginning_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,3 +340,12 @@ def test_killed_while_a_failed_beginning_is_removed(
     with pytest.raises(TrajectoryError, match="no sandbox"):
         anyio.run(begin, "one")  # not refused as damaged
     assert list(kept.folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_says_what_to_do():
+    async def main() -> None:
+        async with Store(Path("/proc/nowhere")).work({}, Container()):
+            pytest.fail("there is nothing that it is written to")
+
+    with pytest.raises(Unsupported, match=r"/proc/nowhere .*set XDG_STATE_HOME"):
+        anyio.run(main)

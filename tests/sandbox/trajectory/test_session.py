@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +11,11 @@ import anyio
 import pytest
 
 from fathom.errors import SandboxLost, Unsupported
+from fathom.sandbox.trajectory import segment
+from fathom.sandbox.trajectory.changes import Change
 from fathom.sandbox.trajectory.errors import (
     Diverged,
+    LogFull,
     OperationConflict,
     OutcomeUnknown,
     StateDiffers,
@@ -24,7 +27,7 @@ from fathom.sandbox.trajectory.operation import Operation, Outcome, exec_request
 from fathom.sandbox.trajectory.reader import Reader
 from fathom.sandbox.trajectory.record import Kind
 from fathom.sandbox.trajectory.session import RolledBack, Session
-from fathom.sandbox.trajectory.tape import read_tape
+from fathom.sandbox.trajectory.tape import read_outcome, read_tape
 from tests.sandbox.trajectory.machines import Crash, Machine, MortalLog, command, times_run
 
 SIZE = 1 << 18
@@ -338,6 +341,64 @@ def test_rollback_goes_back_to_the_last_snapshot(folder, machine):
 
     anyio.run(again)
     assert [times_run(machine, n) for n in range(4)] == [1] * 4
+
+
+def test_a_full_disk_takes_what_came_of_an_operation_without_every_name(
+    folder, machine, monkeypatch
+):
+    names = tuple(Change(path=f"/work/{'d' * 200}/{n}", what="added") for n in range(1000))
+    dispatch = machine.dispatch
+
+    async def many(*args: object) -> Outcome:
+        outcome = await dispatch(*args)
+        monkeypatch.setattr(segment, "create", full)
+        return replace(outcome, changes=names, background=names)
+
+    def full(*_: object, **__: object) -> None:
+        raise LogFull("no room for a segment")
+
+    async def main() -> None:
+        with MortalLog(folder, segment_size=1 << 16, durability="process") as log:
+            session = await attach(log, machine)
+            machine.dispatch = many
+            await session.run(command(0))
+
+    anyio.run(main)
+    with Reader(folder) as log:
+        (entry,) = read_tape(log, "sb").entries
+        assert read_outcome(log, entry.end).blobs["stdout"] == b"out 0\n"
+
+
+def test_what_ran_during_a_rollback_leaves_the_log_readable(folder, machine):
+    async def main() -> None:
+        with open_log(folder) as log:
+            session = await attach(log, machine)
+            await session.run(command(0))
+            await session.snapshot("good")
+            machine.crash = "agent s1"
+            with pytest.raises(OutcomeUnknown):
+                await session.run(command(1))
+            begun, release = anyio.Event(), anyio.Event()
+            dispatch = machine.dispatch
+
+            async def slowly(*args: object) -> Outcome:
+                outcome = await dispatch(*args)
+                begun.set()
+                await release.wait()
+                return outcome
+
+            machine.dispatch = slowly
+            async with anyio.create_task_group() as group:
+                group.start_soon(session.run, command(2))
+                await begun.wait()
+                with pytest.raises(RolledBack):
+                    await session.run(command(1), on_unknown="rollback")
+                release.set()
+
+    anyio.run(main)
+    assert kinds(folder)[-1] == "RECEIPT"
+    with Reader(folder) as log:
+        assert [entry.key for entry in read_tape(log, "sb").entries] == ["s0"]
 
 
 def test_rollback_without_a_snapshot_stays_unknown(folder, machine):

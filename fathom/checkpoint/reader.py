@@ -36,6 +36,7 @@ from fathom.quant import fp4, fp8
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAX_TENSORS = 500_000  # that stacks may be cut into; V4-Pro has 145,116
 MAX_PROBLEMS = 1000  # collected; beyond that only a damaged or hostile file goes
 CHECKED_WHEN_OPENED = 16 * 2**20  # bytes of scales and tables that opening may read to check them
 
@@ -263,7 +264,7 @@ def _add(checkpoint: Checkpoint, tensor: StoredTensor) -> bool:
         entries: Iterator[tuple[str, StoredTensor]] = iter([(name, tensor)])
     else:
         checkpoint.form = "transformers"
-        message = _stack_problem(checkpoint.config, name, tensor)
+        message = _stack_problem(checkpoint, name, tensor)
         if message:
             checkpoint.unreadable = True
             _refuse(checkpoint, tensor, message)
@@ -278,13 +279,17 @@ def _add(checkpoint: Checkpoint, tensor: StoredTensor) -> bool:
     return True
 
 
-def _stack_problem(config: ModelConfig, stack: Stacked, tensor: StoredTensor) -> str | None:
+def _stack_problem(checkpoint: Checkpoint, stack: Stacked, tensor: StoredTensor) -> str | None:
     """Why a stacked tensor cannot be cut into experts, or None."""
-    parts, inner = len(stack.matrices), config.moe_intermediate_size
+    config, parts = checkpoint.config, len(stack.matrices)
+    inner = config.moe_intermediate_size
     if len(tensor.shape) != 3 or tensor.shape[0] != config.n_routed_experts:
         return (
             f"has shape {list(tensor.shape)}; expected {config.n_routed_experts} experts in front"
         )
+    # A header of a few bytes may state any number of experts.
+    if len(checkpoint.tensors) + tensor.shape[0] * parts > MAX_TENSORS:
+        return f"would be cut into {tensor.shape[0] * parts:,} tensors, more than are accepted"
     if tensor.shape[1] % parts:
         return f"has shape {list(tensor.shape)}, whose rows do not split into {parts} matrices"
     tiles = stack.leaf == "scale" and tensor.shape[1] < parts * inner

@@ -1,8 +1,8 @@
 """`fathom bench gpu --engine`: the engine on one GPU, against its layers alone.
 
 Kernels are compiled for every model and every size of a step: two hundred, minutes of it one after
-the other. So processes compile them side by side first, and what is measured afterwards finds them
-in Triton's cache on disk.
+the other. So processes compile them side by side first (fathom/cli/compiling.py), and what is
+measured afterwards finds them in Triton's cache on disk.
 
 Paper: none (measurement).
 """
@@ -10,16 +10,15 @@ Paper: none (measurement).
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fathom.cli.compiling import compile_side_by_side
 from fathom.cli.models import SHIPPED_MODEL, checkpoint_path
 from fathom.cli.output import print_json, print_table, write_file
 from fathom.errors import MissingDependency
@@ -30,8 +29,6 @@ BATCHES = (1, 8, 64)
 SAMPLED = 64  # streams that are drawn at temperature 1 too
 PROMPTS = (2048, 8192)
 ROWS = (8, 64, 0)  # of a prompt in a step, batch-invariant, or 0: as chunks
-COMPILERS = 16  # processes at once
-COMPILING = 60  # seconds until what is left is compiled where it is needed
 
 
 def measure_engine(repeat: int, out: Path | None, as_json: bool) -> None:
@@ -58,33 +55,11 @@ def measure_engine(repeat: int, out: Path | None, as_json: bool) -> None:
 
 
 def compile_ahead(tell: Callable[[str], None]) -> None:
-    """Fill Triton's cache. What goes wrong here goes wrong where it is measured, and is told there;
-    what is not done in time is compiled there too.
-    """
+    """Compile side by side what all of the measurement launches, listed in processes too."""
     from fathom.kernels.triton.ahead import compile_kernel
 
-    spawn = multiprocessing.get_context("spawn")
-    end = time.monotonic() + COMPILING
-    pool = ProcessPoolExecutor(min(COMPILERS, os.cpu_count() or 1), mp_context=spawn)
-    try:
-        lists = {pool.submit(_sketches, name): name for name in (LAYERS, SHIPPED_MODEL)}
-        kernels: dict[Any, Future[None]] = {}
-        for found in as_completed(lists, COMPILING):
-            sketches = found.result()
-            for sketch in sketches - kernels.keys():
-                kernels[sketch] = pool.submit(compile_kernel, sketch)
-            tell(f"kernels: {lists[found]} launches {len(sketches)} of them")
-        done, left = wait(kernels.values(), end - time.monotonic())
-        failed = [error for future in done if (error := future.exception()) is not None]
-        tell(f"kernels: {len(done) - len(failed)} compiled, {len(left)} left")
-        for error in failed[:3]:
-            tell(f"kernels: {error}")
-    except Exception as error:
-        tell(f"kernels: not compiled ahead: {error!r}")
-        for worker in multiprocessing.active_children():  # one that hangs must not be waited for
-            worker.kill()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    lists = {name: partial(_sketches, name) for name in (LAYERS, SHIPPED_MODEL)}
+    compile_side_by_side((), lists, compile_kernel, tell)
 
 
 def _sketches(name: str) -> set[Any]:

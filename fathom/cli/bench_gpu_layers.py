@@ -1,7 +1,7 @@
 """What `fathom bench gpu` measures of layers, row by row: what matters most first.
 
 Every row is told on standard error and written to the report as it comes; a row that fails is told
-too, and the others go on. Kernels are compiled side by side first (fathom/kernels/triton/ahead.py).
+too, and the others go on. Kernels are compiled side by side first (fathom/cli/compiling.py).
 
 Paper: none (measurement).
 """
@@ -9,17 +9,15 @@ Paper: none (measurement).
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fathom.cli.compiling import compile_side_by_side
 from fathom.cli.output import write_file
 from fathom.eval.gpu_goals import MILLION, SHORT, TOPK_SCORES, WHOLE, goals
 
@@ -36,8 +34,6 @@ FP8_KEYS = (("CSA", 1, 1_048_576), ("CSA", 1, 4096))  # likewise, with index key
 BATCH = (64, 4096)  # sequences and context that each routing profile is measured with
 PROMPT = (8192, 8192)  # tokens and tokens of a chunk, likewise
 PROMPTS = ((8192, 8192), (32_768, 16_384), (32_768, 8192))
-COMPILERS = 16  # processes at once
-COMPILING = 60  # seconds until what is left is compiled where it is needed
 
 
 class Report:
@@ -213,9 +209,7 @@ class _Measurement:
 
 
 def compile_ahead(touch: Callable[[], None], tell: Callable[[str], None]) -> None:
-    """Fill Triton's cache with what `touch` launches, processes side by side. What goes wrong here
-    goes wrong where it is measured; what is not done in time is compiled there too.
-    """
+    """Compile side by side what `touch` launches."""
     import torch
 
     from fathom.kernels.triton.ahead import Zeroed, compile_kernel, sketched
@@ -223,19 +217,6 @@ def compile_ahead(touch: Callable[[], None], tell: Callable[[str], None]) -> Non
     with Zeroed(), sketched() as sketches:
         touch()
     torch.cuda.empty_cache()  # the processes beside this one need some memory each
-    if not sketches:
-        return
-    tell(f"kernels: {len(sketches)} to compile")
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(COMPILERS, os.cpu_count() or 1), mp_context=spawn)
-    try:
-        done, left = wait([pool.submit(compile_kernel, s) for s in sketches], COMPILING)
-        failed = [error for future in done if (error := future.exception()) is not None]
-        tell(f"kernels: {len(done) - len(failed)} compiled, {len(left)} left")
-        for error in failed[:3]:
-            tell(f"kernels: {error}")
-        if left:  # what hangs must not be waited for, nor compute beside what is measured
-            for worker in multiprocessing.active_children():
-                worker.kill()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    if sketches:
+        tell(f"kernels: {len(sketches)} to compile")
+        compile_side_by_side(sketches, {}, compile_kernel, tell)

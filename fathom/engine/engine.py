@@ -138,13 +138,16 @@ class Engine:
         if not shares:
             return []
         self.stepping = True
+        updates: list[tuple[Request, list[Drawn]]] = []
         try:
             rows = execute(self.runner, shares)
             self.metrics.step_done(rows)
-            updates = [update for share in shares if (update := self._postprocess(share))]
+            for share in shares:
+                if update := self._postprocess(share):
+                    updates.append(update)
             self.drafter.propose(shares)
         except BaseException as error:
-            updates = self._failed(shares, error)
+            updates += self._failed(shares, error)
         finally:
             self.stepping = False
             self.settle()
@@ -239,11 +242,14 @@ class Engine:
 
     def _go_on(self, logged: Logged, mask: TokenMask | None, stop: StopHook | None) -> Request:
         assert self.wal is not None
+        running = logged.finish_reason is None
+        # First: whoever is refused may ask anew with the same mask, which must not know the tokens.
+        log = self.wal.take_up(logged) if running else None
         request, reason = logged.revive(mask, stop)
-        if logged.finish_reason is not None:
+        if not running:
             request.status, request.finish_reason = Status.FINISHED, logged.finish_reason
             return request
-        self.wal.take_up(request, logged)
+        request.log = log
         self.metrics.requests += 1
         if reason is not None:
             self._finish(request, reason)

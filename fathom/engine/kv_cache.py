@@ -26,6 +26,10 @@ from fathom.quant import kv_pack
 
 SLAB_TOKENS = 256  # two blocks of lcm(4, 128): 64 CSA entries and 2 HCA entries a layer
 
+# What copying a record to the host raises without memory: torch has no class of its own for memory
+# that it cannot pin.
+NO_MEMORY = (MemoryError, RuntimeError)
+
 KVFormat = Literal["fp8", "float32", "bfloat16"]
 KeyFormat = Literal["fp4", "fp8", "float32", "bfloat16"]
 _ITEM = {"float32": 4, "bfloat16": 2}

@@ -18,7 +18,7 @@ from fathom.engine.runner import Runner
 from fathom.engine.runner_memory import Part, runner_parts
 from fathom.engine.scheduler import Budget
 from fathom.engine.state_cache import DRAFT_ROOM, SlotLayout, SlotPool
-from fathom.engine.stored_runner import refusal
+from fathom.engine.stored_fit import refusal
 from fathom.errors import ConfigError, GenerationError
 from fathom.model.config import ModelConfig
 from fathom.model.fingerprint import fingerprint

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from fathom.engine.checkpoints import Checkpoint, Checkpoints, Openings, encode_checkpoint, name_of
 from fathom.engine.disk_cache import DiskCache
-from fathom.engine.kv_cache import SLAB_TOKENS, SlabPool
+from fathom.engine.kv_cache import NO_MEMORY, SLAB_TOKENS, SlabPool
 from fathom.engine.lru import LRU
 from fathom.errors import CacheError
 
@@ -215,7 +215,7 @@ class PrefixCache:
         """Write what is known of a sequence to disk, pinned, with its tokens; returns its name.
 
         Raises CacheError without a disk, when it cannot be written, or when nothing is known of it;
-        then nothing stays pinned for it.
+        then nothing stays pinned for it, unless it was saved before.
         """
         disk = self._required_disk()
         chain = self._known_chain(tokens)
@@ -224,6 +224,7 @@ class PrefixCache:
             raise CacheError("nothing of this sequence is in the cache: there is nothing to save")
         name = name_of(self.root, tokens, b"session")
         state = found[0] if found is not None else bytes(16)
+        saved_before = disk.has("session", name)
         try:
             for kind, key in self._parts(tokens, state):  # before anything makes room
                 disk.pin(kind, key)
@@ -235,7 +236,9 @@ class PrefixCache:
             if kept is not None and not disk.has("state", state):
                 disk.write("state", state, encode_checkpoint(*kept), pin=True)
         except CacheError:
-            self._drop_session(name, tokens, state)
+            if not saved_before:
+                disk.remove("session", name)
+            self._unpin(tokens, state)
             raise
         return name
 
@@ -249,11 +252,12 @@ class PrefixCache:
         Raises CacheError when it is not there or damaged.
         """
         state, tokens = self._read_session(name)
-        self._drop_session(name, tokens, state)
+        self._required_disk().remove("session", name)
+        self._unpin(tokens, state)
 
-    def _drop_session(self, name: bytes, tokens: Sequence[int], state: bytes) -> None:
+    def _unpin(self, tokens: Sequence[int], state: bytes) -> None:
+        """Let go of what a session pinned, as far as no session that is there needs it."""
         disk = self._required_disk()
-        disk.remove("session", name)
         needed: set[tuple[str, bytes]] = set()
         for other in disk.keys("session"):
             with contextlib.suppress(CacheError):
@@ -324,7 +328,7 @@ class PrefixCache:
                 return
             if self.slabs.references(slab) > 1:
                 continue
-            with contextlib.suppress(MemoryError):  # then it is lost, which costs time only
+            with contextlib.suppress(*NO_MEMORY):  # then it is lost, which costs time only
                 self._move_down(name, self.slabs.read(slab))
             del self._device[name]
             self.slabs.release(slab)

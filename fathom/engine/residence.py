@@ -12,7 +12,7 @@ import torch
 
 from fathom.engine.batch import Memory
 from fathom.engine.checkpoints import Checkpoint
-from fathom.engine.kv_cache import SLAB_TOKENS, slabs_for
+from fathom.engine.kv_cache import NO_MEMORY, SLAB_TOKENS, slabs_for
 from fathom.engine.metrics import Metrics
 from fathom.engine.prefix_cache import Hit, PrefixCache
 from fathom.engine.request import Request, Status
@@ -165,13 +165,21 @@ class Residence:
             self.checkpoint(request, hidden)
 
     def checkpoint(self, request: Request, hidden: np.ndarray | None = None) -> None:
-        """Keep the state after the tokens computed so far.
+        """Keep the state after the tokens computed so far, if the host has memory for it: without
+        it time is lost, and nothing else.
 
         hidden: [rows, hidden], the first of the last of these tokens; kept at the prompt's end.
         """
         if not request.computed or request.slot is None or request.computed < request.known:
             return
         self.commit(request)
+        try:
+            self._keep_state(request, hidden)
+        except NO_MEMORY as error:
+            _log.warning("event=checkpoint_not_kept detail=%r", repr(error))
+
+    def _keep_state(self, request: Request, hidden: np.ndarray | None) -> None:
+        assert request.slot is not None
         position = request.computed
         full, begun = divmod(position, SLAB_TOKENS)
         last = b""
@@ -213,5 +221,5 @@ class Residence:
                 self._cache.save(computed)
             elif request.pin:
                 self._cache.pin(computed)
-        except (CacheError, MemoryError) as error:
+        except (CacheError, *NO_MEMORY) as error:
             _log.warning("event=cache_not_written detail=%r", str(error))

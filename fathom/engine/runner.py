@@ -134,7 +134,8 @@ def make_runner(model: Transformer | StoredModel, memory: Memory, max_rows: int)
     Raises ConfigError for a StoredModel that no operation's tiles fit.
     """
     from fathom.engine import torch_runner  # noqa: F401  (registers the reference)
-    from fathom.engine.stored_runner import StoredRunner, refusal
+    from fathom.engine.stored_fit import refusal
+    from fathom.engine.stored_runner import StoredRunner
 
     weight = _weight(model)
     if isinstance(model, StoredModel):  # nothing else computes with one

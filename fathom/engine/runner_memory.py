@@ -11,8 +11,7 @@ import torch
 
 from fathom.checkpoint.manifest import DTYPE_BYTES, manifest
 from fathom.engine.kv_cache import SLAB_TOKENS
-from fathom.engine.stored_runner import bounds
-from fathom.engine.stored_steps import BUCKETS
+from fathom.engine.stored_steps import BUCKETS, bounds
 from fathom.model.config import ModelConfig
 from fathom.model.prefill_memory import prefill_operations
 from fathom.model.step_memory import head_bytes, plan_step, results

@@ -237,12 +237,14 @@ class Sampler:
         return logits
 
     def _choose(self, logits: np.ndarray, ahead: int = 0) -> int:
-        params = self.params
+        params, high = self.params, logits.max()
+        if high == -np.inf:
+            raise GenerationError("the model gives no token that is allowed any probability")
         if params.temperature == 0:
             return int(logits.argmax())
         # From the maximum, so that a tiny temperature overflows to -inf, whose share is 0.
         with np.errstate(over="ignore"):
-            p = np.exp((logits - logits.max()).astype(np.float64) / params.temperature)
+            p = np.exp((logits - high).astype(np.float64) / params.temperature)
         if (params.top_k and params.top_k < len(p)) or params.min_p or params.top_p < 1.0:
             order = _kept(p, params)
             p = p[order]

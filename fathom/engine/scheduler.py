@@ -43,7 +43,9 @@ class Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Tokens of a step: with prompts alone, and of prompts when streams are decoding."""
+    """Tokens of a step: with prompts alone, and of prompts when streams are decoding, which are
+    never more.
+    """
 
     tokens: int = 1024
     beside_streams: int = 128
@@ -99,7 +101,9 @@ class Scheduler:
             if request.pending <= 1 and self._fits(request, request.pending + len(request.draft)):
                 shares.append(Share(request=request, start=request.computed, count=request.pending))
         prompts = [r for r in ranked if r.pending > 1]
-        left = self.budget.beside_streams if shares else self.budget.tokens
+        left = self.budget.tokens  # a runner has room for no more
+        if shares:
+            left = min(left, self.budget.beside_streams)
         for i, request in enumerate(prompts):
             if left <= 0 or request.status is not Status.RUNNING:
                 continue

@@ -30,11 +30,13 @@ from fathom.engine.kv_cache import SLAB_TOKENS
 from fathom.engine.runner import Summarised
 from fathom.engine.sampler import SURE, Wanted
 from fathom.engine.state_cache import DRAFT_ROOM
+from fathom.engine.stored_fit import refusal
 from fathom.engine.stored_steps import (
     PLACE,
     POSITION,
     TOKEN,
     Span,
+    bounds,
     bucket,
     cut,
     table_of,
@@ -42,9 +44,7 @@ from fathom.engine.stored_steps import (
 )
 from fathom.errors import ConfigError
 from fathom.kernels import operation, register
-from fathom.kernels.device import NEEDED, unfit
-from fathom.model.config import ModelConfig
-from fathom.model.stored import MergeSite, StoredModel, unstorable
+from fathom.model.stored import MergeSite, StoredModel
 from fathom.model.stored_forward import Choices, run_layers
 from fathom.model.stored_work import MOST_TOKENS, Chunk, Step, check_place, frequencies
 from fathom.model.transformer import Transformer
@@ -55,91 +55,10 @@ _step_rotations = operation("step_rotations")
 _step_streams = operation("step_streams")
 _stream_head = operation("stream_head")
 
-FIRST_BOUND = 4096  # positions that the smallest graphs reach; every next one four times as many
-
 
 def _accepts(device: torch.Tensor, model: Any, memory: Memory, max_rows: int) -> bool:
     """Whether a runner from stored formats can serve this model."""
     return refusal(device.device, model, memory.slabs.layout.kv_format) is None
-
-
-def refusal(
-    device: torch.device, model: StoredModel | Transformer, kv_format: str = "fp8"
-) -> str | None:
-    """Why no runner from stored formats can serve a model on a device, or None."""
-    if kv_format != "fp8":
-        return f"cache entries are {kv_format}, not fp8"
-    reason = unserved(device, model.config, model.dtype)
-    if reason is None and not isinstance(model, StoredModel):
-        reason = unstorable(model)
-    return reason
-
-
-def unserved(device: torch.device, config: ModelConfig, dtype: torch.dtype) -> str | None:
-    """Why a model of such sizes cannot be served from stored formats on a device, or None."""
-    if device.type == "cuda":
-        reason = unfit(device, dtype)
-        if reason is not None:
-            return f"{reason}; the kernels need {NEEDED}"
-    reason = misfit(config)
-    return None if reason is None else f"the kernels' tiles do not fit this model: {reason}"
-
-
-def fits(config: ModelConfig) -> bool:
-    """Whether the CUDA operations' tiles divide a model's dimensions."""
-    return misfit(config) is None
-
-
-def misfit(config: ModelConfig) -> str | None:
-    """Which dimension the CUDA operations' tiles do not divide and how, or None."""
-    c = config
-    tiles = {
-        "hidden_size": c.hidden_size,
-        "q_lora_rank": c.q_lora_rank,
-        "num_attention_heads * head_dim": c.num_attention_heads * c.head_dim,
-        "num_attention_heads * head_dim / o_groups": c.group_width,
-        "o_groups * o_lora_rank": c.o_groups * c.o_lora_rank,
-        "moe_intermediate_size": c.moe_intermediate_size,
-    }
-    powers = {
-        "num_attention_heads": c.num_attention_heads,
-        "qk_rope_head_dim": c.qk_rope_head_dim,
-        "index_n_heads": c.index_n_heads,
-        "index_head_dim": c.index_head_dim,
-        "index_topk": c.index_topk,
-        "hc_mult": c.hc_mult,
-    }
-    steps = {
-        "head_dim - qk_rope_head_dim": (c.head_dim - c.qk_rope_head_dim, 64),
-        "head_dim": (c.head_dim, 32),
-        "o_lora_rank": (c.o_lora_rank, 32),
-    }
-    ranges = {
-        "index_head_dim": (c.index_head_dim, 32, 128),
-        "index_topk": (c.index_topk, 1, 1024),
-        "hc_mult": (c.hc_mult, 1, 4),
-    }
-    for name, size in tiles.items():
-        if size % 128:
-            return f"{name} is {size}, no multiple of 128"
-    for name, size in powers.items():
-        if size <= 0 or size & (size - 1):
-            return f"{name} is {size}, no power of two"
-    for name, (size, step) in steps.items():
-        if size % step:
-            return f"{name} is {size}, no multiple of {step}"
-    for name, (size, least, most) in ranges.items():
-        if not least <= size <= most:
-            return f"{name} is {size}, not within {least} to {most}"
-    return None
-
-
-def bounds(most: int) -> list[int]:
-    """How many positions graphs reach, ascending; the last is `most`."""
-    found = [FIRST_BOUND]
-    while found[-1] < most:
-        found.append(found[-1] * 4)
-    return [*(bound for bound in found if bound < most), most]
 
 
 @register("runner", "triton", accepts=_accepts)

@@ -19,6 +19,7 @@ from fathom.model.stored_work import MOST_TOKENS
 from fathom.quant.kv_pack import IndexerFormat
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # rows of a step
+FIRST_BOUND = 4096  # positions that the smallest graphs reach; every next one four times as many
 POSITION, SLOT, FIRST, KNOWN, TOKEN, PLACE = range(6)  # lines of a step's table
 
 
@@ -80,6 +81,14 @@ def table_of(step: Sequence[Span]) -> np.ndarray:
 def bucket(rows: int) -> int:
     """The smallest size of a step that holds so many rows."""
     return next(size for size in BUCKETS if size >= rows)
+
+
+def bounds(most: int) -> list[int]:
+    """How many positions graphs reach, ascending; the last is `most`."""
+    found = [FIRST_BOUND]
+    while found[-1] < most:
+        found.append(found[-1] * 4)
+    return [*(bound for bound in found if bound < most), most]
 
 
 def views(memory: Memory, config: ModelConfig) -> tuple[StoredCache, StoredCache]:

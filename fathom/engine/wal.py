@@ -56,10 +56,10 @@ class _File:
     def reserve(self) -> None:
         """Room for more records. Raises OSError when the disk is full."""
         os.posix_fallocate(self.descriptor, self.at, RESERVED)
+        grown = mmap.mmap(self.descriptor, self.at + RESERVED)
         if self.map is not None:
             self.map.close()
-        self.end = self.at + RESERVED
-        self.map = mmap.mmap(self.descriptor, self.end)
+        self.map, self.end = grown, self.at + RESERVED
 
     def close(self) -> None:
         """Give back what was reserved, and the lock."""
@@ -100,10 +100,11 @@ class WriteAheadLog:
         except OSError as error:
             raise CacheError(f"{path} cannot be written: {error}") from error
 
-    def take_up(self, request: Request, logged: Logged) -> None:
-        """Go on in the log of a request that was recovered, behind its last sound record.
+    def take_up(self, logged: Logged) -> object:
+        """Open the log of a request to go on behind its last sound record; its request's `log`.
 
-        Raises CacheError when it is open in another process, or cannot be written.
+        Raises CacheError when it is open in another process, was changed by one since it was read,
+        or cannot be written.
         """
         try:
             descriptor = _lock(logged.path)
@@ -111,9 +112,17 @@ class WriteAheadLog:
             raise CacheError(f"{logged.path} is in use by another process") from error
         except OSError as error:
             raise CacheError(f"{logged.path} cannot be written: {error}") from error
-        os.ftruncate(descriptor, logged.size)
-        file = _File(descriptor, logged.checksum, logged.size)
-        self._open[request.id] = request.log = file
+        try:
+            if read_log(logged.path) != logged:
+                raise CacheError(f"{logged.path} was changed by another process: read it again")
+            os.ftruncate(descriptor, logged.size)
+        except BaseException as error:
+            os.close(descriptor)
+            if isinstance(error, OSError):
+                raise CacheError(f"{logged.path} cannot be written: {error}") from error
+            raise
+        file = self._open[logged.id] = _File(descriptor, logged.checksum, logged.size)
+        return file
 
     def append(
         self,
@@ -175,7 +184,7 @@ class WriteAheadLog:
         """
         self._root, problems = root.hex(), []
         for request in requests:
-            path = self._path(request.id)
+            path, new = self._path(request.id), None
             temporary = path.with_suffix(".new")
             try:
                 temporary.unlink(missing_ok=True)
@@ -185,6 +194,10 @@ class WriteAheadLog:
                 temporary.replace(path)
             except OSError as error:
                 problems.append(f"{path} cannot be written: {error}")
+                if new is not None:
+                    new.close()
+                    with contextlib.suppress(OSError):
+                        temporary.unlink()
                 continue
             self._open[request.id].close()
             self._open[request.id] = request.log = new

@@ -166,6 +166,12 @@ _LAYER_TYPE_RATIOS = {
 }
 
 
+# No tensor's shape bounds these. Positions and entries are counted in 32 bits, experts in 16.
+_MOST = {"n_routed_experts": 2**15, "index_topk": 2**20, "sliding_window": 2**20}
+_MOST |= {"hc_sinkhorn_iters": 1000}
+_MOST_OF_ANY = 2**31 - 2**16
+
+
 def _as_dict(scaling: RopeScaling) -> dict[str, Any]:
     return {f.name: getattr(scaling, f.name) for f in dataclasses.fields(scaling)}
 
@@ -326,10 +332,15 @@ def _validate(c: ModelConfig) -> None:
             raise ConfigError(f"{f.name} must be a number, not {value!r}")
         if f.type in ("int", "float") and value < 0:
             raise ConfigError(f"{f.name} must not be negative, but is {value}")
+        if f.type == "int" and value > (most := _MOST.get(f.name, _MOST_OF_ANY)):
+            raise ConfigError(f"{f.name} must be at most {most}")
     if c.rope_scaling is not None:
         for name, value in _as_dict(c.rope_scaling).items():
             if not _is_number(value) or value <= 0:
                 raise ConfigError(f"rope_scaling.{name} must be a positive number, not {value!r}")
+    for name in ("rope_theta", "compress_rope_theta"):
+        if getattr(c, name) <= 1:
+            raise ConfigError(f"{name} must be greater than 1, but is {getattr(c, name)}")
     positive = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim qk_rope_head_dim "
         "q_lora_rank o_groups o_lora_rank index_n_heads index_head_dim index_topk sliding_window "

@@ -204,6 +204,15 @@ def test_logits_that_are_not_finite(value: float) -> None:
         Sampler(SamplingParams(seed=1)).pick(bad)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_over_tokens_that_cannot_come(temperature: float) -> None:
+    """The last token of the vocabulary came, whatever the mask said."""
+    impossible = LOGITS.copy()
+    impossible[2] = -math.inf
+    with pytest.raises(GenerationError, match="gives no token that is allowed"):
+        Sampler(SamplingParams(temperature=temperature)).pick(impossible, Mask(bytes([0b100])))
+
+
 def summaries(logits: torch.Tensor, wanted: list[Wanted]) -> np.ndarray:
     """logits: [rows, vocab]. Returns [rows, 6], as a device would make them."""
     draws = torch.tensor([[w.temperature, w.number] for w in wanted], dtype=torch.float64)

@@ -16,7 +16,8 @@ from fathom.checkpoint.tiny import tiny_config, write_tiny
 from fathom.engine import llm as llm_module
 from fathom.engine.engine import Engine
 from fathom.engine.llm import LLM
-from fathom.engine.stored_runner import StoredRunner, fits, refusal
+from fathom.engine.stored_fit import misfit, refusal
+from fathom.engine.stored_runner import StoredRunner
 from fathom.errors import ConfigError
 from fathom.kernels import device as devices
 from fathom.kernels import use_backend
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An official checkpoint in two files: a hash layer, CSA, HCA, an MTP block, FP8 wo_a."""
     config = tiny_config("instruct", **SIZES)
     assert config.num_hash_layers == 1
-    assert fits(config)
+    assert misfit(config) is None
     return write_tiny(tmp_path_factory.mktemp("official"), config=config, seed=5, files=2)
 
 

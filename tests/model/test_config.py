@@ -362,6 +362,13 @@ YARN = FLASH_FILE["rope_scaling"]
         ({"rope_theta": False}, "rope_theta must be a number, not False"),
         ({"hc_mult": 0}, "hc_mult must be at least 1"),
         ({"sliding_window": 0}, "sliding_window must be at least 1"),
+        ({"sliding_window": 10**9}, "sliding_window must be at most 1048576"),
+        ({"index_topk": 10**12}, "index_topk must be at most 1048576"),
+        ({"n_routed_experts": 10**7}, "n_routed_experts must be at most 32768"),
+        ({"hc_sinkhorn_iters": 10**9}, "hc_sinkhorn_iters must be at most 1000"),
+        ({"max_position_embeddings": 10**400}, "max_position_embeddings must be at most 21474"),
+        ({"rope_theta": 0}, "rope_theta must be greater than 1, but is 0"),
+        ({"compress_rope_theta": 1.0}, "compress_rope_theta must be greater than 1, but is 1.0"),
         ({"compress_ratios": 4}, "compress_ratios must list one ratio for each of 43 layers"),
         (
             {"compress_ratios": [4] * 42},

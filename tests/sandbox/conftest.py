@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -41,6 +42,7 @@ def no_snapshots_left(cache_dir: Path) -> Iterator[None]:
     made: list[str] = []
     whole = Sandbox.snapshot
 
+    @functools.wraps(whole)
     async def snapshot(self: Sandbox) -> Snapshot:
         kept = await whole(self)
         made.append(kept.id)

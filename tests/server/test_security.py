@@ -260,11 +260,11 @@ def test_checking_the_depth_takes_linear_time():
     def seconds(size: int) -> float:
         body = b"[" * 64 + b'"' + b'\\"' * size
         times: list[float] = []
-        for _ in range(3):
-            started = time.perf_counter()
+        for _ in range(5):
+            started = time.thread_time()  # what others compute beside it does not count
             with pytest.raises(Problem):
                 decode_json(body, Limits())
-            times.append(time.perf_counter() - started)
+            times.append(time.thread_time() - started)
         return min(times)  # of the least disturbed run
 
     assert seconds(400_000) < 30 * max(seconds(40_000), 1e-4)

@@ -16,7 +16,13 @@ import torch
 from fathom.checkpoint.container import TORCH_DTYPES
 from fathom.checkpoint.manifest import Matrix, TensorSpec, default_scale_dtype, formats
 from fathom.checkpoint.reader import Checkpoint, open_checkpoint
-from fathom.checkpoint.writer import MAX_SHARD_BYTES, encoded, variant, write_checkpoint
+from fathom.checkpoint.writer import (
+    MAX_SHARD_BYTES,
+    SHARDS,
+    encoded,
+    variant,
+    write_checkpoint,
+)
 from fathom.errors import CheckpointError
 from fathom.quant import fp4, fp8
 
@@ -31,19 +37,27 @@ def convert_checkpoint(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     scale_dtype: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write `source` in the official form to `folder`; returns the folder.
+
+    A checkpoint that is there already is replaced only with `overwrite`, once the new one is whole.
 
     `expert_dtype` "fp4" or "fp8" quantises routed experts so and all other matrices to FP8, "bf16"
     dequantises everything, None keeps the variant. FP8 scales are float32 when experts are FP8,
     else e8m0, unless `scale_dtype` says. Raises CheckpointError when FP4 experts cannot be repacked
-    to FP8 without loss, for damaged sources and when writing fails.
+    to FP8 without loss, for damaged sources, for a folder that is taken and when writing fails.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     checkpoint.validate()
     if Path(folder).resolve() == checkpoint.folder.resolve():
         raise CheckpointError(
             f"{folder} is the checkpoint itself: choose another folder to write to"
+        )
+    there = [path.name for name in ("config.json", SHARDS) for path in Path(folder).glob(name)]
+    if there and not overwrite:
+        raise CheckpointError(
+            f"{folder} holds a {there[0]} already: choose another folder, or say overwrite"
         )
     config = variant(checkpoint.config, expert_dtype)
     scales = scale_dtype or default_scale_dtype(config)

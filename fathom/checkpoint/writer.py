@@ -37,6 +37,7 @@ from fathom.checkpoint.requantize import encode
 from fathom.errors import CheckpointError
 from fathom.model import ModelConfig, Transformer
 
+SHARDS = "model*.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
 
 # What `write_checkpoint` asks for: the tensors of one item of `modules`, by leaf ("weight",
@@ -263,7 +264,7 @@ def _publish(stage: Path, folder: Path) -> None:
         return
     fresh = sorted(p.name for p in stage.iterdir())
     config = folder / "config.json"
-    stale = [p for p in folder.glob("model*.safetensors") if p.name not in fresh]
+    stale = [p for p in folder.glob(SHARDS) if p.name not in fresh]
     if INDEX not in fresh and (folder / INDEX).exists():
         stale.append(folder / INDEX)
     unchanged = config.exists() and config.read_bytes() == (stage / "config.json").read_bytes()

@@ -30,6 +30,9 @@ def convert(
         ExpertDtype | None,
         typer.Option(help="fp4, fp8 (base layout) or bf16 (nothing quantised); default: as is."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint that is in DST.")
+    ] = False,
 ) -> None:
     """Write a checkpoint in the official form: names, types, shards and index.
 
@@ -39,7 +42,10 @@ def convert(
 
     with console(stderr=True).status("Converting"):
         convert_checkpoint(
-            checkpoint_path(src), dst, None if expert_dtype is None else expert_dtype.value
+            checkpoint_path(src),
+            dst,
+            None if expert_dtype is None else expert_dtype.value,
+            overwrite=overwrite,
         )
         report = inspect_checkpoint(dst)
     print(

@@ -12,6 +12,7 @@ import typer
 
 from fathom.cli.output import print_json, print_table
 from fathom.cli.terminal import TASK_FAILED, visible
+from fathom.errors import ConfigError
 
 if TYPE_CHECKING:
     from fathom.sandbox.images import Image, Store
@@ -311,6 +312,8 @@ def fsck(
     """Prove every byte of the store. Exit code 1: something is damaged or missing."""
     from fathom.sandbox.images.care import check
 
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"there is no store at {folder}: nothing was proven")
     with _open(folder) as store:
         found = check(store, repair=repair)
     if as_json:

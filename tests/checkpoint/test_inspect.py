@@ -94,5 +94,12 @@ def test_convert_command(tmp_path: Path) -> None:
     assert "base" in result.output
     report = inspect_checkpoint(out)
     assert (report.whole, report.kind, report.form) == (True, "base", "official")
+    before = (out / "config.json").read_bytes()
+    refused = CliRunner().invoke(app, [*command[:-1], "bf16"])
+    assert refused.exit_code != 0
+    assert "already" in str(refused.exception) + refused.output
+    assert (out / "config.json").read_bytes() == before
+    assert CliRunner().invoke(app, [*command[:-1], "bf16", "--overwrite"]).exit_code == 0
+    assert inspect_checkpoint(out).kind == "bf16"
     assert CliRunner().invoke(app, ["convert", str(tmp_path), str(out)]).exit_code == 2
     assert CliRunner().invoke(app, [*command[:-1], "int4"]).exit_code == 2

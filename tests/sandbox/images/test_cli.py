@@ -45,6 +45,11 @@ def shell(tmp_path: Path) -> Shell:
     return Shell(tmp_path / "store")
 
 
+def test_a_store_that_is_not_there_is_not_whole(shell: Shell):
+    assert "nothing was proven" in shell("fsck", code=2)
+    assert not shell.store.exists()
+
+
 def test_a_life_of_images(shell: Shell, folder: Path, tmp_path: Path):
     assert shell("ls").split() == ["name", "digest", "layers", "size", "here"]
     made = shell.json("build", "one", folder, "--pack")

@@ -96,7 +96,8 @@ def check_request(
 ) -> None:
     """Raises GenerationError for what no request can be asked with."""
     check_tokens(prompt, config)
-    if not isinstance(request_id, str):
+    # Half of a surrogate pair is no text, and could name no log.
+    if not isinstance(request_id, str) or any("\ud800" <= c <= "\udfff" for c in request_id):
         raise GenerationError(f"a request's id is text, not {request_id!r}")
     if not isinstance(priority, int):
         raise GenerationError(f"a priority is a whole number, not {priority!r}")

@@ -237,6 +237,14 @@ class TestImpossible:
             served.submit(prompt(5), priority="high")  # type: ignore[arg-type]
         finish(served, served.submit(prompt(5), greedy(2)))
 
+    @pytest.mark.parametrize("name", [5, "a\ud800"])
+    def test_an_id_that_is_no_text(self, net: Transformer, tmp_path: Path, name: object) -> None:
+        served = engine(net, wal=tmp_path)
+        with pytest.raises(GenerationError, match="id is text"):
+            served.submit(prompt(5), request_id=name)  # type: ignore[arg-type]
+        served.close()
+        assert list(tmp_path.glob("*.wal")) == []
+
     def test_more_memory_than_there_is(self, net: Transformer) -> None:
         with pytest.raises(ConfigError, match="cache_tokens"):
             engine(net, cache_tokens=10**16)

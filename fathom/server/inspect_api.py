@@ -147,6 +147,7 @@ def _is_token(value: Any, vocab_size: int) -> bool:
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:
+    @app.head("/health", include_in_schema=False)  # which some watchers ask for
     @app.get("/health", **documents.HEALTH)
     async def health() -> dict[str, str]:
         """Whether the server answers."""

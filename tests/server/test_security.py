@@ -393,6 +393,11 @@ def test_a_client_that_never_reads_is_cut_off(open_server: Open):
     assert server.client.get("/health").status_code == 200
 
 
+def test_watchers_may_ask_for_the_head_alone(server: Server):
+    answer = server.client.head("/health")
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 def test_too_many_connections_leave_room_for_the_others(small: Server):
     hoard = [raw(small) for _ in range(20)]
     try:
